@@ -1,0 +1,175 @@
+"""Which implementation of an operator runs, and why not another one.
+
+Every operator has a table of :class:`Implementation` records. ``auto`` walks :data:`ORDER` and takes the first one
+that states no reason against the call; it never falls back on an exception. An explicit name works or raises
+:class:`BackendUnavailable` with every reason. The choice is made once, before the operator is called, and travels
+into it as an argument: forward and backward agree, and ``torch.compile`` sees no Python state inside the operator.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from . import config
+from .errors import BackendUnavailable
+
+ORDER = ("triton", "native", "aten", "reference")
+
+
+class Request(NamedTuple):
+    """What a capability check may look at: device type, dtype, and the operator's own sizes by name."""
+
+    device: str
+    dtype: torch.dtype
+    sizes: dict
+
+
+class Implementation(NamedTuple):
+    """One way to run an operator.
+
+    ``call`` takes the operator's arguments without the backend name and is differentiable. ``supports`` takes a
+    :class:`Request` and returns ``None`` or the reason why not.
+    """
+
+    call: Callable
+    supports: Callable[[Request], str | None]
+
+
+def always(request):
+    """The ``supports`` of an implementation in plain PyTorch operations."""
+    return None
+
+
+_tables: dict[str, dict[str, Implementation]] = {}
+_absent: dict[str, dict[str, str]] = {}
+_chosen: dict[str | None, str] = {None: config.default_backend()}
+
+
+def register(op, implementations, absent):
+    """Give operator ``op`` its table; ``absent`` says for each backend without an implementation why there is none."""
+    missing = set(ORDER) - set(implementations) - set(absent)
+    if missing or set(implementations) & set(absent):
+        raise ValueError(f"{op}: every backend needs an implementation or a reason, {sorted(missing)} has neither")
+    _tables[op] = implementations
+    _absent[op] = absent
+
+
+def implementation(op, name):
+    """The registered implementation; used by the operators themselves, with a resolved name."""
+    return _tables[op][name]
+
+
+def operators():
+    """Names of all registered operators."""
+    return tuple(_tables)
+
+
+def _reason(op, name, request):
+    """Why ``name`` cannot run ``request``, or ``None``."""
+    found = _tables[op].get(name)
+    return _absent[op][name] if found is None else found.supports(request)
+
+
+def resolve(op, request, name="auto"):
+    """The backend that runs ``request``: the argument if given, else the context's choice, else the first in order."""
+    if name == "auto":
+        name = _chosen.get(op, _chosen[None])
+    elif name not in config.BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(config.BACKENDS)}, got {name!r}")
+    if name != "auto":
+        reason = _reason(op, name, request)
+        if reason is not None:
+            raise BackendUnavailable(_refusal(op, name, request))
+        return name
+    for candidate in ORDER:
+        if _reason(op, candidate, request) is None:
+            return candidate
+    raise BackendUnavailable(_refusal(op, "auto", request))
+
+
+def _refusal(op, name, request):
+    dtype = str(request.dtype).removeprefix("torch.")
+    lines = [f"{op}: backend {name!r} cannot run on {request.device} with {dtype}"]
+    for candidate in ORDER:
+        lines.append(f"  {candidate}: {_reason(op, candidate, request) or 'available'}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def backend(name, op=None):
+    """Choose the backend inside a ``with`` block, for every operator or for one.
+
+    The choice is process-wide (as ``torch.backends`` flags are), so threads of ``DataParallel`` see it too.
+
+    Args:
+        name: "auto", "triton", "native", "aten" or "reference".
+        op: an operator's name, or ``None`` for all.
+
+    Raises:
+        ValueError: unknown backend or operator. A backend that cannot run a call raises
+            :class:`BackendUnavailable` at that call.
+    """
+    if name not in config.BACKENDS:
+        raise ValueError(f"backend: name must be one of {', '.join(config.BACKENDS)}, got {name!r}")
+    if op is not None and op not in _tables:
+        raise ValueError(f"backend: op must be one of {', '.join(_tables)} or None, got {op!r}")
+    before = dict(_chosen)
+    if op is None:
+        _chosen.clear()
+    _chosen[op] = name
+    try:
+        yield
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Rows of (operator, backend, "chosen" | "available" | the reason why not); ``str()`` is a table."""
+
+    device: str
+    dtype: torch.dtype
+    rows: tuple[tuple[str, str, str], ...]
+
+    def chosen(self, op):
+        """The backend that runs ``op``."""
+        return next(name for row_op, name, verdict in self.rows if row_op == op and verdict == "chosen")
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        width = max(len(op) for op, _, _ in self.rows)
+        lines = [f"{'operator':{width}}  backend    on {self.device}, {dtype}"]
+        for op, name, verdict in self.rows:
+            lines.append(f"{op:{width}}  {name:9}  {verdict}")
+        return "\n".join(lines)
+
+
+def explain(op=None, *, device=None, dtype=torch.float32, **sizes):
+    """For each operator: the backend that would run, and the reason why not each other one.
+
+    Args:
+        op: one operator's name, or ``None`` for all.
+        device: "cpu", "cuda" or a ``torch.device``; by default "cuda" if there is one.
+        dtype: the inputs' dtype.
+        sizes: the operator's own sizes, where a capability depends on them.
+    """
+    if op is not None and op not in _tables:
+        raise ValueError(f"explain: op must be one of {', '.join(_tables)} or None, got {op!r}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    request = Request(torch.device(device).type, dtype, sizes)
+    rows = []
+    for each in [op] if op else _tables:
+        try:
+            chosen = resolve(each, request)
+        except BackendUnavailable:
+            chosen = None
+        for name in ORDER:
+            reason = _reason(each, name, request)
+            verdict = "chosen" if name == chosen else reason or "available"
+            rows.append((each, name, verdict))
+    return Explanation(request.device, dtype, tuple(rows))

@@ -1,0 +1,125 @@
+"""What every classification model here shares: extra tokens, positions for any grid, blocks, norm."""
+
+import torch
+from torch import nn
+
+from .blocks import block_stack
+from .position import resize_position_table, sinusoid_table
+
+
+def init_weights(module):
+    """Upstream's initialisation: Linear weights truncated normal (std 0.02), biases 0, LayerNorm identity."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class Backbone(nn.Module):
+    """A transformer on the tokens of a tokeniser; subclasses add the classifier.
+
+    The tokeniser (performer, transformer, convolution, patch) and the block (plain, SE, ghost, dense; depth, width,
+    heads) are independent choices.
+
+    Args:
+        name: attribute under which the tokeniser is kept (it prefixes the parameter names).
+        tokeniser: module with ``forward_with_grid(image) -> (tokens, (h, w))`` and ``grid_size``.
+        learned_positions: a learned table, initialised randomly, instead of the frozen sinusoid.
+        distilled: a second extra token.
+        others: as upstream's models.
+    """
+
+    def __init__(
+        self,
+        name,
+        tokeniser,
+        *,
+        embed_dim,
+        depth,
+        num_heads,
+        mlp_ratio,
+        qkv_bias,
+        qk_scale,
+        drop_rate,
+        attn_drop_rate,
+        drop_path_rate,
+        norm_layer,
+        block="plain",
+        growth_rate=32,
+        block_config=(3, 4, 6, 3),
+        learned_positions=False,
+        distilled=False,
+    ):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.grid_size = tokeniser.grid_size
+        self.extra_tokens = 2 if distilled else 1
+        self.position_mode = "bicubic"
+        self._tokeniser_name = name
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
+        entries = self.grid_size[0] * self.grid_size[1] + self.extra_tokens
+        table = torch.zeros(1, entries, embed_dim) if learned_positions else sinusoid_table(entries, embed_dim)
+        self.pos_embed = nn.Parameter(table, requires_grad=learned_positions)
+        self.add_module(name, tokeniser)
+        self.pos_drop = nn.Dropout(drop_rate)
+        options = dict(
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            norm_layer=norm_layer,
+        )
+        self.blocks, self.num_features = block_stack(
+            block, embed_dim, depth, drop_path_rate, growth_rate, block_config, options
+        )
+        self.norm = norm_layer(self.num_features)
+
+    def _initialise(self):
+        """Draw all weights; called by subclasses when they are complete."""
+        for token in (self.cls_token, self.dist_token, self.pos_embed):
+            if token is not None and token.requires_grad:
+                nn.init.trunc_normal_(token, std=0.02)
+        self.apply(init_weights)
+
+    @property
+    def tokeniser(self):
+        """The module that makes tokens of the image."""
+        return getattr(self, self._tokeniser_name)
+
+    def positions(self, grid):
+        """The position table for a grid (h, w), (1, extra + h*w, embed_dim).
+
+        The stored table where the grid is the one the model was built for; else, by :attr:`position_mode`, its grid
+        interpolated ("bicubic", "bilinear": what the model learned about places is kept) or a new sinusoid
+        ("sinusoid": what a model of that size would be built with).
+        """
+        if tuple(grid) == tuple(self.grid_size):
+            return self.pos_embed
+        if self.position_mode == "sinusoid":
+            table = sinusoid_table(grid[0] * grid[1] + self.extra_tokens, self.embed_dim)
+            return table.to(self.pos_embed)
+        return resize_position_table(self.pos_embed, self.grid_size, grid, self.extra_tokens, self.position_mode)
+
+    def encode(self, tokens, grid):
+        """Tokens (B, h*w, embed_dim) -> normalised (B, extra + h*w, num_features)."""
+        extra = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        x = torch.cat([token.expand(tokens.shape[0], -1, -1).to(tokens.dtype) for token in extra] + [tokens], dim=1)
+        x = self.pos_drop(x + self.positions(grid))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def no_weight_decay(self):
+        """Names of parameters that upstream's recipes exempt from weight decay."""
+        return {"cls_token"}
+
+    def get_classifier(self):
+        """The head."""
+        return self.head

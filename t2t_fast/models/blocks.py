@@ -1,0 +1,232 @@
+"""Backbone blocks with upstream's parameter names: plain, squeeze-and-excitation, ghost, dense.
+
+Sources in yitu-opensource/T2T-ViT: ``models/transformer_block.py``, ``t2t_vit_se.py``, ``t2t_vit_ghost.py``,
+``t2t_vit_dense.py``. Attention runs through ``scaled_dot_product_attention``: the same numbers, no N x N tensor.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..modules.drop_path import DropPath
+from ..modules.token_transformer import Mlp
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on (B, N, dim); ``qk_scale`` replaces ``head_dim ** -0.5``."""
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"Attention: num_heads must divide dim, got dim={dim}, num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self._make_projections(dim, qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _make_projections(self, dim, qkv_bias):
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+
+    def _project(self, x):
+        """q, k and v as (B, heads, N, head_dim)."""
+        return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _gate(self, y):
+        return y
+
+    def forward(self, x):
+        q, k, v = self._project(x)
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return self.proj_drop(self._gate(self.proj(y.transpose(1, 2).flatten(2))))
+
+
+class SELayer(nn.Module):
+    """Squeeze-and-excitation over tokens: channels of (B, N, C) scaled by a gate of their token mean."""
+
+    def __init__(self, channel, reduction=16):
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(channel, channel // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channel // reduction, channel, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x):
+        return x * self.fc(x.mean(dim=1)).unsqueeze(1)
+
+
+class AttentionSE(Attention):
+    """Self-attention whose projected output passes an :class:`SELayer`."""
+
+    def __init__(self, dim, **options):
+        super().__init__(dim, **options)
+        self.se_layer = SELayer(dim)
+
+    def _gate(self, y):
+        return self.se_layer(y)
+
+
+def _cheap_operation(channels):
+    """A learned factor per channel, stored as upstream's depthwise 1x1 convolution."""
+    return nn.Conv1d(channels, channels, kernel_size=1, groups=channels, bias=False)
+
+
+def _scale_channels(convolution, x):
+    """What that convolution does to (B, N, C), without transposing it."""
+    return x * convolution.weight.flatten()
+
+
+class AttentionGhost(Attention):
+    """Self-attention whose q, k and v are computed for half the channels and copied by factors per channel."""
+
+    def _make_projections(self, dim, qkv_bias):
+        half = dim // 2
+        self.q = nn.Linear(dim, half, bias=qkv_bias)
+        self.k = nn.Linear(dim, half, bias=qkv_bias)
+        self.v = nn.Linear(dim, half, bias=qkv_bias)
+        self.cheap_operation_q = _cheap_operation(half)
+        self.cheap_operation_k = _cheap_operation(half)
+        self.cheap_operation_v = _cheap_operation(half)
+
+    def _project(self, x):
+        def heads(linear, cheap):
+            half = linear(x)
+            full = torch.cat([half, _scale_channels(cheap, half)], dim=2)
+            return full.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+        return (
+            heads(self.q, self.cheap_operation_q),
+            heads(self.k, self.cheap_operation_k),
+            heads(self.v, self.cheap_operation_v),
+        )
+
+
+class MlpGhost(nn.Module):
+    """MLP of three parts, one computed, two copied by factors per channel and activated again."""
+
+    def __init__(self, in_features, hidden_features, out_features, act_layer=nn.GELU, drop=0.0):
+        super().__init__()
+        if hidden_features != 3 * in_features:
+            raise ValueError(
+                f"MlpGhost: mlp_ratio must be 3 (three concatenated parts), got {hidden_features / in_features}"
+            )
+        self.fc1 = nn.Linear(in_features, in_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, out_features)
+        self.drop = nn.Dropout(drop)
+        self.cheap_operation2 = _cheap_operation(in_features)
+        self.cheap_operation3 = _cheap_operation(in_features)
+
+    def forward(self, x):
+        x = self.act(self.fc1(x))
+        copies = (self.act(_scale_channels(cheap, x)) for cheap in (self.cheap_operation2, self.cheap_operation3))
+        return self.drop(self.fc2(self.drop(torch.cat([x, *copies], dim=2))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    attention_layer = Attention
+    mlp_layer = Mlp
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        drop=0.0,
+        attn_drop=0.0,
+        drop_path=0.0,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = self.attention_layer(
+            dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=drop
+        )
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = self.mlp_layer(dim, int(dim * mlp_ratio), dim, act_layer=act_layer, drop=drop)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class BlockSE(Block):
+    """Block with squeeze-and-excitation after the attention."""
+
+    attention_layer = AttentionSE
+
+
+class BlockGhost(Block):
+    """Block with ghost features in attention and MLP; ``mlp_ratio`` must be 3."""
+
+    attention_layer = AttentionGhost
+    mlp_layer = MlpGhost
+
+
+class BlockDense(Block):
+    """Block that appends ``growth_rate`` new channels to its input: (B, N, dim) -> (B, N, dim + growth_rate)."""
+
+    def __init__(self, growth_rate, dim, num_heads, **options):
+        super().__init__(dim, num_heads, **options)
+        self.dense_linear = nn.Linear(dim, growth_rate)
+
+    def forward(self, x):
+        return torch.cat([x, self.dense_linear(super().forward(x))], dim=2)
+
+
+class Transition(nn.Module):
+    """Narrowing layer between dense stages: Linear, then activation."""
+
+    def __init__(self, in_features, out_features, act_layer=nn.GELU):
+        super().__init__()
+        self.act = act_layer()
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, x):
+        return self.act(self.linear(x))
+
+
+BLOCKS = {"plain": Block, "se": BlockSE, "ghost": BlockGhost}
+"""Blocks that keep the width; "dense" grows and is built by :func:`dense_blocks`."""
+
+
+def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_config, options):
+    """The backbone's blocks and its final width.
+
+    Args:
+        kind: "plain", "se", "ghost" or "dense".
+        embed_dim, depth: width and number of blocks ("dense" takes its depth from ``block_config``).
+        drop_path_rate: stochastic depth of the last block (dense: of the last stage), growing linearly from 0.
+        growth_rate, block_config: for "dense": channels a block adds, blocks per stage.
+        options: arguments of every block.
+    """
+    if kind == "dense":
+        return dense_blocks(embed_dim, drop_path_rate, growth_rate, block_config, options)
+    if kind not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join([*BLOCKS, 'dense'])}, got {kind!r}")
+    rates = torch.linspace(0, drop_path_rate, depth).tolist()
+    return nn.ModuleList(BLOCKS[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
+
+
+def dense_blocks(width, drop_path_rate, growth_rate, block_config, options):
+    """Stages of :class:`BlockDense`, with a halving :class:`Transition` between stages, as one list."""
+    blocks = nn.ModuleList()
+    rates = torch.linspace(0, drop_path_rate, len(block_config)).tolist()
+    for stage, (count, rate) in enumerate(zip(block_config, rates, strict=True)):
+        if stage > 0:
+            blocks.append(Transition(width, width // 2))
+            width //= 2
+        for _ in range(count):
+            blocks.append(BlockDense(growth_rate, width, drop_path=rate, **options))
+            width += growth_rate
+    return blocks, width

@@ -1,0 +1,43 @@
+"""Plain patch tokenisation, ViT's front end."""
+
+from torch import nn
+
+from ..modules.t2t_module import as_pair
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches by a strided convolution: (B, C, H, W) -> (B, H/P * W/P, embed_dim).
+
+    Upstream: ``PatchEmbed`` of ``models/vit.py``. Any H and W that ``patch_size`` divides.
+
+    Args:
+        img_size: int or (H, W); patch_size: side of the square patch.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
+        super().__init__()
+        self.img_size = as_pair(img_size)
+        self.patch_size = patch_size
+        self.grid_size = self.grid(*self.img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    @property
+    def num_patches(self):
+        """Tokens of an image of ``img_size``."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def grid(self, height, width):
+        """Token grid (h, w) of an image; an error unless the patch divides it."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"PatchEmbed: patch_size {self.patch_size} must divide the image, got height {height}, width {width}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, x):
+        return self.forward_with_grid(x)[0]
+
+    def forward_with_grid(self, x):
+        """Tokens (B, h*w, embed_dim) and the grid (h, w)."""
+        grid = self.grid(*x.shape[2:])
+        return self.proj(x).flatten(2).transpose(1, 2), grid

@@ -1,0 +1,53 @@
+"""Position tables: the sinusoid that T2T-ViT freezes, and resizing to another grid, square or not."""
+
+import torch
+import torch.nn.functional as F
+
+
+def sinusoid_table(positions, width):
+    """Sinusoidal table (1, positions, width) in float32, computed in float64.
+
+    Entry (p, j) is sin (j even) or cos (j odd) of ``p / 10000 ** (2 * (j // 2) / width)``. Source: "Attention is all
+    you need", section 3.5; upstream ``get_sinusoid_encoding``.
+    """
+    column = torch.arange(width, dtype=torch.float64)
+    rate = torch.pow(10000.0, -2 * torch.div(column, 2, rounding_mode="floor") / width)
+    angle = torch.arange(positions, dtype=torch.float64).unsqueeze(1) * rate
+    table = torch.where(column % 2 == 0, angle.sin(), angle.cos())
+    return table.float().unsqueeze(0)
+
+
+def resize_position_table(table, old_grid, new_grid, extra=1, mode="bicubic"):
+    """A position table for another grid: the entries of extra tokens kept, the grid interpolated.
+
+    Args:
+        table: (1, extra + h*w, width).
+        old_grid, new_grid: (h, w).
+        extra: leading entries that are not on the grid (class and distillation token).
+        mode: "bicubic" (upstream ``utils.py``, mmpretrain) or "bilinear" (upstream ``models/vit.py``).
+
+    Returns:
+        (1, extra + h'*w', width) in the table's dtype; the table itself if the grid is the same.
+    """
+    old_grid, new_grid = tuple(old_grid), tuple(new_grid)
+    if old_grid == new_grid:
+        return table
+    if table.shape[1] != extra + old_grid[0] * old_grid[1]:
+        raise ValueError(
+            f"resize_position_table: table must have {extra} + {old_grid[0]} x {old_grid[1]} entries, "
+            f"got {table.shape[1]}"
+        )
+    dtype = table.dtype if table.dtype == torch.float64 else torch.float32
+    head, body = table[:, :extra], table[:, extra:]
+    image = body.to(dtype).transpose(1, 2).unflatten(2, old_grid)
+    image = F.interpolate(image, size=new_grid, mode=mode, align_corners=False)
+    return torch.cat([head, image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def square_grid(entries, extra=1):
+    """The (h, w) grid of a table of ``entries``, if its area is a square; else an error that asks for the grid."""
+    area = entries - extra
+    side = round(area**0.5)
+    if side * side != area:
+        raise ValueError(f"a position table of {extra} + {area} entries has no square grid; give the grid")
+    return side, side

@@ -1,0 +1,127 @@
+"""T2T-ViT models with upstream's parameter names, for any image size.
+
+Sources in yitu-opensource/T2T-ViT: ``models/t2t_vit.py``, ``t2t_vit_se.py``, ``t2t_vit_dense.py``,
+``t2t_vit_ghost.py``.
+"""
+
+from torch import nn
+
+from ..modules.t2t_module import T2TModule
+from .backbone import Backbone, init_weights
+from .patch import PatchEmbed
+
+
+class T2TViT(Backbone):
+    """Tokens-to-token ViT: (B, in_chans, H, W) -> (B, num_classes) logits; H and W are free at call time.
+
+    Args:
+        img_size: int or (H, W); decides the stored position table.
+        tokens_type: "performer", "transformer", "convolution" or "patch" (``patch_size`` pixels square).
+        block: "plain", "se", "ghost" or "dense" (with ``growth_rate`` and ``block_config``).
+        token_dim: width of the T2T module's inner tokens.
+        others: as upstream's ``T2T_ViT``; ``num_classes=0`` leaves the head out.
+    """
+
+    def __init__(
+        self,
+        img_size=224,
+        tokens_type="performer",
+        in_chans=3,
+        num_classes=1000,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rate=0.0,
+        norm_layer=nn.LayerNorm,
+        token_dim=64,
+        *,
+        patch_size=16,
+        block="plain",
+        growth_rate=32,
+        block_config=(3, 4, 6, 3),
+    ):
+        if tokens_type == "patch":
+            name, tokeniser = "patch_embed", PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        else:
+            name, tokeniser = "tokens_to_token", T2TModule(img_size, tokens_type, in_chans, embed_dim, token_dim)
+        super().__init__(
+            name,
+            tokeniser,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_layer=norm_layer,
+            block=block,
+            growth_rate=growth_rate,
+            block_config=block_config,
+        )
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self._initialise()
+
+    def reset_classifier(self, num_classes, global_pool=""):
+        """A new, freshly initialised head for ``num_classes``; 0 leaves the head out."""
+        weight = self.cls_token
+        self.num_classes = num_classes
+        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        init_weights(head)
+        self.head = head.to(device=weight.device, dtype=weight.dtype)
+
+    def forward_features(self, x):
+        """The normalised class token (B, num_features)."""
+        return self.encode(*self.tokeniser.forward_with_grid(x))[:, 0]
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+    def forward_stages(self, x):
+        """Feature maps for dense prediction: a list of (B, C, h, w) at strides 4, 8 and 16.
+
+        The first two are the T2T module's tokens (token_dim channels), the last the backbone's normalised tokens
+        (num_features channels). A "patch" tokeniser has only the last.
+        """
+        if not isinstance(self.tokeniser, T2TModule):
+            stages = [self.tokeniser.forward_with_grid(x)]
+        else:
+            stages = self.tokeniser.forward_stages(x)
+        tokens, grid = stages[-1]
+        stages[-1] = self.encode(tokens, grid)[:, self.extra_tokens :], grid
+        return [tokens.transpose(1, 2).unflatten(2, grid) for tokens, grid in stages]
+
+
+class T2TViTSE(T2TViT):
+    """T2T-ViT with squeeze-and-excitation blocks (upstream ``T2T_ViT_SE``)."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"block": "se", **options})
+
+
+class T2TViTGhost(T2TViT):
+    """T2T-ViT with ghost blocks (upstream ``T2T_ViT_Ghost``); ``mlp_ratio`` must be 3."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"block": "ghost", **options})
+
+
+class T2TViTDense(T2TViT):
+    """T2T-ViT with densely growing blocks (upstream ``T2T_ViT_Dense``).
+
+    Args:
+        growth_rate: channels a block adds.
+        block_config: blocks per stage; a transition halves the width between stages.
+        others: as :class:`T2TViT` (``depth`` has no meaning here).
+    """
+
+    def __init__(self, growth_rate=32, block_config=(3, 4, 6, 3), **options):
+        super().__init__(growth_rate=growth_rate, block_config=tuple(block_config), **{"block": "dense", **options})

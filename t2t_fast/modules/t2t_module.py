@@ -1,0 +1,128 @@
+"""The tokens-to-token module, with upstream's parameter names, for any image size."""
+
+from torch import nn
+
+from ..functional import soft_split_linear
+from ..functional import window as make_window
+from ..ops.spec import T2T_WINDOWS
+from .fusion import is_plain, is_watched
+from .soft_split import SoftSplit
+from .token_performer import TokenPerformer
+from .token_transformer import TokenTransformer
+
+TOKENS_TYPES = ("performer", "transformer", "convolution")
+
+
+def as_pair(img_size):
+    """``img_size`` as (H, W)."""
+    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+
+
+def walk(x, splits, layers, project):
+    """Soft split and layer, again and again, then soft split and projection, each pair fused where nothing forbids it.
+
+    Args:
+        x: image (B, C, H, W).
+        splits: :class:`SoftSplit` modules; layers: one for each but the last; project: the last one's ``nn.Linear``.
+
+    Returns:
+        a list of (tokens, grid), one a stage.
+    """
+    grid, stages = None, []
+    for split, layer in zip(splits, layers, strict=False):
+        size = x.shape[2:] if grid is None else grid
+        if is_plain(split, SoftSplit) and hasattr(layer, "forward_window") and not is_watched(layer):
+            x = layer.forward_window(x, split.window, grid)
+        else:
+            x = layer(split(x, grid))
+        grid = split.window.grid(*size)
+        stages.append((x, grid))
+    split = splits[-1]
+    size = x.shape[2:] if grid is None else grid
+    if is_plain(split, SoftSplit) and is_plain(project, nn.Linear):
+        x = soft_split_linear(x, project.weight, project.bias, *split.window, grid=grid)
+    else:
+        x = project(split(x, grid))
+    stages.append((x, split.window.grid(*size)))
+    return stages
+
+
+class T2TModule(nn.Module):
+    """Three soft splits with two attention layers between them: image (B, in_chans, H, W) -> tokens (B, L, embed_dim).
+
+    Upstream: ``T2T_module`` of ``models/t2t_vit.py`` (T2T-ViT paper, figure 3); parameters have its names and shapes.
+    Any H and W at call time: the grid follows from the window formula, never from the square root of a token count.
+
+    Args:
+        img_size: int or (H, W); only sets :attr:`grid_size` and :attr:`num_patches`.
+        tokens_type: "performer", "transformer" or "convolution" (the paper's comparison: three convolutions).
+        in_chans, embed_dim, token_dim: channels of the image, width of the outgoing and of the inner tokens.
+        windows: three (kernel, stride, padding); the paper's by default.
+    """
+
+    def __init__(
+        self,
+        img_size=224,
+        tokens_type="performer",
+        in_chans=3,
+        embed_dim=768,
+        token_dim=64,
+        windows=T2T_WINDOWS,
+    ):
+        super().__init__()
+        if tokens_type not in TOKENS_TYPES:
+            raise ValueError(f"T2TModule: tokens_type must be one of {', '.join(TOKENS_TYPES)}, got {tokens_type!r}")
+        if len(windows) != 3:
+            raise ValueError(f"T2TModule: windows must be three (kernel, stride, padding), got {len(windows)}")
+        self.tokens_type = tokens_type
+        self.windows = tuple(make_window(*each, function="T2TModule") for each in windows)
+        self.img_size = as_pair(img_size)
+        first, second, third = self.windows
+        if tokens_type == "convolution":
+            self.soft_split0 = nn.Conv2d(in_chans, token_dim, *first)
+            self.soft_split1 = nn.Conv2d(token_dim, token_dim, *second)
+            self.project = nn.Conv2d(token_dim, embed_dim, *third)
+        else:
+            layer = TokenPerformer if tokens_type == "performer" else TokenTransformer
+            self.soft_split0 = SoftSplit(*first)
+            self.soft_split1 = SoftSplit(*second)
+            self.soft_split2 = SoftSplit(*third)
+            self.attention1 = layer(dim=in_chans * first.taps, in_dim=token_dim)
+            self.attention2 = layer(dim=token_dim * second.taps, in_dim=token_dim)
+            self.project = nn.Linear(token_dim * third.taps, embed_dim)
+
+    @property
+    def grid_size(self):
+        """Token grid (h, w) of an image of ``img_size``."""
+        return self.grid(*self.img_size)
+
+    @property
+    def num_patches(self):
+        """Tokens of an image of ``img_size``. (Upstream's floors where its splits round up; this counts.)"""
+        h, w = self.grid_size
+        return h * w
+
+    def grid(self, height, width):
+        """Token grid (h, w) of an image of ``height`` x ``width``."""
+        for window in self.windows:
+            height, width = window.grid(height, width)
+        return height, width
+
+    def forward(self, x):
+        """(B, in_chans, H, W) -> (B, h*w, embed_dim)."""
+        return self.forward_with_grid(x)[0]
+
+    def forward_with_grid(self, x):
+        """As :meth:`forward`, and the grid (h, w) of the tokens."""
+        return self.forward_stages(x)[-1]
+
+    def forward_stages(self, x):
+        """Tokens and grid after each of the three stages: a list of three ((B, L, C), (h, w))."""
+        if self.tokens_type == "convolution":
+            stages = []
+            for convolution in (self.soft_split0, self.soft_split1, self.project):
+                x = convolution(x)
+                stages.append((x.flatten(2).transpose(1, 2), tuple(x.shape[2:])))
+            return stages
+        splits = (self.soft_split0, self.soft_split1, self.soft_split2)
+        return walk(x, splits, (self.attention1, self.attention2), self.project)

@@ -1,0 +1,115 @@
+"""The Performer layer of the T2T module, with upstream's parameter names."""
+
+import math
+
+import torch
+from torch import nn
+
+from ..functional import performer_attention, performer_block, soft_split, soft_split_linear
+from ..ops.spec import square
+from .fusion import is_exact_gelu, obstacle
+
+_SINGLE = square(1, 1, 0)
+
+_CHILDREN = {
+    "norm1": nn.LayerNorm,
+    "kqv": nn.Linear,
+    "dp": nn.Dropout,
+    "proj": nn.Linear,
+    "norm2": nn.LayerNorm,
+    "mlp": nn.Sequential,
+    "mlp.0": nn.Linear,
+    "mlp.1": is_exact_gelu,
+    "mlp.2": nn.Linear,
+    "mlp.3": nn.Dropout,
+}
+
+
+class TokenPerformer(nn.Module):
+    """LayerNorm, Performer attention with a skip through ``v``, then LayerNorm and MLP with a skip.
+
+    Upstream: ``Token_performer`` (``models/token_performer.py``); parameters have its names and shapes.
+
+    Args:
+        dim: width of the incoming tokens.
+        in_dim: width of the outgoing tokens, per head.
+        head_cnt: only widens the tokens to ``in_dim * head_cnt``; heads are not split.
+        kernel_ratio: random features per channel, ``m = int(in_dim * head_cnt * kernel_ratio)``.
+        dp1, dp2: dropout after the projection and after the MLP in training mode; 0.1 both, as upstream.
+    """
+
+    def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
+        super().__init__()
+        self.emb = in_dim * head_cnt
+        self.head_cnt = head_cnt
+        self.m = int(self.emb * kernel_ratio)
+        if self.m < 1:
+            raise ValueError(
+                f"TokenPerformer: int(in_dim * head_cnt * kernel_ratio) must be at least 1, got in_dim={in_dim}, "
+                f"head_cnt={head_cnt}, kernel_ratio={kernel_ratio}"
+            )
+        self.epsilon = 1e-8
+        self.kqv = nn.Linear(dim, 3 * self.emb)
+        self.dp = nn.Dropout(dp1)
+        self.proj = nn.Linear(self.emb, self.emb)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(self.emb)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.emb, self.emb), nn.GELU(), nn.Linear(self.emb, self.emb), nn.Dropout(dp2)
+        )
+        directions = nn.init.orthogonal_(torch.randn(self.m, self.emb))
+        self.w = nn.Parameter(directions * math.sqrt(self.m), requires_grad=False)
+
+    def obstacle(self):
+        """Why this layer runs unfused, or ``None``."""
+        return obstacle(self, _CHILDREN)
+
+    def forward(self, x):
+        """(B, T, dim) -> (B, T, in_dim * head_cnt)."""
+        return self.forward_window(x, _SINGLE, grid=(1, x.shape[1]))
+
+    def forward_window(self, x, window, grid=None):
+        """The layer on the soft split of ``x`` by ``window``, without forming it.
+
+        Args:
+            x: image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``; ``dim = C * k * k``.
+            window: a :class:`Window`.
+
+        Returns:
+            (B, h*w, in_dim * head_cnt).
+        """
+        if self.obstacle() is not None:
+            return self._unfused(soft_split(x, *window, grid=grid))
+        kqv = soft_split_linear(
+            x,
+            self.kqv.weight,
+            self.kqv.bias,
+            *window,
+            norm_weight=self.norm1.weight,
+            norm_bias=self.norm1.bias,
+            norm_eps=self.norm1.eps,
+            grid=grid,
+        )
+        return performer_block(
+            kqv,
+            self.w,
+            self.proj.weight,
+            self.proj.bias,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.mlp[0].weight,
+            self.mlp[0].bias,
+            self.mlp[2].weight,
+            self.mlp[2].bias,
+            eps=self.epsilon,
+            norm_eps=self.norm2.eps,
+            proj_drop=self.dp.p if self.dp.training else 0.0,
+            mlp_drop=self.mlp[3].p if self.mlp[3].training else 0.0,
+        )
+
+    def _unfused(self, x):
+        """Child by child, so that hooks and replaced children count."""
+        k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
+        y = performer_attention(q, k, v, self.w, self.epsilon)
+        x = v + self.dp(self.proj(y))
+        return x + self.mlp(self.norm2(x))

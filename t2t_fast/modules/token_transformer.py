@@ -1,0 +1,179 @@
+"""The Transformer layer of the T2T module, with upstream's parameter names."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..functional import soft_split, soft_split_linear, token_mlp
+from ..ops.spec import square
+from .drop_path import DropPath
+from .fusion import is_exact_gelu, obstacle
+
+_SINGLE = square(1, 1, 0)
+
+
+class TokenAttention(nn.Module):
+    """Softmax attention from width ``dim`` to width ``in_dim`` with a skip through ``v``.
+
+    Upstream: ``Attention`` of ``models/token_transformer.py``. The default scale is ``(dim // num_heads) ** -0.5``
+    with ``dim`` the *unfolded* width (147, 576): checkpoints are trained with it.
+
+    Args:
+        dim, in_dim: widths in and out.
+        num_heads: 1; upstream's skip drops the head axis, so more heads have no meaning there.
+        qkv_bias, qk_scale, attn_drop, proj_drop: as upstream.
+    """
+
+    def __init__(self, dim, num_heads=1, in_dim=None, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        in_dim = dim if in_dim is None else in_dim
+        if num_heads != 1:
+            raise ValueError(
+                f"TokenAttention: num_heads must be 1 (upstream's skip through v drops the head axis), got {num_heads}"
+            )
+        self.num_heads = num_heads
+        self.in_dim = in_dim
+        self.scale = dim**-0.5 if qk_scale is None else qk_scale
+        self.qkv = nn.Linear(dim, 3 * in_dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(in_dim, in_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def mix(self, qkv):
+        """Attention on packed (B, T, 3 * in_dim): the mixed values and the values themselves, (B, T, in_dim) each."""
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return y.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        """(B, T, dim) -> (B, T, in_dim)."""
+        y, v = self.mix(self.qkv(x))
+        return v + self.proj_drop(self.proj(y))
+
+
+class Mlp(nn.Module):
+    """Linear, activation, dropout, Linear, dropout; upstream's names ``fc1`` and ``fc2``."""
+
+    def __init__(self, in_features, hidden_features=None, out_features=None, act_layer=nn.GELU, drop=0.0):
+        super().__init__()
+        hidden_features = in_features if hidden_features is None else hidden_features
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class TokenTransformer(nn.Module):
+    """LayerNorm and attention (no skip around them: the width changes), then LayerNorm and MLP with a skip.
+
+    Upstream: ``Token_transformer`` (``models/token_transformer.py``); parameters have its names and shapes, and the
+    arguments its meaning.
+    """
+
+    mlp_name = "mlp"
+    """Name of the child with ``fc1``, ``act`` and ``fc2``; the seed articles call it ``neuralnet``."""
+
+    def __init__(
+        self,
+        dim,
+        in_dim,
+        num_heads=1,
+        mlp_ratio=1.0,
+        qkv_bias=False,
+        qk_scale=None,
+        drop=0.0,
+        attn_drop=0.0,
+        drop_path=0.0,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = TokenAttention(
+            dim,
+            num_heads=num_heads,
+            in_dim=in_dim,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop=attn_drop,
+            proj_drop=drop,
+        )
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(in_dim)
+        self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), in_dim, act_layer=act_layer, drop=drop)
+
+    def obstacle(self):
+        """Why this layer runs unfused, or ``None``."""
+        kinds = {
+            "norm1": nn.LayerNorm,
+            "attn": type(self.attn),
+            "attn.qkv": nn.Linear,
+            "attn.proj": nn.Linear,
+            "norm2": nn.LayerNorm,
+            self.mlp_name: type(getattr(self, self.mlp_name)),
+            f"{self.mlp_name}.fc1": nn.Linear,
+            f"{self.mlp_name}.act": is_exact_gelu,
+            f"{self.mlp_name}.fc2": nn.Linear,
+        }
+        found = obstacle(self, kinds)
+        return self._active_dropout() if found is None else found
+
+    def _active_dropout(self):
+        """Dropout inside the MLP and stochastic depth have no fused form; both are off by default, as upstream."""
+        if self.training and (self.mlp.drop.p > 0 or not isinstance(self.drop_path, nn.Identity)):
+            return "dropout inside the MLP or stochastic depth is active"
+        return None
+
+    def forward(self, x):
+        """(B, T, dim) -> (B, T, in_dim)."""
+        return self.forward_window(x, _SINGLE, grid=(1, x.shape[1]))
+
+    def forward_window(self, x, window, grid=None):
+        """The layer on the soft split of ``x`` by ``window``, without forming it.
+
+        Args:
+            x: image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``; ``dim = C * k * k``.
+            window: a :class:`Window`.
+
+        Returns:
+            (B, h*w, in_dim).
+        """
+        if self.obstacle() is not None:
+            return self._unfused(soft_split(x, *window, grid=grid))
+        qkv = soft_split_linear(
+            x,
+            self.attn.qkv.weight,
+            self.attn.qkv.bias,
+            *window,
+            norm_weight=self.norm1.weight,
+            norm_bias=self.norm1.bias,
+            norm_eps=self.norm1.eps,
+            grid=grid,
+        )
+        y, v = self.attn.mix(qkv)
+        mlp = getattr(self, self.mlp_name)
+        return token_mlp(
+            y,
+            v,
+            self.attn.proj.weight,
+            self.attn.proj.bias,
+            self.norm2.weight,
+            self.norm2.bias,
+            mlp.fc1.weight,
+            mlp.fc1.bias,
+            mlp.fc2.weight,
+            mlp.fc2.bias,
+            norm_eps=self.norm2.eps,
+            proj_drop=self._projection_dropout(),
+        )
+
+    def _projection_dropout(self):
+        return self.attn.proj_drop.p if self.attn.proj_drop.training else 0.0
+
+    def _unfused(self, x):
+        """Child by child, so that hooks and replaced children count."""
+        x = self.attn(self.norm1(x))
+        return x + self.drop_path(self.mlp(self.norm2(x)))

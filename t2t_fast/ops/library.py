@@ -1,0 +1,69 @@
+"""How an operator of this package becomes a ``torch.library`` operator.
+
+Each operator ``t2t_fast::<name>`` takes the resolved backend as its last argument. It is a composite operator:
+``torch`` sees through it, so the plain-PyTorch backends get their fake tensors, their autograd (or the hand-written
+``autograd.Function`` inside) and Inductor's fusion for free, and ``torch.export`` can decompose it. A backend made of
+compiled kernels calls opaque operators of its own, with their own fake and autograd, from its ``call``.
+"""
+
+import torch
+
+from .. import backends
+
+_library = torch.library.Library("t2t_fast", "DEF")
+
+
+def define(name, signature, implementations, absent, autocast):
+    """Define ``t2t_fast::<name>(<signature>, str backend) -> Tensor``.
+
+    Args:
+        name: the operator's name.
+        signature: its arguments in ``torch.library`` schema language.
+        implementations: backend name -> :class:`backends.Implementation`.
+        absent: backend name -> why there is no implementation.
+        autocast: what the operator does under autocast: ``autocast(call, dtype, *args)`` with autocast switched off,
+            where ``call(*args)`` runs the operator.
+
+    Returns:
+        the callable operator.
+    """
+    backends.register(name, implementations, absent)
+    _library.define(f"{name}({signature}, str backend) -> Tensor")
+
+    def composite(*args):
+        return backends.implementation(name, args[-1]).call(*args[:-1])
+
+    _library.impl(name, composite, "CompositeImplicitAutograd")
+    operator = getattr(torch.ops.t2t_fast, name).default
+
+    for device in ("cpu", "cuda"):
+
+        def under_autocast(*args, device=device):
+            *values, backend = args
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return autocast(lambda *a: operator(*a, backend), dtype, *values)
+
+        _library.impl(name, under_autocast, f"Autocast{device.upper()}")
+    return operator
+
+
+def wants_gradient(*tensors):
+    """Whether autograd would record an operation on these tensors (``None`` is skipped)."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def accumulation_dtype(dtype):
+    """The dtype of statistics, exponents and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product(x, matrix, into=None):
+    """``x @ matrix`` for (..., N, I) and (I, O), written over ``into`` (a dead buffer or a slice) where that fits.
+
+    On a CPU the first touch of fresh memory costs more than such a product.
+    """
+    if into is None or into.dtype != x.dtype or into.shape != (*x.shape[:-1], matrix.shape[1]):
+        return x @ matrix
+    torch.mm(x.flatten(0, -2), matrix, out=into.flatten(0, -2))
+    return into

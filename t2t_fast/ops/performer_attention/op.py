@@ -1,0 +1,25 @@
+"""``t2t_fast::performer_attention``: positive random-feature attention, upstream's eps included."""
+
+from ...backends import Implementation, always
+from ..library import define
+from . import aten_impl, reference
+
+
+def _autocast(call, dtype, q, k, v, w, eps):
+    """q, k and v take autocast's dtype, as a matrix product's operands do; the features stay in float32."""
+    return call(q.to(dtype), k.to(dtype), v.to(dtype), w, eps)
+
+
+performer_attention = define(
+    "performer_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor w, float eps",
+    implementations={
+        "aten": Implementation(aten_impl.forward, always),
+        "reference": Implementation(reference.forward, always),
+    },
+    absent={
+        "triton": "no Triton kernel in this version",
+        "native": "no native kernel in this version",
+    },
+    autocast=_autocast,
+)

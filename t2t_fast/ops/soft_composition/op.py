@@ -1,0 +1,19 @@
+"""``t2t_fast::soft_composition``: overlapping tokens added up into an image."""
+
+from ...backends import Implementation, always
+from ..library import define
+from . import aten_impl, reference
+
+soft_composition = define(
+    "soft_composition",
+    "Tensor tokens, int[2] size, int[2] kernel, int[2] stride, int[2] padding",
+    implementations={
+        "aten": Implementation(aten_impl.forward, always),
+        "reference": Implementation(reference.forward, always),
+    },
+    absent={
+        "triton": "no Triton kernel planned: the native one will serve CUDA",
+        "native": "no native kernel in this version",
+    },
+    autocast=lambda call, dtype, *args: call(*args),
+)

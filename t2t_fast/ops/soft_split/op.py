@@ -1,0 +1,20 @@
+"""``t2t_fast::soft_split``: overlapping windows of an image as tokens."""
+
+from ...backends import Implementation, always
+from ..library import define
+from . import aten_impl, reference
+
+soft_split = define(
+    "soft_split",
+    "Tensor x, int[2] kernel, int[2] stride, int[2] padding",
+    implementations={
+        "aten": Implementation(aten_impl.forward, always),
+        "reference": Implementation(reference.forward, always),
+    },
+    absent={
+        "triton": "no Triton kernel planned: where the split feeds a Linear, soft_split_linear never forms its tokens",
+        "native": "no native kernel in this version",
+    },
+    # A copy: it keeps the dtype it is given, as nn.Unfold does under autocast.
+    autocast=lambda call, dtype, *args: call(*args),
+)

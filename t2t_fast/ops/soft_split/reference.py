@@ -1,0 +1,8 @@
+"""Soft split as upstream computes it: ``nn.Unfold`` and a transpose (``models/t2t_vit.py``)."""
+
+import torch.nn.functional as F
+
+
+def forward(x, kernel, stride, padding):
+    """(B, C, H, W) -> (B, L, C*kh*kw), columns ``c*kh*kw + dy*kw + dx``."""
+    return F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2).contiguous()

@@ -1,0 +1,196 @@
+"""Soft split + LayerNorm + Linear as one convolution and box-filtered statistics.
+
+With ``u`` a window's C*kh*kw values, LayerNorm then Linear is ``r (Wg u - mu Wg 1) + b'`` where ``Wg = W diag(gamma)``,
+``b' = W beta + b``, and ``Wg u`` is a convolution of the image: nothing of the unfolded width is formed, forward or
+backward. Two details decide the accuracy:
+
+* the rows of ``Wg`` are centred, so the convolution itself removes the window's mean and its result stays small even
+  where the image has a large offset; what rounding the centred weight to the operand dtype leaves of the row sums is
+  taken from the *rounded* weight and subtracted with ``mu``;
+* ``mu`` and ``r`` merge per-pixel means and deviations (:func:`merge_statistics`), never a difference of squares.
+
+Saved for backward: the image, ``mu`` and ``r`` (8 bytes a token), and, where the image wants a gradient, the output.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ..library import accumulation_dtype, wants_gradient
+from ..spec import Window
+from ..windows import cover_sum, merge_statistics
+
+
+def patch_statistics(x, window, eps):
+    """Mean and reciprocal standard deviation of every window of (B, C, H, W): two (B, h, w), accumulation dtype."""
+    x = x.to(accumulation_dtype(x.dtype))
+    channels = x.shape[1]
+    mean = x.mean(1)
+    m2 = (x - mean.unsqueeze(1)).square().sum(1)
+    mean, m2 = merge_statistics(channels, mean, m2, window)
+    return mean, torch.rsqrt(m2 / (channels * window.taps) + eps)
+
+
+def fold_norm(weight, bias, norm_weight, norm_bias, x_dtype):
+    """LayerNorm's affine part folded into the Linear.
+
+    Returns:
+        the centred weight rounded to the operand dtype (O, K), its remaining row sums (O), the folded bias (O); the
+        last two in the accumulation dtype.
+    """
+    wide = accumulation_dtype(x_dtype)
+    weight = weight.to(wide)
+    folded = weight if norm_weight is None else weight * norm_weight.to(wide)
+    rounded = (folded - folded.mean(1, keepdim=True)).to(x_dtype)
+    offset = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(wide)
+    if norm_bias is not None:
+        offset = offset + weight @ norm_bias.to(wide)
+    return rounded, rounded.to(wide).sum(1), offset
+
+
+def _convolve(x, weight, bias, window):
+    """(B, C, H, W) -> (B, h, w, O) contiguous."""
+    weight = weight.reshape(weight.shape[0], x.shape[1], *window.kernel)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, weight, bias, stride=window.stride, padding=window.padding)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def plain(x, weight, bias, window):
+    """Without LayerNorm: a convolution, flattened to tokens (B, L, O)."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return _convolve(x, weight.to(x.dtype), bias, window).flatten(1, 2)
+
+
+def normed(x, weight, bias, norm_weight, norm_bias, eps, window):
+    """With LayerNorm. Returns the tokens (B, L, O) and the statistics (B, h, w) that backward needs."""
+    mean, rstd = patch_statistics(x, window, eps)
+    centred, rows, offset = fold_norm(weight, bias, norm_weight, norm_bias, x.dtype)
+    y = _convolve(x, centred, None, window).to(mean.dtype)
+    y.addcmul_(mean.unsqueeze(-1), -rows).mul_(rstd.unsqueeze(-1)).add_(offset)
+    return y.flatten(1, 2).to(x.dtype), mean, rstd
+
+
+def _convolution_backward(grad, x, weight, window, need_x, need_weight):
+    """Gradients of the convolution from ``grad`` (B, h, w, O), in its dtype: image (or ``None``), weight (or ``None``)."""
+    dtype = grad.dtype
+    d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2),
+        x.to(dtype).contiguous(memory_format=torch.channels_last),
+        weight.to(dtype).reshape(weight.shape[0], x.shape[1], *window.kernel),
+        None,
+        window.stride,
+        window.padding,
+        (1, 1),
+        False,
+        (0, 0),
+        1,
+        (need_x, need_weight, False),
+    )
+    return d_x, d_weight
+
+
+class Normed(torch.autograd.Function):
+    """Gradients of :func:`normed` (derivation in the math notes of CONTRIBUTING.md).
+
+    LayerNorm's two row means need neither the unfolded tokens nor their gradient: the mean of ``Wg^T G`` vanishes with
+    centred weights, and the mean of ``Wg^T G * xhat`` is ``G . (y - b') / K``.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, norm_weight, norm_bias, eps, window):
+        return normed(x, weight, bias, norm_weight, norm_bias, eps, window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, norm_weight, norm_bias, _, ctx.window = inputs
+        y, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(
+            x, weight, bias, norm_weight, norm_bias, mean, rstd, y if ctx.needs_input_grad[0] else None
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _mean, _rstd):
+        x, weight, bias, norm_weight, norm_bias, mean, rstd, y = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
+        window = ctx.window
+        wide = mean.dtype
+        centred, _, offset = fold_norm(weight, bias, norm_weight, norm_bias, x.dtype)
+        grad = grad.to(wide).unflatten(1, mean.shape[1:])
+        # In the accumulation dtype: rstd reaches 316 and could overflow float16, and the means subtracted from the
+        # weight gradient below would magnify its rounding.
+        scaled = grad * rstd.unsqueeze(-1)
+        need_products = need_weight or need_gamma
+        d_image, products = _convolution_backward(scaled, x, centred, window, need_x, need_products)
+
+        d_x = d_weight = d_bias = d_gamma = d_beta = None
+        total = grad.sum((0, 1, 2)) if need_weight or need_bias or need_beta else None
+        weight_wide = weight.to(wide)
+        if need_products:
+            # sum over tokens of G xhat^T, (O, K): the convolution's weight gradient, less the means
+            products = products.flatten(1) - (mean.flatten() @ scaled.flatten(0, 2)).unsqueeze(1)
+            if need_weight:
+                d_weight = products if norm_weight is None else products * norm_weight.to(wide)
+                if norm_bias is not None:
+                    d_weight = torch.addcmul(d_weight, total.unsqueeze(1), norm_bias.to(wide))
+                d_weight = d_weight.to(weight.dtype)
+            if need_gamma:
+                d_gamma = (weight_wide * products).sum(0).to(norm_weight.dtype)
+        if need_bias:
+            d_bias = total.to(bias.dtype)
+        if need_beta:
+            d_beta = (total @ weight_wide).to(norm_bias.dtype)
+        if need_x:
+            columns = x.shape[1] * window.taps
+            y = y.to(wide).unflatten(1, mean.shape[1:])
+            correlation = (grad * (y - offset)).sum(-1) / columns
+            alpha = rstd.square() * correlation
+            size = x.shape[2:]
+            scale = cover_sum(alpha, size, window).unsqueeze(1)
+            shift = cover_sum(alpha * mean, size, window).unsqueeze(1)
+            d_x = (d_image - x * scale + shift).to(x.dtype)
+        return d_x, d_weight, d_bias, d_gamma, d_beta, None, None
+
+
+class Plain(torch.autograd.Function):
+    """Gradients of :func:`plain`; keeps float16 sums in float32 and returns each gradient in its input's dtype."""
+
+    @staticmethod
+    def forward(x, weight, bias, window):
+        return plain(x, weight, bias, window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.window = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        window = ctx.window
+        # A weight gradient sums over every token, which can overflow float16.
+        wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+        grad_image = grad.to(wide).unflatten(1, window.grid(*x.shape[2:]))
+        d_x = d_weight = d_bias = None
+        if need_x or need_weight:
+            d_x, d_weight = _convolution_backward(
+                grad_image, x, weight.to(x.dtype), window, need_x, need_weight
+            )
+            d_x = d_x.to(x.dtype) if need_x else None
+            d_weight = d_weight.flatten(1).to(weight.dtype) if need_weight else None
+        if need_bias:
+            d_bias = grad.sum((0, 1), dtype=accumulation_dtype(grad.dtype)).to(ctx.bias_dtype)
+        return d_x, d_weight, d_bias, None
+
+
+def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding):
+    window = Window(tuple(kernel), tuple(stride), tuple(padding))
+    record = wants_gradient(x, weight, bias, norm_weight, norm_bias)
+    if norm_eps is None:
+        return Plain.apply(x, weight, bias, window) if record else plain(x, weight, bias, window)
+    run = Normed.apply if record else normed
+    return run(x, weight, bias, norm_weight, norm_bias, norm_eps, window)[0]

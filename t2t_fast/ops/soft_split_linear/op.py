@@ -1,0 +1,32 @@
+"""``t2t_fast::soft_split_linear``: soft split, LayerNorm and Linear without the unfolded tokens in between."""
+
+from ...backends import Implementation, always
+from ..library import define
+from . import aten_impl, reference
+
+
+def _autocast(call, dtype, x, weight, bias, norm_weight, norm_bias, norm_eps, *window):
+    """The output, and the operand if nothing is normalised, take autocast's dtype.
+
+    A float32 image that will be normalised stays float32: LayerNorm magnifies the rounding of a bright flat region up
+    to 316 times, and upstream's autocast, too, rounds only after LayerNorm.
+    """
+    if norm_eps is None:
+        x = x.to(dtype)
+    return call(x, weight, bias, norm_weight, norm_bias, norm_eps, *window).to(dtype)
+
+
+soft_split_linear = define(
+    "soft_split_linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, "
+    "int[2] kernel, int[2] stride, int[2] padding",
+    implementations={
+        "aten": Implementation(aten_impl.forward, always),
+        "reference": Implementation(reference.forward, always),
+    },
+    absent={
+        "triton": "no Triton kernel in this version",
+        "native": "no native kernel planned: the aten form's convolution is the fast one on a CPU",
+    },
+    autocast=_autocast,
+)

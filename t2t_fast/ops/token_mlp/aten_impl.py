@@ -1,0 +1,165 @@
+"""The tail of a token layer; backward recomputes everything from (y, v) and the dropout seed.
+
+    t = v + m1 (y Wp^T + bp)     n = LN(t)     h = n W1^T + b1     out = t + m2 (gelu(h) W2^T + b2)
+
+Matrix products run in the inputs' dtype; sums, LayerNorm and GELU in float32 (float64 for float64).
+
+Buffers are reused wherever a value is dead: on a CPU the first touch of fresh memory costs more than the arithmetic.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..library import accumulation_dtype, product, wants_gradient
+from ..philox import dropout_
+
+
+class Tail(NamedTuple):
+    """The parameters of the tail; biases and LayerNorm's two may be ``None``."""
+
+    proj_weight: torch.Tensor
+    proj_bias: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    norm_bias: torch.Tensor | None
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor | None
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor | None
+
+
+class Options(NamedTuple):
+    """LayerNorm's eps and the two dropout probabilities."""
+
+    norm_eps: float
+    proj_drop: float
+    mlp_drop: float
+
+
+def _linear(x, weight, bias):
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _skip(v, y, tail, options, seed):
+    """``t``: a new tensor in the accumulation dtype."""
+    t = _linear(y, tail.proj_weight, tail.proj_bias).to(accumulation_dtype(y.dtype))
+    return dropout_(t, options.proj_drop, seed, 1).add_(v)
+
+
+def run(y, v, tail, options, seed):
+    """Forward without autograd."""
+    t = _skip(v, y, tail, options, seed)
+    gamma, beta = (None if p is None else p.to(t.dtype) for p in (tail.norm_weight, tail.norm_bias))
+    n = F.layer_norm(t, t.shape[-1:], gamma, beta, options.norm_eps).to(y.dtype)
+    a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias))
+    f = _linear(a, tail.fc2_weight, tail.fc2_bias).to(t.dtype)
+    return t.add_(dropout_(f, options.mlp_drop, seed, 2)).to(y.dtype)
+
+
+def _weight_gradient(grad, x):
+    """``sum over tokens of grad x^T`` for (..., L, O) and (..., L, I): (O, I)."""
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def run_backward(grad, y, v, tail, options, seed, needed):
+    """All gradients, everything recomputed.
+
+    Args:
+        grad: (..., L, E) of the output.
+        needed: which of ``tail``'s parameters want a gradient.
+
+    Returns:
+        d_y, d_v (the skip's share, a new tensor in the accumulation dtype), and a list along ``tail`` with ``None``
+        where not needed.
+    """
+    dtype, wide = y.dtype, accumulation_dtype(y.dtype)
+    width = y.shape[-1]
+    gradients = Tail(*[None] * 8)._asdict()
+
+    def want(name):
+        return needed[Tail._fields.index(name)] and getattr(tail, name) is not None
+
+    def give(name, value):
+        gradients[name] = value.to(getattr(tail, name).dtype)
+
+    def give_bias(name, value):
+        if want(name):
+            give(name, value.flatten(0, -2).sum(0, dtype=wide))
+
+    gamma = y.new_ones(width, dtype=wide) if tail.norm_weight is None else tail.norm_weight.to(wide)
+    xhat = _skip(v, y, tail, options, seed)
+    xhat.sub_(xhat.mean(-1, keepdim=True))
+    rstd = torch.rsqrt(torch.linalg.vecdot(xhat, xhat).unsqueeze(-1) / width + options.norm_eps)
+    xhat.mul_(rstd)
+    n = xhat * gamma
+    n = (n if tail.norm_bias is None else n.add_(tail.norm_bias.to(wide))).to(dtype)
+    h = _linear(n, tail.fc1_weight, tail.fc1_bias)
+
+    grad = grad.to(wide)
+    d_f = (dropout_(grad.clone(), options.mlp_drop, seed, 2) if options.mlp_drop else grad).to(dtype)
+    d_h = d_f @ tail.fc2_weight.to(dtype)
+    torch.ops.aten.gelu_backward.grad_input(d_h, h, grad_input=d_h)
+    if want("fc2_weight"):
+        give("fc2_weight", _weight_gradient(d_f, torch.ops.aten.gelu_(h)))
+    give_bias("fc2_bias", d_f)
+    if want("fc1_weight"):
+        give("fc1_weight", _weight_gradient(d_h, n))
+    give_bias("fc1_bias", d_h)
+
+    d_n = product(d_h, tail.fc1_weight.to(dtype), into=h).to(wide)
+    give_bias("norm_bias", d_n)
+    products = torch.mul(d_n, xhat, out=n) if n.dtype == wide else d_n * xhat
+    give_bias("norm_weight", products)
+    along = (products @ gamma).unsqueeze(-1).div_(width)
+    mean = (d_n @ gamma).unsqueeze(-1).div_(width)
+    d_t = d_n.mul_(gamma).sub_(mean).sub_(xhat.mul_(along)).mul_(rstd).add_(grad)
+    d_p = (dropout_(products.copy_(d_t), options.proj_drop, seed, 1) if options.proj_drop else d_t).to(dtype)
+    if want("proj_weight"):
+        give("proj_weight", _weight_gradient(d_p, y))
+    give_bias("proj_bias", d_p)
+    return product(d_p, tail.proj_weight.to(dtype), into=xhat), d_t, list(gradients.values())
+
+
+class TokenMlp(torch.autograd.Function):
+    """Saves y, v and the parameters."""
+
+    @staticmethod
+    def forward(y, v, seed, options, *tail):
+        return run(y, v, Tail(*tail), options, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, v, seed, ctx.options, *tail = inputs
+        ctx.save_for_backward(y, v, seed, *tail)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, v, seed, *tail = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        d_y, d_v, gradients = run_backward(grad, y, v, Tail(*tail), ctx.options, seed, needed)
+        return d_y, d_v.to(v.dtype), None, None, *gradients
+
+
+def forward(
+    y,
+    v,
+    proj_weight,
+    proj_bias,
+    norm_weight,
+    norm_bias,
+    norm_eps,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    proj_drop,
+    mlp_drop,
+    seed,
+):
+    tail = Tail(proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    options = Options(norm_eps, proj_drop, mlp_drop)
+    if wants_gradient(y, v, *tail):
+        return TokenMlp.apply(y, v, seed, options, *tail)
+    return run(y, v, tail, options, seed)

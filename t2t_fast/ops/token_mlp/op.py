@@ -1,0 +1,25 @@
+"""``t2t_fast::token_mlp``: everything after the attention of a token layer, which is all per token."""
+
+from ...backends import Implementation, always
+from ..library import define
+from . import aten_impl, reference
+
+SIGNATURE = (
+    "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
+    "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "float proj_drop, float mlp_drop, Tensor? seed"
+)
+
+token_mlp = define(
+    "token_mlp",
+    "Tensor y, Tensor v, " + SIGNATURE,
+    implementations={
+        "aten": Implementation(aten_impl.forward, always),
+        "reference": Implementation(reference.forward, always),
+    },
+    absent={
+        "triton": "no Triton kernel in this version",
+        "native": "no native kernel in this version",
+    },
+    autocast=lambda call, dtype, y, v, *rest: call(y.to(dtype), v.to(dtype), *rest),
+)

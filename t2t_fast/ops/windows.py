@@ -1,0 +1,85 @@
+"""Window arithmetic in plain PyTorch that several operators share: split, compose, and sums over windows.
+
+A window of kh x kw pixels is walked as kh + kw (separable sums) or kh * kw (composition) strided slices; nothing of
+the unfolded width is built. All loops run over Python integers, so export and Inductor see plain slices.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def taps_along(x, dim, kernel, stride, steps):
+    """The ``kernel`` strided slices of ``x`` along ``dim``, each ``steps`` long; ``x`` is padded already."""
+    index = [slice(None)] * x.ndim
+    for tap in range(kernel):
+        index[dim] = slice(tap, tap + stride * (steps - 1) + 1, stride)
+        yield x[tuple(index)]
+
+
+def merge_statistics(count, mean, m2, window):
+    """Mean and sum of squared deviations of every window, from those of its cells of ``count`` values each.
+
+    Chan, Golub and LeVeque's merge, first along rows, then along columns, with the deviations taken from the merged
+    mean: no difference of large squares is ever formed, so a common offset of the image costs no digits. Zero padding
+    is a cell of mean 0 and deviation 0, and counts (as LayerNorm over an unfolded image counts it).
+
+    Args:
+        count: values per cell (the image's channels).
+        mean, m2: (B, H, W) statistics of the cells.
+        window: a :class:`Window`.
+
+    Returns:
+        mean and m2 of the windows, (B, h, w) each.
+    """
+    ph, pw = window.padding
+    mean, m2 = F.pad(mean, (pw, pw, ph, ph)), F.pad(m2, (pw, pw, ph, ph))
+    for dim, kernel, stride in ((2, window.kernel[1], window.stride[1]), (1, window.kernel[0], window.stride[0])):
+        if kernel == 1 and stride == 1:
+            continue
+        steps = (mean.shape[dim] - kernel) // stride + 1
+        cells = list(taps_along(mean, dim, kernel, stride, steps))
+        centre = sum(cells[1:], cells[0]) / kernel
+        spread = sum((cell - centre).square() for cell in cells)
+        m2 = sum(taps_along(m2, dim, kernel, stride, steps)) + count * spread
+        mean, count = centre, count * kernel
+    return mean, m2
+
+
+def cover_sum(x, size, window):
+    """For every pixel of an image of ``size``, the sum of (B, h, w) values of the windows that cover it: (B, H, W)."""
+    (kh, kw), (sh, sw), (ph, pw) = window
+    batch, h, w = x.shape
+    for dim, kernel, stride, padding, steps, length in ((1, kh, sh, ph, h, size[0]), (2, kw, sw, pw, w, size[1])):
+        shape = list(x.shape)
+        shape[dim] = max(length + 2 * padding, kernel)
+        out = x.new_zeros(shape)
+        for tap in taps_along(out, dim, kernel, stride, steps):
+            tap += x
+        x = out.narrow(dim, padding, length)
+    return x
+
+
+def split(x, window):
+    """(B, C, H, W) of any strides -> contiguous (B, L, C*kh*kw)."""
+    (kh, kw), (sh, sw), (ph, pw) = window
+    view = F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw)  # (B, C, h, w, kh, kw), no copy yet
+    batch, channels, h, w = view.shape[:4]
+    tokens = view.permute(0, 2, 3, 1, 4, 5).clone(memory_format=torch.contiguous_format)
+    return tokens.view(batch, h * w, channels * kh * kw)
+
+
+def compose(tokens, size, window):
+    """Adjoint of the soft split: (B, L, C*kh*kw) tokens -> (B, C, H, W) image in channels-last memory.
+
+    Every tap is one strided addition, in a fixed order: deterministic on every device.
+    """
+    (kh, kw), (sh, sw), (ph, pw) = window
+    height, width = size
+    h, w = window.grid(height, width)
+    batch, _, columns = tokens.shape
+    cells = tokens.view(batch, h, w, columns // window.taps, kh, kw)
+    image = tokens.new_zeros(batch, height + 2 * ph, width + 2 * pw, columns // window.taps)
+    for dy, band in enumerate(taps_along(image, 1, kh, sh, h)):
+        for dx, pixels in enumerate(taps_along(band, 2, kw, sw, w)):
+            pixels += cells[..., dy, dx]
+    return image[:, ph : ph + height, pw : pw + width].permute(0, 3, 1, 2)

@@ -1,0 +1,299 @@
+"""Eager models of the seed articles: non-square images and free soft-split kernels.
+
+Source: the ``modules`` folder of lanl/vision_transformers_explained. They differ from the official T2T-ViT in the
+scale of the token attention (its output width, not its input width), in the skip through ``v`` that *every* attention
+has, the backbone's too, and in the window: stride ``ceil(k / 2)`` and padding ``ceil(k / 4)`` as integer halves.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .layers import get_sinusoid_encoding, init_weights
+
+
+def count_tokens(w, h, k, s, p):
+    """Grid of an unfold with square window k, stride s, padding p: (new_w, new_h, tokens). Width comes first."""
+
+    def steps(n):
+        return math.floor((n + 2 * p - (k - 1) - 1) / s + 1)
+
+    return steps(w), steps(h), steps(w) * steps(h)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from width ``dim`` to width ``chan`` with a skip through ``v`` after the projection."""
+
+    def __init__(self, dim, chan, num_heads=1, qkv_bias=False, qk_scale=None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.chan = chan
+        self.head_dim = chan // num_heads
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.qkv = nn.Linear(dim, chan * 3, bias=qkv_bias)
+        self.proj = nn.Linear(chan, chan)
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        y = self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, self.chan))
+        return v.transpose(1, 2).reshape(batch, tokens, self.chan) + y
+
+
+class NeuralNet(nn.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, in_chan, hidden_chan=None, out_chan=None, act_layer=nn.GELU):
+        super().__init__()
+        self.fc1 = nn.Linear(in_chan, hidden_chan or in_chan)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_chan or in_chan, out_chan or in_chan)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class TokenTransformer(nn.Module):
+    """LayerNorm and attention (the width changes), then LayerNorm and MLP with a skip: (B, T, dim) -> (B, T, chan)."""
+
+    def __init__(
+        self,
+        dim,
+        chan,
+        num_heads,
+        hidden_chan_mul=1.0,
+        qkv_bias=False,
+        qk_scale=None,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, chan, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
+        self.norm2 = norm_layer(chan)
+        self.neuralnet = NeuralNet(chan, int(chan * hidden_chan_mul), chan, act_layer)
+
+    def forward(self, x):
+        x = self.attn(self.norm1(x))
+        return x + self.neuralnet(self.norm2(x))
+
+
+class Encoding(nn.Module):
+    """Backbone block: pre-norm attention and MLP, both with skips (and the skip through ``v`` inside)."""
+
+    def __init__(
+        self,
+        dim,
+        num_heads=1,
+        hidden_chan_mul=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
+        self.norm2 = norm_layer(dim)
+        self.neuralnet = NeuralNet(dim, int(dim * hidden_chan_mul), dim, act_layer)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.neuralnet(self.norm2(x))
+
+
+class Tokens2Token(nn.Module):
+    """(B, C, H, W) image, H and W free -> (B, tokens, token_len); window (k, (k+1)//2, (k+1)//4) per kernel k."""
+
+    def __init__(
+        self,
+        img_size=(1, 1000, 300),
+        softsplit_kernels=(7, 3, 3),
+        num_heads=1,
+        token_chan=64,
+        token_len=768,
+        hidden_chan_mul=1.0,
+        qkv_bias=False,
+        qk_scale=None,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        channels, height, width = img_size
+        options = dict(
+            num_heads=num_heads,
+            hidden_chan_mul=hidden_chan_mul,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+        )
+        self.token_chan = token_chan
+        self.grids = []
+        for index, k in enumerate(softsplit_kernels):
+            stride, padding = (k + 1) // 2, (k + 1) // 4
+            width, height, self.num_tokens = count_tokens(width, height, k, stride, padding)
+            self.grids.append((height, width))
+            self.add_module(f"soft_split{index}", nn.Unfold(kernel_size=k, stride=stride, padding=padding))
+        k0, k1, k2 = softsplit_kernels
+        self.transformer1 = TokenTransformer(channels * k0 * k0, token_chan, **options)
+        self.transformer2 = TokenTransformer(token_chan * k1 * k1, token_chan, **options)
+        self.project = nn.Linear(token_chan * k2 * k2, token_len)
+
+    def _restructurize(self, x, grid):
+        return x.transpose(1, 2).reshape(x.shape[0], self.token_chan, *grid)
+
+    def forward(self, x):
+        x = self.transformer1(self.soft_split0(x).transpose(1, 2))
+        x = self._restructurize(x, self.grids[0])
+        x = self.transformer2(self.soft_split1(x).transpose(1, 2))
+        x = self._restructurize(x, self.grids[1])
+        return self.project(self.soft_split2(x).transpose(1, 2))
+
+
+class ViT_Backbone(nn.Module):
+    """Class token, frozen sinusoidal positions, blocks, norm and a prediction head on the class token."""
+
+    def __init__(
+        self,
+        preds=1,
+        token_len=768,
+        num_tokens=16,
+        num_heads=1,
+        hidden_chan_mul=4.0,
+        depth=12,
+        qkv_bias=False,
+        qk_scale=None,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, token_len))
+        self.pos_embed = nn.Parameter(get_sinusoid_encoding(num_tokens + 1, token_len), requires_grad=False)
+        options = dict(
+            num_heads=num_heads,
+            hidden_chan_mul=hidden_chan_mul,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+        )
+        self.blocks = nn.ModuleList(Encoding(token_len, **options) for _ in range(depth))
+        self.norm = norm_layer(token_len)
+        self.head = nn.Linear(token_len, preds)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(init_weights)
+
+    def forward(self, x):
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+class Patch_Tokenization(nn.Module):
+    """Square, non-overlapping patches by unfold and Linear: (B, C, H, W) -> (B, tokens, token_len)."""
+
+    def __init__(self, img_size=(1, 60, 100), patch_size=50, token_len=768):
+        super().__init__()
+        channels, height, width = img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"Patch_Tokenization: patch_size {patch_size} must divide the image, got height {height}, width {width}"
+            )
+        self.num_tokens = (height // patch_size) * (width // patch_size)
+        self.split = nn.Unfold(kernel_size=patch_size, stride=patch_size, padding=0)
+        self.project = nn.Linear(channels * patch_size**2, token_len)
+
+    def forward(self, x):
+        return self.project(self.split(x).transpose(1, 2))
+
+
+class ViT_Model(nn.Module):
+    """Patch tokens and :class:`ViT_Backbone`: (B, C, H, W) -> (B, preds)."""
+
+    def __init__(
+        self,
+        img_size=(1, 400, 100),
+        patch_size=50,
+        token_len=768,
+        preds=1,
+        num_heads=1,
+        Encoding_hidden_chan_mul=4.0,
+        depth=12,
+        qkv_bias=False,
+        qk_scale=None,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.patch_tokens = Patch_Tokenization(img_size, patch_size, token_len)
+        self.backbone = ViT_Backbone(
+            preds,
+            token_len,
+            self.patch_tokens.num_tokens,
+            num_heads,
+            Encoding_hidden_chan_mul,
+            depth,
+            qkv_bias,
+            qk_scale,
+            act_layer,
+            norm_layer,
+        )
+        self.apply(init_weights)
+
+    def forward(self, x):
+        return self.backbone(self.patch_tokens(x))
+
+
+class T2T_ViT(nn.Module):
+    """:class:`Tokens2Token` and :class:`ViT_Backbone`: (B, C, H, W) -> (B, preds)."""
+
+    def __init__(
+        self,
+        img_size=(1, 1700, 500),
+        softsplit_kernels=(31, 3, 3),
+        preds=1,
+        token_len=768,
+        token_chan=64,
+        num_heads=1,
+        T2T_hidden_chan_mul=1.0,
+        Encoding_hidden_chan_mul=4.0,
+        depth=12,
+        qkv_bias=False,
+        qk_scale=None,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.tokens_to_token = Tokens2Token(
+            img_size,
+            softsplit_kernels,
+            num_heads,
+            token_chan,
+            token_len,
+            T2T_hidden_chan_mul,
+            qkv_bias,
+            qk_scale,
+            act_layer,
+            norm_layer,
+        )
+        self.vit_backbone = ViT_Backbone(
+            preds,
+            token_len,
+            self.tokens_to_token.num_tokens,
+            num_heads,
+            Encoding_hidden_chan_mul,
+            depth,
+            qkv_bias,
+            qk_scale,
+            act_layer,
+            norm_layer,
+        )
+        self.apply(init_weights)
+
+    def forward(self, x):
+        return self.vit_backbone(self.tokens_to_token(x))

@@ -1,0 +1,372 @@
+"""Inputs, error measures and the one tolerance table that tests, ``verify`` and benchmarks share.
+
+Errors are taken against the reference implementation in float64 on the same (already rounded) inputs, two ways: over
+the whole tensor, and for the worst row (a token, a pixel, a weight's row), so that one wrong border tile shows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from . import functional
+from .ops.spec import T2T_WINDOWS
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Per operator and direction: (tolerance, worst error measured over the cases below on a CPU, aten backend).
+# fp32 and half tolerances are those of the published error analysis of these formulas (about three times the error
+# of an exact emulation), not fitted to this code; the measured error beside each says how much of it is used.
+# `python -m t2t_fast.testing` prints the table anew.
+TOLERANCES = {
+    ("soft_split", "forward"): {"fp64": (0.0, 0.0), "fp32": (0.0, 0.0), "fp16": (0.0, 0.0), "bf16": (0.0, 0.0)},
+    ("soft_split", "backward"): {"fp64": (1e-14, 0.0), "fp32": (1e-6, 0.0), "fp16": (1e-3, 0.0), "bf16": (6e-3, 0.0)},
+    ("soft_composition", "forward"): {
+        "fp64": (1e-14, 0.0),
+        "fp32": (1e-6, 0.0),
+        "fp16": (1e-3, 0.0),
+        "bf16": (6e-3, 0.0),
+    },
+    ("soft_composition", "backward"): {"fp64": (0.0, 0.0), "fp32": (0.0, 0.0), "fp16": (0.0, 0.0), "bf16": (0.0, 0.0)},
+    ("soft_split_linear", "forward"): {
+        "fp64": (1e-13, 0.0),
+        "fp32": (2e-6, 0.0),
+        "fp16": (1e-3, 0.0),
+        "bf16": (8e-3, 0.0),
+    },
+    ("soft_split_linear", "backward"): {
+        "fp64": (1e-13, 0.0),
+        "fp32": (6e-6, 0.0),
+        "fp16": (1.2e-3, 0.0),
+        "bf16": (1e-2, 0.0),
+    },
+    ("performer_attention", "forward"): {
+        "fp64": (1e-13, 0.0),
+        "fp32": (5e-6, 0.0),
+        "fp16": (2.5e-3, 0.0),
+        "bf16": (1.5e-2, 0.0),
+    },
+    ("performer_attention", "backward"): {
+        "fp64": (1e-13, 0.0),
+        "fp32": (6e-6, 0.0),
+        "fp16": (4e-3, 0.0),
+        "bf16": (2.5e-2, 0.0),
+    },
+    ("token_mlp", "forward"): {"fp64": (1e-13, 0.0), "fp32": (1e-6, 0.0), "fp16": (1e-3, 0.0), "bf16": (6e-3, 0.0)},
+    ("token_mlp", "backward"): {"fp64": (1e-13, 0.0), "fp32": (2e-6, 0.0), "fp16": (1.5e-3, 0.0), "bf16": (1.2e-2, 0.0)},
+    ("performer_block", "forward"): {
+        "fp64": (1e-13, 0.0),
+        "fp32": (3e-6, 0.0),
+        "fp16": (2e-3, 0.0),
+        "bf16": (1.5e-2, 0.0),
+    },
+    ("performer_block", "backward"): {
+        "fp64": (1e-13, 0.0),
+        "fp32": (1e-5, 0.0),
+        "fp16": (8e-3, 0.0),
+        "bf16": (4e-2, 0.0),
+    },
+    ("t2t_module", "forward"): {"fp64": (1e-13, 0.0), "fp32": (3e-6, 0.0), "fp16": (2e-3, 0.0), "bf16": (1.5e-2, 0.0)},
+    ("t2t_module", "backward"): {"fp64": (1e-13, 0.0), "fp32": (1e-5, 0.0), "fp16": (8e-3, 0.0), "bf16": (4e-2, 0.0)},
+}
+
+ROW_FACTOR = 8
+"""How much larger than the tolerance the error of one row may be, relative to a mean row."""
+
+
+def tolerance(op, direction, dtype):
+    """The tolerance of ``op`` ("forward" or "backward") for a dtype."""
+    return TOLERANCES[op, direction][DTYPE_NAMES[dtype]][0]
+
+
+def errors(value, expected):
+    """(relative error of the whole tensor, largest error of a row relative to a mean row); NaN counts as infinite."""
+    value, expected = value.detach().double(), expected.detach().double()
+    if value.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
+    if value.numel() == 0:
+        return 0.0, 0.0
+    rows = (1, -1) if value.ndim < 2 else (-1, value.shape[-1])
+    difference, expected = (value - expected).reshape(rows), expected.reshape(rows)
+    difference = torch.nan_to_num(difference, nan=torch.inf)
+    scale = expected.norm()
+    if scale == 0:
+        size = difference.norm().item()
+        return size, size
+    mean_row = scale / expected.shape[0] ** 0.5
+    return (difference.norm() / scale).item(), (difference.norm(dim=1).max() / mean_row).item()
+
+
+def assert_close(value, expected, op, direction, dtype, label=""):
+    """Raise ``AssertionError`` with both errors unless they are within the table's tolerance."""
+    allowed = tolerance(op, direction, dtype)
+    whole, row = errors(value, expected)
+    if not (whole <= allowed and row <= ROW_FACTOR * allowed):
+        raise AssertionError(
+            f"{op} {direction} {DTYPE_NAMES[dtype]} {label}: error {whole:.2e} (worst row {row:.2e}), "
+            f"tolerance {allowed:.1e} (row {ROW_FACTOR * allowed:.1e})"
+        )
+
+
+@dataclass
+class Case:
+    """One call of an operator: named tensors, other arguments, and which tensors get a gradient."""
+
+    op: str
+    name: str
+    tensors: dict[str, torch.Tensor]
+    options: dict = field(default_factory=dict)
+    wants_gradient: tuple[str, ...] = ()
+
+    def cast(self, dtype, device="cpu"):
+        """The same case with its floating tensors rounded to ``dtype`` on ``device``."""
+        tensors = {
+            name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in self.tensors.items()
+        }
+        return Case(self.op, self.name, tensors, self.options, self.wants_gradient)
+
+    @property
+    def call(self) -> Callable:
+        """The function of :mod:`t2t_fast.functional`."""
+        return getattr(functional, self.op)
+
+    def run(self, backend="auto"):
+        """Forward only."""
+        return self.call(**self.tensors, **self.options, backend=backend)
+
+    def run_backward(self, backend="auto", round_to=None, seed=1):
+        """Forward and backward with a random upstream gradient: the output and the named gradients.
+
+        ``round_to`` rounds the upstream gradient first, so that a reference in a wider type sees the same numbers.
+        """
+        tensors = {
+            name: t.detach().requires_grad_(name in self.wants_gradient) if t.is_floating_point() else t
+            for name, t in self.tensors.items()
+        }
+        out = self.call(**tensors, **self.options, backend=backend)
+        generator = torch.Generator().manual_seed(seed)
+        upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        out.backward(upstream.to(round_to or out.dtype).to(out))
+        return out.detach(), {name: tensors[name].grad for name in self.wants_gradient}
+
+
+def natural_images(batch, channels, height, width, seed=0):
+    """Noise with a photograph's 1/f spectrum and an offset per image, clipped to ImageNet's normalised range."""
+    generator = torch.Generator().manual_seed(seed)
+    fy, fx = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
+    amplitude = 1 / (fy[:, None] ** 2 + fx[None] ** 2 + 1 / max(height, width) ** 2).sqrt()
+
+    def field(count):
+        white = torch.randn(batch, count, height, width, generator=generator)
+        shaped = torch.fft.ifft2(torch.fft.fft2(white) * amplitude).real
+        return shaped / shaped.std().clamp_min(1e-6) if shaped.numel() else shaped
+
+    offset = 0.5 * torch.randn(batch, 1, 1, 1, generator=generator)
+    return (field(1) + 0.3 * field(channels) + offset).clamp(-2.2, 2.6)
+
+
+def _normal(generator, *shape, std=1.0, mean=0.0):
+    return mean + std * torch.randn(*shape, generator=generator)
+
+
+def tail_parameters(generator, width, hidden=None, gain=1.0):
+    """Parameters of ``token_mlp``, all terms exercised."""
+    hidden = width if hidden is None else hidden
+    std = 0.125 * gain
+    return {
+        "proj_weight": _normal(generator, width, width, std=std),
+        "proj_bias": _normal(generator, width, std=0.05),
+        "norm_weight": _normal(generator, width, std=0.1, mean=1.0),
+        "norm_bias": _normal(generator, width, std=0.1),
+        "fc1_weight": _normal(generator, hidden, width, std=std),
+        "fc1_bias": _normal(generator, hidden, std=0.05),
+        "fc2_weight": _normal(generator, width, hidden, std=std),
+        "fc2_bias": _normal(generator, width, std=0.05),
+    }
+
+
+def features(generator, m, width):
+    """Random features as upstream draws them: orthogonal rows of norm sqrt(m)."""
+    return torch.nn.init.orthogonal_(torch.empty(m, width), generator=generator) * m**0.5
+
+
+# (name, batch, channels, height, width, kernel, stride, padding); T2T's three stages, then awkward ones
+WINDOW_CASES = [
+    ("stage1", 2, 3, 64, 64, *T2T_WINDOWS[0]),
+    ("stage2", 2, 64, 16, 16, *T2T_WINDOWS[1]),
+    ("non-square image", 1, 3, 37, 61, 7, 4, 2),
+    ("non-square window", 2, 5, 20, 31, (3, 5), (2, 3), (1, 2)),
+    ("gaps between windows", 2, 4, 19, 23, 2, 3, 0),
+    ("border not reached", 1, 8, 18, 21, 3, 2, 0),
+    ("one token", 3, 3, 7, 7, 7, 4, 0),
+    ("one pixel window", 2, 6, 9, 5, 1, 1, 0),
+    ("large kernel", 1, 1, 60, 100, 31, 16, 8),
+    ("batch 0", 0, 3, 16, 16, 7, 4, 2),
+]
+
+
+def soft_split_cases():
+    """Cases of ``soft_split``."""
+    return [
+        Case(
+            "soft_split",
+            name,
+            {"x": natural_images(b, c, h, w)},
+            {"kernel_size": k, "stride": s, "padding": p},
+            ("x",),
+        )
+        for name, b, c, h, w, k, s, p in WINDOW_CASES
+    ]
+
+
+def soft_composition_cases():
+    """Cases of ``soft_composition``."""
+    cases = []
+    for name, b, c, h, w, k, s, p in WINDOW_CASES:
+        win = functional.window(k, s, p)
+        rows, columns = win.grid(h, w)
+        tokens = torch.randn(b, rows * columns, c * win.taps, generator=torch.Generator().manual_seed(0))
+        options = {"output_size": (h, w), "kernel_size": k, "stride": s, "padding": p}
+        cases.append(Case("soft_composition", name, {"tokens": tokens}, options, ("tokens",)))
+    return cases
+
+
+def soft_split_linear_cases():
+    """Cases of ``soft_split_linear``: with and without LayerNorm, its affine part and the bias."""
+    cases = []
+    for index, (name, b, c, h, w, k, s, p) in enumerate(WINDOW_CASES):
+        generator = torch.Generator().manual_seed(index)
+        win = functional.window(k, s, p)
+        columns, out = c * win.taps, 24
+        options = {"kernel_size": k, "stride": s, "padding": p}
+        x = natural_images(b, c, h, w, seed=index)
+        weight = _normal(generator, out, columns, std=0.02 if columns > 100 else 0.1)
+        bias = _normal(generator, out, std=0.05)
+        norm = {
+            "norm_weight": _normal(generator, columns, std=0.1, mean=1.0),
+            "norm_bias": _normal(generator, columns, std=0.1),
+        }
+        plain = {"x": x, "weight": weight}
+        full = {**plain, "bias": bias}
+        cases.append(
+            Case(
+                "soft_split_linear",
+                f"{name}, LayerNorm",
+                {**full, **norm},
+                {**options, "norm_eps": 1e-5},
+                tuple({**full, **norm}),
+            )
+        )
+        cases.append(Case("soft_split_linear", f"{name}, Linear", full, options, tuple(full)))
+    bare = cases[2]
+    tensors = {name: bare.tensors[name] for name in ("x", "weight")}
+    options = {**bare.options, "norm_eps": 1e-5}
+    cases.append(Case("soft_split_linear", "stage2, LayerNorm without affine, no bias", tensors, options, tuple(tensors)))
+    return cases
+
+
+def performer_attention_cases():
+    """Cases of ``performer_attention``; q and k have the norms of a freshly initialised model (2 to 4)."""
+    cases = []
+    for name, shape, m, norm, eps in [
+        ("T2T stage 3", (2, 196, 64), 32, 2.0, 1e-8),
+        ("norm 4", (2, 131, 64), 32, 4.0, 1e-8),
+        ("norm 1", (1, 50, 32), 16, 1.0, 1e-8),
+        ("heads", (2, 3, 37, 16), 8, 1.5, 1e-8),
+        # one token attends to itself: only a half-open gate gives q, k and w a gradient worth comparing
+        ("one token", (2, 1, 64), 32, 2.0, 0.1),
+        ("odd sizes", (1, 77, 10), 5, 1.0, 1e-8),
+        ("eps 0", (1, 20, 16), 8, 1.0, 0.0),
+        ("batch 0", (0, 5, 16), 8, 1.0, 1e-8),
+    ]:
+        generator = torch.Generator().manual_seed(len(cases))
+        q, k = (_normal(generator, *shape, std=norm / shape[-1] ** 0.5) for _ in range(2))
+        tensors = {"q": q, "k": k, "v": _normal(generator, *shape), "w": features(generator, m, shape[-1])}
+        cases.append(Case("performer_attention", name, tensors, {"eps": eps}, ("q", "k", "v", "w")))
+    return cases
+
+
+def token_mlp_cases():
+    """Cases of ``token_mlp``, with and without dropout (a given seed makes the masks the same for every backend)."""
+    cases = []
+    for name, shape, hidden, drop in [
+        ("T2T stage 3", (2, 196, 64), 64, 0.0),
+        ("dropout", (2, 49, 64), 64, 0.1),
+        ("wide MLP", (1, 30, 24), 96, 0.0),
+        ("one token", (2, 1, 16), 16, 0.5),
+        ("batch 0", (0, 5, 16), 16, 0.0),
+    ]:
+        generator = torch.Generator().manual_seed(len(cases))
+        tensors = {"y": _normal(generator, *shape), "v": _normal(generator, *shape)}
+        tensors.update(tail_parameters(generator, shape[-1], hidden))
+        wants = tuple(tensors)
+        tensors["seed"] = torch.tensor(1234567890123)
+        options = {"proj_drop": drop, "mlp_drop": drop}
+        cases.append(Case("token_mlp", name, tensors, options, wants))
+    return cases
+
+
+def performer_block_cases():
+    """Cases of ``performer_block``."""
+    cases = []
+    for name, batch, length, width, m, drop, eps in [
+        ("T2T stage 3", 2, 196, 64, 32, 0.0, 1e-8),
+        ("dropout", 2, 49, 64, 32, 0.1, 1e-8),
+        ("odd sizes", 1, 37, 10, 3, 0.0, 1e-8),
+        ("one token", 2, 1, 16, 8, 0.0, 0.1),
+        ("batch 0", 0, 5, 16, 8, 0.0, 1e-8),
+    ]:
+        generator = torch.Generator().manual_seed(len(cases))
+        tensors = {
+            "kqv": _normal(generator, batch, length, 3 * width, std=2.0 / width**0.5),
+            "w": features(generator, m, width),
+        }
+        tensors.update(tail_parameters(generator, width))
+        wants = tuple(tensors)
+        tensors["seed"] = torch.tensor(1234567890123)
+        cases.append(Case("performer_block", name, tensors, {"proj_drop": drop, "mlp_drop": drop, "eps": eps}, wants))
+    return cases
+
+
+CASES = {
+    "soft_split": soft_split_cases,
+    "soft_composition": soft_composition_cases,
+    "soft_split_linear": soft_split_linear_cases,
+    "performer_attention": performer_attention_cases,
+    "token_mlp": token_mlp_cases,
+    "performer_block": performer_block_cases,
+}
+
+
+def measure(op, dtype, backend="aten", device="cpu"):
+    """Worst errors of an operator over its cases against the float64 reference.
+
+    Yields:
+        (case name, "forward" or the gradient's name, whole error, worst row's error).
+    """
+    for case in CASES[op]():
+        rounded = case.cast(dtype, device)
+        expected, expected_gradients = rounded.cast(torch.float64, "cpu").run_backward("reference", dtype)
+        out, gradients = rounded.run_backward(backend)
+        yield case.name, "forward", *errors(out.cpu(), expected)
+        for name, gradient in gradients.items():
+            yield case.name, name, *errors(gradient.cpu(), expected_gradients[name])
+
+
+def main():
+    """Print the worst measured errors beside the tolerances."""
+    for op in CASES:
+        for dtype_name, dtype in DTYPES.items():
+            worst = {"forward": (0.0, ""), "backward": (0.0, "")}
+            for case, part, whole, row in measure(op, dtype):
+                direction = "forward" if part == "forward" else "backward"
+                worst[direction] = max(worst[direction], (max(whole, row / ROW_FACTOR), f"{case}: {part}"))
+            for direction, (error, where) in worst.items():
+                allowed = tolerance(op, direction, dtype)
+                verdict = "" if error <= allowed else "  EXCEEDED"
+                print(f"{op:20} {direction:9} {dtype_name}  {error:.1e} of {allowed:.1e}  {where}{verdict}")
+
+
+if __name__ == "__main__":
+    main()
