@@ -7,19 +7,46 @@ __version__ = "0.1.0"
 
 from . import functional, models
 from .backends import backend, explain
+from .errors import BackendUnavailable, CheckpointError, NothingToSwap
+from .interop import (
+    LoadReport,
+    SwapReport,
+    T2TEmbed,
+    create_model,
+    export_model,
+    load_checkpoint,
+    swap,
+    swapped,
+    unswap,
+)
 from .models import T2TViT, list_models
 from .modules import SoftComposition, SoftSplit, T2TModule, TokenPerformer, TokenTransformer
+from .verification import VerifyReport, verify
 
 __all__ = [
+    "BackendUnavailable",
+    "CheckpointError",
+    "LoadReport",
+    "NothingToSwap",
     "SoftComposition",
     "SoftSplit",
+    "SwapReport",
+    "T2TEmbed",
     "T2TModule",
     "T2TViT",
     "TokenPerformer",
     "TokenTransformer",
+    "VerifyReport",
     "backend",
+    "create_model",
     "explain",
+    "export_model",
     "functional",
     "list_models",
+    "load_checkpoint",
     "models",
+    "swap",
+    "swapped",
+    "unswap",
+    "verify",
 ]

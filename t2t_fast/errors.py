@@ -37,9 +37,7 @@ def check_tensor(function, name, value, *, ndim=None, dtypes=FLOATING):
 def check_shape(function, name, value, shape, meaning):
     """Raise unless ``value`` has exactly ``shape``; ``meaning`` says where the expected numbers come from."""
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(
-            f"{function}: {name} must have shape {tuple(shape)} ({meaning}), got {tuple(value.shape)}"
-        )
+        raise ValueError(f"{function}: {name} must have shape {tuple(shape)} ({meaning}), got {tuple(value.shape)}")
 
 
 def check_together(function, first_name, first, *, same_dtype=True, **others):

@@ -41,7 +41,8 @@ def window(kernel_size, stride=1, padding=0, *, function="window"):
 
 def _same_dtype(x):
     """Whether operands must agree in dtype; under autocast they are brought together."""
-    return not torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
 def _image(function, x, grid):
@@ -64,7 +65,8 @@ def _check_window(function, win, height, width):
     if h < 1 or w < 1:
         (kh, kw), _, (ph, pw) = win
         raise ValueError(
-            f"{function}: the window {kh} x {kw} must fit into the padded image, got {height + 2 * ph} x {width + 2 * pw}"
+            f"{function}: the window {kh} x {kw} must fit into the padded image, "
+            f"got {height + 2 * ph} x {width + 2 * pw}"
         )
     return h, w
 

@@ -54,7 +54,12 @@ TOLERANCES = {
         "bf16": (2.5e-2, 0.0),
     },
     ("token_mlp", "forward"): {"fp64": (1e-13, 0.0), "fp32": (1e-6, 0.0), "fp16": (1e-3, 0.0), "bf16": (6e-3, 0.0)},
-    ("token_mlp", "backward"): {"fp64": (1e-13, 0.0), "fp32": (2e-6, 0.0), "fp16": (1.5e-3, 0.0), "bf16": (1.2e-2, 0.0)},
+    ("token_mlp", "backward"): {
+        "fp64": (1e-13, 0.0),
+        "fp32": (2e-6, 0.0),
+        "fp16": (1.5e-3, 0.0),
+        "bf16": (1.2e-2, 0.0),
+    },
     ("performer_block", "forward"): {
         "fp64": (1e-13, 0.0),
         "fp32": (3e-6, 0.0),
@@ -262,7 +267,9 @@ def soft_split_linear_cases():
     bare = cases[2]
     tensors = {name: bare.tensors[name] for name in ("x", "weight")}
     options = {**bare.options, "norm_eps": 1e-5}
-    cases.append(Case("soft_split_linear", "stage2, LayerNorm without affine, no bias", tensors, options, tuple(tensors)))
+    cases.append(
+        Case("soft_split_linear", "stage2, LayerNorm without affine, no bias", tensors, options, tuple(tensors))
+    )
     return cases
 
 

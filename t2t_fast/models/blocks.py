@@ -214,14 +214,14 @@ def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_confi
         return dense_blocks(embed_dim, drop_path_rate, growth_rate, block_config, options)
     if kind not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join([*BLOCKS, 'dense'])}, got {kind!r}")
-    rates = torch.linspace(0, drop_path_rate, depth).tolist()
+    rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
     return nn.ModuleList(BLOCKS[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
 
 
 def dense_blocks(width, drop_path_rate, growth_rate, block_config, options):
     """Stages of :class:`BlockDense`, with a halving :class:`Transition` between stages, as one list."""
     blocks = nn.ModuleList()
-    rates = torch.linspace(0, drop_path_rate, len(block_config)).tolist()
+    rates = torch.linspace(0, drop_path_rate, len(block_config), device="cpu").tolist()
     for stage, (count, rate) in enumerate(zip(block_config, rates, strict=True)):
         if stage > 0:
             blocks.append(Transition(width, width // 2))

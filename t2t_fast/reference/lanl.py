@@ -132,25 +132,23 @@ class Tokens2Token(nn.Module):
             norm_layer=norm_layer,
         )
         self.token_chan = token_chan
-        self.grids = []
-        for index, k in enumerate(softsplit_kernels):
-            stride, padding = (k + 1) // 2, (k + 1) // 4
-            width, height, self.num_tokens = count_tokens(width, height, k, stride, padding)
-            self.grids.append((height, width))
-            self.add_module(f"soft_split{index}", nn.Unfold(kernel_size=k, stride=stride, padding=padding))
+        self.windows = [(k, (k + 1) // 2, (k + 1) // 4) for k in softsplit_kernels]
+        for index, (k, s, p) in enumerate(self.windows):
+            width, height, self.num_tokens = count_tokens(width, height, k, s, p)
+            self.add_module(f"soft_split{index}", nn.Unfold(kernel_size=k, stride=s, padding=p))
         k0, k1, k2 = softsplit_kernels
         self.transformer1 = TokenTransformer(channels * k0 * k0, token_chan, **options)
         self.transformer2 = TokenTransformer(token_chan * k1 * k1, token_chan, **options)
         self.project = nn.Linear(token_chan * k2 * k2, token_len)
 
-    def _restructurize(self, x, grid):
-        return x.transpose(1, 2).reshape(x.shape[0], self.token_chan, *grid)
-
     def forward(self, x):
+        batch, _, height, width = x.shape
         x = self.transformer1(self.soft_split0(x).transpose(1, 2))
-        x = self._restructurize(x, self.grids[0])
+        width, height, _ = count_tokens(width, height, *self.windows[0])
+        x = x.transpose(1, 2).reshape(batch, self.token_chan, height, width)
         x = self.transformer2(self.soft_split1(x).transpose(1, 2))
-        x = self._restructurize(x, self.grids[1])
+        width, height, _ = count_tokens(width, height, *self.windows[1])
+        x = x.transpose(1, 2).reshape(batch, self.token_chan, height, width)
         return self.project(self.soft_split2(x).transpose(1, 2))
 
 

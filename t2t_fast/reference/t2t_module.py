@@ -36,15 +36,13 @@ class T2T_module(nn.Module):
                 self.attention1 = Token_performer(dim=in_chans * 7 * 7, in_dim=token_dim, kernel_ratio=0.5)
                 self.attention2 = Token_performer(dim=token_dim * 3 * 3, in_dim=token_dim, kernel_ratio=0.5)
             else:
-                self.attention1 = Token_transformer(
-                    dim=in_chans * 7 * 7, in_dim=token_dim, num_heads=1, mlp_ratio=1.0
-                )
-                self.attention2 = Token_transformer(
-                    dim=token_dim * 3 * 3, in_dim=token_dim, num_heads=1, mlp_ratio=1.0
-                )
+                self.attention1 = Token_transformer(dim=in_chans * 7 * 7, in_dim=token_dim, num_heads=1, mlp_ratio=1.0)
+                self.attention2 = Token_transformer(dim=token_dim * 3 * 3, in_dim=token_dim, num_heads=1, mlp_ratio=1.0)
             self.project = nn.Linear(token_dim * 3 * 3, embed_dim)
         else:
-            raise ValueError(f"T2T_module: tokens_type must be performer, transformer or convolution, got {tokens_type!r}")
+            raise ValueError(
+                f"T2T_module: tokens_type must be performer, transformer or convolution, got {tokens_type!r}"
+            )
         self.num_patches = (img_size // 16) ** 2
 
     @staticmethod

@@ -63,7 +63,7 @@ class T2T_ViT(nn.Module):
         self.apply(init_weights)
 
     def _build_blocks(self, embed_dim, depth, drop_path_rate, options):
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(self.block(dim=embed_dim, drop_path=rate, **options) for rate in rates)
         return embed_dim
 
@@ -102,7 +102,7 @@ class T2T_ViT_Dense(T2T_ViT):
         growth_rate, block_config = self._growth
         width = embed_dim
         self.blocks = nn.ModuleList()
-        for stage, rate in enumerate(torch.linspace(0, drop_path_rate, depth).tolist()):
+        for stage, rate in enumerate(torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()):
             if stage > 0:
                 self.blocks.append(Transition(width, width // 2))
                 width //= 2

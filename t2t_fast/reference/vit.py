@@ -69,15 +69,13 @@ class VisionTransformer(nn.Module):
                 drop_path=rate,
                 norm_layer=norm_layer,
             )
-            for rate in torch.linspace(0, drop_path_rate, depth).tolist()
+            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         )
         self.norm = norm_layer(embed_dim)
         self.pre_logits = nn.Identity()
         if representation_size and not distilled:
             self.num_features = representation_size
-            self.pre_logits = nn.Sequential(
-                OrderedDict(fc=nn.Linear(embed_dim, representation_size), act=nn.Tanh())
-            )
+            self.pre_logits = nn.Sequential(OrderedDict(fc=nn.Linear(embed_dim, representation_size), act=nn.Tanh()))
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head_dist = None
         if distilled:

@@ -17,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..library import accumulation_dtype, product, wants_gradient
+from ..library import accumulation_dtype, first_order, product, wants_gradient
 
 
 def half_square_norm(x):
@@ -124,7 +124,7 @@ class PerformerAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, w, lz, state)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad, _lz, _state):
         q, k, v, w, lz, state = ctx.saved_tensors
         wide = lz.dtype

@@ -7,7 +7,7 @@ Saved: kqv, the key state (m (E + 1) floats a sample), the dropout seed, the par
 
 import torch
 
-from ..library import accumulation_dtype, wants_gradient
+from ..library import accumulation_dtype, first_order, wants_gradient
 from ..performer_attention import aten_impl as attention
 from ..token_mlp.aten_impl import Options, Tail, run, run_backward
 
@@ -41,7 +41,7 @@ class PerformerBlock(torch.autograd.Function):
         ctx.save_for_backward(kqv, w, seed, lz, state, *tail)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad, _lz, _state):
         kqv, w, seed, lz, state, *tail = ctx.saved_tensors
         wide = lz.dtype

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..library import wants_gradient
+from ..library import first_order, wants_gradient
 from ..spec import Window
 from ..windows import compose, split
 
@@ -19,7 +19,7 @@ class SoftComposition(torch.autograd.Function):
         _, _, ctx.window = inputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):
         return split(grad, ctx.window), None, None
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..library import wants_gradient
+from ..library import first_order, wants_gradient
 from ..spec import Window
 from ..windows import compose, split
 
@@ -20,7 +20,7 @@ class SoftSplit(torch.autograd.Function):
         ctx.size = tuple(x.shape[2:])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):
         return compose(grad, ctx.size, ctx.window), None
 

@@ -15,7 +15,7 @@ Saved for backward: the image, ``mu`` and ``r`` (8 bytes a token), and, where th
 import torch
 import torch.nn.functional as F
 
-from ..library import accumulation_dtype, wants_gradient
+from ..library import accumulation_dtype, first_order, wants_gradient
 from ..spec import Window
 from ..windows import cover_sum, merge_statistics
 
@@ -71,7 +71,7 @@ def normed(x, weight, bias, norm_weight, norm_bias, eps, window):
 
 
 def _convolution_backward(grad, x, weight, window, need_x, need_weight):
-    """Gradients of the convolution from ``grad`` (B, h, w, O), in its dtype: image (or ``None``), weight (or ``None``)."""
+    """Gradients of image and weight, each ``None`` unless needed, from ``grad`` (B, h, w, O), in its dtype."""
     dtype = grad.dtype
     d_x, d_weight, _ = torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2),
@@ -110,7 +110,7 @@ class Normed(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad, _mean, _rstd):
         x, weight, bias, norm_weight, norm_bias, mean, rstd, y = ctx.saved_tensors
         need_x, need_weight, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
@@ -167,7 +167,7 @@ class Plain(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -177,9 +177,7 @@ class Plain(torch.autograd.Function):
         grad_image = grad.to(wide).unflatten(1, window.grid(*x.shape[2:]))
         d_x = d_weight = d_bias = None
         if need_x or need_weight:
-            d_x, d_weight = _convolution_backward(
-                grad_image, x, weight.to(x.dtype), window, need_x, need_weight
-            )
+            d_x, d_weight = _convolution_backward(grad_image, x, weight.to(x.dtype), window, need_x, need_weight)
             d_x = d_x.to(x.dtype) if need_x else None
             d_weight = d_weight.flatten(1).to(weight.dtype) if need_weight else None
         if need_bias:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..library import accumulation_dtype, product, wants_gradient
+from ..library import accumulation_dtype, first_order, product, wants_gradient
 from ..philox import dropout_
 
 
@@ -134,7 +134,7 @@ class TokenMlp(torch.autograd.Function):
         ctx.save_for_backward(y, v, seed, *tail)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):
         y, v, seed, *tail = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]

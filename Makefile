@@ -1,0 +1,61 @@
+# Everything runs in .venv, which the first target that needs it makes; once installed, all of it works offline.
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." is handed on: make test ARGS="-k soft_split".
+.DEFAULT_GOAL := help
+.PHONY: help demo test gpu bench lint env
+
+PYTHON ?= python3
+OUT ?= benchmarks/results/gpu-$(shell date -u +%Y-%m-%d)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# There until a new .venv is complete. Found at the next start, it says that half a package may lie there: begin anew.
+FILLING := $(VENV)/.filling
+LOG := $(VENV)/install.log
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(PY) -m pip install
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## a photo through a model before and after t2t_fast.swap: demo-report/report.html
+	@$(PY) -m t2t_fast demo $(ARGS)
+
+test: $(READY) ## all tests; those for a GPU are skipped without one
+	@$(PY) -m pytest $(ARGS)
+
+gpu: ## on a machine with a GPU, without network: build, test, verify, measure into OUT=DIR
+	@$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu --out $(OUT) $(ARGS)
+
+bench: $(READY) ## the benchmarks that this machine can run
+	@$(PY) -m t2t_fast bench $(ARGS)
+
+lint: $(READY) ## ruff: rules and format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+env: $(READY) ## versions, device, native build, and the backend of every operator with reasons
+	@$(PY) -m t2t_fast env $(ARGS)
+
+# The stamp lies inside .venv, so that it never outlives it; without a working Python there it counts for nothing.
+ifeq ($(shell $(PY) -c "" 2>&1 || echo broken),)
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+else
+.PHONY: $(READY)
+endif
+$(READY):
+	@if [ -e $(FILLING) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		echo "Making .venv with $(PYTHON)"; \
+		$(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@if [ -e $(READY) ]; then \
+		echo "Installing t2t_fast into .venv again: its project files have changed"; \
+	else \
+		echo "Installing PyTorch and what t2t_fast needs into .venv: minutes, and about 6 GB of disk, once"; \
+		touch $(FILLING); \
+	fi
+	@{ $(PIP) "torch>=2.11" torchvision timm "setuptools>=77" "pybind11>=2.12" \
+		&& $(PIP) -v --no-build-isolation -e ".[test]"; } >$(LOG) 2>&1 \
+		|| { tail -n 40 $(LOG); echo "pip failed; all that it said is in $(LOG)"; exit 1; } >&2
+	@sed -n 's/^ *\(t2t_fast: .*\)/\1/p' $(LOG)
+	@rm -f $(FILLING)
+	@touch $(READY)

@@ -1,0 +1,194 @@
+"""What each operator must move and compute: bytes and FLOPs of a fused implementation, per image, from its sizes.
+
+A cost is a list of kernels, because a floor is the sum over kernels of the slower of their two limits. The kernels are
+those of a three-operator design (soft split + LayerNorm + Linear; keys; queries and tail), activations of ``element``
+bytes read and written once each, statistics and key state in float32. Weights are left out: they do not grow with the
+batch. Letters: L tokens, E width, m random features, P = C*H*W pixels of the image that is split.
+"""
+
+from typing import NamedTuple
+
+from t2t_fast.ops.spec import T2T_WINDOWS
+
+WIDTH = 64
+"""Token width inside the T2T module."""
+
+FEATURES = 32
+"""Random features of its Performer."""
+
+
+class Kernel(NamedTuple):
+    """Bytes moved and floating-point operations."""
+
+    bytes: float
+    flops: float
+
+
+class Cost(NamedTuple):
+    """Kernels of the forward and of the backward pass, and the bytes that must be kept between them."""
+
+    forward: tuple[Kernel, ...]
+    backward: tuple[Kernel, ...] = ()
+    saved: float = 0.0
+
+    def kernels(self, mode):
+        """The kernels of "inference" or of "training" (forward and backward)."""
+        return self.forward if mode == "inference" else self.forward + self.backward
+
+    def bytes(self, mode):
+        return sum(kernel.bytes for kernel in self.kernels(mode))
+
+    def flops(self, mode):
+        return sum(kernel.flops for kernel in self.kernels(mode))
+
+    def floor(self, mode, bandwidth, flops):
+        """Seconds that no implementation of this design can beat at so many bytes/s and FLOP/s."""
+        return sum(max(kernel.bytes / bandwidth, kernel.flops / flops) for kernel in self.kernels(mode))
+
+
+def chain(*costs):
+    """The cost of one after the other."""
+    return Cost(
+        tuple(kernel for cost in costs for kernel in cost.forward),
+        tuple(kernel for cost in reversed(costs) for kernel in cost.backward),
+        sum(cost.saved for cost in costs),
+    )
+
+
+def _sizes(channels, height, width, window):
+    h, w = window.grid(height, width)
+    return h * w, channels * window.taps, channels * height * width
+
+
+def soft_split(channels, height, width, window, element=2):
+    """Image read once, tokens written once; backward the other way round."""
+    length, columns, pixels = _sizes(channels, height, width, window)
+    kernel = Kernel((pixels + length * columns) * element, 0)
+    return Cost((kernel,), (kernel,))
+
+
+def soft_composition(channels, height, width, window, element=2):
+    """The same traffic as the soft split, with one addition per token element forward."""
+    length, columns, _ = _sizes(channels, height, width, window)
+    (split,) = soft_split(channels, height, width, window, element).forward
+    return Cost((split._replace(flops=length * columns),), (split,))
+
+
+def soft_split_linear(channels, height, width, window, out, element=2, *, norm=True, image_gradient=True):
+    """One implicit GEMM; backward a weight gradient and, where asked for, an image gradient."""
+    length, columns, pixels = _sizes(channels, height, width, window)
+    product = 2 * length * columns * out
+    traffic = (pixels + out * length) * element
+    statistics = 8 * length if norm else 0
+    backward = [Kernel(traffic + statistics, product)]
+    if image_gradient:
+        # LayerNorm's share of the gradient needs the image and two scalars a token once more
+        correction = pixels * element + 16 * length if norm else 0
+        backward.append(Kernel(traffic + correction, product))
+    return Cost((Kernel(traffic + statistics, product),), tuple(backward), pixels * element + statistics)
+
+
+def _state(width, features):
+    return 4 * (features * width + features)
+
+
+def performer_attention(length, width=WIDTH, features=FEATURES, element=2):
+    """A pass over the keys and a pass over the queries, each way."""
+    row, state, product = width * length * element, _state(width, features), length * width * features
+    return Cost(
+        (Kernel(2 * row + state, 4 * product), Kernel(2 * row + state, 4 * product)),
+        (Kernel(3 * row + 2 * state, 10 * product), Kernel(4 * row + 2 * state, 8 * product)),
+        3 * row + state,
+    )
+
+
+def token_mlp(length, width=WIDTH, hidden=WIDTH, element=2):
+    """Reads y and v, writes the tokens; backward recomputes all but the last product."""
+    row, square, wide = width * length * element, width * width, width * hidden
+    return Cost(
+        (Kernel(3 * row, 2 * length * (square + 2 * wide)),),
+        (Kernel(5 * row, 2 * length * (3 * square + 5 * wide)),),
+        2 * row,
+    )
+
+
+def performer_block(length, width=WIDTH, features=FEATURES, element=2):
+    """The key pass, then the query pass with the tail in it; the attention's output never reaches memory."""
+    row, state, product = width * length * element, _state(width, features), length * width * features
+    tail = token_mlp(length, width, width, element)
+    return Cost(
+        (Kernel(2 * row + state, 4 * product), Kernel(3 * row + state, 4 * product + tail.forward[0].flops)),
+        (
+            Kernel(5 * row + 8 * length + 2 * state, 10 * product + tail.backward[0].flops),
+            Kernel(5 * row + 16 * length + 2 * state, 8 * product),
+        ),
+        3 * row + state,
+    )
+
+
+def softmax_attention(length, width=WIDTH, element=2):
+    """Flash attention with one head; backward rebuilds the weights from the saved logsumexp (4 bytes a token)."""
+    row, product = width * length * element, 4 * length * length * width
+    return Cost(
+        (Kernel(4 * row + 4 * length, product),),
+        (Kernel(9 * row + 8 * length, 2.5 * product),),
+        4 * row + 4 * length,
+    )
+
+
+def t2t_stages(tokens_type, size=224, embed_dim=384, element=2):
+    """The three stages of a T2T module, a :class:`Cost` each."""
+    stages, channels, height = [], 3, size
+    for index, window in enumerate(T2T_WINDOWS):
+        length, _, _ = _sizes(channels, height, height, window)
+        if index == 2:
+            stages.append(soft_split_linear(channels, height, height, window, embed_dim, element, norm=False))
+            break
+        first = soft_split_linear(channels, height, height, window, 3 * WIDTH, element, image_gradient=index > 0)
+        if tokens_type == "performer":
+            rest = performer_block(length, element=element)
+        else:
+            attention, tail = softmax_attention(length, element=element), token_mlp(length, element=element)
+            # the tail keeps y and v, which the attention has kept already
+            rest = chain(attention, tail._replace(saved=0))
+        stages.append(chain(first, rest))
+        channels, height = WIDTH, window.grid(height, height)[0]
+    return stages
+
+
+def t2t_module(tokens_type, size=224, embed_dim=384, element=2):
+    """A whole T2T module."""
+    return chain(*t2t_stages(tokens_type, size, embed_dim, element))
+
+
+def backbone(tokens, dim, depth, mlp_ratio, element=2):
+    """Plain transformer blocks with LayerNorm fused into the product that follows and flash attention."""
+    row = tokens * dim * element
+
+    def product(columns_in, columns_out):
+        return 2 * tokens * columns_in * columns_out
+
+    hidden = dim * mlp_ratio
+    attention = 4 * tokens * tokens * dim
+    forward = (
+        Kernel(4 * row, product(dim, 3 * dim)),
+        Kernel(4 * row, attention),
+        Kernel(3 * row, product(dim, dim)),
+        Kernel((1 + mlp_ratio) * row, product(dim, hidden)),
+        Kernel((mlp_ratio + 2) * row, product(hidden, dim)),
+    )
+    backward = (
+        Kernel(8 * row, 2 * product(dim, 3 * dim)),
+        Kernel(9 * row, 2.5 * attention),
+        Kernel(5 * row, 2 * product(dim, dim)),
+        Kernel((3 + 3 * mlp_ratio) * row, 2 * product(dim, hidden)),
+        Kernel((3 + 3 * mlp_ratio) * row, 2 * product(hidden, dim)),
+    )
+    return Cost(forward * depth, backward * depth)
+
+
+def t2t_vit(tokens_type, size, dim, depth, mlp_ratio, element=2):
+    """A whole T2T-ViT without its classifier; what the backbone keeps for backward is not counted."""
+    tokens = (size // 16) ** 2 + 1
+    module = t2t_module(tokens_type, size, dim, element)._replace(saved=0)
+    return chain(module, backbone(tokens, dim, depth, mlp_ratio, element))

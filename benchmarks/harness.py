@@ -1,0 +1,270 @@
+"""Check, then time the providers of a group interleaved.
+
+Everything is made before the clock runs: inputs, upstream gradient, truth in float64. Each provider is then called
+once (compilation, autotuning), checked against the truth (:func:`prepare`) and warmed up, apart from its timings. The
+timed part goes round by round: in each round every provider has one turn, and the order rotates. A machine whose
+speed drifts thus slows down everyone alike, and a ratio is taken inside a round: it is the median of the rounds'
+ratios, with its 20th and 80th percentile.
+
+pytest-benchmark can only run one function after the other, so its rows replay the rounds' seconds through its own
+``timer=`` option (:class:`Replay`): its JSON holds, row by row and in the order of the rounds, what was measured here.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+import t2t_fast
+
+from . import clocks, memory, operators, subjects
+from .providers import BASELINE, BY_NAME, compiled
+from .subjects import Implementation
+
+FRONT_END = "front end"
+MIN_ROUNDS, MAX_ROUNDS = 7, 60
+WARM_UP_CALLS = 2
+
+
+class TooLarge(RuntimeError):
+    """A provider does not fit into this machine's memory at this size; its row is skipped."""
+
+
+@dataclass
+class Participant:
+    """A provider in a group: how to call it, and what is known about it."""
+
+    name: str
+    implementation: Implementation
+    forward: Callable
+    step: Callable
+    calls: int = 1
+    call_seconds: float = 0.0
+    times: list[float] = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
+
+
+def interleave(participants, clock, rounds):
+    """Time all participants: one turn each in every round, the order rotating by one from round to round."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            first = index % len(participants)
+            for participant in participants[first:] + participants[:first]:
+                participant.times.append(clock.turn(participant.step, participant.implementation, participant.calls))
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def rounds_for(seconds_per_round, budget):
+    """As many rounds as the budget allows, within :data:`MIN_ROUNDS` and :data:`MAX_ROUNDS`."""
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / seconds_per_round))) if seconds_per_round > 0 else MAX_ROUNDS
+
+
+class Replay:
+    """A ``timer=`` for pytest-benchmark that hands out measured durations: called twice a round, start and end."""
+
+    def __init__(self):
+        self._readings = iter(())
+
+    def load(self, times):
+        """Durations for the next ``len(times)`` rounds."""
+        readings, now = [], 0.0
+        for seconds in times:
+            # starting at 0 each time keeps the difference exact
+            readings += [now, now + seconds]
+        self._readings = iter(readings)
+
+    def __call__(self):
+        return next(self._readings)
+
+
+REPLAY = Replay()
+"""The timer of every row's test."""
+
+
+# ---------------------------------------------------------------- one provider
+
+
+def _forward(subject, provider, implementation, device):
+    """A function of an input set's index that computes the output."""
+    function = compiled(implementation.function, device) if provider.compiled else implementation.function
+    cudagraphs = provider.compiled and device == "cuda"
+    backend = partial(t2t_fast.backend, "aten") if provider.source == "aten" else nullcontext
+
+    def forward(index):
+        if cudagraphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.set_grad_enabled(subject.training), subject.autocast, backend():
+            return function(**implementation.inputs[index])
+
+    return forward
+
+
+def _step(subject, implementation, forward, backward):
+    """The timed call, without arguments; it takes the next input set each time."""
+    turn = 0
+
+    def step():
+        nonlocal turn
+        turn += 1
+        out = forward(turn % len(implementation.inputs))
+        if subject.training:
+            backward(out)
+            if implementation.optimizer is not None:
+                implementation.optimizer.step()
+
+    return step
+
+
+def _first_call(subject, implementation, forward, device):
+    """Output, gradients and seconds of a first call, and the backward function made for such outputs."""
+    start = time.perf_counter()
+    out = forward(0)
+    backward = None
+    if subject.training:
+        backward = subject.backward(out, implementation)
+        backward(out)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    gradients = implementation.gradients(0) if subject.training else {}
+    return out.detach(), gradients, seconds, backward
+
+
+def prepare(subject, provider, device, clock, thorough=True):
+    """Build, check, compile and warm up one provider; raises ``AssertionError`` where a check fails.
+
+    With dropout active nothing can be compared exactly, so a module's or model's training is checked twice: in eval
+    mode exactly, then in train mode, as it is timed, within dropout's noise. Not ``thorough``: compiled code only the
+    second way, because for it the first means to compile once more.
+    """
+    implementation = subject.make(provider.source)
+    forward = _forward(subject, provider, implementation, device)
+    dropout = subject.training and implementation.module is not None
+    error = gradient_error = backward = None
+    if thorough or not (dropout and provider.compiled):
+        out, gradients, first, backward = _first_call(subject, implementation, forward, device)
+        error, gradient_error = subject.check(out, gradients, implementation)
+        implementation.clear()
+    if dropout:
+        implementation.module.train()
+        out, gradients, first, backward = _first_call(subject, implementation, forward, device)
+        subject.check(out, gradients, implementation, noisy=True)
+        implementation.clear()
+    del out, gradients
+    step = _step(subject, implementation, forward, backward)
+    warm = [clock.once(step, implementation) for _ in range(WARM_UP_CALLS)]
+    facts = {
+        "error": error,
+        "gradient_error": gradient_error,
+        "first_call_s": first,
+        "warm_up_s": sum(warm),
+        "calls_per_round": clock.calls(warm[-1]),
+    }
+    return Participant(provider.name, implementation, forward, step, facts["calls_per_round"], warm[-1], facts=facts)
+
+
+def front_end(subject, implementation, clock):
+    """The part of upstream's model that the package replaces, timed along with the model for Amdahl's limit."""
+    module = implementation.front_end
+    part = Implementation(module, implementation.inputs, implementation.leaves, module=module)
+    forward = _forward(subject, BY_NAME[BASELINE], part, subject.device)
+    backward = None
+    if subject.training:
+        gradient = torch.randn_like(forward(0))
+
+        def backward(out):
+            out.backward(gradient)
+
+    step = _step(subject, part, forward, backward)
+    warm = [clock.once(step, part) for _ in range(1 + WARM_UP_CALLS)]
+    return Participant(FRONT_END, part, forward, step, clock.calls(warm[-1]), warm[-1])
+
+
+def measure_memory(subject, provider, participant, device):
+    """Saved and peak bytes of one call; ``None`` where there is nothing or no honest number."""
+    implementation = participant.implementation
+    implementation.clear()
+    saved = None
+    if subject.training:
+        parameters = list(implementation.leaves.values())
+        if implementation.module is not None:
+            parameters = list(implementation.module.parameters())
+        saved = memory.saved_bytes(lambda: participant.forward(0), parameters)
+    peak = None
+    # under CUDA graphs a call allocates nothing: its pool was filled when the graph was captured
+    if not (provider.compiled and device == "cuda"):
+        implementation.clear()
+        peak = memory.peak_bytes(participant.step, device)
+    implementation.clear()
+    return {"saved_bytes": saved, "peak_bytes": peak}
+
+
+# ---------------------------------------------------------------- one group
+
+
+def estimated_bytes(group, provider):
+    """Memory that upstream's attention weights take at the Transformer's first stage; 0 where there are none."""
+    softmax = group.level != "op" and (group.subject == "transformer" or "_t_" in group.subject)
+    if not softmax or provider.source != "upstream":
+        return 0
+    length = operators.length(1, group.size)
+    # 3.2 times the weights are alive at the peak of forward and backward (counted from the eager graph)
+    return 3.5 * 4 * length * length * group.batch
+
+
+def available_bytes(device):
+    """Free memory of the device."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(group, names, device, budget, say, thorough=True):
+    """Measure some providers of a group.
+
+    Args:
+        names: of the providers; budget: seconds for the interleaved rounds; say: called with a line of progress;
+            thorough: see :func:`prepare`.
+
+    Returns:
+        name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that its row must raise.
+    """
+    torch._dynamo.reset()
+    clock = clocks.clock(device)
+    results = {}
+    say("inputs and float64 truth")
+    subject = subjects.build(group, device)
+    for name in names:
+        provider = BY_NAME[name]
+        needed = estimated_bytes(group, provider)
+        if needed > 0.8 * available_bytes(device):
+            results[name] = TooLarge(f"needs about {needed / 1e9:.0f} GB, free are {available_bytes(device) / 1e9:.0f}")
+            continue
+        say(f"{provider.label}: check{', compile' if provider.compiled else ''}, warm up")
+        try:
+            results[name] = prepare(subject, provider, device, clock, thorough)
+        except Exception as failure:  # noqa: BLE001 - raised again by this provider's row; its peers are still measured
+            results[name] = failure
+    timed = [result for result in results.values() if isinstance(result, Participant)]
+    if group.level == "model" and isinstance(results.get(BASELINE), Participant):
+        results[FRONT_END] = front_end(subject, results[BASELINE].implementation, clock)
+        timed.append(results[FRONT_END])
+    rounds = rounds_for(sum(clock.turn_seconds(p.call_seconds, p.calls) for p in timed), budget)
+    if timed:
+        say(f"{rounds} interleaved rounds of {len(timed)}")
+        interleave(timed, clock, rounds)
+    for participant in timed:
+        if participant.name != FRONT_END:
+            participant.facts |= measure_memory(subject, BY_NAME[participant.name], participant, device)
+            participant.facts["cost"] = subject.cost
+    return results

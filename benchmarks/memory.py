@@ -1,0 +1,42 @@
+"""Memory of one call: bytes saved for backward, and the most bytes alive at a time."""
+
+import torch
+
+
+def saved_bytes(forward, parameters):
+    """Bytes that autograd keeps after ``forward()`` until backward, each storage once, ``parameters`` left out."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(found.values())
+
+
+def peak_bytes(call, device):
+    """Most bytes allocated at a time by ``call()`` beyond what was there before; its gradients are among them.
+
+    On CUDA the caching allocator's count; on a CPU that of torch's allocator as its profiler records it. The latter
+    sees eager and compiled code alike, but not what a library (oneDNN, MKL) takes for itself.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    alive = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most

@@ -1,0 +1,268 @@
+"""The operators at the sizes they have in T2T-ViT, each with every way to compute it that competes.
+
+"upstream" is written as upstream's modules compute it, restructurization of tokens to an image included; "t2t_fast" is
+the function of :mod:`t2t_fast.functional`. The others are what one would otherwise reach for: ``F.unfold`` and
+``F.fold`` alone, the bare convolution, softmax attention.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from t2t_fast import functional
+from t2t_fast.ops.spec import T2T_WINDOWS, square
+from t2t_fast.reference.token_performer import at_least_float32
+from t2t_fast.testing import features, natural_images, tail_parameters
+
+from . import costs
+
+NORM_EPS = 1e-5
+
+
+@dataclass
+class Operator:
+    """One operator at one size.
+
+    Attributes:
+        name: the function of :mod:`t2t_fast.functional`, which is also its line in the tolerance table.
+        moving: tensors that scale with the batch (they rotate between calls); image: among them, an image that stays
+            float32 under autocast and gets no gradient, as the first stage's.
+        parameters: the other tensors.
+        sources: name -> function of keyword tensors.
+        others: sources that compute something else, which is then their own truth.
+        layouts: source -> how to bring its output to the layout of the operator's, and back (an involution).
+        cost: bytes and FLOPs for an element size.
+    """
+
+    name: str
+    moving: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
+    sources: dict[str, Callable]
+    cost: Callable
+    image: bool = False
+    others: tuple[str, ...] = ()
+    layouts: dict[str, Callable] = field(default_factory=dict)
+
+
+def _generator():
+    return torch.Generator().manual_seed(0)
+
+
+def _stage(stage, size):
+    """Channels, side and window of a stage's input."""
+    side = size
+    for window in T2T_WINDOWS[: stage - 1]:
+        side = window.grid(side, side)[0]
+    return (3 if stage == 1 else costs.WIDTH), side, T2T_WINDOWS[stage - 1]
+
+
+def length(stage, size):
+    """Tokens that a stage's attention sees."""
+    _, side, window = _stage(stage, size)
+    return window.grid(side, side)[0] ** 2
+
+
+def _input(stage, size, batch):
+    """A stage's input and its grid: the image, or tokens with a photograph's spectrum."""
+    channels, side, _ = _stage(stage, size)
+    image = natural_images(batch, channels, side, side)
+    if stage == 1:
+        return image, None
+    return image.flatten(2).transpose(1, 2).contiguous(), (side, side)
+
+
+def _as_image(x, grid):
+    """Upstream's restructurization."""
+    return x if grid is None else x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
+
+
+def _transposed(x):
+    return x.transpose(1, 2)
+
+
+def soft_split(stage, size, batch):
+    x, grid = _input(stage, size, batch)
+    channels, side, window = _stage(stage, size)
+    kernel, step, pad = window
+
+    def unfold(x):
+        return F.unfold(_as_image(x, grid), kernel, stride=step, padding=pad)
+
+    return Operator(
+        "soft_split",
+        {"x": x},
+        {},
+        {
+            "upstream": lambda x: unfold(x).transpose(1, 2).contiguous(),
+            "t2t_fast": lambda x: functional.soft_split(x, *window, grid=grid),
+            "unfold": unfold,
+        },
+        lambda element: costs.soft_split(channels, side, side, window, element),
+        layouts={"unfold": _transposed},
+    )
+
+
+def soft_composition(stage, size, batch):
+    """The adjoint of stage 2's split, or the window of FuseFormer's feed-forward (k7 s3 p3, 60 x 108, 40 channels)."""
+    if stage is None:
+        channels, height, width, window = 40, 60, 108, square(7, 3, 3)
+    else:
+        channels, height, window = _stage(stage, size)
+        width = height
+    h, w = window.grid(height, width)
+    kernel, step, pad = window
+    tokens = torch.randn(batch, h * w, channels * window.taps, generator=_generator())
+
+    def fold(tokens):
+        return F.fold(tokens.transpose(1, 2), (height, width), kernel, stride=step, padding=pad)
+
+    return Operator(
+        "soft_composition",
+        {"tokens": tokens},
+        {},
+        {
+            "upstream": fold,
+            "t2t_fast": lambda tokens: functional.soft_composition(tokens, (height, width), *window),
+        },
+        lambda element: costs.soft_composition(channels, height, width, window, element),
+    )
+
+
+def soft_split_linear(stage, size, batch):
+    """Stages 1 and 2 with LayerNorm to 192 columns, stage 3 without to 384."""
+    x, grid = _input(stage, size, batch)
+    channels, side, window = _stage(stage, size)
+    kernel, step, pad = window
+    columns, norm = channels * window.taps, stage < 3
+    out = 3 * costs.WIDTH if norm else 384
+    generator = _generator()
+    parameters = {
+        "weight": torch.randn(out, columns, generator=generator) * columns**-0.5,
+        "bias": 0.05 * torch.randn(out, generator=generator),
+    }
+    if norm:
+        parameters["norm_weight"] = 1 + 0.1 * torch.randn(columns, generator=generator)
+        parameters["norm_bias"] = 0.1 * torch.randn(columns, generator=generator)
+
+    def upstream(x, weight, bias, norm_weight=None, norm_bias=None):
+        tokens = F.unfold(_as_image(x, grid), kernel, stride=step, padding=pad).transpose(1, 2)
+        if norm:
+            tokens = F.layer_norm(tokens, (columns,), norm_weight, norm_bias, NORM_EPS)
+        return F.linear(tokens, weight, bias)
+
+    def ours(x, weight, bias, **affine):
+        eps = NORM_EPS if norm else None
+        return functional.soft_split_linear(x, weight, bias, *window, grid=grid, norm_eps=eps, **affine)
+
+    def convolution(x, weight, bias, **affine):
+        image = x if grid is None else x.transpose(1, 2).unflatten(2, grid)
+        image = image.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(image, weight.view(out, channels, *kernel), bias, stride=step, padding=pad)
+        return y.permute(0, 2, 3, 1).flatten(1, 2)
+
+    return Operator(
+        "soft_split_linear",
+        {"x": x},
+        parameters,
+        {"upstream": upstream, "t2t_fast": ours, "convolution": convolution},
+        lambda element: costs.soft_split_linear(
+            channels, side, side, window, out, element, norm=norm, image_gradient=stage > 1
+        ),
+        image=stage == 1,
+        others=("convolution",) if norm else (),
+    )
+
+
+def _attention(q, k, v, w):
+    """The middle of upstream's ``Token_performer.single_attn``, as ``t2t_fast.reference`` writes it."""
+
+    def prm_exp(x):
+        half_norm = (x * x).sum(dim=-1, keepdim=True).repeat(1, 1, w.shape[0]) / 2
+        wx = torch.einsum("bti,mi->btm", at_least_float32(x), w)
+        return torch.exp(wx - half_norm) / w.shape[0] ** 0.5
+
+    kp, qp = prm_exp(k), prm_exp(q)
+    denominator = torch.einsum("bti,bi->bt", qp, kp.sum(dim=1)).unsqueeze(dim=2)
+    state = torch.einsum("bin,bim->bnm", at_least_float32(v), kp)
+    return torch.einsum("bti,bni->btn", qp, state) / (denominator.repeat(1, 1, v.shape[-1]) + 1e-8)
+
+
+def performer_attention(stage, size, batch):
+    """q and k have norm 2, as in a freshly initialised stage 1."""
+    tokens, generator = length(stage, size), _generator()
+    q, k = (2 * costs.WIDTH**-0.5 * torch.randn(batch, tokens, costs.WIDTH, generator=generator) for _ in range(2))
+
+    def sdpa(q, k, v, w):
+        return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+
+    return Operator(
+        "performer_attention",
+        {"q": q, "k": k, "v": torch.randn(batch, tokens, costs.WIDTH, generator=generator)},
+        {"w": features(generator, costs.FEATURES, costs.WIDTH)},
+        {"upstream": _attention, "t2t_fast": functional.performer_attention, "sdpa": sdpa},
+        lambda element: costs.performer_attention(tokens, element=element),
+        others=("sdpa",),
+    )
+
+
+def _tail(y, v, **p):
+    """Upstream's ``v + proj(y)``, then ``x + mlp(norm2(x))``."""
+    t = v + F.linear(y, p["proj_weight"], p["proj_bias"])
+    n = F.layer_norm(t, t.shape[-1:], p["norm_weight"], p["norm_bias"], NORM_EPS)
+    return t + F.linear(F.gelu(F.linear(n, p["fc1_weight"], p["fc1_bias"])), p["fc2_weight"], p["fc2_bias"])
+
+
+def token_mlp(stage, size, batch):
+    """Without dropout, so that every gradient can be checked."""
+    tokens, generator = length(stage, size), _generator()
+    y, v = (torch.randn(batch, tokens, costs.WIDTH, generator=generator) for _ in range(2))
+    return Operator(
+        "token_mlp",
+        {"y": y, "v": v},
+        tail_parameters(generator, costs.WIDTH),
+        {"upstream": _tail, "t2t_fast": functional.token_mlp},
+        lambda element: costs.token_mlp(tokens, element=element),
+    )
+
+
+def performer_block(stage, size, batch):
+    """Without dropout, so that every gradient can be checked."""
+    tokens, generator = length(stage, size), _generator()
+
+    def upstream(kqv, w, **tail):
+        k, q, v = torch.split(kqv, costs.WIDTH, dim=-1)
+        return _tail(_attention(q, k, v, w), v, **tail)
+
+    kqv = 2 * costs.WIDTH**-0.5 * torch.randn(batch, tokens, 3 * costs.WIDTH, generator=generator)
+    return Operator(
+        "performer_block",
+        {"kqv": kqv},
+        {"w": features(generator, costs.FEATURES, costs.WIDTH), **tail_parameters(generator, costs.WIDTH)},
+        {"upstream": upstream, "t2t_fast": functional.performer_block},
+        lambda element: costs.performer_block(tokens, element=element),
+    )
+
+
+_BUILDERS = {
+    function.__name__: function
+    for function in (soft_split, soft_composition, soft_split_linear, performer_attention, token_mlp, performer_block)
+}
+
+SOURCES = {
+    "soft_split": ("upstream", "t2t_fast", "unfold"),
+    "soft_composition": ("upstream", "t2t_fast"),
+    "soft_split_linear": ("upstream", "t2t_fast", "convolution"),
+    "performer_attention": ("upstream", "t2t_fast", "sdpa"),
+    "token_mlp": ("upstream", "t2t_fast"),
+    "performer_block": ("upstream", "t2t_fast"),
+}
+"""Sources by operator, known before anything is built."""
+
+
+def build(subject, size, batch):
+    """The operator of a subject such as "token_mlp-stage1"."""
+    name, _, where = subject.partition("-")
+    stage = int(where.removeprefix("stage")) if where.startswith("stage") else None
+    return _BUILDERS[name](stage, size, batch)

@@ -1,0 +1,46 @@
+"""A measured row as plain data: what the JSON files hold and the report reads."""
+
+from .harness import FRONT_END, Participant
+from .providers import BASELINE, BY_NAME, backends
+from .statistics import ratios, summary
+
+
+def row(group, name, results, limits, device):
+    """The row of one provider of a measured group.
+
+    Args:
+        results: of :func:`harness.measure`; limits: of :func:`machine.limits`.
+    """
+    participant, provider = results[name], BY_NAME[name]
+    facts = dict(participant.facts)
+    cost = facts.pop("cost")
+    seconds = summary(participant.times)
+    flop_per_s = limits["flop_per_s"][group.dtype]
+    floor = group.batch * cost.floor(group.mode, limits["bytes_per_s"], flop_per_s)
+    found = {
+        "group": group.id,
+        **group._asdict(),
+        "provider": name,
+        "label": provider.label,
+        "another_function": provider.another,
+        "backends": backends(device, group.dtype) if provider.source == "t2t_fast" else None,
+        "seconds": seconds,
+        "times": participant.times,
+        **facts,
+        "images_per_s": group.batch / seconds["median"],
+        "gb_per_s": group.batch * cost.bytes(group.mode) / seconds["median"] / 1e9,
+        "tflop_per_s": group.batch * cost.flops(group.mode) / seconds["median"] / 1e12,
+        "floor_s": floor,
+        "times_floor": seconds["median"] / floor,
+        "speedup": None,
+        "front_end_share": None,
+        "amdahl_limit": None,
+    }
+    baseline, part = results.get(BASELINE), results.get(FRONT_END)
+    if isinstance(baseline, Participant):
+        found["speedup"] = ratios(baseline.times, participant.times)
+        if part is not None:
+            share = ratios(part.times, baseline.times)["median"]
+            found["front_end_share"] = share
+            found["amdahl_limit"] = 1 / (1 - share) if share < 1 else None
+    return found

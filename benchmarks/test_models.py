@@ -1,0 +1,12 @@
+"""Whole models against their peers, one test a row; run with ``pytest benchmarks`` or ``python -m benchmarks``."""
+
+import pytest
+
+from .harness import REPLAY
+
+LEVEL = "model"
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_row(row, record):
+    record()

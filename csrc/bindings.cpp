@@ -1,0 +1,55 @@
+// The module t2t_fast._C: how the native code was built, and what this CPU offers.
+// It includes no torch header, so that one build loads whatever torch is installed. setup.py gives the T2T_FAST_* macros.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu_features.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "Clang " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__) + "." +
+         std::to_string(__clang_patchlevel__);
+#elif defined(__GNUC__)
+  return "GCC " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+// 201703L is "C++17".
+std::string cxx_standard() { return "C++" + std::to_string(__cplusplus / 100 % 100); }
+
+py::dict build_info() {
+  const std::string commit = T2T_FAST_COMMIT;
+  py::dict info;
+  info["mode"] = T2T_FAST_MODE;
+  info["compiler"] = compiler();
+  info["cxx_standard"] = cxx_standard();
+  info["flags"] = T2T_FAST_FLAGS;
+  info["cuda"] = py::none();
+  info["architectures"] = py::list();
+  info["commit"] = commit.empty() ? py::object(py::none()) : py::object(py::str(commit));
+  info["date"] = T2T_FAST_DATE;
+  return info;
+}
+
+py::dict cpu_features() {
+  py::dict features;
+  for (const auto& feature : t2t_fast::cpu_features()) features[feature.name.c_str()] = feature.present;
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "How t2t_fast's native code was built, and what this CPU offers.";
+  module.def("build_info", &build_info,
+             "Build mode, compiler, C++ standard, flags, CUDA version or None, CUDA architectures, commit or None, "
+             "date (UTC).");
+  module.def("cpu_features", &cpu_features, "Instruction sets that can be used here: name -> bool.");
+}

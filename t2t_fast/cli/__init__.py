@@ -1,0 +1,71 @@
+"""The command ``t2t-fast``: demo, verify, env, bench, export. What a subcommand needs is imported when it runs."""
+
+import argparse
+import os
+import sys
+
+from .. import __version__
+from ..errors import BackendUnavailable, CheckpointError, NothingToSwap
+from . import arguments
+from .common import CommandError
+
+EXPECTED = (CommandError, BackendUnavailable, CheckpointError, NothingToSwap, OSError)
+"""Errors whose text is the whole message; any other is a defect and shows its traceback."""
+
+INTERRUPTED = 130
+
+
+def main(argv=None):
+    """Run the command.
+
+    Args:
+        argv: the arguments, by default those of the process.
+
+    Returns:
+        0 for success; 1 where something failed (a comparison, a missing package, an unreadable file); 2 for bad usage.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    try:
+        options, rest = parser.parse_known_args(given)
+        if rest and options.command != "bench":  # the suite has options of its own
+            options.parser.error(f"unknown arguments: {' '.join(rest)}")
+        if options.command is None:
+            parser.print_help()
+            return 2
+        options.rest = rest
+        return options.run(options)
+    except SystemExit as stop:  # argparse ends the process; a caller of main gets the code instead
+        return stop.code or 0
+    except KeyboardInterrupt:
+        print("t2t-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has gone: nothing is left to say, at the interpreter's exit too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except EXPECTED as error:
+        print(f"t2t-fast: error: {error}", file=sys.stderr)
+        return getattr(error, "code", 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with an error of one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+def build_parser():
+    """The parser of the command and its subcommands."""
+    parser = _Parser(
+        prog="t2t-fast",
+        description="Fused soft split and Performer for T2T-ViT models: see them at work, verify them, measure them.",
+    )
+    parser.add_argument("--version", action="version", version=f"t2t-fast {__version__}")
+    parser.set_defaults(command=None, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    for name, (summary, add, run) in arguments.COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        add(command)
+        command.set_defaults(command=name, parser=command, run=run)
+    return parser

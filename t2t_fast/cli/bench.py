@@ -1,0 +1,28 @@
+"""``t2t-fast bench``: the benchmark suite, which lives beside the package in a source checkout."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from .common import CommandError
+
+ROOT = Path(__file__).parents[2]
+"""The folder that holds the package; in a source checkout, ``benchmarks`` too."""
+
+
+def run(options):
+    """Run ``benchmarks``' own main with the arguments it knows."""
+    if not (ROOT / "benchmarks" / "__main__.py").is_file():
+        raise CommandError(
+            f"the benchmark suite is part of the source tree and not of an installed package: there is no benchmarks "
+            f"folder beside {ROOT / 't2t_fast'}; clone the repository and run `make bench` there"
+        )
+    arguments = ["--quick"] if options.quick else []
+    if options.out is not None:
+        arguments += ["--out", options.out]
+    sys.path.insert(0, str(ROOT))
+    try:
+        suite = import_module("benchmarks.__main__")
+    except ImportError as error:
+        raise CommandError(f"the benchmark suite cannot be loaded: {error}; pip install 't2t_fast[bench]'") from error
+    return suite.main([*arguments, *options.rest])

@@ -1,0 +1,182 @@
+"""``t2t-fast env``: everything that decides which code runs here."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+
+import torch
+
+from .. import _extension, backends
+from ..environment import commit, cpu_name
+from ..testing import DTYPES
+
+OPTIONAL = (
+    "triton",
+    "numpy",
+    "timm",
+    "torchvision",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "matplotlib",
+    "pillow",
+    "pytest",
+    "pytest-benchmark",
+)
+
+
+def run(options):
+    """Print the report."""
+    report = collect()
+    print(json.dumps(report, indent=2) if options.json else as_text(report))
+    return 0
+
+
+def collect():
+    """The report as plain data: strings, numbers, lists and dicts."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "versions": _versions(),
+        "system": {
+            "system": platform.platform(),
+            "machine": platform.machine(),
+            "CPU": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
+            "CPU features": sorted(name for name, there in _extension.cpu_features().items() if there),
+        },
+        "GPUs": _gpus(),
+        "native build": _native(),
+        "settings": {
+            "float32 matmul precision": _matmul_precision(),
+            # The one place that shows the variables; config.py acts on them.
+            **{name: os.environ[name] for name in sorted(os.environ) if name.startswith("T2T_FAST_")},  # noqa: TID251
+        },
+        "backends": {device: _backends(device) for device in devices},
+    }
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions():
+    from .. import __version__
+
+    return {
+        "t2t_fast": __version__,
+        "commit": commit(),
+        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda,
+        "cuDNN of torch": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        **{package: _version(package) for package in OPTIONAL},
+    }
+
+
+def _gpus():
+    if not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        return {"driver": _driver(), "devices": [], "reason": why}
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": found.name,
+                "capability": f"{found.major}.{found.minor}",
+                "memory GiB": round(found.total_memory / 2**30, 1),
+                "multiprocessors": found.multi_processor_count,
+            }
+        )
+    return {"driver": _driver(), "devices": devices, "reason": None}
+
+
+def _driver():
+    """The NVIDIA driver's version as nvidia-smi tells it, or ``None``."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    try:
+        found = subprocess.run(
+            [tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = found.stdout.split()
+    return lines[0] if found.returncode == 0 and lines else None
+
+
+def _native():
+    info = _extension.build_info()
+    return {"missing": _extension.load_error()} if info is None else dict(info)
+
+
+def _matmul_precision():
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through PyTorch's newer per-operator flags, which it refuses to sum up
+        return "set per operator"
+
+
+def _backends(device):
+    """Operator -> chosen backend per dtype, and the reason why not each other one (float32)."""
+    table = {}
+    for op in backends.operators():
+        reasons = {name: verdict for _, name, verdict in backends.explain(op, device=device).rows}
+        chosen = {name: backends.explain(op, device=device, dtype=dtype).chosen(op) for name, dtype in DTYPES.items()}
+        table[op] = {"chosen": chosen, "reasons": reasons}
+    return table
+
+
+# ------------------------------------------------------------------ text
+
+
+def _words(value):
+    if value is None:
+        return "-"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "-"
+    return str(value)
+
+
+def _section(title, pairs):
+    width = max(len(name) for name, _ in pairs)
+    return [title, *(f"  {name:{width}}  {_words(value)}" for name, value in pairs), ""]
+
+
+def as_text(report):
+    """The report for people."""
+    lines = _section("versions", report["versions"].items())
+    lines += _section("system", report["system"].items())
+    gpus = report["GPUs"]
+    found = [
+        (f"GPU {index}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory GiB']} GiB")
+        for index, gpu in enumerate(gpus["devices"])
+    ]
+    lines += _section("GPUs", [*(found or [("none", gpus["reason"])]), ("driver", gpus["driver"])])
+    lines += _section("native build", report["native build"].items())
+    lines += _section("settings", report["settings"].items())
+    for device, table in report["backends"].items():
+        lines += _backend_table(device, table)
+    return "\n".join(lines).rstrip()
+
+
+def _backend_table(device, table):
+    rows = []
+    for op, entry in table.items():
+        chosen = set(entry["chosen"].values())
+        words = chosen.pop() if len(chosen) == 1 else ", ".join(f"{k}: {v}" for k, v in entry["chosen"].items())
+        rows.append((op, words))
+        for name, verdict in entry["reasons"].items():
+            if verdict != "chosen":
+                rows.append((f"  {name}", verdict))
+    return _section(f"backends on {device}", rows)

@@ -1,0 +1,64 @@
+"""What a report says about where its numbers come from: versions, commit, operating system, device."""
+
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import __version__
+
+
+def environment(device):
+    """What a bug report needs to know, name -> words: versions, commit, operating system, device."""
+    device = torch.device(device)
+    name = commit()
+    return {
+        "t2t_fast": __version__ if name is None else f"{__version__} (commit {name})",
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "device": device_name(device),
+    }
+
+
+def device_name(device):
+    """The device in words."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}, CUDA {torch.version.cuda})"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    return str(device)
+
+
+@cache
+def cpu_name():
+    """The processor's model name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@cache
+def commit():
+    """Short hash of the git checkout that this package runs from ("+" if files changed), or ``None`` outside one."""
+    folder = Path(__file__).parent
+
+    def git(*command):
+        return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10)
+
+    try:
+        # A package installed below somebody else's checkout is not of that checkout's commit.
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
+            return None
+        found, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "") if found.returncode == 0 else None

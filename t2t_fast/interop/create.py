@@ -1,0 +1,45 @@
+"""Models by name, with weights from a file."""
+
+import warnings
+
+from ..errors import check_pair
+from ..models import build_model
+from .checkpoints import load_checkpoint
+
+
+def create_model(name, *, img_size=224, in_chans=3, num_classes=1000, checkpoint=None, **options):
+    """A model by name, randomly initialised or with the weights of a checkpoint file.
+
+    Args:
+        name: one of :func:`list_models`.
+        img_size: int or (H, W): the size whose token grid the stored position table has. Other sizes work at call time.
+        in_chans, num_classes: channels of the image; classes, 0 for no head.
+        checkpoint: path of a file that :func:`load_checkpoint` reads. Its position table is resized to ``img_size``;
+            if it has another class count (or no head), the head is newly initialised and a warning says so.
+        options: other arguments of the model's class, such as ``drop_path_rate``, ``qk_scale``, ``norm_layer``.
+
+    Returns:
+        the model, in training mode.
+
+    Raises:
+        ValueError: unknown name or bad value. TypeError: unknown option; ``pretrained=True``, which upstream's
+        factories take for another attention scale and which loads nothing. FileNotFoundError, CheckpointError: as
+        :func:`load_checkpoint`.
+    """
+    if options.pop("pretrained", False):
+        raise TypeError(
+            "create_model: pretrained=True is not supported, give checkpoint=PATH to load weights. (Upstream's "
+            "pretrained=True loads nothing and changes qk_scale; for a checkpoint trained that way give "
+            "qk_scale=embed_dim ** -0.5 as well.)"
+        )
+    img_size = check_pair("create_model", "img_size", img_size, minimum=1)
+    model = build_model(name, img_size=img_size, in_chans=in_chans, num_classes=num_classes, **options)
+    if checkpoint is not None:
+        report = load_checkpoint(model, checkpoint, num_classes=num_classes)
+        if report.reinitialised:
+            warnings.warn(
+                f"create_model: {checkpoint} has no head of {num_classes} classes, so "
+                f"{', '.join(report.reinitialised)} are newly initialised",
+                stacklevel=2,
+            )
+    return model

@@ -1,0 +1,129 @@
+"""The tokens-to-token front end as timm's patch embedding."""
+
+from math import prod
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import check_pair
+from ..modules import T2TModule
+from ..ops.spec import T2T_WINDOWS
+
+FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
+
+
+class T2TEmbed(nn.Module):
+    """Drop-in for timm's ``PatchEmbed``: a :class:`T2TModule` that any timm ViT takes as ``embed_layer``.
+
+        VisionTransformer(embed_layer=partial(T2TEmbed, tokens_type="performer"), ...)
+
+    (B, in_chans, H, W) -> (B, N, embed_dim), or what ``output_fmt`` says. Where timm's needs H and W to be multiples of
+    the patch size, this one does not: its grid rounds up, and :meth:`dynamic_feat_size` says so.
+
+    Args:
+        img_size: int, (H, W) or ``None`` (no size is checked, :attr:`grid_size` and :attr:`num_patches` are ``None``).
+        patch_size: what the strides of ``windows`` multiply to, 16 by default; another one is an error.
+        norm_layer: made with ``embed_dim`` and applied to the output, or ``None``.
+        flatten: return (B, N, embed_dim); ``False`` returns (B, embed_dim, h, w).
+        output_fmt: "NCHW", "NHWC", "NCL" or "NLC"; wins over ``flatten``. timm asks for "NHWC" with
+            ``dynamic_img_size``.
+        bias: whether the last projection has one.
+        strict_img_size: refuse images of another size than ``img_size``.
+        dynamic_img_pad: zero-pad images at the bottom and right to multiples of the patch size, as timm's.
+        device, dtype: of the parameters.
+        tokens_type, token_dim, windows: as :class:`T2TModule`.
+    """
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        embed_dim=768,
+        norm_layer=None,
+        flatten=True,
+        output_fmt=None,
+        bias=True,
+        strict_img_size=True,
+        dynamic_img_pad=False,
+        device=None,
+        dtype=None,
+        *,
+        tokens_type="performer",
+        token_dim=64,
+        windows=T2T_WINDOWS,
+    ):
+        super().__init__()
+        if output_fmt is not None and output_fmt not in FORMATS:
+            raise ValueError(f"T2TEmbed: output_fmt must be one of {', '.join(FORMATS)} or None, got {output_fmt!r}")
+        tokens = T2TModule(224 if img_size is None else img_size, tokens_type, in_chans, embed_dim, token_dim, windows)
+        self.tokens_to_token = tokens
+        if not bias:
+            tokens.project.register_parameter("bias", None)
+        tokens.to(device=device, dtype=dtype)
+        self.patch_size = tuple(prod(window.stride[axis] for window in tokens.windows) for axis in (0, 1))
+        self._check_patch_size(patch_size)
+        self.flatten = flatten and output_fmt is None
+        self.output_fmt = "NCHW" if output_fmt is None else str(getattr(output_fmt, "value", output_fmt))
+        self.strict_img_size = strict_img_size
+        self.dynamic_img_pad = dynamic_img_pad
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim).to(device=device, dtype=dtype)
+        self.img_size = self.grid_size = self.num_patches = None
+        if img_size is not None:
+            self.set_input_size(img_size)
+
+    def _check_patch_size(self, patch_size):
+        if check_pair("T2TEmbed", "patch_size", patch_size, minimum=1) != self.patch_size:
+            height, width = self.patch_size
+            expected = height if height == width else self.patch_size
+            raise ValueError(
+                f"T2TEmbed: patch_size must be {expected}, the product of the soft splits' strides, got {patch_size!r}"
+            )
+
+    def set_input_size(self, img_size=None, patch_size=None):
+        """Another image size; ``patch_size`` may only be repeated."""
+        if patch_size is not None:
+            self._check_patch_size(patch_size)
+        if img_size is not None:
+            self.img_size = check_pair("T2TEmbed", "img_size", img_size, minimum=1)
+            self.tokens_to_token.img_size = self.img_size
+            self.grid_size = self.dynamic_feat_size(self.img_size)
+            self.num_patches = prod(self.grid_size)
+
+    def feat_ratio(self, as_scalar=True):
+        """Pixels per token along an axis: the larger one, or (height, width)."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size):
+        """Token grid (h, w) of an image of (H, W), padding included."""
+        height, width = img_size
+        pad_height, pad_width = self._padding(height, width)
+        return self.tokens_to_token.grid(height + pad_height, width + pad_width)
+
+    def _padding(self, height, width):
+        return (-height % self.patch_size[0], -width % self.patch_size[1]) if self.dynamic_img_pad else (0, 0)
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        if self.strict_img_size and self.img_size is not None and (height, width) != self.img_size:
+            raise ValueError(
+                f"T2TEmbed: with strict_img_size the image must be {self.img_size[0]} x {self.img_size[1]}, "
+                f"got {height} x {width}"
+            )
+        pad_height, pad_width = self._padding(height, width)
+        if pad_height or pad_width:
+            x = F.pad(x, (0, pad_width, 0, pad_height))
+        x, grid = self.tokens_to_token.forward_with_grid(x)
+        if not self.flatten:
+            x = _reformat(x, grid, self.output_fmt)
+        return self.norm(x)
+
+
+def _reformat(tokens, grid, output_fmt):
+    """Tokens (B, h*w, C) in another layout."""
+    if output_fmt == "NHWC":
+        return tokens.unflatten(1, grid)
+    if output_fmt == "NLC":
+        return tokens
+    tokens = tokens.transpose(1, 2)
+    return tokens if output_fmt == "NCL" else tokens.unflatten(2, grid)

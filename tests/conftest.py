@@ -1,0 +1,75 @@
+"""Options, markers and the state that every test starts from."""
+
+import re
+
+import pytest
+import torch
+
+from t2t_fast.config import BACKENDS
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-backend",
+        action="append",
+        default=[],
+        choices=[name for name in BACKENDS if name != "auto"],
+        help="fail each test of this backend that would be skipped; may be given several times",
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    without_device = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(without_device)
+
+
+@pytest.fixture(autouse=True)
+def known_state():
+    """Every test starts with seed 0, and memory that it allocates but does not write is NaN (the maximum for integers).
+
+    The fill is PyTorch's own and reaches every eager allocation; buffers inside code made by ``torch.compile`` are
+    not filled. It needs deterministic mode, here with warnings only, because some CUDA kernels have no such form.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _fail_if_required(report, config, parameters=()):
+    """Turn a skip into a failure if it concerns a backend that ``--require-backend`` names.
+
+    It does if the test is parametrized with the backend's name, or the reason for the skip mentions it.
+    """
+    reason = report.longrepr[2]
+    for name in config.getoption("--require-backend"):
+        if name in parameters or re.search(rf"\b{name}\b", reason):
+            report.outcome = "failed"
+            report.longrepr = f"--require-backend {name}, but {report.nodeid} would be skipped: {reason}"
+            return
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        _fail_if_required(report, item.config, [value for value in parameters if isinstance(value, str)])
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    if report.skipped:
+        _fail_if_required(report, collector.config)
+    return report

@@ -1,0 +1,254 @@
+"""What holds for every operator: parity, registration, gradients, determinism, layout, memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from t2t_fast import backends, testing
+from t2t_fast.testing import CASES, DTYPES, assert_close
+
+OPS = list(CASES)
+ALL_CASES = [pytest.param(case, id=f"{op}: {case.name}") for op in OPS for case in CASES[op]()]
+BACKENDS = ["aten", "reference"]
+
+
+def registered(case):
+    return getattr(torch.ops.t2t_fast, case.op).default
+
+
+def schema_arguments(case, backend):
+    """The operator's positional arguments for a case, as the functional layer passes them."""
+    calls = []
+    operator = registered(case)
+    name = f"_{case.op}"
+    module = __import__("t2t_fast.functional", fromlist=["functional"])
+    original = getattr(module, name)
+    setattr(module, name, lambda *args: calls.append(args) or original(*args))
+    try:
+        case.run(backend)
+    finally:
+        setattr(module, name, original)
+    return operator, calls[0]
+
+
+# Not the reference in half precision: it rounds every intermediate, which is what the package replaces.
+PARITY = [("aten", name) for name in DTYPES] + [("reference", "fp64"), ("reference", "fp32")]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), PARITY)
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_parity_with_the_float64_reference(case, backend, dtype):
+    """Forward and every gradient, within the table's tolerance, on inputs rounded to the dtype."""
+    dtype = DTYPES[dtype]
+    rounded = case.cast(dtype)
+    expected, expected_gradients = rounded.cast(torch.float64).run_backward("reference", dtype)
+    out, gradients = rounded.run_backward(backend)
+    assert out.dtype == dtype
+    assert_close(out, expected, case.op, "forward", dtype, case.name)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == rounded.tensors[name].dtype
+        assert_close(gradient, expected_gradients[name], case.op, "backward", dtype, f"{case.name}: {name}")
+
+
+# Tracing with symbolic sizes takes seconds a case: one case for each shape of the graph.
+TRACED = {"stage2", "stage1, LayerNorm", "stage2, Linear", "heads", "dropout", "odd sizes"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_opcheck(case, backend):
+    """torch.library's own checks: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
+    tensors = {
+        name: t.detach().requires_grad_(name in case.wants_gradient) if t.is_floating_point() else t
+        for name, t in case.tensors.items()
+    }
+    case = testing.Case(case.op, case.name, tensors, case.options, case.wants_gradient)
+    operator, arguments = schema_arguments(case, backend)
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if case.name in TRACED:
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments, test_utils=tests, rtol=1e-4, atol=1e-5)
+
+
+SMALL = {
+    "soft_split": lambda: dict(x=(2, 2, 5, 6), kernel_size=3, stride=2, padding=1),
+    "soft_composition": lambda: dict(tokens=(2, 9, 18), output_size=(5, 6), kernel_size=3, stride=2, padding=1),
+    "soft_split_linear": lambda: dict(
+        x=(2, 2, 5, 6), weight=(4, 18), bias=(4,), norm_weight=(18,), norm_bias=(18,),
+        kernel_size=3, stride=2, padding=1, norm_eps=1e-5,
+    ),
+    "performer_attention": lambda: dict(q=(2, 5, 4), k=(2, 3, 4), v=(2, 3, 4), w=(3, 4), eps=1e-2),
+    "token_mlp": lambda: dict(
+        y=(2, 3, 4), v=(2, 3, 4), proj_weight=(4, 4), proj_bias=(4,), norm_weight=(4,), norm_bias=(4,),
+        fc1_weight=(6, 4), fc1_bias=(6,), fc2_weight=(4, 6), fc2_bias=(4,),
+        proj_drop=0.25, mlp_drop=0.5, seed=torch.tensor(7),
+    ),
+    "performer_block": lambda: dict(
+        kqv=(2, 5, 12), w=(3, 4), proj_weight=(4, 4), proj_bias=(4,), norm_weight=(4,), norm_bias=(4,),
+        fc1_weight=(4, 4), fc1_bias=(4,), fc2_weight=(4, 4), fc2_bias=(4,),
+        eps=1e-2, proj_drop=0.25, mlp_drop=0.5, seed=torch.tensor(7),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op, backend):
+    """Finite differences in float64, every input; masks of dropout are fixed by the seed."""
+    arguments = SMALL[op]()
+    names = [name for name, value in arguments.items() if isinstance(value, tuple) and name != "output_size"]
+    inputs = [torch.randn(arguments.pop(name), dtype=torch.float64, requires_grad=True) for name in names]
+    call = testing.Case(op, "small", {}).call
+
+    def run(*tensors):
+        return call(**dict(zip(names, tensors, strict=True)), **arguments, backend=backend)
+
+    torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivative_is_refused(op):
+    """Hand-written backward passes say that they cannot be differentiated; nothing wrong is returned in silence."""
+    case = CASES[op]()[1].cast(torch.float64)
+    name = case.wants_gradient[0]
+    tensors = {**case.tensors, name: case.tensors[name].detach().requires_grad_()}
+    out = case.call(**tensors, **case.options, backend="aten")
+    with pytest.raises(RuntimeError, match=r"no second derivative .* use t2t_fast.backend\('reference'\)"):
+        torch.autograd.grad(out.square().sum(), tensors[name], create_graph=True)
+    (gradient,) = torch.autograd.grad(out.sum(), tensors[name], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_two_runs_are_bit_identical(case):
+    first, first_gradients = case.run_backward("aten")
+    second, second_gradients = case.run_backward("aten")
+    assert torch.equal(first, second)
+    for name, gradient in first_gradients.items():
+        assert torch.equal(gradient, second_gradients[name]), name
+
+
+def scattered(t):
+    """The same numbers with other strides: cut out of a wider, transposed tensor."""
+    if t.ndim < 2:
+        return torch.stack([t, t], dim=-1)[..., 0]
+    wide = torch.zeros(*t.shape[:-2], t.shape[-1] + 3, t.shape[-2] + 2, dtype=t.dtype)
+    view = wide.transpose(-1, -2)[..., 1:-1, 2:-1]
+    view.copy_(t)
+    return view
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_any_strides(case):
+    """Sliced and transposed inputs give the same numbers as contiguous ones."""
+    expected, expected_gradients = case.run_backward("aten")
+    tensors = {name: scattered(t) if t.is_floating_point() else t for name, t in case.tensors.items()}
+    strided = testing.Case(case.op, case.name, tensors, case.options, case.wants_gradient)
+    out, gradients = strided.run_backward("aten")
+    assert_close(out, expected, case.op, "forward", torch.float32)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name], case.op, "backward", torch.float32, name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_the_gradients_asked_for(op):
+    """Each input alone: its gradient is the same as among all, and the others get none."""
+    case = CASES[op]()[1]
+    _, everything = case.run_backward("aten")
+    for name in case.wants_gradient:
+        alone = testing.Case(op, case.name, case.tensors, case.options, (name,))
+        _, gradients = alone.run_backward("aten")
+        assert_close(gradients[name], everything[name], op, "backward", torch.float32, name)
+
+
+SEVERAL = [p for p in ALL_CASES if next(iter(p.values[0].tensors.values())).shape[0] >= 2]
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_nan_passes_through_and_stays_in_its_sample(case):
+    first = {"soft_composition": "tokens", "performer_attention": "v", "token_mlp": "y", "performer_block": "kqv"}
+    name = first.get(case.op, "x")
+    clean = case.run("aten")
+    poisoned = case.tensors[name].clone()
+    poisoned[0].fill_(float("nan"))
+    out = testing.Case(case.op, case.name, {**case.tensors, name: poisoned}, case.options).run("aten")
+    assert out[0].isnan().all() or case.op in ("soft_split", "soft_composition")
+    assert out[0].isnan().any()
+    torch.testing.assert_close(out[1:], clean[1:])
+    assert poisoned[0].isnan().all(), "the input was changed"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.op = 0, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.numel() > self.numel:
+                self.numel, self.op = t.numel(), func
+        return out
+
+
+@pytest.mark.parametrize("image_gradient", [False, True])
+@pytest.mark.parametrize(("channels", "kernel", "stride", "padding"), [(3, 7, 4, 2), (64, 3, 2, 1)], ids=["s1", "s2"])
+def test_nothing_of_unfolded_width_is_formed(channels, kernel, stride, padding, image_gradient):
+    """Forward and backward of soft_split_linear never hold as many values as the unfolded tokens have."""
+    batch, side, out = 2, 32, 16
+    x = torch.randn(batch, channels, side, side, requires_grad=image_gradient)
+    columns = channels * kernel**2
+    parameters = [torch.randn(out, columns), torch.randn(out), torch.rand(columns), torch.randn(columns)]
+    weight, bias, gamma, beta = (p.requires_grad_() for p in parameters)
+    win = testing.functional.window(kernel, stride, padding)
+    unfolded = batch * columns * win.grid(side, side)[0] ** 2
+    with LargestTensor() as largest:
+        y = testing.functional.soft_split_linear(
+            x, weight, bias, kernel, stride, padding, norm_weight=gamma, norm_bias=beta, norm_eps=1e-5, backend="aten"
+        )
+        y.sum().backward()
+    assert x.numel() < unfolded and largest.numel < unfolded, f"{largest.op} returned {largest.numel} values"
+
+
+def saved_bytes(case):
+    """Bytes kept for backward, each storage once, inputs excluded."""
+    inputs = {t.untyped_storage().data_ptr() for t in case.tensors.values()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    tensors = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in case.tensors.items()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = case.call(**tensors, **case.options, backend="aten")
+    kept.pop(out.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def test_what_is_saved_for_backward():
+    """Beside inputs and output: statistics (8 bytes a token), the key state (m (E + 1) floats a sample), nothing."""
+    split = next(c for c in CASES["soft_split_linear"]() if c.name == "stage1, LayerNorm")
+    batch, tokens = 2, 16 * 16
+    assert saved_bytes(split) == 8 * batch * tokens
+    attention = CASES["performer_attention"]()[0]
+    state = 2 * 32 * (64 + 1) * 4
+    assert saved_bytes(attention) == state
+    assert saved_bytes(CASES["performer_block"]()[0]) == state
+    assert saved_bytes(CASES["token_mlp"]()[1]) == 0
+    assert saved_bytes(CASES["soft_split"]()[0]) == 0
+    assert saved_bytes(CASES["soft_composition"]()[0]) == 0
+
+
+def test_every_operator_has_cases_and_tolerances():
+    assert set(backends.operators()) == set(CASES)
+    for op in CASES:
+        for direction in ("forward", "backward"):
+            for allowed, measured in testing.TOLERANCES[op, direction].values():
+                assert measured <= allowed

@@ -1,0 +1,104 @@
+"""soft_split_linear: what the folded form must survive."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2t_fast.functional import soft_split_linear
+from t2t_fast.ops.soft_split_linear.aten_impl import fold_norm, patch_statistics
+from t2t_fast.ops.spec import square
+from t2t_fast.testing import DTYPES, errors, natural_images
+
+
+def relative_to_spread(offset, channels, kernel, stride, padding, dtype):
+    """Error of y on patches with a common offset of so many standard deviations, against float64 on the same input."""
+    generator = torch.Generator().manual_seed(0)
+    columns = channels * kernel**2
+    x = (torch.randn(2, channels, 32, 32, generator=generator) + offset).to(dtype)
+    parameters = {
+        "weight": torch.randn(16, columns, generator=generator) / columns**0.5,
+        "bias": torch.randn(16, generator=generator),
+        "norm_weight": 1 + 0.1 * torch.randn(columns, generator=generator),
+        "norm_bias": 0.1 * torch.randn(columns, generator=generator),
+    }
+    parameters = {name: p.to(dtype) for name, p in parameters.items()}
+    window = dict(kernel_size=kernel, stride=stride, padding=padding, norm_eps=1e-5)
+    wide = {name: p.double() for name, p in parameters.items()}
+    expected = soft_split_linear(x.double(), **wide, **window, backend="reference")
+    # Border patches hold zeros beside the offset: their spread is the offset itself. Look at the inner ones.
+    out = soft_split_linear(x, **parameters, **window, backend="aten")
+    return errors(out, expected)
+
+
+@pytest.mark.parametrize(("channels", "kernel", "stride", "padding"), [(3, 7, 4, 0), (64, 3, 2, 0)], ids=["s1", "s2"])
+@pytest.mark.parametrize(
+    ("dtype", "offset", "allowed"),
+    [
+        (torch.float32, 0, 2e-6),
+        (torch.float32, 10, 2e-5),
+        (torch.float32, 100, 2e-4),
+        (torch.float32, 1000, 2e-3),
+        (torch.bfloat16, 1, 8e-3),
+        (torch.bfloat16, 10, 8e-3),
+        (torch.bfloat16, 30, 1.2e-2),
+        (torch.float16, 10, 1e-3),
+        (torch.float16, 100, 2e-3),
+    ],
+)
+def test_large_common_offset(channels, kernel, stride, padding, dtype, offset, allowed):
+    """float32 loses no more digits than the offset itself costs; half precision loses none beside the input's."""
+    whole, row = relative_to_spread(offset, channels, kernel, stride, padding, dtype)
+    assert whole <= allowed and row <= 8 * allowed
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e3, 1e4])
+@pytest.mark.parametrize(("channels", "window"), [(3, square(7, 4, 2)), (64, square(3, 2, 1))], ids=["s1", "s2"])
+def test_statistics_survive_an_offset(channels, window, offset):
+    """The merged statistics against float64. Measured at an offset of 1e4: 2.2e-4 (E[x^2] - mu^2 has no digit left)."""
+    x = torch.randn(2, channels, 32, 32) + offset
+    mean, rstd = patch_statistics(x, window, 1e-5)
+    tokens = F.unfold(x.double(), window.kernel, stride=window.stride, padding=window.padding)
+    var, mu = torch.var_mean(tokens, dim=1, correction=0)
+    torch.testing.assert_close(mean.flatten(1).double(), mu, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        rstd.flatten(1).double(), torch.rsqrt(var + 1e-5), rtol=4e-4 if offset > 1e3 else 2e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(("white", "allowed"), [(2.6, 1e-4), (255.0, 1e-2)], ids=["normalised", "bytes"])
+def test_flat_white_image(white, allowed):
+    """Variance 0: the bias alone, up to the rounding of one dot product times LayerNorm's largest factor, 316."""
+    x = torch.full((1, 3, 32, 32), white)
+    weight, bias = 0.02 * torch.randn(8, 147), torch.randn(8)
+    out = soft_split_linear(x, weight, bias, 7, 4, 0, norm_eps=1e-5, backend="aten")
+    torch.testing.assert_close(out, bias.expand_as(out), rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_row_sums_come_from_the_rounded_weight(dtype):
+    weight = torch.randn(6, 40)
+    centred, rows, _ = fold_norm(weight, None, torch.rand(40) + 0.5, None, dtype)
+    assert centred.dtype == dtype
+    torch.testing.assert_close(rows, centred.float().sum(1))
+    assert rows.abs().max() > 0, "rounding must leave something to subtract, or this test shows nothing"
+
+
+def test_padding_counts_in_the_statistics():
+    """A border token against unfold, LayerNorm and Linear."""
+    x = natural_images(1, 3, 16, 16)
+    weight = torch.randn(4, 147)
+    out = soft_split_linear(x, weight, None, 7, 4, 2, norm_eps=1e-5, backend="aten")
+    tokens = F.unfold(x, 7, stride=4, padding=2).transpose(1, 2)
+    expected = F.linear(F.layer_norm(tokens, (147,)), weight)
+    torch.testing.assert_close(out[:, 0], expected[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_result_does_not_depend_on_the_batch(dtype):
+    x = natural_images(3, 3, 32, 32).to(dtype)
+    weight = torch.randn(8, 147).to(dtype)
+    together = soft_split_linear(x, weight, None, 7, 4, 2, norm_eps=1e-5, backend="aten")
+    alone = torch.cat(
+        [soft_split_linear(each, weight, None, 7, 4, 2, norm_eps=1e-5, backend="aten") for each in x.split(1)]
+    )
+    assert errors(together, alone)[1] <= {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 2e-6)

@@ -1,0 +1,125 @@
+"""Who may import whom: the layers of CONTRIBUTING.md, held by parsing every import of the package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "t2t_fast"
+
+# Lowest layer first; a module may import its own layer's package and anything below.
+LAYERS = [
+    ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
+    ["t2t_fast.backends"],
+    ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox"],
+    ["t2t_fast.ops.*.reference", "t2t_fast.ops.*.aten_impl"],
+    ["t2t_fast.ops.*.op"],
+    ["t2t_fast.functional"],
+    ["t2t_fast.modules"],
+    ["t2t_fast.models"],
+    ["t2t_fast.interop"],
+    ["t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification"],
+    ["t2t_fast"],
+    ["t2t_fast.cli", "t2t_fast.__main__"],
+]
+# An operator never imports another one, but for the one that is made of two others.
+COMPOSITES = {"performer_block": {"performer_attention", "token_mlp"}}
+# Heavy or optional packages may only be imported where they are used, inside functions.
+DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves imported inside the demo's functions
+LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
+IDS = list(MODULES)
+
+
+def imports(name, top_level_only=False):
+    """Absolute names that a module imports."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{target}.{alias.name}"
+                yield full if full in MODULES or alias.name == "__version__" else target
+
+
+def layer(name):
+    best = None
+    for rank, patterns in enumerate(LAYERS):
+        for pattern in patterns:
+            head, star, tail = pattern.partition(".*")
+            if star:
+                fits = name.startswith(head + ".") and name.endswith(tail) and name.count(".") == pattern.count(".")
+            else:
+                fits = name == pattern or name.startswith(pattern + ".")
+            if fits and (best is None or len(pattern) > best[0]):
+                best = (len(pattern), rank)
+    return None if best is None else best[1]
+
+
+EMPTY = {name for name, path in MODULES.items() if not path.read_text()}
+
+
+@pytest.mark.parametrize("name", [n for n in IDS if n not in EMPTY and not n.startswith("t2t_fast.reference")])
+def test_imports_go_down(name):
+    rank = layer(name)
+    assert rank is not None, f"{name} has no layer; give it one in this test and in CONTRIBUTING.md"
+    for target in imports(name):
+        if not target.startswith("t2t_fast") or target in ("t2t_fast.ops", "t2t_fast.__version__"):
+            continue
+        if target.startswith("t2t_fast.reference"):
+            assert rank >= layer("t2t_fast.testing"), f"{name} must not use the oracle"
+            continue
+        below = layer(target)
+        assert below is not None and below <= rank, f"{name} imports {target}, which lies above it"
+
+
+@pytest.mark.parametrize("name", [n for n in IDS if n.startswith("t2t_fast.ops.")])
+def test_operators_do_not_import_each_other(name):
+    op = name.split(".")[2]
+    others = {entry.name for entry in (PACKAGE / "ops").iterdir() if entry.is_dir()} - {op}
+    allowed = COMPOSITES.get(op, set())
+    for target in imports(name):
+        parts = target.split(".")
+        if target.startswith("t2t_fast.ops.") and parts[2] in others:
+            assert parts[2] in allowed, f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", [n for n in IDS if n.startswith("t2t_fast.reference")])
+def test_the_oracle_stands_alone(name):
+    for target in imports(name):
+        root = target.split(".")[0]
+        own = target.startswith("t2t_fast.reference")
+        assert own or root in ("torch", "numpy", "math", "functools", "collections"), f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", [n for n in IDS if n not in DRAWING])
+def test_optional_packages_are_imported_where_they_are_used(name):
+    for target in imports(name, top_level_only=True):
+        assert target.split(".")[0] not in LAZY, f"{name} imports {target} at the top"
+
+
+def test_every_operator_has_the_same_files():
+    expected = {"__init__.py", "op.py", "reference.py", "aten_impl.py"}
+    for folder in (PACKAGE / "ops").iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            assert {path.name for path in folder.glob("*.py")} == expected, folder.name
+
+
+def test_only_config_reads_the_environment():
+    for name, path in MODULES.items():
+        if name != "t2t_fast.config" and not name.startswith(("t2t_fast.cli", "t2t_fast.environment")):
+            assert "os.environ" not in path.read_text(), name

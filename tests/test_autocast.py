@@ -1,0 +1,101 @@
+"""Mixed precision: dtypes, errors against upstream's own, and the NaN that upstream makes."""
+
+import copy
+
+import pytest
+import torch
+
+from t2t_fast import reference
+from t2t_fast.functional import performer_attention, soft_split, soft_split_linear
+from t2t_fast.interop.swap import swap
+from t2t_fast.testing import errors, features, natural_images
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def module(tokens_type, gain, seed=0):
+    """Upstream's module with its initialisation, biases and norms drawn too, and the k, q, v weights scaled."""
+    torch.manual_seed(seed)
+    net = reference.T2T_module(64, tokens_type, 3, 64, 64)
+    net.apply(reference.t2t_vit.init_weights)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        for layer in (net.attention1, net.attention2):
+            (layer.kqv if tokens_type == "performer" else layer.attn.qkv).weight.mul_(gain)
+    return net.eval()
+
+
+def run(net, x, dtype):
+    net.zero_grad(set_to_none=True)
+    upstream = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = net(x)
+    out.backward(upstream.to(out.dtype))
+    return out.detach(), {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("gain", [1, 2])
+@pytest.mark.parametrize("tokens_type", ["performer", "transformer"])
+@pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
+def test_error_is_at_most_upstreams(dtype, tokens_type, gain):
+    """Against float64: no worse than 1.25 times upstream's own autocast, forward and worst gradient; and finite."""
+    net = module(tokens_type, gain)
+    x = natural_images(2, 3, 64, 64)
+    exact, exact_gradients = run(copy.deepcopy(net).double(), x.double(), None)
+    theirs, their_gradients = run(net, x, dtype)
+    swap(net)
+    ours, our_gradients = run(net, x, dtype)
+    assert ours.dtype == dtype
+    assert ours.isfinite().all() and all(g.isfinite().all() for g in our_gradients.values())
+    assert errors(ours, exact)[0] <= 1.25 * errors(theirs, exact)[0]
+    worst = {n: errors(g, exact_gradients[n])[0] for n, g in our_gradients.items()}
+    their_worst = max(errors(g, exact_gradients[n])[0] for n, g in their_gradients.items())
+    assert max(worst.values()) <= 1.25 * their_worst, max(worst, key=worst.get)
+
+
+def test_upstream_makes_nan_in_float16_and_ours_does_not():
+    """The reported bug: with longer keys and queries, D underflows in half precision, where eps is 0 already."""
+    torch.manual_seed(0)
+    layer = reference.Token_performer(147, 64).eval()
+    with torch.no_grad():
+        layer.kqv.weight.mul_(3)
+    x = torch.randn(2, 196, 147)
+    with torch.autocast("cpu", torch.float16):
+        assert not layer.half()(x.half()).isfinite().all()
+    exact = layer.double()(x.double())
+    layer.half()
+    swap(layer)
+    ours = layer(x.half())
+    assert ours.isfinite().all() and errors(ours, exact)[0] < 5e-3
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
+def test_dtypes_under_autocast(dtype):
+    x = natural_images(1, 3, 32, 32)
+    weight = torch.randn(8, 147)
+    with torch.autocast("cpu", dtype):
+        assert soft_split(x, 7, 4, 2).dtype == torch.float32
+        assert soft_split_linear(x, weight, None, 7, 4, 2).dtype == dtype
+        assert soft_split_linear(x, weight, None, 7, 4, 2, norm_eps=1e-5).dtype == dtype
+        q = torch.randn(1, 5, 8)
+        assert performer_attention(q, q.to(dtype), q, features(torch.Generator(), 4, 8)).dtype == dtype
+    assert soft_split_linear(x, weight, None, 7, 4, 2).dtype == torch.float32
+
+
+def test_a_bright_flat_region_keeps_its_texture_under_autocast():
+    """One grey level of texture on white: rounding the image before LayerNorm would bury it."""
+    x = 2.2 + 0.017 * torch.randint(0, 2, (1, 3, 32, 32)).float()
+    weight = torch.randn(8, 147) / 12
+    exact = soft_split_linear(x.double(), weight.double(), None, 7, 4, 0, norm_eps=1e-5, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = soft_split_linear(x, weight, None, 7, 4, 0, norm_eps=1e-5, backend="aten")
+    assert errors(out, exact)[0] < 4e-3
+
+
+def test_gradients_are_in_the_parameters_dtype():
+    net = module("performer", 1)
+    swap(net)
+    _, gradients = run(net, natural_images(2, 3, 64, 64), torch.bfloat16)
+    assert {g.dtype for g in gradients.values()} == {torch.float32}

@@ -1,0 +1,613 @@
+"""Checkpoints: every file format, other grids, other class counts, and files that are none."""
+
+import argparse
+import hashlib
+import pickle
+import random
+import tarfile
+import warnings
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from support import golden
+from t2t_fast import reference
+from t2t_fast.errors import CheckpointError
+from t2t_fast.interop.checkpoints import load_checkpoint
+from t2t_fast.interop.create import create_model
+from t2t_fast.interop.key_maps import to_upstream
+from t2t_fast.interop.swap import swap
+from t2t_fast.models import T2TViT, ViT, lanl
+
+TINY = dict(img_size=64, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2, token_dim=32, num_classes=10)
+SMALL = dict(TINY, embed_dim=8, depth=1, num_heads=1, mlp_ratio=1, token_dim=8)
+
+
+def tiny(**options):
+    return T2TViT(**{**TINY, **options})
+
+
+def small(**options):
+    return T2TViT(**{**SMALL, **options})
+
+
+def fingerprint(model):
+    """Names, kinds, shapes and bytes of everything that a model holds."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def same(model, state):
+    mine = model.state_dict()
+    return mine.keys() == state.keys() and all(torch.equal(mine[name], state[name]) for name in mine)
+
+
+def saved(path, content, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+def _upstream_training_file(path, state):
+    """What upstream's training script saves, command line included."""
+    content = {
+        "epoch": 3,
+        "arch": "t2t_vit_14",
+        "state_dict": state,
+        "optimizer": {"state": {0: {"step": 1, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3}]},
+        "args": argparse.Namespace(lr=1e-3, mean=(0.5, 0.5), model="t2t_vit_14"),
+        "metric": 81.5,
+    }
+    return saved(path / "checkpoint.pth.tar", content)
+
+
+def _safetensors(path, state):
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in state.items()}, path / "model.safetensors")
+    return path / "model.safetensors"
+
+
+FILES = {
+    "bare": lambda path, state: saved(path / "model.pth", state),
+    "upstream": _upstream_training_file,
+    "model": lambda path, state: saved(path / "model.pt", {"model": state, "epoch": 1}),
+    "module": lambda path, state: saved(path / "m.pth", {"state_dict": {f"module.{k}": v for k, v in state.items()}}),
+    "compiled": lambda path, state: saved(path / "m.pth", {f"module._orig_mod.{k}": v for k, v in state.items()}),
+    "ema": lambda path, state: saved(
+        path / "m.pth", {"state_dict": {k: v + 1 for k, v in state.items()}, "state_dict_ema": OrderedDict(state)}
+    ),
+    "legacy": lambda path, state: saved(
+        path / "m.pth.tar", {"state_dict": state}, _use_new_zipfile_serialization=False
+    ),
+    "safetensors": _safetensors,
+}
+
+
+@pytest.mark.parametrize("make", FILES.values(), ids=FILES)
+def test_file_formats(tmp_path, make):
+    source, model = tiny(), tiny()
+    path = make(tmp_path, source.state_dict())
+    report = load_checkpoint(model, path)
+    assert same(model, source.state_dict())
+    assert report.complete and report.loaded == report.total == len(source.state_dict())
+    assert report.resized == report.reinitialised == report.left_out == report.new_modules == ()
+    assert str(path) in str(report) and f"{report.total} of {report.total} tensors" in str(report)
+
+
+def test_averaged_weights_are_preferred_unless_declined(tmp_path):
+    source, averaged = tiny(), tiny()
+    content = {"state_dict": source.state_dict(), "state_dict_ema": averaged.state_dict()}
+    path = saved(tmp_path / "m.pth", content)
+    model = tiny()
+    assert load_checkpoint(model, path).source == "state_dict_ema"
+    assert same(model, averaged.state_dict())
+    assert load_checkpoint(model, path, use_ema=False).source == "state_dict"
+    assert same(model, source.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("official_tiny_performer_in3", lambda: T2TViT(**{**TINY, "token_dim": 64})),
+        ("official_tiny_performer_in3", lambda: reference.T2T_ViT(**{**TINY, "token_dim": 64})),
+        ("official_tiny_transformer_in3", lambda: T2TViT(**{**TINY, "token_dim": 64}, tokens_type="transformer")),
+        ("mmpretrain_tiny_cls_scale_corrected", lambda: tiny(mlp_ratio=3, num_classes=0, tokens_type="transformer")),
+    ],
+    ids=["fast", "reference", "transformer", "mmpretrain"],
+)
+def test_upstream_weights_from_a_file_give_upstream_numbers(tmp_path, name, build):
+    case, model = golden.cases()[name], build().double().eval()
+    names = {key: key for key in model.state_dict()}
+    if case["upstream"] == "mmpretrain":
+        names = {key: _mmpretrain_name(key) for key in names}
+    state = {theirs: golden.make_weight(case, theirs, model.state_dict()[ours].shape) for ours, theirs in names.items()}
+    report = load_checkpoint(model, saved(tmp_path / "m.pth", {"state_dict": state}))
+    assert report.layout == ("mmpretrain" if case["upstream"] == "mmpretrain" else "upstream")
+    with torch.no_grad():
+        out = model(golden.make_input(case))
+    torch.testing.assert_close(out, torch.from_numpy(golden.arrays(case)["out"]).double(), rtol=1e-6, atol=1e-6)
+
+
+def _mmpretrain_name(key):
+    key = key.replace("blocks.", "encoder.").replace(".norm1.", ".ln1.").replace(".norm2.", ".ln2.")
+    return key.replace(".mlp.fc1.", ".ffn.layers.0.0.").replace(".mlp.fc2.", ".ffn.layers.1.")
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."], ids=["backbone", "classifier"])
+@pytest.mark.parametrize("name", ["t2t_vit_t_14", "t2t_vit_t_19", "t2t_vit_t_24"])
+def test_mmpretrain_names_are_upstreams(name, prefix):
+    state = {prefix + key: key for key in golden.key_table(f"mmpretrain_{name}")["tensors"]}
+    heads = {"head.layers.head.weight": "w", "head.layers.head.bias": "b"} if prefix else {}
+    mapped, layout = to_upstream({**state, **heads})
+    expected = set(golden.key_table(f"official_{name}")["tensors"])
+    assert layout == "mmpretrain"
+    assert set(mapped) == (expected if prefix else expected - {"head.weight", "head.bias"})
+
+
+def test_other_names_are_left_alone():
+    state = dict.fromkeys(["encoder.0.norm1.weight", "backbone.cls_token"])
+    assert to_upstream(state) == (state, "upstream")
+
+
+def test_values_are_copied_into_the_same_parameters(tmp_path):
+    source, model = tiny(), tiny()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
+    assert before == {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.head.weight, source.head.weight)
+    assert torch.equal(model.tokens_to_token.attention1.w, source.tokens_to_token.attention1.w)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_are_cast_to_the_models(tmp_path, kind):
+    source, model = tiny(), tiny()
+    state = {name: value.to(kind) for name, value in source.state_dict().items()}
+    load_checkpoint(model, saved(tmp_path / "m.pth", state))
+    assert same(model, {name: value.float() for name, value in state.items()})
+    half = tiny().to(kind)
+    load_checkpoint(half, saved(tmp_path / "n.pth", source.state_dict()))
+    assert same(half, state)
+
+
+def test_a_swapped_model_takes_the_same_file(tmp_path):
+    source, model = reference.T2T_ViT(**TINY).eval(), reference.T2T_ViT(**TINY).eval()
+    path = saved(tmp_path / "m.pth", source.state_dict())
+    swap(model)
+    assert load_checkpoint(model, path).complete
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
+def test_wrappers_are_looked_through(tmp_path, wrap):
+    source, model = tiny(), tiny()
+    load_checkpoint(wrap(model), saved(tmp_path / "m.pth", source.state_dict()))
+    assert same(model, source.state_dict())
+
+
+def test_a_load_without_a_new_head_draws_no_random_numbers(tmp_path):
+    path = saved(tmp_path / "m.pth", tiny().state_dict())
+    model = tiny()
+    before = torch.get_rng_state()
+    load_checkpoint(model, path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def _resized(table, old, new, extra=1, mode="bicubic"):
+    """Independent of the package: channels first, interpolated, back."""
+    grid = table[:, extra:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode=mode, align_corners=False)
+    return torch.cat([table[:, :extra], grid.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("official_resize_pos_embed_14_24", 384), ("mmpretrain_resize_pos_embed_4x4_5x6", (80, 96))],
+    ids=["14x14 to 24x24", "4x4 to 5x6"],
+)
+def test_position_tables_are_resized_as_upstream_does(tmp_path, name, size):
+    case = golden.cases()[name]
+    table = golden.make_input(case)
+    model = small(img_size=size).double()
+    state = {**model.state_dict(), "pos_embed": table}
+    report = load_checkpoint(model, saved(tmp_path / "m.pth", state))
+    torch.testing.assert_close(
+        model.pos_embed.data, torch.from_numpy(golden.arrays(case)["out"]).double(), rtol=1e-6, atol=1e-6
+    )
+    side = int((table.shape[1] - 1) ** 0.5)
+    assert report.resized == (("pos_embed", (side, side), tuple(model.grid_size)),)
+    assert f"pos_embed {side} x {side} -> " in str(report)
+
+
+TARGETS = {
+    "fast": lambda **options: small(**options),
+    "distilled": lambda **options: ViT(
+        embed_dim=8, depth=1, num_heads=1, num_classes=10, distilled=True, **{"img_size": 64, **options}
+    ),
+    "lanl": lambda img_size=(64, 64): lanl.T2TViT((3, *img_size), (7, 3, 3), 10, 8, 8, depth=1),
+    "lanl reference": lambda img_size=(64, 64): reference.lanl.T2T_ViT((3, *img_size), (7, 3, 3), 10, 8, 8, depth=1),
+}
+
+
+@pytest.mark.parametrize("build", TARGETS.values(), ids=TARGETS)
+def test_non_square_targets_and_extra_tokens(tmp_path, build):
+    source, model = build(), build(img_size=(32, 96))
+    key = next(name for name in source.state_dict() if name.endswith("pos_embed"))
+    extra = 2 if "dist_token" in source.state_dict() else 1
+    path = saved(tmp_path / "m.pth", source.state_dict())
+    grid = None
+    if build is TARGETS["lanl reference"]:  # upstream's class does not keep its grid
+        with pytest.raises(CheckpointError, match=r"the model's position table has 1 \+ 12 entries, .* give grid="):
+            load_checkpoint(model, path)
+        grid = (2, 6)
+    report = load_checkpoint(model, path, grid=grid)
+    assert report.resized == ((key, (4, 4), (2, 6)),)
+    expected = _resized(source.state_dict()[key], (4, 4), (2, 6), extra)
+    torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-5, atol=1e-6)
+    assert report.loaded == report.total
+    model.eval()(torch.randn(1, 3, 32, 96))
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["upstream-shaped", "swapped"])
+def test_upstream_shaped_targets_are_square(tmp_path, swapped):
+    source, model = small(), reference.T2T_ViT(**{**SMALL, "img_size": 96})
+    if swapped:
+        swap(model)
+    report = load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
+    assert report.resized == (("pos_embed", (4, 4), (6, 6)),)
+    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (4, 4), (6, 6)))
+
+
+def test_non_square_sources_need_their_grid(tmp_path):
+    source, model = small(img_size=(32, 96)), small()
+    path = saved(tmp_path / "m.pth", source.state_dict())
+    before = fingerprint(model)
+    with pytest.raises(CheckpointError, match=r"the checkpoint's pos_embed has 1 \+ 12 entries, .* give source_grid"):
+        load_checkpoint(model, path)
+    with pytest.raises(CheckpointError, match=r"source_grid is 3 x 5 = 15, but .* has 1 \+ 12 entries"):
+        load_checkpoint(model, path, source_grid=(3, 5))
+    with pytest.raises(CheckpointError, match=r"grid is 3 x 5 = 15, but .* has 1 \+ 16 entries"):
+        load_checkpoint(model, path, source_grid=(2, 6), grid=(3, 5))
+    assert fingerprint(model) == before
+    load_checkpoint(model, path, source_grid=(2, 6))
+    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (2, 6), (4, 4)))
+
+
+def test_a_grid_of_equal_area_is_resized_only_when_named(tmp_path):
+    source, model = small(img_size=(32, 128)), small()
+    path = saved(tmp_path / "m.pth", source.state_dict())
+    assert load_checkpoint(model, path).resized == ()
+    assert torch.equal(model.pos_embed, source.pos_embed)
+    assert load_checkpoint(model, path, source_grid=(2, 8)).resized == (("pos_embed", (2, 8), (4, 4)),)
+    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (2, 8), (4, 4)))
+
+
+def test_the_models_interpolation_is_used(tmp_path):
+    source, model = small(), small(img_size=96)
+    model.position_mode = "bilinear"
+    load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
+    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (4, 4), (6, 6), mode="bilinear"))
+
+
+def test_half_tables_are_resized_in_the_models_precision(tmp_path):
+    source, model = small(), small(img_size=96)
+    state = {name: value.half() for name, value in source.state_dict().items()}
+    load_checkpoint(model, saved(tmp_path / "m.pth", state))
+    torch.testing.assert_close(model.pos_embed.data, _resized(state["pos_embed"].float(), (4, 4), (6, 6)))
+
+
+def test_a_head_of_another_class_count_starts_afresh(tmp_path):
+    source, model = tiny(), tiny()
+    model.head.weight.data.fill_(7.0)
+    body = {name: p for name, p in model.named_parameters() if not name.startswith("head.")}
+    path = saved(tmp_path / "m.pth", source.state_dict())
+    report = load_checkpoint(model, path, num_classes=4)
+    assert model.head.weight.shape == (4, 48) and model.num_classes == 4
+    assert 0.01 < model.head.weight.std() < 0.03 and model.head.bias.count_nonzero() == 0
+    assert model.head.weight.requires_grad
+    assert report.reinitialised == report.left_out == ("head.weight", "head.bias")
+    assert report.new_modules == ("head",) and report.complete
+    for name, parameter in model.named_parameters():
+        if name in body:
+            assert parameter is body[name] and torch.equal(parameter, source.state_dict()[name])
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 4)
+    assert "initialised" in str(report) and "new module" in str(report) and "head.bias" in str(report)
+
+
+def test_the_checkpoints_head_is_kept_where_it_fits(tmp_path):
+    source, model = tiny(), tiny(num_classes=4)
+    report = load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()), num_classes=10)
+    assert same(model, source.state_dict()) and model.num_classes == 10
+    assert report.new_modules == ("head",) and report.reinitialised == ()
+
+
+def test_without_a_class_count_the_model_keeps_its_own_with_a_warning(tmp_path):
+    source, model = tiny(), tiny(num_classes=4)
+    model.head.weight.data.fill_(7.0)
+    head = model.head.weight
+    with pytest.warns(UserWarning, match=r"another class count, so head\.weight, head\.bias were newly initialised"):
+        report = load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
+    assert report.reinitialised == ("head.weight", "head.bias") and report.new_modules == ()
+    assert model.head.weight is head and head.std() < 0.03 and model.num_classes == 4
+    assert torch.equal(model.norm.weight, source.norm.weight)
+
+
+@pytest.mark.parametrize("has", [10, 0], ids=["with head", "without head"])
+def test_no_head_on_request(tmp_path, has):
+    source, model = tiny(), tiny(num_classes=has)
+    report = load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()), num_classes=0)
+    assert isinstance(model.head, nn.Identity) and model.num_classes == 0
+    assert report.left_out == ("head.weight", "head.bias") and report.complete
+    assert report.new_modules == (("head",) if has else ())
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 48)
+
+
+def test_a_headless_model_leaves_the_checkpoints_head_out_and_can_get_one(tmp_path):
+    source = tiny()
+    path = saved(tmp_path / "m.pth", source.state_dict())
+    model = tiny(num_classes=0)
+    assert load_checkpoint(model, path).left_out == ("head.weight", "head.bias")
+    load_checkpoint(model, path, num_classes=10)
+    assert same(model, source.state_dict())
+
+
+def test_a_headless_checkpoint_needs_a_class_count(tmp_path):
+    source, model = tiny(num_classes=0), tiny()
+    path = saved(tmp_path / "m.pth", source.state_dict())
+    before = fingerprint(model)
+    with pytest.raises(CheckpointError, match=r"(?s)missing +2  head\.weight, head\.bias.*give num_classes"):
+        load_checkpoint(model, path)
+    assert fingerprint(model) == before
+    report = load_checkpoint(model, path, num_classes=10)
+    assert report.reinitialised == ("head.weight", "head.bias") and report.new_modules == ()
+
+
+def test_both_heads_of_a_distilled_model(tmp_path):
+    source, model = TARGETS["distilled"](), TARGETS["distilled"]()
+    report = load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()), num_classes=4)
+    assert report.new_modules == ("head", "head_dist") and report.complete
+    assert model.head_dist.weight.shape == (4, 8)
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("build", [TARGETS["lanl"], TARGETS["lanl reference"]], ids=["fast", "reference"])
+def test_the_articles_head_is_inside_the_backbone(tmp_path, build):
+    source, model = build(), build()
+    report = load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()), num_classes=4)
+    assert report.new_modules == ("vit_backbone.head",) and model.vit_backbone.head.weight.shape == (4, 8)
+    assert report.complete
+
+
+def test_a_new_head_is_where_the_model_is(tmp_path):
+    source, model = tiny(), tiny().half().eval()
+    load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()), num_classes=4)
+    assert model.head.weight.dtype == torch.float16 and not model.head.training
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_stays_there(tmp_path):
+    source, model = tiny(), tiny().cuda()
+    report = load_checkpoint(model, saved(tmp_path / "m.pth", source.cuda().state_dict()), num_classes=4)
+    assert report.complete and {p.device.type for p in model.parameters()} == {"cuda"}
+    assert torch.equal(model.norm.weight, source.norm.weight)
+
+
+def test_everything_that_does_not_fit_is_listed_and_nothing_changes(tmp_path):
+    state = dict(tiny().state_dict())
+    del state["norm.bias"], state["blocks.0.attn.qkv.weight"]
+    state["extra.weight"] = torch.ones(3)
+    state["blocks.1.mlp.fc1.bias"] = torch.ones(5)
+    state["blocks.1.mlp.fc2.bias"] = torch.ones(48, dtype=torch.int8)
+    model = tiny()
+    before = fingerprint(model)
+    path = saved(tmp_path / "m.pth", state)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(model, path, num_classes=4)
+    text = str(error.value)
+    assert "missing         2  blocks.0.attn.qkv.weight, norm.bias" in text
+    assert "unexpected      1  extra.weight" in text
+    assert "blocks.1.mlp.fc1.bias (checkpoint (5,), model (96,))" in text
+    assert "blocks.1.mlp.fc2.bias (checkpoint (48,) int8, model (48,))" in text
+    assert fingerprint(model) == before and model.num_classes == 10
+
+    left = {name: model.state_dict()[name].clone() for name in ("norm.bias", "blocks.1.mlp.fc1.bias")}
+    report = load_checkpoint(model, path, strict=False)
+    assert report.missing == ("blocks.0.attn.qkv.weight", "norm.bias") and report.unexpected == ("extra.weight",)
+    assert [name for name, *_ in report.mismatched] == ["blocks.1.mlp.fc1.bias", "blocks.1.mlp.fc2.bias"]
+    assert not report.complete and report.loaded == report.total - 4
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in left.items())
+    assert torch.equal(model.cls_token, state["cls_token"])
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+def test_a_checkpoint_of_another_architecture(tmp_path, strict):
+    resnet = {f"layer{i}.{j}.conv1.weight": torch.ones(4, 4, 3, 3) for i in range(1, 5) for j in range(9)}
+    model = tiny()
+    before = fingerprint(model)
+    with pytest.raises(CheckpointError, match=r"(?s)layer1\.0\.conv1\.weight.*and 16 more.*not one tensor"):
+        load_checkpoint(model, saved(tmp_path / "m.pth", {"state_dict": resnet}), strict=strict)
+    assert fingerprint(model) == before
+
+
+def test_a_wider_model_is_no_resize_and_no_head_swap(tmp_path):
+    model = tiny()
+    before = fingerprint(model)
+    path = saved(tmp_path / "m.pth", tiny(embed_dim=24, num_classes=5).state_dict())
+    with pytest.raises(CheckpointError, match=r"(?s)pos_embed \(checkpoint \(1, 17, 24\), model \(1, 17, 48\)\)"):
+        load_checkpoint(model, path)
+    assert fingerprint(model) == before
+
+
+def test_a_distilled_checkpoint_has_another_table(tmp_path):
+    source, model = TARGETS["distilled"](), ViT(img_size=64, embed_dim=8, depth=1, num_heads=1, num_classes=10)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)dist_token.*pos_embed \(checkpoint \(1, 18, 8\), model \(1, 17, 8\)\)"
+    ):
+        load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
+
+
+class Payload:
+    """Pickles as a call of ``random.seed``."""
+
+    def __reduce__(self):
+        return random.seed, (1,)
+
+
+def _truncated(path, **options):
+    content = saved(path, tiny().state_dict(), **options).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def _zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+def _tar(path):
+    text = path.parent / "readme.txt"
+    text.write_text("hello")
+    with tarfile.open(path, "w") as archive:
+        archive.add(text, "readme.txt")
+
+
+BAD = {
+    "empty": ("m.pth", lambda p: p.write_bytes(b""), "could not be read"),
+    "text": ("m.pth", lambda p: p.write_text("hello, this is no checkpoint\n" * 9), "could not be read"),
+    "zip": ("m.pth", _zip, "could not be read"),
+    "tar": ("m.pth.tar", _tar, "could not be read"),
+    "truncated": ("m.pth", _truncated, "could not be read"),
+    "truncated legacy": ("m.pth", lambda p: _truncated(p, _use_new_zipfile_serialization=False), "could not be read"),
+    "pickle": ("m.pth", lambda p: p.write_bytes(pickle.dumps({"a": Payload()}, 2)), r"pickled random\.|could not be"),
+    "forbidden class": (
+        "m.pth",
+        lambda p: saved(p, {"state_dict": {}, "x": Payload()}),
+        r"it holds a pickled (getattr|random)",
+    ),
+    "whole module": ("m.pth", lambda p: saved(p, nn.Linear(2, 2)), r"it holds a pickled torch\.nn\.modules\.linear"),
+    "list": ("m.pth", lambda p: saved(p, [torch.ones(2)]), "must hold a dict of tensors.*got list"),
+    "numbers": ("m.pth", lambda p: saved(p, {"epoch": 3}), "its entry 'epoch' is a int"),
+    "no tensors": ("m.pth", lambda p: saved(p, {"state_dict": {}}), "holds no tensors"),
+    "same name twice": (
+        "m.pth",
+        lambda p: saved(p, {"norm.bias": torch.ones(48), "module.norm.bias": torch.ones(48)}),
+        "with and without the prefix",
+    ),
+    "directory": ("folder", lambda p: p.mkdir(), "is a directory"),
+}
+
+
+@pytest.mark.parametrize(("name", "make", "text"), BAD.values(), ids=BAD)
+def test_bad_files_are_clear_errors(tmp_path, name, make, text):
+    make(tmp_path / name)
+    model = tiny()
+    before = fingerprint(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.load about odd pickles
+        with pytest.raises(CheckpointError, match=text) as error:
+            load_checkpoint(model, tmp_path / name, num_classes=4)
+    assert str(tmp_path / name) in str(error.value) and fingerprint(model) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64], ids=["empty", "text", "bytes"])
+def test_bad_safetensors_are_clear_errors(tmp_path, content):
+    pytest.importorskip("safetensors")
+    (tmp_path / "m.safetensors").write_bytes(content)
+    model = tiny()
+    before = fingerprint(model)
+    with pytest.raises(CheckpointError, match="could not be read as safetensors"):
+        load_checkpoint(model, tmp_path / "m.safetensors")
+    assert fingerprint(model) == before
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pth"):
+        load_checkpoint(tiny(), tmp_path / "none.pth")
+
+
+def test_safetensors_missing_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"t2t_fast\[checkpoints\]"):
+        load_checkpoint(tiny(), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (dict(num_classes="10"), TypeError, "num_classes must be an int or None, got '10'"),
+        (dict(num_classes=True), TypeError, "num_classes must be an int or None, got True"),
+        (dict(num_classes=-1), ValueError, "num_classes must be at least 0, got -1"),
+        (dict(source_grid="14x14"), TypeError, "source_grid must be an int or a pair of ints, got '14x14'"),
+        (dict(grid=(0, 3)), ValueError, r"grid must be at least 1, got \(0, 3\)"),
+    ],
+    ids=["class text", "class bool", "class negative", "grid text", "grid zero"],
+)
+def test_bad_arguments(tmp_path, options, error, text):
+    path = saved(tmp_path / "m.pth", tiny().state_dict())
+    with pytest.raises(error, match=text):
+        load_checkpoint(tiny(), path, **options)
+
+
+def test_bad_models(tmp_path):
+    path = saved(tmp_path / "m.pth", {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+        load_checkpoint({}, path)
+    with pytest.raises(ValueError, match="num_classes needs a model with a linear head"):
+        load_checkpoint(nn.Linear(2, 2), path, num_classes=3)
+    with pytest.raises(ValueError, match="meta device"):
+        load_checkpoint(nn.Linear(2, 2, device="meta"), path)
+
+
+SHRUNK = dict(embed_dim=48, depth=2, num_heads=3, token_dim=32, img_size=64)
+
+
+@pytest.mark.filterwarnings("error")
+def test_create_model_with_a_checkpoint(tmp_path):
+    source = create_model("t2t_vit_14", num_classes=10, **SHRUNK)
+    path = saved(tmp_path / "m.pth", source.state_dict())
+    model = create_model("t2t_vit_14", num_classes=10, checkpoint=path, **SHRUNK)
+    assert same(model, source.state_dict()) and model.training
+
+
+def test_create_model_for_fine_tuning(tmp_path):
+    source = create_model("t2t_vit_14", **SHRUNK)
+    path = saved(tmp_path / "m.pth", {"state_dict_ema": source.state_dict()})
+    with pytest.warns(UserWarning, match=r"has no head of 10 classes, so head\.weight, head\.bias are newly") as caught:
+        model = create_model("t2t_vit_14", num_classes=10, checkpoint=path, **{**SHRUNK, "img_size": (64, 96)})
+    assert len(caught) == 1
+    assert model.grid_size == (4, 6) and model.head.weight.shape == (10, 48)
+    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (4, 4), (4, 6)))
+    assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+
+
+def test_create_model_refuses_upstreams_pretrained():
+    with pytest.raises(TypeError, match=r"give checkpoint=PATH .* qk_scale"):
+        create_model("t2t_vit_7", pretrained=True)
+    assert isinstance(create_model("t2t_vit_7", pretrained=False, **SHRUNK), T2TViT)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "text"),
+    [
+        ("resnet50", {}, ValueError, "name must be one of t2t_vit_7, "),
+        ("t2t_vit_7", dict(img_size="224"), TypeError, "img_size must be an int or a pair of ints, got '224'"),
+        ("t2t_vit_7", dict(img_size=(224, 0)), ValueError, r"img_size must be at least 1, got \(224, 0\)"),
+        ("t2t_vit_7", dict(colour="red"), TypeError, "colour"),
+        ("t2t_vit_7", dict(SHRUNK, checkpoint="/nowhere/m.pth"), FileNotFoundError, "there is no file"),
+    ],
+    ids=["name", "size text", "size zero", "option", "no file"],
+)
+def test_create_model_errors(name, options, error, text):
+    with pytest.raises(error, match=text):
+        create_model(name, **options)

@@ -1,0 +1,92 @@
+"""The suite's own rules: filled memory, seeds, skips without a device, ``--require-backend``."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest_plugins = ["pytester"]
+
+SOURCE = """
+import pytest
+
+@pytest.mark.parametrize("backend", ["triton", "aten"])
+def test_by_parameter(backend):
+    pytest.skip("not here")
+
+def test_by_reason():
+    pytest.skip("backend 'native' has no implementation")
+
+def test_unrelated():
+    pytest.skip("no alternative")
+
+@pytest.mark.xfail(reason="triton is wrong", strict=True)
+def test_expected_failure():
+    raise ValueError
+"""
+
+
+@pytest.fixture
+def suite(pytester):
+    """A folder with this suite's conftest, to run other tests under it."""
+    pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
+    pytester.makeini("[pytest]\nmarkers = gpu: needs a CUDA device")
+    return pytester
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(1000),
+        lambda: torch.ones(10, 100).new_empty(1000),
+        lambda: torch.empty_like(torch.ones(10, 100, dtype=torch.bfloat16)),
+        lambda: torch.empty_strided((10, 10), (1, 10), dtype=torch.float64),
+    ],
+    ids=["empty", "new_empty", "empty_like", "empty_strided"],
+)
+def test_unwritten_memory_is_nan(allocate):
+    assert allocate().isnan().all()
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_every_test_starts_from_the_same_seed(turn):
+    value = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.rand(()) == value
+
+
+@pytest.mark.parametrize(
+    ("required", "outcome"),
+    [
+        ([], {"skipped": 4, "xfailed": 1}),
+        (["triton"], {"skipped": 3, "failed": 1, "xfailed": 1}),
+        (["native"], {"skipped": 3, "failed": 1, "xfailed": 1}),
+        (["triton", "native", "aten"], {"skipped": 1, "failed": 3, "xfailed": 1}),
+    ],
+    ids=["none", "by-parameter", "by-reason", "several"],
+)
+def test_require_backend_turns_a_skip_into_a_failure(suite, required, outcome):
+    suite.makepyfile(SOURCE)
+    result = suite.runpytest(*(f"--require-backend={name}" for name in required))
+    result.assert_outcomes(**outcome)
+
+
+def test_require_backend_holds_for_a_module_that_skips_itself(suite):
+    suite.makepyfile("import pytest\npytest.importorskip('triton_that_is_not_installed', reason='triton is missing')")
+    suite.runpytest().assert_outcomes(skipped=1)
+    result = suite.runpytest("--require-backend=triton")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*--require-backend triton, but *would be skipped: *triton is missing*"])
+
+
+def test_require_backend_knows_the_names(suite):
+    result = suite.runpytest("--require-backend=cuda")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so nothing is skipped for want of one")
+def test_gpu_tests_say_why_they_are_skipped(suite):
+    suite.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_device(): raise AssertionError")
+    result = suite.runpytest("-rs")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*no CUDA device*"])

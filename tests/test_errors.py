@@ -1,0 +1,172 @@
+# ruff: noqa: E501 - a table reads better in long lines
+"""Bad input: the error names the function, the argument, what was expected and what came."""
+
+import re
+
+import pytest
+import torch
+
+from t2t_fast import models
+from t2t_fast.functional import (
+    performer_attention,
+    performer_block,
+    soft_composition,
+    soft_split,
+    soft_split_linear,
+    token_mlp,
+)
+from t2t_fast.modules import SoftSplit, T2TModule, TokenPerformer, TokenTransformer
+
+IMAGE = torch.randn(2, 3, 16, 16)
+TOKENS = torch.randn(2, 16, 4)
+WEIGHT = torch.randn(8, 147)
+QKV = torch.randn(2, 5, 8)
+W = torch.randn(4, 8)
+KQV = torch.randn(2, 5, 24)
+
+
+def tail(**changes):
+    parameters = {
+        "proj_weight": torch.randn(8, 8),
+        "proj_bias": torch.randn(8),
+        "norm_weight": torch.randn(8),
+        "norm_bias": torch.randn(8),
+        "fc1_weight": torch.randn(12, 8),
+        "fc1_bias": torch.randn(12),
+        "fc2_weight": torch.randn(8, 12),
+        "fc2_bias": torch.randn(8),
+    }
+    return {**parameters, **changes}
+
+
+META = torch.empty(8, 147, device="meta")
+BAD = {
+    "soft_split: not a tensor": (lambda: soft_split([1.0], 3), TypeError, "soft_split: x must be a torch.Tensor, got list"),
+    "soft_split: rank": (
+        lambda: soft_split(IMAGE[0, 0], 3), ValueError, "soft_split: x must be 3-D or 4-D, got 2-D of shape (16, 16)",
+    ),
+    "soft_split: integer dtype": (
+        lambda: soft_split(IMAGE.int(), 3), ValueError, "x must be one of float32, float64, float16, bfloat16, got int32",
+    ),
+    "soft_split: tokens without grid": (lambda: soft_split(TOKENS, 3), ValueError, "so grid=(h, w) is needed"),
+    "soft_split: grid of an image": (lambda: soft_split(IMAGE, 3, grid=(4, 4)), ValueError, "grid is for tokens (3-D)"),
+    "soft_split: wrong grid": (
+        lambda: soft_split(TOKENS, 3, grid=(3, 5)), ValueError, "grid 3 x 5 = 15 must count the tokens of x, got 16",
+    ),
+    "soft_split: window larger than the padded image": (
+        lambda: soft_split(IMAGE, 21, 1, 2), ValueError, "the window 21 x 21 must fit into the padded image, got 20 x 20",
+    ),
+    "soft_split: negative stride": (
+        lambda: soft_split(IMAGE, 3, -1), ValueError, "soft_split: stride must be at least 1, got -1",
+    ),
+    "soft_split: zero kernel": (lambda: soft_split(IMAGE, (3, 0)), ValueError, "kernel_size must be at least 1, got (3, 0)"),
+    "soft_split: negative padding": (lambda: soft_split(IMAGE, 3, 1, -2), ValueError, "padding must be at least 0, got -2"),
+    "soft_split: stride of the wrong type": (
+        lambda: soft_split(IMAGE, 3, 1.5), TypeError, "stride must be an int or a pair of ints, got 1.5",
+    ),
+    "soft_composition: token count": (
+        lambda: soft_composition(torch.randn(1, 5, 9), 8, 3, 2, 1), ValueError, "must have 4 x 4 = 16 tokens",
+    ),
+    "soft_composition: token width": (
+        lambda: soft_composition(torch.randn(1, 16, 10), 8, 3, 2, 1), ValueError, "multiple of the window's 9 pixels, got 10",
+    ),
+    "soft_split_linear: weight shape": (
+        lambda: soft_split_linear(IMAGE, torch.randn(8, 148), None, 7, 4, 2), ValueError,
+        "soft_split_linear: weight must have shape (8, 147) ((O, channels * window pixels)), got (8, 148)",
+    ),
+    "soft_split_linear: weight rank": (
+        lambda: soft_split_linear(IMAGE, WEIGHT[0], None, 7, 4, 2), ValueError, "weight must be 2-D, got 1-D",
+    ),
+    "soft_split_linear: bias shape": (
+        lambda: soft_split_linear(IMAGE, WEIGHT, torch.randn(7), 7, 4, 2), ValueError, "bias must have shape (8,)",
+    ),
+    "soft_split_linear: dtype mix": (
+        lambda: soft_split_linear(IMAGE, WEIGHT.double(), None, 7, 4, 2), ValueError,
+        "weight must have the dtype of x (torch.float32), got torch.float64",
+    ),
+    "soft_split_linear: device mix": (
+        lambda: soft_split_linear(IMAGE, META, None, 7, 4, 2), ValueError, "weight must be on the device of x (cpu), got meta",
+    ),
+    "soft_split_linear: norm without eps": (
+        lambda: soft_split_linear(IMAGE, WEIGHT, None, 7, 4, 2, norm_weight=torch.ones(147)), ValueError, "need norm_eps",
+    ),
+    "soft_split_linear: eps": (
+        lambda: soft_split_linear(IMAGE, WEIGHT, None, 7, 4, 2, norm_eps=0.0), ValueError, "norm_eps must be above 0, got 0.0",
+    ),
+    "soft_split_linear: bias of the wrong type": (
+        lambda: soft_split_linear(IMAGE, WEIGHT, 1.0, 7, 4, 2), TypeError, "bias must be a torch.Tensor or None, got float",
+    ),
+    "performer_attention: rank": (lambda: performer_attention(W, QKV, QKV, W), ValueError, "q must be 3-D or 4-D, got 2-D"),
+    "performer_attention: k shape": (
+        lambda: performer_attention(QKV, QKV[:1], QKV, W), ValueError, "k must have shape (2, 5, 8) (batch and width of q)",
+    ),
+    "performer_attention: v shape": (
+        lambda: performer_attention(QKV, QKV, QKV[:, :3], W), ValueError, "v must have shape (2, 5, 8) (the shape of k)",
+    ),
+    "performer_attention: w shape": (
+        lambda: performer_attention(QKV, QKV, QKV, W[:, :5]), ValueError, "w must have shape (4, 8)",
+    ),
+    "performer_attention: no features": (
+        lambda: performer_attention(QKV, QKV, QKV, W[:0]), ValueError, "w must have at least one random feature",
+    ),
+    "performer_attention: no tokens": (
+        lambda: performer_attention(QKV, QKV[:, :0], QKV[:, :0], W), ValueError, "k must have at least one token",
+    ),
+    "performer_attention: eps": (
+        lambda: performer_attention(QKV, QKV, QKV, W, -1e-8), ValueError, "eps must be at least 0, got -1e-08",
+    ),
+    "performer_attention: dtype mix": (
+        lambda: performer_attention(QKV, QKV.half(), QKV, W), ValueError, "k must have the dtype of q",
+    ),
+    "performer_attention: w dtype": (
+        lambda: performer_attention(QKV, QKV, QKV, W.half()), ValueError, "w must be torch.float32 or torch.float32",
+    ),
+    "token_mlp: v shape": (lambda: token_mlp(QKV, QKV[:1], **tail()), ValueError, "v must have shape (2, 5, 8) (the shape of y)"),
+    "token_mlp: fc2 shape": (
+        lambda: token_mlp(QKV, QKV, **tail(fc2_weight=torch.randn(8, 11))), ValueError, "fc2_weight must have shape (8, 12)",
+    ),
+    "token_mlp: missing weight": (
+        lambda: token_mlp(QKV, QKV, **tail(fc1_weight=None)), TypeError, "fc1_weight must be a torch.Tensor, got NoneType",
+    ),
+    "token_mlp: probability": (
+        lambda: token_mlp(QKV, QKV, **tail(), mlp_drop=1.0), ValueError, "mlp_drop must be at least 0 and below 1, got 1.0",
+    ),
+    "token_mlp: seed": (
+        lambda: token_mlp(QKV, QKV, **tail(), mlp_drop=0.1, seed=torch.tensor(1.0)), ValueError, "seed must be one of int64",
+    ),
+    "performer_block: kqv width": (
+        lambda: performer_block(KQV[..., :23], W, **tail()), ValueError, "kqv must be (B, L, 3 * E) with L >= 1, got (2, 5, 23)",
+    ),
+    "SoftSplit: stride": (lambda: SoftSplit(3, 0), ValueError, "SoftSplit: stride must be at least 1, got 0"),
+    "TokenPerformer: no features": (
+        lambda: TokenPerformer(9, 4, kernel_ratio=0.1), ValueError, "must be at least 1, got in_dim=4, head_cnt=1, kernel_ratio=0.1",
+    ),
+    "TokenTransformer: heads": (lambda: TokenTransformer(9, 4, num_heads=2), ValueError, "num_heads must be 1"),
+    "T2TModule: tokens_type": (
+        lambda: T2TModule(tokens_type="swin"), ValueError, "must be one of performer, transformer, convolution, got 'swin'",
+    ),
+    "T2TModule: windows": (lambda: T2TModule(windows=[(7, 4, 2)]), ValueError, "windows must be three"),
+    "T2TViT: block": (lambda: models.T2TViT(block="conv"), ValueError, "block must be one of plain, se, ghost, dense"),
+    "T2TViT: heads": (lambda: models.T2TViT(embed_dim=10, num_heads=3), ValueError, "num_heads must divide dim"),
+    "T2TViTGhost: mlp_ratio": (
+        lambda: models.T2TViTGhost(embed_dim=12, num_heads=3, mlp_ratio=2.0, depth=1), ValueError, "mlp_ratio must be 3",
+    ),
+    "ViT: patch": (lambda: models.ViT(img_size=100), ValueError, "patch_size 16 must divide the image, got height 100"),
+    "build_model: name": (lambda: models.build_model("t2t_vit_15"), ValueError, "name must be one of t2t_vit_7"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_error_text(name):
+    call, error, text = BAD[name]
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_every_backend_gives_the_same_error(backend):
+    """Checks run before the backend is chosen."""
+    with pytest.raises(ValueError, match="the window 21 x 21 must fit"):
+        soft_split(IMAGE, 21, backend=backend)
+    with pytest.raises(ValueError, match=r"weight must have shape \(8, 147\)"):
+        soft_split_linear(IMAGE, torch.randn(8, 148), None, 7, 4, 2, backend=backend)
