@@ -1,5 +1,5 @@
 // The module t2t_fast._C: how the native code was built, and what this CPU offers.
-// It includes no torch header, so that one build loads whatever torch is installed. setup.py gives the T2T_FAST_* macros.
+// It includes no torch header, so one build loads whatever torch is installed. setup.py sets the T2T_FAST_* macros.
 #include <pybind11/pybind11.h>
 
 #include <string>

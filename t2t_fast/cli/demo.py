@@ -19,6 +19,9 @@ from .common import Progress, UsageError, choose_device, require
 PARITY = 1e-4
 """Largest difference of the logits before and after, relative to their norm, in float32."""
 
+SCATTER = 0.3
+"""Distance of the 20th and 80th percentile, relative to the median, from which on a timing is called scattered."""
+
 SEED = 0
 
 
@@ -159,7 +162,14 @@ def _times(before, after, x, options, progress):
             notes.append(f"torch.compile was not timed: {first_line}")
     row("whole model, inference", (before, after), measure.inference)
     row("whole model, training step", (before, after), measure.training_step)
+    scattered = [r["what"] for r in rows if max(_scatter(r["before"]), _scatter(r["after"])) > SCATTER]
+    if scattered:
+        notes.append(f"These timings scatter widely, as on a machine that does other work: {'; '.join(scattered)}.")
     return rows, notes
+
+
+def _scatter(timing):
+    return (timing["high"] - timing["low"]) / timing["median"]
 
 
 def _memory(before, after, x, options, progress, notes):

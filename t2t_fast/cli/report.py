@@ -109,7 +109,7 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em
 h2 { font-size: 21px; margin: 48px 0 6px }
 p { margin: 6px 0 14px; max-width: 78ch }
 .lead { font-size: 18px; color: var(--muted) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 14px; margin: 26px 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(225px, 1fr)); gap: 14px; margin: 26px 0 }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px }
 .card b { display: block; font-size: 27px; line-height: 1.2; color: var(--after); font-variant-numeric: tabular-nums }
 .card.bad b { color: var(--alarm) }
@@ -150,9 +150,13 @@ def _cards(data):
     parity = data["parity"]
     cards = [_card(f"{parity['max_abs_difference']:.0e}", "largest difference of a logit, float32", not parity["ok"])]
     for row in data["time"]:
-        cards.append(_card(f"{row['ratio']:.2f}×", f"faster: {row['what']}" if row["ratio"] >= 1 else row["what"]))
-    for row in data["memory"][:1]:
-        cards.append(_card(f"{row['ratio']:.1f}×", f"less memory: {row['what']}"))
+        slower = row["ratio"] < 1
+        ratio = 1 / row["ratio"] if slower else row["ratio"]
+        cards.append(_card(f"{ratio:.2f}× {'slower' if slower else 'faster'}", row["what"], slower))
+    for row in data["memory"][::2]:
+        more = row["ratio"] < 1
+        ratio = 1 / row["ratio"] if more else row["ratio"]
+        cards.append(_card(f"{ratio:.2f}× {'more' if more else 'less'}", f"memory, {row['what']}", more))
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -215,7 +219,7 @@ def _page(data, paths):
         "largest allocation" if "CUDA" in data["environment"]["device"] else "growth of the process's resident memory"
     )
     parts = [
-        "<h1>The same photograph, the same model, the same answer</h1>",
+        f"<h1>The same photograph, the same model, {'the same answer' if parity['ok'] else 'another answer'}</h1>",
         f'<p class="lead">{escape(photo["name"])}{escape(credit)} through {escape(model["name"])} in upstream\'s form '
         f"and after <code>t2t_fast.swap(model)</code>, on {escape(data['environment']['device'])}.</p>",
         _verdict(parity),

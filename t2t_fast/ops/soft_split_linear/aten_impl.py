@@ -90,7 +90,7 @@ def _convolution_backward(grad, x, weight, window, need_x, need_weight):
 
 
 class Normed(torch.autograd.Function):
-    """Gradients of :func:`normed` (derivation in the math notes of CONTRIBUTING.md).
+    """Gradients of :func:`normed` (derivation: docs/math.md, section 1).
 
     LayerNorm's two row means need neither the unfolded tokens nor their gradient: the mean of ``Wg^T G`` vanishes with
     centred weights, and the mean of ``Wg^T G * xhat`` is ``G . (y - b') / K``.

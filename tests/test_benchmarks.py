@@ -1,0 +1,563 @@
+"""The benchmarks' own machinery: costs, interleaving, reports, the GPU run's control flow, one row end to end."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import costs, gpu, groups, harness, kernel_report, memory, report, session, subjects
+from benchmarks.clocks import CpuClock
+from benchmarks.goals import GOALS, judge
+from benchmarks.groups import Group
+from benchmarks.providers import PROVIDERS, providers
+from benchmarks.statistics import percentile, ratios, summary
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY, PRODUCT = 4.3e12, 790e12
+"""Bytes/s and FLOP/s that the published floors assume (one H200, bf16)."""
+
+needs_pytest_benchmark = pytest.mark.skipif(
+    importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
+)
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+
+
+# ---------------------------------------------------------------- costs
+
+# Published cost table of the three-operator design, bf16, per image. By stage, then the total: MB forward, MB backward,
+# GFLOP forward, GFLOP backward, floor in microseconds forward and backward.
+COST_TABLE = {
+    ("performer", 224): [
+        (3.55, 5.65, 0.305, 0.498, 0.83, 1.31),
+        (1.23, 2.88, 0.206, 0.427, 0.34, 0.72),
+        (0.25, 0.50, 0.087, 0.173, 0.11, 0.22),
+        (5.03, 9.04, 0.598, 1.10, 1.28, 2.26),
+    ],
+    ("performer", 384): [
+        (10.4, 16.6, 0.898, 1.46, 2.42, 3.85),
+        (3.57, 8.40, 0.604, 1.26, 0.99, 2.11),
+        (0.74, 1.47, 0.255, 0.510, 0.32, 0.65),
+        (14.7, 26.4, 1.76, 3.23, 3.74, 6.61),
+    ],
+    ("transformer", 224): [
+        (4.35, 7.18, 2.77, 6.68, 3.82, 8.79),
+        (1.41, 3.24, 0.350, 0.792, 0.49, 1.09),
+        (0.25, 0.50, 0.087, 0.173, 0.11, 0.22),
+        (6.02, 10.9, 3.21, 7.64, 4.42, 10.1),
+    ],
+    ("transformer", 384): [
+        (12.8, 21.1, 22.5, 55.5, 29.4, 71.2),
+        (4.16, 9.51, 1.93, 4.57, 2.57, 6.05),
+        (0.74, 1.47, 0.255, 0.510, 0.32, 0.65),
+        (17.7, 32.1, 24.7, 60.6, 32.3, 77.9),
+    ],
+}
+SAVED_MB = {("performer", 224): 2.36, ("performer", 384): 6.89, ("transformer", 224): 2.86, ("transformer", 384): 8.40}
+
+
+def _numbers(cost):
+    forward, backward = costs.Cost(cost.forward), costs.Cost(cost.backward)
+    return (
+        forward.bytes("inference") / 1e6,
+        backward.bytes("inference") / 1e6,
+        forward.flops("inference") / 1e9,
+        backward.flops("inference") / 1e9,
+        1e6 * forward.floor("inference", COPY, PRODUCT),
+        1e6 * backward.floor("inference", COPY, PRODUCT),
+    )
+
+
+@pytest.mark.parametrize(("tokens_type", "size"), COST_TABLE, ids=lambda value: str(value))
+def test_costs_are_those_of_the_published_table(tokens_type, size):
+    stages = costs.t2t_stages(tokens_type, size)
+    module = costs.t2t_module(tokens_type, size)
+    for cost, printed in zip([*stages, module], COST_TABLE[tokens_type, size], strict=True):
+        # the table prints two or three digits
+        assert _numbers(cost) == pytest.approx(printed, rel=6e-3, abs=6e-3)
+    assert module.saved / 1e6 == pytest.approx(SAVED_MB[tokens_type, size], abs=6e-3)
+
+
+def test_a_training_step_costs_forward_and_backward():
+    cost = costs.t2t_module("performer", 224)
+    assert cost.bytes("training") == pytest.approx(14.07e6, rel=2e-3)
+    assert cost.floor("training", COPY, PRODUCT) == pytest.approx(3.54e-6, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "flops", "floor_forward", "floor_backward"), [(197, 8.97, 12.7, 25.4), (577, 31.0, 40.5, 84.2)]
+)
+def test_backbone_cost(tokens, flops, floor_forward, floor_backward):
+    numbers = _numbers(costs.backbone(tokens, 384, 14, 3))
+    assert numbers[2] == pytest.approx(flops, rel=2e-3)
+    assert numbers[4:] == pytest.approx((floor_forward, floor_backward), rel=2e-3)
+
+
+def test_float32_moves_twice_the_bytes_of_activations():
+    half, single = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0]), None
+    single = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0], element=4)
+    assert single.bytes("inference") == 2 * half.bytes("inference")
+
+
+# ---------------------------------------------------------------- harness
+
+
+class FakeImplementation:
+    def clear(self):
+        pass
+
+
+def _participant(name, calls=1):
+    return harness.Participant(name, FakeImplementation(), None, lambda: name, calls)
+
+
+class RecordingClock:
+    """Every turn takes as long as the drift of the machine says, times the provider's own cost."""
+
+    def __init__(self, cost):
+        self.cost, self.order = cost, []
+
+    def turn(self, step, implementation, calls):
+        name = step()
+        self.order.append(name)
+        drift = 1 + len(self.order) // 3
+        return drift * self.cost[name]
+
+
+def test_rounds_are_interleaved_and_their_order_rotates():
+    clock = RecordingClock({"a": 1.0, "b": 2.0, "c": 4.0})
+    participants = [_participant(name) for name in "abc"]
+    harness.interleave(participants, clock, 4)
+    assert "".join(clock.order) == "abcbcacababc"
+    assert [len(p.times) for p in participants] == [4, 4, 4]
+
+
+def test_ratios_are_taken_inside_a_round():
+    # the machine becomes 100 times slower halfway: medians of times would compare different halves
+    slow = [1.0, 1.0, 1.0, 100.0, 100.0]
+    ours = [0.5, 0.5, 0.5, 50.0, 50.0]
+    assert ratios(slow, ours) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    with pytest.raises(ValueError, match="shorter"):
+        ratios([1.0, 2.0], [1.0])
+
+
+def test_percentiles():
+    assert summary([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "p20": 1.8, "p80": 4.2}
+    assert percentile([7.0], 0.8) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "expected"),
+    [(1.0, 20.0, 20), (100.0, 20.0, harness.MIN_ROUNDS), (1e-6, 20.0, harness.MAX_ROUNDS), (0.0, 1.0, 60)],
+)
+def test_number_of_rounds(seconds, budget, expected):
+    assert harness.rounds_for(seconds, budget) == expected
+
+
+def test_cpu_clock_times_the_calls_and_not_what_comes_before():
+    now = 0.0
+
+    def timer():
+        return now
+
+    def spend(seconds):
+        nonlocal now
+        now += seconds
+
+    implementation = SimpleNamespace(clear=lambda: spend(1000.0))
+    clock = CpuClock(timer)
+    assert clock.turn(lambda: spend(0.25), implementation, 4) == 0.25
+    assert clock.calls(0.0004) == 20
+    assert clock.calls(0.004) == 3
+    assert clock.calls(1.0) == 1
+
+
+def test_replayed_durations_are_exact():
+    replay = harness.Replay()
+    times = [0.1, 1e-9, 123.456]
+    replay.load(times)
+    assert [-(replay() - replay()) for _ in times] == times
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter():
+    weight = torch.ones(8, 4, requires_grad=True)
+    x = torch.ones(16, 4)
+
+    def forward():
+        y = x @ weight.T
+        # y is saved twice (as itself and as a view), x once, the weight never
+        return (y.exp() * y.view(-1).sin().view(16, 8)).sum()
+
+    saved = memory.saved_bytes(forward, [weight])
+    found = memory.saved_bytes(forward, [])
+    assert found - saved == weight.numel() * 4 or found == saved
+    # x; y; exp(y); sin(y)
+    assert saved == 4 * (16 * 4 + 3 * 16 * 8)
+
+
+def test_peak_bytes_see_what_is_alive_at_a_time():
+    def call():
+        for _ in range(3):
+            a = torch.ones(1000, 250)
+            b = a + 1
+            del a, b
+
+    assert memory.peak_bytes(call, "cpu") == pytest.approx(2e6, rel=0.01)
+
+
+def test_upstream_keeps_the_published_bytes_for_backward():
+    """20.4 MB per image without dropout's masks (math: cost model), measured on the real module."""
+    subject = subjects.build(Group("module", "performer", 224, 1, "fp32", "training"), "cpu")
+    implementation = subject.make("upstream")
+    saved = memory.saved_bytes(
+        lambda: implementation.function(**implementation.inputs[0]), implementation.module.parameters()
+    )
+    assert saved / 1e6 == pytest.approx(20.4, rel=0.03)
+
+
+# ---------------------------------------------------------------- groups, providers, checks
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("level", ["op", "module", "model"])
+def test_every_group_has_its_peers(level, device):
+    full = groups.groups(level, device, quick=False)
+    assert len({group.id for group in full}) == len(full)
+    quick = groups.groups(level, device, quick=True)
+    assert {group.id for group in quick} <= {group.id for group in full}
+    for group in full:
+        names = [provider.name for provider in providers(group, "cpu")]
+        assert names[:2] == ["upstream", "upstream-compiled"]
+        assert {"t2t_fast", "t2t_fast-compiled"} <= set(names)
+
+
+def test_goals_name_rows_that_exist():
+    rows = {
+        (group.id, provider.name)
+        for device in ("cpu", "cuda")
+        for level in ("module", "model")
+        for group in groups.groups(level, device, quick=False)
+        for provider in providers(group, "cpu")
+    }
+    for goal in GOALS:
+        assert {(goal.group, goal.ours), (goal.group, goal.against)} <= rows, goal.what
+
+
+@pytest.mark.parametrize("name", groups.OPERATORS)
+def test_every_way_to_compute_an_operator_agrees_with_float64(name):
+    """Every source of every operator, forward and gradients, as the harness checks them before it times anything."""
+    subject = subjects.build(Group("op", name, 64, 1, "fp32", "training"), "cpu")
+    group_providers = {provider.source for provider in providers(subject.group, "cpu")}
+    for source in sorted(group_providers):
+        implementation = subject.make(source)
+        forward = harness._forward(subject, SimpleNamespace(compiled=False, source=source), implementation, "cpu")
+        out = forward(0)
+        subject.backward(out, implementation)(out)
+        error, _ = subject.check(out.detach(), implementation.gradients(0), implementation)
+        assert error < 1e-5
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    group = Group("op", "token_mlp-stage1", 64, 1, "fp32", "inference")
+    subject = subjects.build(group, "cpu")
+    make = subject.make
+
+    def wrong(source):
+        implementation = make(source)
+        if source == "t2t_fast":
+            function = implementation.function
+            implementation.function = lambda **tensors: function(**tensors).index_fill(1, torch.tensor([5]), 0.0)
+        return implementation
+
+    subject.make = wrong
+    monkeypatch.setattr(subjects, "build", lambda *_: subject)
+    results = harness.measure(group, ["upstream", "t2t_fast"], "cpu", 0.0, lambda text: None)
+    assert isinstance(results["t2t_fast"], AssertionError)
+    assert "output is wrong by" in str(results["t2t_fast"])
+    assert len(results["upstream"].times) == harness.MIN_ROUNDS
+
+
+def test_a_provider_that_does_not_fit_is_left_out_with_its_reason(monkeypatch):
+    monkeypatch.setattr(harness, "available_bytes", lambda device: 1e6)
+    group = Group("module", "transformer", 64, 1, "fp32", "inference")
+    results = harness.measure(group, ["upstream", "t2t_fast"], "cpu", 0.0, lambda text: None)
+    assert isinstance(results["upstream"], harness.TooLarge)
+    assert results["t2t_fast"].times
+
+
+def test_no_new_group_after_the_time_limit():
+    run = session.Run("cpu", True, None, 0.0, lambda text: None)
+    first, second = groups.groups("op", "cpu", quick=True)[:2]
+    time.sleep(0.01)
+    assert run.out_of_time(first)
+    run._group = first
+    assert not run.out_of_time(first)
+    assert run.out_of_time(second)
+
+
+# ---------------------------------------------------------------- report
+
+
+def _row(provider, times, *, group="module-performer-224px-b8-fp32-inference", saved=None, peak=8e6, **more):
+    label = next(p.label for p in PROVIDERS if p.name == provider)
+    row = {
+        "group": group,
+        "level": "module",
+        "subject": "performer",
+        "size": 224,
+        "batch": 8,
+        "dtype": "fp32",
+        "mode": "inference",
+        "provider": provider,
+        "label": label,
+        "another_function": False,
+        "times": times,
+        "seconds": summary(times),
+        "speedup": ratios([0.1] * len(times), times),
+        "images_per_s": 80.0,
+        "gb_per_s": 1.0,
+        "tflop_per_s": 0.05,
+        "times_floor": 3.0,
+        "saved_bytes": saved,
+        "peak_bytes": peak,
+        "first_call_s": 0.1,
+        "error": 1e-6,
+        "gradient_error": None,
+        "front_end_share": None,
+        "amdahl_limit": None,
+    }
+    return {**row, **more}
+
+
+ENVIRONMENT = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "device": "a processor, 2 threads",
+    "t2t_fast": "0.1.0 (commit abc)",
+    "torch": "2.11",
+    "Python": "3.12",
+    "compile_mode": "default",
+    "limits": {"bytes_per_s": 2e10, "flop_per_s": {"fp32": 2e11}},
+}
+
+
+def _synthetic():
+    training = "module-performer-224px-b8-fp32-training"
+    model = dict(level="model", subject="t2t_vit_7", group="model-t2t_vit_7-224px-b8-fp32-inference")
+    return [
+        _row("upstream", [0.1, 0.1, 0.1]),
+        _row("t2t_fast", [0.05, 0.05, 0.05]),
+        _row("t2t_fast-compiled", [0.2, 0.2, 0.2]),
+        _row("upstream", [0.1, 0.1, 0.1], group=training, mode="training", saved=160e6, gradient_error=1e-5),
+        _row("t2t_fast", [0.1, 0.1, 0.1], group=training, mode="training", saved=32e6, gradient_error=1e-5),
+        _row("upstream", [0.1, 0.1, 0.1], **model, front_end_share=0.25, amdahl_limit=4 / 3),
+        _row("t2t_fast", [0.09, 0.09, 0.09], **model, front_end_share=0.25, amdahl_limit=4 / 3),
+    ]
+
+
+def test_goals_are_judged_and_losses_stay():
+    verdicts = {(g.what, g.verdict): g.measured for g in judge(_synthetic())}
+    assert verdicts[("T2T module, performer, inference: t2t_fast faster than upstream", "reached")].startswith("2.00x")
+    lost = "T2T module, performer, inference: t2t_fast-compiled faster than upstream"
+    assert verdicts[(lost, "not reached")].startswith("0.50x")
+    saved = "T2T module, performer, training: t2t_fast fewer saved bytes than upstream"
+    assert verdicts[(saved, "reached")] == "5.00x"
+
+
+def test_table():
+    text = report.table(ENVIRONMENT, _synthetic(), [{"group": "g", "provider": "sdpa", "reason": "needs 99 GB"}])
+    lines = text.splitlines()
+    assert "2026-01-02, a processor, 2 threads; t2t_fast 0.1.0 (commit abc), torch 2.11" in lines[0]
+    (compiled,) = [line for line in lines if "t2t_fast, torch.compile" in line]
+    assert "| 200 (200 – 200) | 0.500 (0.500 – 0.500) |" in compiled
+    (model,) = [line for line in lines if line.startswith("| t2t_vit_7")]
+    assert "front end 25 % of upstream's time, Amdahl's limit 1.33×" in model
+    assert "- g, sdpa: needs 99 GB" in lines
+    widths = {line.count("|") for line in lines if line.startswith("| ") and "ms (20" in line}
+    rows = {line.count("|") for line in lines if "upstream, eager" in line}
+    assert widths == rows == {len(report.COLUMNS) + 1}
+
+
+def test_rows_come_from_either_json(tmp_path):
+    rows = _synthetic()
+    plain = tmp_path / "rows.json"
+    plain.write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows, "left_out": []}))
+    raw = tmp_path / "raw.json"
+    benchmarks = [
+        {"stats": {"data": row["times"]}, "extra_info": {"row": {k: v for k, v in row.items() if k != "times"}}}
+        for row in rows
+    ]
+    raw.write_text(json.dumps({"machine_info": {"t2t_fast": ENVIRONMENT}, "benchmarks": benchmarks}))
+    assert report.read(plain) == report.read(raw) == (ENVIRONMENT, rows, [])
+
+
+@needs_matplotlib
+def test_report_from_the_json_alone(tmp_path):
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps({"environment": ENVIRONMENT, "rows": _synthetic(), "left_out": []}))
+    assert report.main([str(source), "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", "chart.png"}
+    assert (tmp_path / "out" / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+# ---------------------------------------------------------------- GPU run
+
+
+class FakeGpu:
+    def __init__(self, obstacle=None):
+        self._obstacle = obstacle
+
+    def obstacle(self):
+        return self._obstacle
+
+    def describe(self):
+        return {"gpu": "an imagined one", "driver": "1.0"}
+
+    def run_name(self):
+        return "never used: --out is given"
+
+
+def _say(text, code=0):
+    return lambda seconds: [sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"]
+
+
+def _sleep(seconds):
+    return lambda limit: [sys.executable, "-c", f"import time; print('begun', flush=True); time.sleep({seconds})"]
+
+
+def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
+    def plan(out, quick):
+        assert quick
+        return [
+            gpu.Part("build", 30, _say("built")),
+            gpu.Part("tests", 30, _say("one failed", 1)),
+            gpu.Part("verify", 2, _sleep(60)),
+            gpu.Part("suites", None, lambda seconds: _say(f"had {seconds:.0f} s")(seconds)),
+        ]
+
+    started = time.monotonic()
+    assert gpu.main(["--out", str(tmp_path), "--quick"], FakeGpu(), plan) == 1
+    assert time.monotonic() - started < 30
+    summary_file = json.loads((tmp_path / "summary.json").read_text())
+    assert summary_file["environment"]["gpu"] == "an imagined one"
+    results = {part["part"]: (part["result"], part["code"]) for part in summary_file["parts"]}
+    assert results == {
+        "build": ("ok", 0),
+        "tests": ("failed", 1),
+        "verify": ("cut off at its limit", None),
+        "suites": ("ok", 0),
+    }
+    assert summary_file["finished"]
+    assert (tmp_path / "2-tests.log").read_text() == "one failed\n"
+    assert (tmp_path / "3-verify.log").read_text() == "begun\n"
+    assert str(ROOT) not in (tmp_path / "summary.json").read_text()
+    assert "had" in capsys.readouterr().out
+
+
+def test_gpu_run_that_is_cut_off_keeps_its_finished_parts(tmp_path):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    parts = [gpu.Part("build", 30, _say("built")), gpu.Part("tests", 30, interrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(parts, tmp_path, {})
+    assert [part["part"] for part in json.loads((tmp_path / "summary.json").read_text())["parts"]] == ["build"]
+
+
+def test_gpu_run_starts_nothing_without_time(tmp_path):
+    summary_file = {}
+    assert not gpu.run([gpu.Part("build", 30, _say("built"))], tmp_path, summary_file, total=0.5)
+    assert summary_file["parts"][0]["result"] == "no time left"
+    assert not (tmp_path / "1-build.log").exists()
+
+
+def test_gpu_plan(tmp_path):
+    parts = gpu.plan(tmp_path, quick=True)
+    assert [part.name for part in parts] == ["build", "tests", "verify", "half-precision", "kernels", "suites"]
+    suites = parts[-1].command(300.0)
+    assert suites[1:5] == ["-m", "benchmarks", "--device", "cuda"]
+    assert suites[-3:] == ["--max-seconds", "240", "--quick"]
+    assert sum(part.seconds or 0 for part in parts) < gpu.TOTAL_SECONDS < 600
+
+
+def test_gpu_run_says_in_one_line_why_it_cannot_run(capsys):
+    assert gpu.main([], FakeGpu("no such device")) == 1
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err == "python -m benchmarks.gpu: cannot run here: no such device\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_run_on_this_machine_is_one_line():
+    found = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert len(found.stderr.splitlines()) == 1
+    assert "cannot run here: " in found.stderr
+
+
+def test_gpu_run_without_torch_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not installed')\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    assert found.stderr == "python -m benchmarks.gpu: cannot run here: torch cannot be imported (not installed)\n"
+
+
+def test_kernel_report_says_that_there_is_none():
+    head, *lines = kernel_report.lines()
+    assert head.startswith("No operator has a Triton, CUDA or other compiled kernel in this version")
+    operators = {line.split()[0] for line in lines}
+    assert {"soft_split", "soft_composition", "soft_split_linear", "performer_attention", "token_mlp"} <= operators
+    assert all("kernel" in line for line in lines)
+
+
+# ---------------------------------------------------------------- end to end
+
+
+@needs_pytest_benchmark
+@needs_matplotlib
+def test_one_row_end_to_end(tmp_path):
+    """Collection, check, interleaved timing, both JSON files, table and chart, through the real command."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    found = subprocess.run(
+        [*command, "--filter", "token_mlp and inference"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "[0/2 rows, 0:00] copy bandwidth" in found.stdout
+    raw = json.loads((tmp_path / "raw.json").read_text())
+    assert [each["params"]["row"][1] for each in raw["benchmarks"]] == ["upstream", "t2t_fast"]
+    environment, rows, left_out = report.read(tmp_path / "rows.json")
+    assert report.read(tmp_path / "raw.json") == (environment, rows, left_out)
+    assert environment["torch"] == torch.__version__
+    assert environment["limits"]["bytes_per_s"] > 0
+    upstream, ours = rows
+    assert len(upstream["times"]) == len(ours["times"]) >= harness.MIN_ROUNDS
+    assert raw["benchmarks"][1]["stats"]["median"] == pytest.approx(ours["seconds"]["median"])
+    assert ours["speedup"] == ratios(upstream["times"], ours["times"])
+    assert ours["peak_bytes"] > 0
+    assert "token_mlp, stage 1, 224 px, batch 8, fp32, inference" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "chart-operators.png").exists()
+
+
+@needs_pytest_benchmark
+def test_a_filter_that_fits_nothing(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    found = subprocess.run([*command, "--filter", "nothing"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 5
+    assert found.stderr.endswith("python -m benchmarks: no row was measured\n")
