@@ -1,8 +1,9 @@
 """Everything that a GPU machine can tell, offline, in under ten minutes: ``python -m benchmarks.gpu --out DIR``.
 
-Builds in place, runs the gpu-marked tests, ``t2t-fast verify``, the half-precision comparison, the kernel report and
-the suites on CUDA. Every part has a time limit, a log of its own, and its line in ``summary.json`` as soon as it ends,
-so a run that is cut off leaves what it had. Without a GPU: one line that says why, exit code 1.
+Builds in place, runs the gpu-marked tests, ``t2t-fast verify``, the half-precision comparison, the kernel report, the
+headline rows of the suites, and as many of the other rows as fit into what is left of the time. Every part has a time
+limit, a log of its own, and its line in ``summary.json`` as soon as it ends, so a run that is cut off leaves what it
+had. Without a GPU: one line that says why, exit code 1.
 """
 
 import argparse
@@ -18,12 +19,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+from . import report
+from .goals import judge
+
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 570
 """Of a whole run; what the other parts leave belongs to the suites."""
 
-SUITES_MARGIN = 60
+SUITES_MARGIN = 75
 """Seconds between the suites' last start of a group and the end of their part: a group takes that long."""
+
+WORTH_STARTING = 90
+"""Seconds that a part without a limit of its own needs at least."""
+
+
+NO_TIME = "no time left"
 
 
 class Gpu:
@@ -68,19 +78,23 @@ def plan(out, quick):
     def python(*words):
         return lambda seconds: [sys.executable, *words]
 
-    def suites(seconds):
-        command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--out", str(out / "benchmarks")]
-        command += ["--max-seconds", f"{max(1.0, seconds - SUITES_MARGIN):.0f}"]
-        return [*command, "--quick"] if quick else command
+    def suites(folder, *more):
+        def command(seconds):
+            limit = f"{max(1.0, seconds - SUITES_MARGIN):.0f}"
+            words = ["--device", "cuda", "--out", str(out / folder), "--max-seconds", limit]
+            return [sys.executable, "-m", "benchmarks", *words, *more]
 
-    return [
+        return command
+
+    parts = [
         Part("build", 120, python("setup.py", "build_ext", "--inplace")),
         Part("tests", 120, python("-m", "pytest", "-m", "gpu", "-q")),
         Part("verify", 60, python("-m", "t2t_fast", "verify")),
         Part("half-precision", 45, python("-m", "benchmarks.amp", "--device", "cuda", "--json")),
         Part("kernels", 30, python("-m", "benchmarks.kernel_report")),
-        Part("suites", None, suites),
+        Part("headline", None, suites("headline", "--quick")),
     ]
+    return parts if quick else [*parts, Part("suites", None, suites("suites"))]
 
 
 def run_part(part, seconds, log):
@@ -133,16 +147,26 @@ def _write(path, summary):
     partial.replace(path)
 
 
+def collect(out):
+    """What the suites' files hold so far: folder -> number of rows, rows without numbers, goals."""
+    found = {}
+    for path in sorted(out.glob("*/rows.json")):
+        _, rows, left_out = report.read(path)
+        goals = [judgement._asdict() for judgement in judge(rows)]
+        found[path.parent.name] = {"rows": len(rows), "left_out": left_out, "goals": goals}
+    return found
+
+
 def run(parts, out, summary, total=TOTAL_SECONDS):
-    """Run the parts, writing ``summary.json`` after each. Returns whether all of them succeeded."""
+    """Run the parts, writing ``summary.json`` after each. Returns whether all that were started succeeded."""
     started = time.monotonic()
     summary["parts"] = []
     for number, part in enumerate(parts, 1):
         left = total - (time.monotonic() - started)
         seconds = left if part.seconds is None else min(part.seconds, left)
         log = out / f"{number}-{part.name}.log"
-        line = {"part": part.name, "result": "no time left", "code": None, "seconds": 0.0, "limit": max(0.0, seconds)}
-        if seconds > 1:
+        line = {"part": part.name, "result": NO_TIME, "code": None, "seconds": 0.0, "limit": max(0.0, seconds)}
+        if seconds > (WORTH_STARTING if part.seconds is None else 1):
             print(f"[{number}/{len(parts)}] {part.name}, at most {seconds:.0f} s", flush=True)
             begun = time.monotonic()
             code = run_part(part, seconds, log)
@@ -152,11 +176,12 @@ def run(parts, out, summary, total=TOTAL_SECONDS):
             spent = time.monotonic() - begun
             line |= {"result": result, "code": code, "seconds": round(spent, 1), "log": log.name, "command": command}
         summary["parts"].append(line)
+        summary["suites"] = collect(out)
         _write(out / "summary.json", summary)
         print(f"[{number}/{len(parts)}] {part.name}: {line['result']}, {line['seconds']:.0f} s", flush=True)
     summary["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     _write(out / "summary.json", summary)
-    return all(line["result"] == "ok" for line in summary["parts"])
+    return all(line["result"] in ("ok", NO_TIME) for line in summary["parts"])
 
 
 def main(argv=None, device=None, make_plan=plan):

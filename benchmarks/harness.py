@@ -240,6 +240,9 @@ def measure(group, names, device, budget, say, thorough=True):
         name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that its row must raise.
     """
     torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     clock = clocks.clock(device)
     results = {}
     say("inputs and float64 truth")
@@ -264,7 +267,11 @@ def measure(group, names, device, budget, say, thorough=True):
         say(f"{rounds} interleaved rounds of {len(timed)}")
         interleave(timed, clock, rounds)
     for participant in timed:
-        if participant.name != FRONT_END:
+        if participant.name == FRONT_END:
+            continue
+        participant.facts["cost"] = subject.cost
+        try:
             participant.facts |= measure_memory(subject, BY_NAME[participant.name], participant, device)
-            participant.facts["cost"] = subject.cost
+        except Exception as failure:  # noqa: BLE001 - as above
+            results[participant.name] = failure
     return results

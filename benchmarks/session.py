@@ -5,9 +5,20 @@ import time
 from pathlib import Path
 
 from . import harness, machine, rows
+from .providers import BY_NAME
 
 BUDGETS = {"op": 6.0, "module": 20.0, "model": 20.0}
-"""Seconds of interleaved rounds in a group; half in a quick run."""
+QUICK_BUDGETS = {"op": 1.5, "module": 10.0, "model": 6.0}
+"""Seconds of interleaved rounds in a group."""
+
+WEIGHTS = {"op": 1.0, "module": 3.0, "model": 6.0}
+COMPILE_WEIGHT = 8.0
+"""How long a row of a level takes, relative to an operator's, and a compiled one more; for the time that is left."""
+
+
+def weight(group, name):
+    """How long a row takes, relative to others."""
+    return WEIGHTS[group.level] + COMPILE_WEIGHT * BY_NAME[name].compiled
 
 
 def clock_time(seconds):
@@ -27,7 +38,7 @@ class Run:
         self.device, self.quick, self.path, self.limit = device, quick, path, limit
         self.write_line = write_line
         self.plan = {}
-        self.finished = 0
+        self.finished, self._weight = 0, 0.0
         self.started = time.monotonic()
         self.environment = None
         self.rows, self.left_out = [], []
@@ -41,9 +52,10 @@ class Run:
         """A line of progress: rows done, time passed and left."""
         seconds = time.monotonic() - self.started
         planned = sum(len(names) for names in self.plan.values())
-        left = (
-            f", about {clock_time(seconds / self.finished * (planned - self.finished))} left" if self.finished else ""
-        )
+        left = ""
+        if self.finished:
+            total = sum(weight(group, name) for group, names in self.plan.items() for name in names)
+            left = f", about {clock_time(seconds * (total - self._weight) / self._weight)} left"
         self.write_line(f"[{self.finished}/{planned} rows, {clock_time(seconds)}{left}] {text}")
 
     def out_of_time(self, group):
@@ -59,10 +71,14 @@ class Run:
             self.environment["limits"] = machine.limits(self.device)
         if group != self._group:
             self._group, self._results = group, {}
-            names, budget = self.plan[group], BUDGETS[group.level] / (2 if self.quick else 1)
+            names, budgets = self.plan[group], QUICK_BUDGETS if self.quick else BUDGETS
+
+            def say(text):
+                self.say(f"{group.id}: {text}")
+
             try:
                 self._results = harness.measure(
-                    group, names, self.device, budget, lambda text: self.say(f"{group.id}: {text}"), not self.quick
+                    group, names, self.device, budgets[group.level], say, thorough=not self.quick
                 )
             except Exception as failure:  # noqa: BLE001
                 # without its inputs or truth no row of the group can be measured; each says so
@@ -73,16 +89,17 @@ class Run:
         """The finished row of a provider that was timed."""
         found = rows.row(group, name, self._results, self.environment["limits"], self.device)
         self.rows.append(found)
-        self._finish()
+        self._finish(group, name)
         return found
 
     def leave_out(self, group, name, reason):
         """Note why a planned row has no numbers."""
         self.left_out.append({"group": group.id, "provider": name, "reason": reason})
-        self._finish()
+        self._finish(group, name)
 
-    def _finish(self):
+    def _finish(self, group, name):
         self.finished += 1
+        self._weight += weight(group, name)
         if self.path is not None and self.environment is not None:
             content = {"environment": self.environment, "rows": self.rows, "left_out": self.left_out}
             # whole or not at all, so a run that is cut off leaves what it had measured

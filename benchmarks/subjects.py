@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import t2t_fast
 from t2t_fast import reference
-from t2t_fast.interop.swap import swap
 from t2t_fast.reference.layers import init_weights
 from t2t_fast.testing import DTYPES, ROW_FACTOR, errors, natural_images, tolerance
 
@@ -27,8 +27,12 @@ MODELS = {
 }
 """Tokens-type, width, depth and MLP ratio of the measured models, for their cost."""
 
-SLACK = 4
-"""The tolerance table's cases are small; sums over a hundred times as many tokens round more, whoever computes them."""
+CHUNK = 4
+"""Samples whose truth is computed at a time."""
+
+SLACK = 10
+"""The tolerance table's cases are small, and it binds this package only. Here sums are over a hundred times as many
+tokens, flat windows among them, and upstream's half-precision gradients must pass too, or there is no baseline."""
 
 FLAT_ROW = 1e-3
 """A row of a flat, saturated window may be this wrong: LayerNorm magnifies its rounding up to 316 times."""
@@ -180,18 +184,28 @@ def _operator(group, device):
     parameters = {name: t.to(dtype).float() for name, t in op.parameters.items()}
     moving = {name: t.to(activation) for name, t in op.moving.items()}
     wants = [name for name in parameters if name != "w"] + ([] if op.image else list(moving))
-    gradient = None
+    one = op.sources["upstream"](**{name: t[:1] for name, t in op.moving.items()}, **op.parameters)
+    shape = (group.batch, *one.shape[1:])
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
     def truth(source):
-        nonlocal gradient
-        tensors = {name: t.double().requires_grad_(name in wants) for name, t in {**moving, **parameters}.items()}
-        out = op.layouts.get(source, _same)(op.sources[source](**tensors))
-        if not training:
-            return out.detach(), {}
-        if gradient is None:
-            gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        out.backward(gradient.double())
-        return out.detach(), {name: tensors[name].grad for name in wants if tensors[name].grad is not None}
+        """Output and gradients in float64, a few samples at a time: nothing mixes samples."""
+        fixed = {name: t.to(device).double().requires_grad_(name in wants) for name, t in parameters.items()}
+        layout = op.layouts.get(source, _same)
+        outs, found = [], {name: [] for name in moving}
+        for start in range(0, group.batch, CHUNK):
+            chunk = slice(start, start + CHUNK)
+            free = {n: t[chunk].to(device).double().requires_grad_(n in wants) for n, t in moving.items()}
+            with torch.set_grad_enabled(training):
+                out = layout(op.sources[source](**free, **fixed))
+            if training:
+                out.backward(gradient[chunk].double())
+            outs.append(out.detach().cpu())
+            for name, tensor in free.items():
+                found[name].append(tensor.grad)
+        gradients = {name: torch.cat(parts).cpu() for name, parts in found.items() if parts[0] is not None}
+        gradients |= {name: t.grad.cpu() for name, t in fixed.items() if t.grad is not None}
+        return torch.cat(outs), gradients
 
     def make(source):
         leaves = {
@@ -221,7 +235,7 @@ def _operator(group, device):
         op.name,
         make,
         op.cost(element_size(group.dtype)),
-        gradient=None if gradient is None else gradient.to(device),
+        gradient=gradient,
     )
 
 
@@ -265,7 +279,7 @@ def _implementations(group, device, original, front_end=None, optimizer=None):
     def make(source):
         module = deepcopy(original)
         if source != "upstream":
-            swap(module)
+            t2t_fast.swap(module)
         module = module.to(device).eval()
         leaves = _trained(module)
         return Implementation(

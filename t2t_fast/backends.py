@@ -75,10 +75,12 @@ def _reason(op, name, request):
 
 def resolve(op, request, name="auto"):
     """The backend that runs ``request``: the argument if given, else the context's choice, else the first in order."""
+    if name not in config.BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(config.BACKENDS)}, got {name!r}")
     if name == "auto":
         name = _chosen.get(op, _chosen[None])
-    elif name not in config.BACKENDS:
-        raise ValueError(f"{op}: backend must be one of {', '.join(config.BACKENDS)}, got {name!r}")
+        if name not in config.BACKENDS:  # only what the environment set is unchecked so far
+            raise ValueError(f"T2T_FAST_BACKEND must be one of {', '.join(config.BACKENDS)}, got {name!r}")
     if name != "auto":
         reason = _reason(op, name, request)
         if reason is not None:

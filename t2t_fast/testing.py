@@ -42,7 +42,9 @@ def _parse(table):
     for line in table.strip().splitlines()[1:]:
         op, direction, *cells = line.replace("(", "").replace(")", "").split()
         numbers = [float(cell) for cell in cells]
-        rows[op, direction] = dict(zip(("fp64", "fp32", "fp16", "bf16"), zip(numbers[::2], numbers[1::2]), strict=True))
+        rows[op, direction] = dict(
+            zip(("fp64", "fp32", "fp16", "bf16"), zip(numbers[::2], numbers[1::2], strict=True), strict=True)
+        )
     return rows
 
 

@@ -99,3 +99,20 @@ def test_gradients_are_in_the_parameters_dtype():
     swap(net)
     _, gradients = run(net, natural_images(2, 3, 64, 64), torch.bfloat16)
     assert {g.dtype for g in gradients.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tokens_type", ["performer", "transformer"])
+def test_backward_inside_the_autocast_region(tokens_type):
+    """The hand-written passes run as they are written, whether backward is called inside the region or after it."""
+    net = module(tokens_type, 1)
+    swap(net)
+    x = natural_images(2, 3, 64, 64)
+    _, expected = run(net, x, torch.bfloat16)
+    expected = {name: gradient.clone() for name, gradient in expected.items()}
+    net.zero_grad(set_to_none=True)
+    upstream = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x).backward(upstream.bfloat16())
+    for name, parameter in net.named_parameters():
+        if name in expected:
+            assert torch.equal(parameter.grad, expected[name]), name

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import costs, gpu, groups, harness, kernel_report, memory, report, session, subjects
-from benchmarks.clocks import CpuClock
+from benchmarks.clocks import CpuClock, CudaClock
 from benchmarks.goals import GOALS, judge
 from benchmarks.groups import Group
 from benchmarks.providers import PROVIDERS, providers
@@ -102,7 +102,7 @@ def test_backbone_cost(tokens, flops, floor_forward, floor_backward):
 
 
 def test_float32_moves_twice_the_bytes_of_activations():
-    half, single = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0]), None
+    half = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0])
     single = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0], element=4)
     assert single.bytes("inference") == 2 * half.bytes("inference")
 
@@ -180,6 +180,20 @@ def test_cpu_clock_times_the_calls_and_not_what_comes_before():
     assert clock.calls(1.0) == 1
 
 
+def test_cuda_clock_takes_do_bench_median_and_clears_gradients(monkeypatch):
+    seen = {}
+
+    def do_bench(step, **options):
+        seen.update(options, result=step())
+        return 12.5
+
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench=do_bench))
+    implementation = SimpleNamespace(all_leaves=lambda: ["a leaf"])
+    assert CudaClock().turn(lambda: "called", implementation, 1) == 0.0125
+    assert (seen["result"], seen["grad_to_none"], seen["return_mode"]) == ("called", ["a leaf"], "median")
+
+
 def test_replayed_durations_are_exact():
     replay = harness.Replay()
     times = [0.1, 1e-9, 123.456]
@@ -189,18 +203,17 @@ def test_replayed_durations_are_exact():
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter():
     weight = torch.ones(8, 4, requires_grad=True)
-    x = torch.ones(16, 4)
+    x = torch.ones(16, 4, requires_grad=True)
 
     def forward():
         y = x @ weight.T
-        # y is saved twice (as itself and as a view), x once, the weight never
+        # y is kept twice, as itself and as a view
         return (y.exp() * y.view(-1).sin().view(16, 8)).sum()
 
-    saved = memory.saved_bytes(forward, [weight])
-    found = memory.saved_bytes(forward, [])
-    assert found - saved == weight.numel() * 4 or found == saved
-    # x; y; exp(y); sin(y)
-    assert saved == 4 * (16 * 4 + 3 * 16 * 8)
+    x_bytes, y_bytes = 4 * 16 * 4, 4 * 16 * 8
+    # x, y, exp(y), sin(y)
+    assert memory.saved_bytes(forward, [weight]) == x_bytes + 3 * y_bytes
+    assert memory.saved_bytes(forward, []) == 4 * weight.numel() + x_bytes + 3 * y_bytes
 
 
 def test_peak_bytes_see_what_is_alive_at_a_time():
@@ -439,7 +452,7 @@ def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
             gpu.Part("build", 30, _say("built")),
             gpu.Part("tests", 30, _say("one failed", 1)),
             gpu.Part("verify", 2, _sleep(60)),
-            gpu.Part("suites", None, lambda seconds: _say(f"had {seconds:.0f} s")(seconds)),
+            gpu.Part("headline", None, lambda seconds: _say(f"had {seconds:.0f} s")(seconds)),
         ]
 
     started = time.monotonic()
@@ -452,7 +465,7 @@ def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
         "build": ("ok", 0),
         "tests": ("failed", 1),
         "verify": ("cut off at its limit", None),
-        "suites": ("ok", 0),
+        "headline": ("ok", 0),
     }
     assert summary_file["finished"]
     assert (tmp_path / "2-tests.log").read_text() == "one failed\n"
@@ -473,17 +486,31 @@ def test_gpu_run_that_is_cut_off_keeps_its_finished_parts(tmp_path):
 
 def test_gpu_run_starts_nothing_without_time(tmp_path):
     summary_file = {}
-    assert not gpu.run([gpu.Part("build", 30, _say("built"))], tmp_path, summary_file, total=0.5)
-    assert summary_file["parts"][0]["result"] == "no time left"
-    assert not (tmp_path / "1-build.log").exists()
+    parts = [gpu.Part("build", 30, _say("built")), gpu.Part("suites", None, _say("never"))]
+    # not a failure: what was started succeeded
+    assert gpu.run(parts, tmp_path, summary_file, total=gpu.WORTH_STARTING)
+    assert [part["result"] for part in summary_file["parts"]] == ["ok", "no time left"]
+    assert not (tmp_path / "2-suites.log").exists()
 
 
-def test_gpu_plan(tmp_path):
-    parts = gpu.plan(tmp_path, quick=True)
-    assert [part.name for part in parts] == ["build", "tests", "verify", "half-precision", "kernels", "suites"]
-    suites = parts[-1].command(300.0)
-    assert suites[1:5] == ["-m", "benchmarks", "--device", "cuda"]
-    assert suites[-3:] == ["--max-seconds", "240", "--quick"]
+def test_gpu_run_puts_the_goals_into_its_summary(tmp_path):
+    (tmp_path / "headline").mkdir()
+    content = {"environment": ENVIRONMENT, "rows": _synthetic(), "left_out": []}
+    (tmp_path / "headline" / "rows.json").write_text(json.dumps(content))
+    assert gpu.run([gpu.Part("build", 30, _say("built"))], tmp_path, {})
+    headline = json.loads((tmp_path / "summary.json").read_text())["suites"]["headline"]
+    assert headline["rows"] == 7
+    assert {goal["verdict"] for goal in headline["goals"]} == {"reached", "not reached"}
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "default"])
+def test_gpu_plan(tmp_path, quick):
+    parts = gpu.plan(tmp_path, quick)
+    fixed = ["build", "tests", "verify", "half-precision", "kernels", "headline"]
+    assert [part.name for part in parts] == fixed + ([] if quick else ["suites"])
+    headline = parts[5].command(300.0)
+    assert headline[1:5] == ["-m", "benchmarks", "--device", "cuda"]
+    assert headline[-3:] == ["--max-seconds", "225", "--quick"]
     assert sum(part.seconds or 0 for part in parts) < gpu.TOTAL_SECONDS < 600
 
 

@@ -50,12 +50,12 @@ def _demo(parser):
     parser.add_argument(
         "--out", default="demo-report", metavar="DIR", help="where the report goes, by default %(default)s"
     )
-    parser.add_argument("--batch", type=positive, metavar="N", help="images a timed run; by default 8, on CUDA 64")
+    parser.add_argument("--batch", type=positive, metavar="N", help="images a timed run; by default 4, on CUDA 64")
     _device(parser)
     parser.add_argument(
         "--seconds",
         type=seconds,
-        default=5.0,
+        default=4.0,
         metavar="S",
         help="time to spend on each timed row, by default %(default)s",
     )

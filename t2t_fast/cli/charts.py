@@ -1,5 +1,7 @@
 """The demo's charts: logits before and after, time, memory, and which tokens survive half precision."""
 
+from math import floor, log10
+
 import torch
 from matplotlib.patches import Rectangle
 
@@ -22,15 +24,16 @@ def logits_figure(before, after):
     order = before.argsort(descending=True)
     before, after = before[order], after[order]
     difference = after - before
-    rank = torch.arange(1, len(before) + 1)
+    before, after, difference = before.numpy(), after.numpy(), difference.numpy()
+    rank = range(1, len(before) + 1)
     figure = canvas(9.6, 5.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 1))
     top.plot(rank, before, color=BEFORE, linewidth=6, solid_capstyle="round", label="before (upstream's form)")
     top.plot(rank, after, color=AFTER, linewidth=1.6, label="after t2t_fast.swap")
     caption(top, f"logits of the {len(before)} classes, sorted")
     top.legend(frameon=False, fontsize=9.5, labelcolor=INK)
-    scale = difference.abs().max().item()
-    exponent = 0 if scale == 0 else int(torch.tensor(scale).log10().floor())
+    scale = float(abs(difference).max())
+    exponent = 0 if scale == 0 else floor(log10(scale))
     bottom.axhline(0, color=FAINT, linewidth=1)
     bottom.vlines(rank, 0, difference / 10.0**exponent, color=AFTER, linewidth=1 if len(rank) > 100 else 4)
     caption(bottom, f"after minus before, in units of 1e{exponent}: at most {scale:.1e}")

@@ -14,7 +14,7 @@ from ..environment import environment
 from ..interop.checkpoints import load_checkpoint
 from ..interop.swap import swap
 from . import half, measure
-from .common import Progress, UsageError, choose_device, require
+from .common import CommandError, Progress, UsageError, choose_device, require
 
 PARITY = 1e-4
 """Largest difference of the logits before and after, relative to their norm, in float32."""
@@ -34,7 +34,7 @@ def run(options):
     started = time.perf_counter()
     _check(options)
     device = choose_device(options.device)
-    count = options.batch or (64 if device.type == "cuda" else 8)
+    count = options.batch or (64 if device.type == "cuda" else 4)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     progress = Progress(11 if options.no_compile else 12)
@@ -117,6 +117,9 @@ def _parity(before, after, x):
     with torch.no_grad():
         first, second = (model.eval()(x)[0].double().cpu() for model in (before, after))
         exact = exact_model(x.cpu().double())[0]
+    for form, logits in (("before", first), ("after", second)):
+        if not logits.isfinite().all():
+            raise CommandError(f"the logits {form} the swap are not finite, so there is nothing to compare")
     relative = ((second - first).norm() / first.norm()).item()
     top = [logits.topk(min(5, len(logits))).indices.tolist() for logits in (first, second)]
     parity = {

@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from .. import _extension, backends
+from .. import _extension, backends, config
 from ..environment import commit, cpu_name
 from ..testing import DTYPES
 
@@ -54,8 +54,7 @@ def collect():
         "native build": _native(),
         "settings": {
             "float32 matmul precision": _matmul_precision(),
-            # The one place that shows the variables; config.py acts on them.
-            **{name: os.environ[name] for name in sorted(os.environ) if name.startswith("T2T_FAST_")},  # noqa: TID251
+            **config.variables(),
         },
         "backends": {device: _backends(device) for device in devices},
     }

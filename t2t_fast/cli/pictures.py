@@ -31,7 +31,7 @@ def save(figure, path):
 
 def picture(axes, image, title, **options):
     """An image without ticks, under a title."""
-    axes.imshow(image, **options)
+    axes.imshow(image.numpy() if isinstance(image, torch.Tensor) else image, **options)
     axes.set_anchor("N")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -96,7 +96,7 @@ def windows_figure(x, first, count=3):
     )
     centres = torch.arange(0, side + 2 * padding - kernel + 1, stride) - padding + kernel // 2
     ys, xs = torch.meshgrid(centres, centres, indexing="ij")
-    whole.plot(xs.flatten(), ys.flatten(), ".", color="white", markersize=1.2, alpha=0.55)
+    whole.plot(xs.flatten().numpy(), ys.flatten().numpy(), ".", color="white", markersize=1.2, alpha=0.55)
     whole.add_patch(Rectangle((left - 0.5, top - 0.5), extent, extent, fill=False, edgecolor="#ffd54a", linewidth=2.2))
     whole.set_xlim(-0.5, side - 0.5)
     whole.set_ylim(side - 0.5, -0.5)
@@ -125,13 +125,15 @@ def tokens_figure(x, first, count=3):
     figure = canvas(9.6, 5.4)
     grid = figure.add_gridspec(2, count * count, height_ratios=(3.2, 1))
     matrix = figure.add_subplot(grid[0, :])
-    matrix.imshow(tokens.T, aspect="auto", cmap="RdBu_r", vmin=-2.6, vmax=2.6, interpolation="antialiased")
+    matrix.imshow(tokens.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-2.6, vmax=2.6, interpolation="antialiased")
     caption(matrix, f"the tokens of the first soft split: {tokens.shape[0]:,} tokens, {tokens.shape[1]} values each")
     matrix.set_xlabel("token, row by row over the photograph", fontsize=9, color=MUTED)
-    bands = torch.arange(3) * kernel**2
+    bands = [channel * kernel**2 for channel in range(3)]
     for edge in bands[1:]:
         matrix.axhline(edge - 0.5, color=INK, linewidth=0.8)
-    matrix.set_yticks(bands + kernel**2 / 2, [f"{name}\n{kernel} × {kernel}" for name in ("red", "green", "blue")])
+    matrix.set_yticks(
+        [band + kernel**2 / 2 for band in bands], [f"{name}\n{kernel} × {kernel}" for name in ("red", "green", "blue")]
+    )
     matrix.tick_params(labelsize=9, colors=MUTED, length=0)
     for index in range(count * count):
         token = (first[0] + index // count) * across + first[1] + index % count

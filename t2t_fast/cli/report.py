@@ -262,7 +262,8 @@ def _page(data, paths):
         "<p>The T2T module under autocast, with the weights of k, q and v multiplied by a growing factor, as training "
         "may make them grow. Red: tokens of the second Performer layer with a value that is not finite (fp16). Where "
         "one is NaN, so is the loss. "
-        f"{escape('. '.join(half_words(data['half'])))}.</p>",
+        "</p>",
+        *(f"<p>{escape(sentence[0].upper() + sentence[1:])}.</p>" for sentence in half_words(data["half"])),
         _figure(paths, "half", "tokens that are not finite in fp16, before and after"),
         _table(
             ("dtype", "weights", "form", "layer 2, not finite", "result, not finite", "error against float64"), halves

@@ -6,6 +6,7 @@ Each operator ``t2t_fast::<name>`` takes the resolved backend as its last argume
 compiled kernels calls opaque operators of its own, with their own fake and autograd, from its ``call``.
 """
 
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 import torch
@@ -56,7 +57,8 @@ def wants_gradient(*tensors):
 
 
 def first_order(backward):
-    """Marks a hand-written backward that cannot be differentiated itself: a second derivative is an error."""
+    """Marks a hand-written backward: it runs as it is written also when it is called inside an autocast region, and a
+    second derivative, which it does not have, is an error."""
     once = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
@@ -66,7 +68,11 @@ def first_order(backward):
                 "t2t_fast: this operator has no second derivative (its backward was asked for one by "
                 "create_graph=True); use t2t_fast.backend('reference') for it"
             )
-        return once(ctx, *grads)
+        kind = grads[0].device.type
+        if not torch.amp.is_autocast_available(kind):
+            return once(ctx, *grads)
+        with torch.autocast(kind, enabled=False):
+            return once(ctx, *grads)
 
     return checked
 
@@ -74,6 +80,26 @@ def first_order(backward):
 def accumulation_dtype(dtype):
     """The dtype of statistics, exponents and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def _convolution_as_matmul():
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    convolution.fp32_precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before
+
+
+def matmul_precision(x):
+    """A context in which a convolution of float32 ``x`` is as exact as torch's setting for matrix products says.
+
+    cuDNN convolutions use TF32 unless told otherwise, matrix products do not; here a convolution stands for a Linear.
+    In a graph made by ``torch.compile`` the convolution runs later, under the setting of cuDNN itself.
+    """
+    return _convolution_as_matmul() if x.is_cuda and x.dtype == torch.float32 else nullcontext()
 
 
 def product(x, matrix, into=None):

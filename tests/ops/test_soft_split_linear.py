@@ -1,10 +1,13 @@
 """soft_split_linear: what the folded form must survive."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from t2t_fast.functional import soft_split_linear
+from t2t_fast.ops import library
 from t2t_fast.ops.soft_split_linear.aten_impl import fold_norm, patch_statistics
 from t2t_fast.ops.spec import square
 from t2t_fast.testing import DTYPES, errors, natural_images
@@ -102,3 +105,48 @@ def test_result_does_not_depend_on_the_batch(dtype):
         [soft_split_linear(each, weight, None, 7, 4, 2, norm_eps=1e-5, backend="aten") for each in x.split(1)]
     )
     assert errors(together, alone)[1] <= {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 2e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weight_gradient_of_flat_bright_patches(channels):
+    """Half of the image is flat and bright, and the gradient is the same for all tokens, so nothing averages out.
+
+    Subtracting the means from the convolution's weight gradient loses three digits here; eager PyTorch loses none.
+    """
+    x = natural_images(2, channels, 64, 64)
+    x[:, :, :, 32:] = 2.6
+    columns = 49 * channels
+    parameters = {
+        "weight": 0.02 * torch.randn(16, columns),
+        "norm_weight": 1 + 0.1 * torch.randn(columns),
+        "norm_bias": 0.1 * torch.randn(columns),
+    }
+    upstream = torch.randn(16).expand(2, 256, 16)
+
+    def gradients(backend, dtype):
+        leaves = {name: p.to(dtype).clone().requires_grad_() for name, p in parameters.items()}
+        out = soft_split_linear(
+            x.to(dtype), **leaves, kernel_size=7, stride=4, padding=2, norm_eps=1e-5, backend=backend
+        )
+        out.backward(upstream.to(dtype))
+        return {name: p.grad for name, p in leaves.items()}
+
+    exact = gradients("reference", torch.float64)
+    for name, gradient in gradients("aten", torch.float32).items():
+        assert errors(gradient, exact[name])[0] <= 6e-6, name
+
+
+def test_convolutions_follow_the_matmul_precision():
+    """cuDNN's own default is TF32; a convolution that stands for a Linear must not be less exact than one."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    seen = []
+    for precision, expected in [("highest", "ieee"), ("high", "tf32")]:
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with library._convolution_as_matmul():
+                seen.append(conv.fp32_precision)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert seen[-1] == expected and conv.fp32_precision == before
+    assert isinstance(library.matmul_precision(torch.randn(1)), nullcontext)

@@ -15,7 +15,7 @@ Saved for backward: the image, ``mu`` and ``r`` (8 bytes a token), and, where th
 import torch
 import torch.nn.functional as F
 
-from ..library import accumulation_dtype, first_order, wants_gradient
+from ..library import accumulation_dtype, first_order, matmul_precision, wants_gradient
 from ..spec import Window
 from ..windows import cover_sum, merge_statistics
 
@@ -51,7 +51,8 @@ def _convolve(x, weight, bias, window):
     """(B, C, H, W) -> (B, h, w, O) contiguous."""
     weight = weight.reshape(weight.shape[0], x.shape[1], *window.kernel)
     x = x.contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(x, weight, bias, stride=window.stride, padding=window.padding)
+    with matmul_precision(x):
+        y = F.conv2d(x, weight, bias, stride=window.stride, padding=window.padding)
     return y.permute(0, 2, 3, 1).contiguous()
 
 
@@ -73,20 +74,55 @@ def normed(x, weight, bias, norm_weight, norm_bias, eps, window):
 def _convolution_backward(grad, x, weight, window, need_x, need_weight):
     """Gradients of image and weight, each ``None`` unless needed, from ``grad`` (B, h, w, O), in its dtype."""
     dtype = grad.dtype
-    d_x, d_weight, _ = torch.ops.aten.convolution_backward(
-        grad.permute(0, 3, 1, 2),
-        x.to(dtype).contiguous(memory_format=torch.channels_last),
-        weight.to(dtype).reshape(weight.shape[0], x.shape[1], *window.kernel),
-        None,
-        window.stride,
-        window.padding,
-        (1, 1),
-        False,
-        (0, 0),
-        1,
-        (need_x, need_weight, False),
-    )
+    with matmul_precision(grad):
+        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+            grad.permute(0, 3, 1, 2),
+            x.to(dtype).contiguous(memory_format=torch.channels_last),
+            weight.to(dtype).reshape(weight.shape[0], x.shape[1], *window.kernel),
+            None,
+            window.stride,
+            window.padding,
+            (1, 1),
+            False,
+            (0, 0),
+            1,
+            (need_x, need_weight, False),
+        )
     return d_x, d_weight
+
+
+def _centred_backward(grad, x, weight, window, need_x, need_products):
+    """Gradients of the convolution for windows less their means.
+
+    What is wanted is ``P = sum_t grad_t (u_t - mu_t)^T``. On a flat patch LayerNorm magnifies ``grad_t`` up to 316
+    times, so subtracting ``sum_t grad_t mu_t`` from the convolution's weight gradient would leave the rounding of two
+    large equal numbers. Nothing large is formed instead: each pixel less its own channel mean (a convolution of a small
+    image), plus what the channel means m add, the same for all channels. That part is known by its *differences* from
+    tap to tap, which are weight gradients for the differences of m between neighbouring pixels (0 where the image is
+    flat), and by its sum over taps, which is 0.
+
+    Args:
+        grad: (B, h, w, O), in the accumulation dtype; x: (B, C, H, W); weight: (O, C*kh*kw), rows centred.
+
+    Returns:
+        the image's gradient through the convolution (B, C, H, W), and P (O, C*kh*kw); ``None`` unless needed.
+    """
+    x = x.to(grad.dtype)
+    means = x.mean(1, keepdim=True)
+    d_x, within = _convolution_backward(grad, x - means, weight, window, need_x, need_products)
+    if not need_products:
+        return d_x, None
+    ph, pw = window.padding
+    means = F.pad(means, (pw, pw, ph, ph))
+    steps = torch.cat([F.pad(means.diff(dim=2), (0, 0, 0, 1)), F.pad(means.diff(dim=3), (0, 1))], dim=1)
+    unpadded = window._replace(padding=(0, 0))
+    shape = weight.new_empty(weight.shape[0], 2 * window.taps)
+    _, steps = _convolution_backward(grad, steps, shape, unpadded, False, True)  # (O, 2, kh, kw)
+    down = F.pad(steps[:, 0, :-1, :1].cumsum(1), (0, 0, 1, 0))
+    right = F.pad(steps[:, 1, :, :-1].cumsum(2), (1, 0))
+    across = down + right
+    across = across - across.mean((1, 2), keepdim=True)
+    return d_x, (within + across.unsqueeze(1)).flatten(1)
 
 
 class Normed(torch.autograd.Function):
@@ -118,25 +154,21 @@ class Normed(torch.autograd.Function):
         wide = mean.dtype
         centred, _, offset = fold_norm(weight, bias, norm_weight, norm_bias, x.dtype)
         grad = grad.to(wide).unflatten(1, mean.shape[1:])
-        # In the accumulation dtype: rstd reaches 316 and could overflow float16, and the means subtracted from the
-        # weight gradient below would magnify its rounding.
+        # In the accumulation dtype: rstd reaches 316 and could overflow float16.
         scaled = grad * rstd.unsqueeze(-1)
-        need_products = need_weight or need_gamma
-        d_image, products = _convolution_backward(scaled, x, centred, window, need_x, need_products)
+        # products: sum over tokens of G xhat^T, (O, K)
+        d_image, products = _centred_backward(scaled, x, centred, window, need_x, need_weight or need_gamma)
 
         d_x = d_weight = d_bias = d_gamma = d_beta = None
         total = grad.sum((0, 1, 2)) if need_weight or need_bias or need_beta else None
         weight_wide = weight.to(wide)
-        if need_products:
-            # sum over tokens of G xhat^T, (O, K): the convolution's weight gradient, less the means
-            products = products.flatten(1) - (mean.flatten() @ scaled.flatten(0, 2)).unsqueeze(1)
-            if need_weight:
-                d_weight = products if norm_weight is None else products * norm_weight.to(wide)
-                if norm_bias is not None:
-                    d_weight = torch.addcmul(d_weight, total.unsqueeze(1), norm_bias.to(wide))
-                d_weight = d_weight.to(weight.dtype)
-            if need_gamma:
-                d_gamma = (weight_wide * products).sum(0).to(norm_weight.dtype)
+        if need_weight:
+            d_weight = products if norm_weight is None else products * norm_weight.to(wide)
+            if norm_bias is not None:
+                d_weight = torch.addcmul(d_weight, total.unsqueeze(1), norm_bias.to(wide))
+            d_weight = d_weight.to(weight.dtype)
+        if need_gamma:
+            d_gamma = (weight_wide * products).sum(0).to(norm_weight.dtype)
         if need_bias:
             d_bias = total.to(bias.dtype)
         if need_beta:
