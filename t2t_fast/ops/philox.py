@@ -6,9 +6,14 @@ eight 16-bit lanes, low half of each word first. An element is kept if its lane 
 depend on nothing else: not on tiling, backend, device or launch.
 """
 
+import math
+
 import torch
 
 ROUNDS = 7
+CPU_CALLS = 2**16
+"""Calls at a time in eager mode on a CPU."""
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -31,9 +36,19 @@ def philox(counter, key, rounds=ROUNDS):
     for _ in range(rounds):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
         high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
+        c0, c1, c2, c3 = (high1 ^ c1).bitwise_xor_(k0), low1, (high0 ^ c3).bitwise_xor_(k1), low0
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return c0, c1, c2, c3
+
+
+def _lanes(first, last, seed, stream, threshold):
+    """The bits of calls ``first`` to ``last``: (calls, 8)."""
+    calls = torch.arange(first, last, dtype=torch.int64, device=seed.device)
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    # A counter word that is the same for all calls stays a scalar, which makes two of the rounds half as long.
+    counter = (calls, zero) if last <= _WORD else (calls & _WORD, calls >> 32)
+    words = philox((*counter, zero + stream, zero), (seed & _WORD, (seed >> 32) & _WORD))
+    return torch.stack([half >= threshold for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
 
 
 def keep_mask(seed, stream, shape, p):
@@ -45,14 +60,15 @@ def keep_mask(seed, stream, shape, p):
         shape: of the result.
         p: probability in [0, 1), resolved to 1/65536.
     """
-    count = 1
-    for n in shape:
-        count *= n
-    calls = torch.arange((count + 7) // 8, dtype=torch.int64, device=seed.device)
-    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
-    words = philox((calls & _WORD, calls >> 32, zero + stream, zero), (seed & _WORD, (seed >> 32) & _WORD))
-    threshold = round(65536 * p)
-    lanes = torch.stack([half >= threshold for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    count = math.prod(shape)
+    calls, threshold = (count + 7) // 8, round(65536 * p)
+    # Eagerly on a CPU the words of a whole tensor would leave the cache between any two of the hundred operations.
+    step = calls if torch.compiler.is_compiling() or seed.device.type != "cpu" else CPU_CALLS
+    if calls > step:
+        parts = [_lanes(first, min(first + step, calls), seed, stream, threshold) for first in range(0, calls, step)]
+        lanes = torch.cat(parts)
+    else:
+        lanes = _lanes(0, calls, seed, stream, threshold)
     return lanes.flatten()[:count].view(shape)
 
 

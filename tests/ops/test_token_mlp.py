@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from t2t_fast.functional import performer_block, token_mlp
-from t2t_fast.ops.philox import keep_mask, philox
+from t2t_fast.ops.philox import _lanes, keep_mask, philox
 from t2t_fast.testing import CASES
 
 # Random123's known answers for philox4x32: rounds, counter, key, result
@@ -89,3 +89,19 @@ def test_dropout_keeps_the_mean():
     ]
     torch.testing.assert_close(torch.stack(outs).mean(0), y, rtol=0, atol=0.3)
     assert {0.0, 2.0} == set((outs[0] / y).flatten().tolist())
+
+
+def test_mask_of_more_than_four_billion_calls():
+    """Short counters, whose high word stays a scalar, and long ones give the same bits."""
+    seed = torch.tensor(7)
+    short = _lanes(2**32 - 9, 2**32 - 1, seed, 1, 6554)
+    long = _lanes(2**32 - 9, 2**32 + 9, seed, 1, 6554)
+    assert torch.equal(short, long[:8])
+    assert not torch.equal(long[9:], _lanes(0, 9, seed, 1, 6554))
+
+
+def test_mask_in_pieces(monkeypatch):
+    """How many calls are computed at a time changes nothing."""
+    whole = keep_mask(torch.tensor(3), 2, (5, 333), 0.1)
+    monkeypatch.setattr("t2t_fast.ops.philox.CPU_CALLS", 16)
+    assert torch.equal(keep_mask(torch.tensor(3), 2, (5, 333), 0.1), whole)
