@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import t2t_fast
 from t2t_fast import functional, reference
 from t2t_fast.interop.swap import swap
-from t2t_fast.ops.philox import keep_mask
+from t2t_fast.ops.philox import keep_masks
 from t2t_fast.testing import CASES, assert_close, errors
 
 pytestmark = pytest.mark.slow
@@ -52,8 +52,9 @@ def test_training_mode_with_dropout_compiles():
 
 def test_masks_are_the_same_compiled_and_eager():
     seed = torch.tensor(-987654321)
-    compiled = torch.compile(lambda s: keep_mask(s, 1, (3, 1000), 0.3), fullgraph=True)
-    assert torch.equal(compiled(seed), keep_mask(seed, 1, (3, 1000), 0.3))
+    compiled = torch.compile(lambda s: keep_masks(s, (3, 1000), 0.3, 0.1), fullgraph=True)
+    for mask, expected in zip(compiled(seed), keep_masks(seed, (3, 1000), 0.3, 0.1), strict=True):
+        assert torch.equal(mask, expected)
 
 
 @pytest.mark.parametrize("op", ["soft_split", "soft_composition"])

@@ -1,9 +1,12 @@
-"""Counter-based dropout masks: the same (seed, stream, element) gives the same bit everywhere, so none is stored.
+"""Counter-based dropout masks: the same (seed, element) gives the same bits everywhere, so none is stored.
 
 Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One call serves eight
-elements of a contiguous tensor: counter (element // 8 as two words, stream, 0), key = the two halves of the seed,
-eight 16-bit lanes, low half of each word first. An element is kept if its lane is at least ``round(65536 p)``. Masks
-depend on nothing else: not on tiling, backend, device or launch.
+elements of a contiguous tensor: counter (element // 8 as two words, 0, 0), key = the two halves of the seed, eight
+16-bit lanes, low half of each word first. Masks depend on nothing else: not on tiling, backend, device or launch.
+
+A layer's two dropouts share the lane u of an element. The first drops [0, a) with ``a = 65536 p``, the second
+[a - o, a - o + b) with ``b = 65536 p'``: the two intervals overlap by ``o = a b / 65536``, which is what independence
+asks for, so the masks are independent (to the rounding of o, a correlation below 1e-4) at the price of one.
 """
 
 import math
@@ -41,40 +44,55 @@ def philox(counter, key, rounds=ROUNDS):
     return c0, c1, c2, c3
 
 
-def _lanes(first, last, seed, stream, threshold):
-    """The bits of calls ``first`` to ``last``: (calls, 8)."""
+def _lanes(first, last, seed):
+    """The lanes of calls ``first`` to ``last``: eight (calls,) int64 tensors."""
     calls = torch.arange(first, last, dtype=torch.int64, device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     # A counter word that is the same for all calls stays a scalar, which makes two of the rounds half as long.
     counter = (calls, zero) if last <= _WORD else (calls & _WORD, calls >> 32)
-    words = philox((*counter, zero + stream, zero), (seed & _WORD, (seed >> 32) & _WORD))
-    return torch.stack([half >= threshold for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    words = philox((*counter, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
+    return [half for word in words for half in (word & 0xFFFF, word >> 16)]
 
 
-def keep_mask(seed, stream, shape, p):
-    """Which elements dropout keeps: a bool tensor of ``shape``, False with probability ``p``.
+def _outside(lane, low, high):
+    return lane >= high if low == 0 else (lane < low).logical_or_(lane >= high)
+
+
+def keep_masks(seed, shape, p, q):
+    """Which elements two dropouts keep.
 
     Args:
         seed: int64 scalar tensor; its device is the result's.
-        stream: which mask of a layer this is; masks of different streams are independent.
-        shape: of the result.
-        p: probability in [0, 1), resolved to 1/65536.
+        shape: of the masks.
+        p, q: the dropouts' probabilities in [0, 1), resolved to 1/65536.
+
+    Returns:
+        two bool tensors of ``shape``, False with probability ``p`` and ``q``; ``None`` where that is 0.
     """
+    a, b = round(65536 * p), round(65536 * q)
+    low = a - round(a * b / 65536)
+    intervals = [(0, a) if p else None, (low, low + b) if q else None]
+    if intervals == [None, None]:
+        return None, None
     count = math.prod(shape)
-    calls, threshold = (count + 7) // 8, round(65536 * p)
+    calls = (count + 7) // 8
     # Eagerly on a CPU the words of a whole tensor would leave the cache between any two of the hundred operations.
     step = calls if torch.compiler.is_compiling() or seed.device.type != "cpu" else CPU_CALLS
-    if calls > step:
-        parts = [_lanes(first, min(first + step, calls), seed, stream, threshold) for first in range(0, calls, step)]
-        lanes = torch.cat(parts)
-    else:
-        lanes = _lanes(0, calls, seed, stream, threshold)
-    return lanes.flatten()[:count].view(shape)
+    pieces = [[], []]
+    for first in range(0, calls, step) if calls else [0]:
+        lanes = _lanes(first, min(first + step, calls), seed)
+        for interval, parts in zip(intervals, pieces, strict=True):
+            if interval:
+                parts.append(torch.stack([_outside(lane, *interval) for lane in lanes], dim=-1))
+    return tuple(
+        (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten()[:count].view(shape) if parts else None
+        for parts in pieces
+    )
 
 
-def dropout_(x, p, seed, stream):
-    """Dropout in place: ``x`` times 0 or ``1 / (1 - p)``; nothing is done for ``p = 0``. Returns ``x``."""
-    return x.mul_(keep_mask(seed, stream, x.shape, p)).mul_(1.0 / (1.0 - p)) if p else x
+def dropout_(x, p, keep):
+    """Dropout in place: ``x`` times 0 or ``1 / (1 - p)``; nothing is done where ``keep`` is ``None``. Returns ``x``."""
+    return x if keep is None else x.mul_(keep).mul_(1.0 / (1.0 - p))
 
 
 def fresh_seed(device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from t2t_fast.functional import performer_block, token_mlp
-from t2t_fast.ops.philox import _lanes, keep_mask, philox
+from t2t_fast.ops.philox import _lanes, keep_masks, philox
 from t2t_fast.testing import CASES
 
 # Random123's known answers for philox4x32: rounds, counter, key, result
@@ -31,31 +31,42 @@ def test_philox_known_answers(rounds, counter, key, expected):
     assert tuple(int(word) for word in philox(words(counter), words(key), rounds)) == expected
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
-def test_rate_and_independence(p):
-    """Rate within five standard deviations; no correlation with neighbours, the other stream or another seed."""
+@pytest.mark.parametrize(("p", "q"), [(0.1, 0.1), (0.1, 0.5), (0.5, 0.9), (0.9, 0.9), (0.3, 0.0), (0.0, 0.3)])
+def test_rates_and_independence(p, q):
+    """Rates within five standard deviations; no correlation with neighbours, the other dropout or another seed."""
     n = 1 << 18
     seed = torch.tensor(-1234567890123456789)
-    mask = keep_mask(seed, 1, (n,), p).double()
-    assert abs(mask.mean().item() - (1 - round(65536 * p) / 65536)) <= 5 * (p * (1 - p) / n) ** 0.5
-    if p == 0:
-        return
-    others = {
-        "neighbour": mask.roll(1),
-        "next call": mask.roll(8),
-        "other stream": keep_mask(seed, 2, (n,), p).double(),
-        "other seed": keep_mask(seed + 1, 1, (n,), p).double(),
-    }
-    for name, other in others.items():
-        correlation = torch.corrcoef(torch.stack([mask, other]))[0, 1].abs().item()
-        assert correlation <= 5 / n**0.5, name
+    masks, others = keep_masks(seed, (n,), p, q), keep_masks(seed + 1, (n,), p, q)
+    for rate, mask, other in zip((p, q), masks, others, strict=True):
+        if rate == 0:
+            assert mask is None
+            continue
+        mask = mask.double()
+        assert abs(mask.mean().item() - (1 - rate)) <= 5 * (rate * (1 - rate) / n) ** 0.5 + 1 / 65536
+        for each in (mask.roll(1), mask.roll(8), other.double()):
+            assert correlation(mask, each) <= 5 / n**0.5
+    if p and q:
+        assert correlation(*(mask.double() for mask in masks)) <= 5 / n**0.5
+        # as many elements are dropped by both as independence says
+        both = (~masks[0] & ~masks[1]).double().mean().item()
+        assert abs(both - p * q) <= 5 * (p * q / n) ** 0.5
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].abs().item()
 
 
 def test_mask_depends_on_the_element_alone():
     """A longer tensor starts with the same mask: nothing depends on tiling or size."""
     seed = torch.tensor(42)
-    long = keep_mask(seed, 1, (3, 1001), 0.3).flatten()
-    assert torch.equal(keep_mask(seed, 1, (77,), 0.3), long[:77])
+    long = keep_masks(seed, (3, 1001), 0.3, 0.2)
+    for short, whole in zip(keep_masks(seed, (77,), 0.3, 0.2), long, strict=True):
+        assert torch.equal(short, whole.flatten()[:77])
+
+
+def test_masks_of_nothing():
+    first, second = keep_masks(torch.tensor(1), (0, 5), 0.1, 0.1)
+    assert first.shape == second.shape == (0, 5)
 
 
 @pytest.mark.parametrize(("op", "name"), [("token_mlp", "dropout"), ("performer_block", "dropout")])
@@ -91,17 +102,18 @@ def test_dropout_keeps_the_mean():
     assert {0.0, 2.0} == set((outs[0] / y).flatten().tolist())
 
 
-def test_mask_of_more_than_four_billion_calls():
+def test_lanes_of_more_than_four_billion_calls():
     """Short counters, whose high word stays a scalar, and long ones give the same bits."""
     seed = torch.tensor(7)
-    short = _lanes(2**32 - 9, 2**32 - 1, seed, 1, 6554)
-    long = _lanes(2**32 - 9, 2**32 + 9, seed, 1, 6554)
-    assert torch.equal(short, long[:8])
-    assert not torch.equal(long[9:], _lanes(0, 9, seed, 1, 6554))
+    short = torch.stack(_lanes(2**32 - 9, 2**32 - 1, seed))
+    long = torch.stack(_lanes(2**32 - 9, 2**32 + 9, seed))
+    assert torch.equal(short, long[:, :8])
+    assert not torch.equal(long[:, 9:], torch.stack(_lanes(0, 9, seed)))
 
 
-def test_mask_in_pieces(monkeypatch):
+def test_masks_in_pieces(monkeypatch):
     """How many calls are computed at a time changes nothing."""
-    whole = keep_mask(torch.tensor(3), 2, (5, 333), 0.1)
+    whole = keep_masks(torch.tensor(3), (5, 333), 0.1, 0.2)
     monkeypatch.setattr("t2t_fast.ops.philox.CPU_CALLS", 16)
-    assert torch.equal(keep_mask(torch.tensor(3), 2, (5, 333), 0.1), whole)
+    for mask, expected in zip(keep_masks(torch.tensor(3), (5, 333), 0.1, 0.2), whole, strict=True):
+        assert torch.equal(mask, expected)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..library import accumulation_dtype, first_order, product, wants_gradient
-from ..philox import dropout_
+from ..philox import dropout_, keep_masks
 
 
 class Tail(NamedTuple):
@@ -41,20 +41,21 @@ def _linear(x, weight, bias):
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _skip(v, y, tail, options, seed):
+def _skip(v, y, tail, options, keep):
     """``t``: a new tensor in the accumulation dtype."""
     t = _linear(y, tail.proj_weight, tail.proj_bias).to(accumulation_dtype(y.dtype))
-    return dropout_(t, options.proj_drop, seed, 1).add_(v)
+    return dropout_(t, options.proj_drop, keep).add_(v)
 
 
 def run(y, v, tail, options, seed):
     """Forward without autograd."""
-    t = _skip(v, y, tail, options, seed)
+    keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
+    t = _skip(v, y, tail, options, keep_proj)
     gamma, beta = (None if p is None else p.to(t.dtype) for p in (tail.norm_weight, tail.norm_bias))
     n = F.layer_norm(t, t.shape[-1:], gamma, beta, options.norm_eps).to(y.dtype)
     a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias))
     f = _linear(a, tail.fc2_weight, tail.fc2_bias).to(t.dtype)
-    return t.add_(dropout_(f, options.mlp_drop, seed, 2)).to(y.dtype)
+    return t.add_(dropout_(f, options.mlp_drop, keep_mlp)).to(y.dtype)
 
 
 def _weight_gradient(grad, x):
@@ -88,7 +89,8 @@ def run_backward(grad, y, v, tail, options, seed, needed):
             give(name, value.flatten(0, -2).sum(0, dtype=wide))
 
     gamma = y.new_ones(width, dtype=wide) if tail.norm_weight is None else tail.norm_weight.to(wide)
-    xhat = _skip(v, y, tail, options, seed)
+    keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
+    xhat = _skip(v, y, tail, options, keep_proj)
     xhat.sub_(xhat.mean(-1, keepdim=True))
     rstd = torch.rsqrt(torch.linalg.vecdot(xhat, xhat).unsqueeze(-1) / width + options.norm_eps)
     xhat.mul_(rstd)
@@ -97,7 +99,7 @@ def run_backward(grad, y, v, tail, options, seed, needed):
     h = _linear(n, tail.fc1_weight, tail.fc1_bias)
 
     grad = grad.to(wide)
-    d_f = (dropout_(grad.clone(), options.mlp_drop, seed, 2) if options.mlp_drop else grad).to(dtype)
+    d_f = (grad if keep_mlp is None else dropout_(grad.clone(), options.mlp_drop, keep_mlp)).to(dtype)
     d_h = d_f @ tail.fc2_weight.to(dtype)
     torch.ops.aten.gelu_backward.grad_input(d_h, h, grad_input=d_h)
     if want("fc2_weight"):
@@ -114,7 +116,7 @@ def run_backward(grad, y, v, tail, options, seed, needed):
     along = (products @ gamma).unsqueeze(-1).div_(width)
     mean = (d_n @ gamma).unsqueeze(-1).div_(width)
     d_t = d_n.mul_(gamma).sub_(mean).sub_(xhat.mul_(along)).mul_(rstd).add_(grad)
-    d_p = (dropout_(products.copy_(d_t), options.proj_drop, seed, 1) if options.proj_drop else d_t).to(dtype)
+    d_p = (d_t if keep_proj is None else dropout_(products.copy_(d_t), options.proj_drop, keep_proj)).to(dtype)
     if want("proj_weight"):
         give("proj_weight", _weight_gradient(d_p, y))
     give_bias("proj_bias", d_p)

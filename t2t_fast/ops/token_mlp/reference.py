@@ -3,15 +3,15 @@
 import torch.nn.functional as F
 
 from ..library import accumulation_dtype
-from ..philox import keep_mask
+from ..philox import keep_masks
 
 
 def _cast(dtype, *tensors):
     return (None if t is None else t.to(dtype) for t in tensors)
 
 
-def _dropout(x, p, seed, stream):
-    return x * keep_mask(seed, stream, x.shape, p) / (1 - p) if p else x
+def _dropout(x, p, keep):
+    return x if keep is None else x * keep / (1 - p)
 
 
 def forward(
@@ -34,6 +34,7 @@ def forward(
     wide = accumulation_dtype(y.dtype)
     wp, bp, w1, b1, w2, b2 = _cast(y.dtype, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     gamma, beta = _cast(wide, norm_weight, norm_bias)
-    t = v + _dropout(F.linear(y, wp, bp), proj_drop, seed, 1)
+    keep_proj, keep_mlp = keep_masks(seed, y.shape, proj_drop, mlp_drop)
+    t = v + _dropout(F.linear(y, wp, bp), proj_drop, keep_proj)
     n = F.layer_norm(t.to(wide), t.shape[-1:], gamma, beta, norm_eps).to(y.dtype)
-    return t + _dropout(F.linear(F.gelu(F.linear(n, w1, b1)), w2, b2), mlp_drop, seed, 2)
+    return t + _dropout(F.linear(F.gelu(F.linear(n, w1, b1)), w2, b2), mlp_drop, keep_mlp)
