@@ -48,8 +48,9 @@ def _lanes(first, last, seed):
     """The lanes of calls ``first`` to ``last``: eight (calls,) int64 tensors."""
     calls = torch.arange(first, last, dtype=torch.int64, device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
-    # A counter word that is the same for all calls stays a scalar, which makes two of the rounds half as long.
-    counter = (calls, zero) if last <= _WORD else (calls & _WORD, calls >> 32)
+    # A counter word that is the same for all calls stays a scalar, which makes two of the rounds half as long. The
+    # mask must stay even where it changes nothing: Inductor computes what is linear in an arange in 32 bits.
+    counter = (calls & _WORD, zero if last <= _WORD else calls >> 32)
     words = philox((*counter, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
     return [half for word in words for half in (word & 0xFFFF, word >> 16)]
 
