@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.amp [--device cpu|cuda]``. The weights of k, q and v are scaled by a gain, as training does.
 Upstream divides 0 by 0 in float16 once D underflows; the swapped module gives what exact arithmetic gives. Errors are
-relative to float64: of the output, and of the worst parameter gradient.
+relative to float64: of the output, and of the worst parameter gradient that has not vanished.
 """
 
 import argparse
@@ -19,6 +19,10 @@ from t2t_fast.testing import DTYPES, errors, natural_images
 
 GAINS = (1.0, 2.0, 4.0)
 SIZE, BATCH = 224, 2
+
+VANISHED = 1e-20
+"""A gradient that is nowhere larger is 0 to every optimiser and not compared: at gain 4 the second layer's gate lets
+1e-38 of the attention through, and its projection's gradient is 1e-35."""
 
 
 def _module(gain):
@@ -53,7 +57,8 @@ def measure(device):
             for label, module in (("upstream", upstream), ("t2t_fast", swapped)):
                 out, gradients = _run(module, images, gradient, device, DTYPES[name])
                 finite = bool(out.isfinite().all()) and all(bool(g.isfinite().all()) for g in gradients.values())
-                worst = max(errors(g, true_gradients[key])[0] for key, g in gradients.items())
+                compared = [key for key, g in true_gradients.items() if g.abs().max() > VANISHED]
+                worst = max(errors(gradients[key], true_gradients[key])[0] for key in compared)
                 found.append(
                     {
                         "gain": gain,

@@ -91,9 +91,6 @@ REPLAY = Replay()
 """The timer of every row's test."""
 
 
-# ---------------------------------------------------------------- one provider
-
-
 def _forward(subject, provider, implementation, device):
     """A function of an input set's index that computes the output."""
     function = compiled(implementation.function, device) if provider.compiled else implementation.function
@@ -207,9 +204,6 @@ def measure_memory(subject, provider, participant, device):
         peak = memory.peak_bytes(participant.step, device)
     implementation.clear()
     return {"saved_bytes": saved, "peak_bytes": peak}
-
-
-# ---------------------------------------------------------------- one group
 
 
 def estimated_bytes(group, provider):

@@ -173,9 +173,6 @@ def element_size(dtype):
     return torch.empty(0, dtype=DTYPES[dtype]).element_size()
 
 
-# ---------------------------------------------------------------- operators
-
-
 def _operator(group, device):
     op = operators.build(group.subject, group.size, group.batch)
     dtype, training = DTYPES[group.dtype], group.mode == "training"
@@ -237,9 +234,6 @@ def _operator(group, device):
         op.cost(element_size(group.dtype)),
         gradient=gradient,
     )
-
-
-# ---------------------------------------------------------------- T2T modules and models
 
 
 def _images(group, device):

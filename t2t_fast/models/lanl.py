@@ -1,4 +1,4 @@
-"""The family of the seed articles: non-square images and free soft-split kernels, under the articles' names.
+"""The family of the articles "Vision Transformers, Explained", under their names: non-square images, free kernels.
 
 Source: the ``modules`` folder of lanl/vision_transformers_explained; parameters have its names and shapes. It differs
 from the official T2T-ViT in three things: the token attention's scale is that of its output width, *every* attention

@@ -74,7 +74,7 @@ class TokenTransformer(nn.Module):
     """
 
     mlp_name = "mlp"
-    """Name of the child with ``fc1``, ``act`` and ``fc2``; the seed articles call it ``neuralnet``."""
+    """Name of the child with ``fc1``, ``act`` and ``fc2``; lanl's articles call it ``neuralnet``."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Eager models of the seed articles: non-square images and free soft-split kernels.
+"""Eager models of the articles "Vision Transformers, Explained": non-square images and free soft-split kernels.
 
 Source: the ``modules`` folder of lanl/vision_transformers_explained. They differ from the official T2T-ViT in the
 scale of the token attention (its output width, not its input width), in the skip through ``v`` that *every* attention
