@@ -272,9 +272,6 @@ def _op_rows(op, dtype_name, names, device):
             yield VerifyRow(op, name, dtype_name, direction, error, allowed, where, error <= allowed)
 
 
-# ------------------------------------------------------------------ models
-
-
 @dataclass(frozen=True)
 class _Subject:
     """Two forms of one model with the same weights, in eval mode, and an input; ``left`` is what swap did not take."""

@@ -31,8 +31,6 @@ needs_matplotlib = pytest.mark.skipif(
 )
 
 
-# ---------------------------------------------------------------- costs
-
 # Published cost table of the three-operator design, bf16, per image. By stage, then the total: MB forward, MB backward,
 # GFLOP forward, GFLOP backward, floor in microseconds forward and backward.
 COST_TABLE = {
@@ -105,9 +103,6 @@ def test_float32_moves_twice_the_bytes_of_activations():
     half = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0])
     single = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0], element=4)
     assert single.bytes("inference") == 2 * half.bytes("inference")
-
-
-# ---------------------------------------------------------------- harness
 
 
 class FakeImplementation:
@@ -236,9 +231,6 @@ def test_upstream_keeps_the_published_bytes_for_backward():
     assert saved / 1e6 == pytest.approx(20.4, rel=0.03)
 
 
-# ---------------------------------------------------------------- groups, providers, checks
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("level", ["op", "module", "model"])
 def test_every_group_has_its_peers(level, device):
@@ -314,9 +306,6 @@ def test_no_new_group_after_the_time_limit():
     run._group = first
     assert not run.out_of_time(first)
     assert run.out_of_time(second)
-
-
-# ---------------------------------------------------------------- report
 
 
 def _row(provider, times, *, group="module-performer-224px-b8-fp32-inference", saved=None, peak=8e6, **more):
@@ -418,9 +407,6 @@ def test_report_from_the_json_alone(tmp_path):
     assert report.main([str(source), "--out", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", "chart.png"}
     assert (tmp_path / "out" / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-# ---------------------------------------------------------------- GPU run
 
 
 class FakeGpu:
@@ -548,9 +534,6 @@ def test_kernel_report_says_that_there_is_none():
     operators = {line.split()[0] for line in lines}
     assert {"soft_split", "soft_composition", "soft_split_linear", "performer_attention", "token_mlp"} <= operators
     assert all("kernel" in line for line in lines)
-
-
-# ---------------------------------------------------------------- end to end
 
 
 @needs_pytest_benchmark

@@ -32,9 +32,6 @@ def run(capsys, *argv):
     return code, captured.out, captured.err
 
 
-# ------------------------------------------------------------------ the command itself
-
-
 def test_help_and_version(capsys):
     code, out, err = run(capsys, "--help")
     assert code == 0 and not err
@@ -100,9 +97,6 @@ def test_interrupt(capsys, monkeypatch):
 
     monkeypatch.setattr("t2t_fast.cli.env.collect", lambda: interrupted(None))
     assert run(capsys, "env") == (130, "", "t2t-fast: interrupted\n")
-
-
-# ------------------------------------------------------------------ verify, env, bench, export
 
 
 def test_verify_green(capsys):
@@ -241,9 +235,6 @@ class TestExport:
         assert program.module()(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
-# ------------------------------------------------------------------ photographs
-
-
 def picture(mode, size=(40, 30)):
     """An image of a mode with a gradient in it."""
     pixels = torch.arange(size[0] * size[1]).reshape(size[1], size[0])
@@ -322,9 +313,6 @@ def test_sample_photograph_is_installed():
 
     photo = load_photo()
     assert photo.credit == SAMPLE_CREDIT and min(photo.image.size) >= 224
-
-
-# ------------------------------------------------------------------ the demo
 
 
 class References(HTMLParser):
@@ -442,9 +430,6 @@ def test_demo_names_the_missing_extra(capsys, monkeypatch, tmp_path):
     code, _, err = run(capsys, *SMALL, "--out", tmp_path / "out")
     assert code == 1 and "t2t_fast[demo]" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-# ------------------------------------------------------------------ measuring
 
 
 def test_interleaved_runs_in_turns():

@@ -55,7 +55,7 @@ def _demo(parser):
     parser.add_argument(
         "--seconds",
         type=seconds,
-        default=4.0,
+        default=6.0,
         metavar="S",
         help="time to spend on each timed row, by default %(default)s",
     )

@@ -136,9 +136,6 @@ def _backends(device):
     return table
 
 
-# ------------------------------------------------------------------ text
-
-
 def _words(value):
     if value is None:
         return "-"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-MIN_ROUNDS = 3
+MIN_ROUNDS = 5
 MAX_ROUNDS = 60
 
 

@@ -98,8 +98,6 @@ def half_words(rows):
     return sentences
 
 
-# ------------------------------------------------------------------ HTML
-
 STYLE = """
 :root { --ink: #1c2530; --muted: #5f6b7a; --line: #e3e8ee; --after: #0a7d72; --alarm: #c8323a }
 * { box-sizing: border-box }

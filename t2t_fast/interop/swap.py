@@ -189,8 +189,8 @@ def _backend_of(module):
 def swap(model, *, include=None, exclude=None, dry_run=False):
     """Put the fast forms in place of upstream's T2T modules, in place, on this instance.
 
-    Swapped are, wherever they are in the model: the whole tokens-to-token module (both token types; also the seed
-    articles' ``Tokens2Token``), single ``Token_performer`` and ``Token_transformer`` layers, and the ``nn.Unfold`` of
+    Swapped are, wherever they are in the model: the whole tokens-to-token module (both token types; also lanl's
+    ``Tokens2Token``), single ``Token_performer`` and ``Token_transformer`` layers, and the ``nn.Unfold`` of
     a module that is not swapped as a whole. Parameters, hooks, training flag, dtype and device stay: the module
     objects are the same, only their class changes. A layer whose inner modules have hooks runs unfused, so that every
     hook fires. Each swap is proved first, on a copy with a random input.
