@@ -56,6 +56,12 @@ def wants_gradient(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+@torch.compiler.assume_constant_result
+def autocast_available(device_type):
+    """Whether there is autocast for a kind of device. torch 2.11 cannot trace the question itself."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def first_order(backward):
     """Marks a hand-written backward: it runs as it is written also when it is called inside an autocast region, and a
     second derivative, which it does not have, is an error."""
@@ -69,7 +75,7 @@ def first_order(backward):
                 "create_graph=True); use t2t_fast.backend('reference') for it"
             )
         kind = grads[0].device.type
-        if not torch.amp.is_autocast_available(kind):
+        if not autocast_available(kind):
             return once(ctx, *grads)
         with torch.autocast(kind, enabled=False):
             return once(ctx, *grads)
