@@ -10,7 +10,7 @@ import torch
 
 from .backends import Request, resolve
 from .errors import check_pair, check_probability, check_shape, check_tensor, check_together
-from .ops.library import autocast_available
+from .ops.library import AUTOCAST_DEVICES
 from .ops.performer_attention.op import performer_attention as _performer_attention
 from .ops.performer_block.op import performer_block as _performer_block
 from .ops.philox import fresh_seed
@@ -43,7 +43,7 @@ def window(kernel_size, stride=1, padding=0, *, function="window"):
 def _same_dtype(x):
     """Whether operands must agree in dtype; under autocast they are brought together."""
     kind = x.device.type
-    return not (autocast_available(kind) and torch.is_autocast_enabled(kind))
+    return not (kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind))
 
 
 def _image(function, x, grid):

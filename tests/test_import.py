@@ -4,25 +4,22 @@ import subprocess
 import sys
 import time
 
-HEAVY = ["timm", "torchvision", "safetensors", "onnx", "onnxruntime", "matplotlib", "PIL", "torch._inductor.compile_fx"]
+HEAVY = ["timm", "torchvision", "safetensors", "onnx", "onnxruntime", "matplotlib", "PIL", "torch._dynamo"]
 
 
 def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-def seconds(statement):
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        python(statement)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def test_import_costs_less_than_half_of_torch_more():
-    torch_alone = seconds("import torch")
-    assert seconds("import t2t_fast") < 1.5 * torch_alone
+    """The best of several turns each, taken alternately, so that a busy machine slows down both."""
+    best = {"import torch": float("inf"), "import t2t_fast": float("inf")}
+    for _ in range(4):
+        for statement in best:
+            start = time.perf_counter()
+            python(statement)
+            best[statement] = min(best[statement], time.perf_counter() - start)
+    assert best["import t2t_fast"] < 1.5 * best["import torch"]
 
 
 def test_import_loads_no_optional_package():

@@ -15,6 +15,9 @@ from .. import backends
 
 _library = torch.library.Library("t2t_fast", "DEF")
 
+AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+"""Kinds of device that have autocast; asked once, since torch 2.11 cannot trace the question."""
+
 
 def define(name, signature, implementations, absent, autocast):
     """Define ``t2t_fast::<name>(<signature>, str backend) -> Tensor``.
@@ -56,12 +59,6 @@ def wants_gradient(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-@torch.compiler.assume_constant_result
-def autocast_available(device_type):
-    """Whether there is autocast for a kind of device. torch 2.11 cannot trace the question itself."""
-    return torch.amp.is_autocast_available(device_type)
-
-
 def first_order(backward):
     """Marks a hand-written backward: it runs as it is written also when it is called inside an autocast region, and a
     second derivative, which it does not have, is an error."""
@@ -75,7 +72,7 @@ def first_order(backward):
                 "create_graph=True); use t2t_fast.backend('reference') for it"
             )
         kind = grads[0].device.type
-        if not autocast_available(kind):
+        if kind not in AUTOCAST_DEVICES:
             return once(ctx, *grads)
         with torch.autocast(kind, enabled=False):
             return once(ctx, *grads)
