@@ -21,8 +21,9 @@ from functools import partial
 import torch
 
 import t2t_fast
+from t2t_fast import memory
 
-from . import clocks, memory, operators, subjects
+from . import clocks, operators, subjects
 from .providers import BASELINE, BY_NAME, compiled
 from .subjects import Implementation
 

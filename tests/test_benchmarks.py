@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import costs, gpu, groups, harness, kernel_report, memory, report, session, subjects
+from benchmarks import costs, gpu, groups, harness, kernel_report, report, session, subjects
 from benchmarks.clocks import CpuClock, CudaClock
 from benchmarks.goals import GOALS, judge
 from benchmarks.groups import Group
 from benchmarks.providers import PROVIDERS, providers
 from benchmarks.statistics import percentile, ratios, summary
+from t2t_fast import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY, PRODUCT = 4.3e12, 790e12
@@ -194,31 +195,6 @@ def test_replayed_durations_are_exact():
     times = [0.1, 1e-9, 123.456]
     replay.load(times)
     assert [-(replay() - replay()) for _ in times] == times
-
-
-def test_saved_bytes_count_each_storage_once_and_no_parameter():
-    weight = torch.ones(8, 4, requires_grad=True)
-    x = torch.ones(16, 4, requires_grad=True)
-
-    def forward():
-        y = x @ weight.T
-        # y is kept twice, as itself and as a view
-        return (y.exp() * y.view(-1).sin().view(16, 8)).sum()
-
-    x_bytes, y_bytes = 4 * 16 * 4, 4 * 16 * 8
-    # x, y, exp(y), sin(y)
-    assert memory.saved_bytes(forward, [weight]) == x_bytes + 3 * y_bytes
-    assert memory.saved_bytes(forward, []) == 4 * weight.numel() + x_bytes + 3 * y_bytes
-
-
-def test_peak_bytes_see_what_is_alive_at_a_time():
-    def call():
-        for _ in range(3):
-            a = torch.ones(1000, 250)
-            b = a + 1
-            del a, b
-
-    assert memory.peak_bytes(call, "cpu") == pytest.approx(2e6, rel=0.01)
 
 
 def test_upstream_keeps_the_published_bytes_for_backward():

@@ -49,7 +49,7 @@ def run(options):
         progress.step("compare the logits")
         logits, parity = _parity(before, after, x[:1])
         times, notes = _times(before, after, x, options, progress)
-        memory = _memory(before, after, x, options, progress, notes)
+        memory = _memory(before, after, x, progress)
         progress.step("half precision: which tokens stay finite")
         module, own = half.performer_module(before, options.img_size)
         halves = half.experiment(module.to(device), x[:1])
@@ -175,27 +175,17 @@ def _scatter(timing):
     return (timing["high"] - timing["low"]) / timing["median"]
 
 
-def _memory(before, after, x, options, progress, notes):
+def _memory(before, after, x, progress):
     """Rows of bytes."""
-    progress.step("memory: what a training forward keeps for backward")
-    parts = {"module": (before.tokens_to_token, after.tokens_to_token), "model": (before, after)}
-    names = {"module": "T2T module", "model": "whole model"}
-    rows = [
-        _bytes_row(f"{names[part]}, kept for backward", *(measure.saved_bytes(form, x) for form in pair))
-        for part, pair in parts.items()
-    ]
-    progress.step("memory: peak of a training step")
-    if x.device.type == "cuda":
-        peaks = [{part: measure.step_peak_cuda(pair[i], x) for part, pair in parts.items()} for i in range(2)]
-    else:
-        case = {"model": options.model, "img_size": options.img_size, "batch": len(x)}
-        found = measure.step_peaks_cpu({form: {**case, "swapped": form} for form in (False, True)})
-        peaks = [found[False], found[True]]
-    reasons = {peak for peak in peaks if isinstance(peak, str)}
-    if reasons:
-        notes.append(f"peak of a step: {'; '.join(sorted(reasons))}")
-        return rows
-    return rows + [_bytes_row(f"{names[part]}, peak of a step", *(peak[part] for peak in peaks)) for part in parts]
+    parts = {"T2T module": (before.tokens_to_token, after.tokens_to_token), "whole model": (before, after)}
+    rows = []
+    for what, step, bytes_of in (
+        ("kept for backward", "what a training forward keeps for backward", measure.kept_bytes),
+        ("peak of a step", "peak of a training step", measure.step_peak),
+    ):
+        progress.step(f"memory: {step}")
+        rows += [_bytes_row(f"{part}, {what}", *(bytes_of(form, x) for form in pair)) for part, pair in parts.items()]
+    return rows
 
 
 def _bytes_row(what, before, after):

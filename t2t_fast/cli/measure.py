@@ -1,14 +1,12 @@
 """Time and memory of two forms of the same thing, measured so that both meet the same machine."""
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from ..memory import peak_bytes, saved_bytes
 
 MIN_ROUNDS = 5
 MAX_ROUNDS = 60
@@ -99,62 +97,15 @@ def training_step(module, x):
     return run
 
 
-def saved_bytes(module, x):
-    """Bytes that a training forward keeps for backward, each storage once; parameters and input, which live on
-    anyway, not counted."""
-    lasting = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers(), x)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in lasting:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+def kept_bytes(module, x):
+    """Bytes that a training forward keeps for backward; parameters, buffers and input are not counted."""
     module.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = module(x)  # holds the graph, and so every storage, until all are counted
-    total = sum(kept.values())
-    del result
-    return total
+    return saved_bytes(lambda: module(x), (*module.parameters(), *module.buffers(), x))
 
 
-def step_peak_cuda(module, x):
-    """Bytes that a training step allocates at most beyond what was allocated before it."""
+def step_peak(module, x):
+    """Most bytes that a training step allocates at a time beyond what was there before it, its gradients included."""
     step = training_step(module, x)
     step()
     module.zero_grad(set_to_none=True)
-    torch.cuda.synchronize(x.device)
-    before = torch.cuda.memory_allocated(x.device)
-    torch.cuda.reset_peak_memory_stats(x.device)
-    step()
-    torch.cuda.synchronize(x.device)
-    return torch.cuda.max_memory_allocated(x.device) - before
-
-
-def step_peaks_cpu(cases):
-    """Growth of the resident set at its peak in a training step, each case in a process of its own.
-
-    Args:
-        cases: name -> dict of :func:`step_memory.measure`'s arguments.
-
-    Returns:
-        name -> a dict of part -> bytes, or the reason in words why it could not be measured.
-    """
-    root = str(Path(__file__).parents[2])
-    code = f"import sys; sys.path.insert(0, {root!r}); from t2t_fast.cli.step_memory import main; main(sys.argv[1])"
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(case)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for name, case in cases.items()
-    }
-    peaks = {}
-    for name, process in processes.items():
-        output, errors = process.communicate()
-        if process.returncode == 0:
-            peaks[name] = json.loads(output)
-        else:
-            lines = errors.strip().splitlines()
-            peaks[name] = f"not measured: {lines[-1] if lines else f'exit code {process.returncode}'}"
-    return peaks
+    return peak_bytes(step, x.device.type)

@@ -213,9 +213,6 @@ def _page(data, paths):
         )
         for row in data["half"]
     ]
-    peak = (
-        "largest allocation" if "CUDA" in data["environment"]["device"] else "growth of the process's resident memory"
-    )
     parts = [
         f"<h1>The same photograph, the same model, {'the same answer' if parity['ok'] else 'another answer'}</h1>",
         f'<p class="lead">{escape(photo["name"])}{escape(credit)} through {escape(model["name"])} in upstream\'s form '
@@ -252,8 +249,8 @@ def _page(data, paths):
         _figure(paths, "time", "bars of time before and after"),
         _table(("", "before", "after", "ratio", "rounds"), times),
         "<h2>Memory</h2>",
-        f"<p>Kept for backward: the tensors that autograd saves in a training forward, each storage once, without "
-        f"parameters and input. Peak of a step: {peak} in a training step.</p>",
+        "<p>Kept for backward: the tensors that autograd saves in a training forward, each storage once, without "
+        "parameters and input. Peak of a step: most bytes allocated at a time in a training step.</p>",
         _figure(paths, "memory", "bars of memory before and after"),
         _table(("", "before", "after", "ratio"), memory),
         "<h2>Half precision</h2>",

@@ -3,9 +3,12 @@
 import torch
 
 
-def saved_bytes(forward, parameters):
-    """Bytes that autograd keeps after ``forward()`` until backward, each storage once, ``parameters`` left out."""
-    known = {p.untyped_storage().data_ptr() for p in parameters}
+def saved_bytes(forward, lasting):
+    """Bytes that autograd keeps after ``forward()`` until backward, each storage once.
+
+    ``lasting`` are tensors that live on anyway, such as parameters, and are not counted.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in lasting}
     found = {}
 
     def pack(tensor):

@@ -1,0 +1,40 @@
+"""What a call keeps and needs, counted on calls whose memory is known."""
+
+import pytest
+import torch
+
+from t2t_fast import memory
+from t2t_fast.cli import measure
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter():
+    weight = torch.ones(8, 4, requires_grad=True)
+    x = torch.ones(16, 4, requires_grad=True)
+
+    def forward():
+        y = x @ weight.T
+        # y is kept twice, as itself and as a view
+        return (y.exp() * y.view(-1).sin().view(16, 8)).sum()
+
+    x_bytes, y_bytes = 4 * 16 * 4, 4 * 16 * 8
+    # x, y, exp(y), sin(y)
+    assert memory.saved_bytes(forward, [weight]) == x_bytes + 3 * y_bytes
+    assert memory.saved_bytes(forward, []) == 4 * weight.numel() + x_bytes + 3 * y_bytes
+
+
+def test_peak_bytes_see_what_is_alive_at_a_time():
+    def call():
+        for _ in range(3):
+            a = torch.ones(1000, 250)
+            b = a + 1
+            del a, b
+
+    assert memory.peak_bytes(call, "cpu") == pytest.approx(2e6, rel=0.01)
+
+
+def test_a_training_step_needs_at_least_what_it_keeps():
+    module = torch.nn.Sequential(torch.nn.Linear(50, 400), torch.nn.GELU(), torch.nn.Linear(400, 10))
+    x = torch.randn(100, 50)
+    # the Linear's output for GELU, GELU's for the second Linear
+    assert measure.kept_bytes(module, x) == 2 * 100 * 400 * 4
+    assert measure.step_peak(module, x) > 2 * 100 * 400 * 4
