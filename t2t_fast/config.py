@@ -5,6 +5,7 @@
 """
 
 import os
+from contextlib import contextmanager
 
 BACKENDS = ("auto", "triton", "native", "aten", "reference")
 
@@ -17,3 +18,16 @@ def default_backend():
 def variables():
     """The package's variables that are set, by name."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith("T2T_FAST_")}
+
+
+@contextmanager
+def quiet_profiler():
+    """Keeps PyTorch's profiler library from writing lines of its own to stderr, unless ``KINETO_LOG_LEVEL`` is set."""
+    if "KINETO_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    try:
+        yield
+    finally:
+        del os.environ["KINETO_LOG_LEVEL"]

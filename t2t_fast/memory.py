@@ -2,6 +2,8 @@
 
 import torch
 
+from .config import quiet_profiler
+
 
 def saved_bytes(forward, lasting):
     """Bytes that autograd keeps after ``forward()`` until backward, each storage once.
@@ -36,7 +38,8 @@ def peak_bytes(call, device):
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
+    with quiet_profiler(), profiler as profile:
         call()
     alive = most = 0
     for event in profile.profiler.kineto_results.events():

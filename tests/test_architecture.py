@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "t2t_fast"
 
 # Lowest layer first; a module may import its own layer's package and anything below.
 LAYERS = [
-    ["t2t_fast.errors", "t2t_fast.config", "t2t_fast.memory", "t2t_fast._extension"],
-    ["t2t_fast.backends"],
+    ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
+    ["t2t_fast.backends", "t2t_fast.memory"],
     ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox"],
     ["t2t_fast.ops.*.reference", "t2t_fast.ops.*.aten_impl"],
     ["t2t_fast.ops.*.op"],

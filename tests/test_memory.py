@@ -1,10 +1,17 @@
 """What a call keeps and needs, counted on calls whose memory is known."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from t2t_fast import memory
 from t2t_fast.cli import measure
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter():
@@ -30,6 +37,13 @@ def test_peak_bytes_see_what_is_alive_at_a_time():
             del a, b
 
     assert memory.peak_bytes(call, "cpu") == pytest.approx(2e6, rel=0.01)
+
+
+def test_the_profiler_is_quiet():
+    code = "import torch; from t2t_fast import memory; print(memory.peak_bytes(lambda: torch.ones(1000), 'cpu'))"
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert int(done.stdout) >= 4000 and done.stderr == ""
 
 
 def test_a_training_step_needs_at_least_what_it_keeps():
