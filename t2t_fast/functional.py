@@ -247,7 +247,8 @@ def _check_features(function, w, width, dtype):
     if w.shape[0] < 1:
         raise ValueError(f"{function}: w must have at least one random feature, got shape {tuple(w.shape)}")
     if w.dtype not in (dtype, torch.float32):
-        raise ValueError(f"{function}: w must be {dtype} or torch.float32, got {w.dtype}")
+        allowed = " or ".join(map(str, dict.fromkeys((dtype, torch.float32))))
+        raise ValueError(f"{function}: w must be {allowed}, got {w.dtype}")
 
 
 def _check_eps(function, eps):
@@ -288,6 +289,7 @@ def _seed_for(x, proj_drop, mlp_drop, seed, function):
     if seed is None:
         return fresh_seed(x.device)
     check_tensor(function, "seed", seed, ndim=0, dtypes=(torch.int64,))
+    check_together(function, "the tokens", x, same_dtype=False, seed=seed)
     return seed
 
 

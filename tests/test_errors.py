@@ -119,7 +119,7 @@ BAD = {
         lambda: performer_attention(QKV, QKV.half(), QKV, W), ValueError, "k must have the dtype of q",
     ),
     "performer_attention: w dtype": (
-        lambda: performer_attention(QKV, QKV, QKV, W.half()), ValueError, "w must be torch.float32 or torch.float32",
+        lambda: performer_attention(QKV, QKV, QKV, W.half()), ValueError, "w must be torch.float32, got torch.float16",
     ),
     "token_mlp: v shape": (lambda: token_mlp(QKV, QKV[:1], **tail()), ValueError, "v must have shape (2, 5, 8) (the shape of y)"),
     "token_mlp: fc2 shape": (
@@ -133,6 +133,10 @@ BAD = {
     ),
     "token_mlp: seed": (
         lambda: token_mlp(QKV, QKV, **tail(), mlp_drop=0.1, seed=torch.tensor(1.0)), ValueError, "seed must be one of int64",
+    ),
+    "token_mlp: device of the seed": (
+        lambda: token_mlp(QKV, QKV, **tail(), mlp_drop=0.1, seed=torch.empty((), dtype=torch.int64, device="meta")), ValueError,
+        "seed must be on the device of the tokens (cpu), got meta",
     ),
     "performer_block: kqv width": (
         lambda: performer_block(KQV[..., :23], W, **tail()), ValueError, "kqv must be (B, L, 3 * E) with L >= 1, got (2, 5, 23)",
