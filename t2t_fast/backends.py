@@ -73,6 +73,14 @@ def _reason(op, name, request):
     return _absent[op][name] if found is None else found.supports(request)
 
 
+def problem():
+    """What is wrong with the backend that ``T2T_FAST_BACKEND`` asks for, or ``None``."""
+    name = _chosen.get(None)
+    if name in config.BACKENDS:
+        return None
+    return f"T2T_FAST_BACKEND must be one of {', '.join(config.BACKENDS)}, got {name!r}"
+
+
 def resolve(op, request, name="auto"):
     """The backend that runs ``request``: the argument if given, else the context's choice, else the first in order."""
     if name not in config.BACKENDS:
@@ -80,7 +88,7 @@ def resolve(op, request, name="auto"):
     if name == "auto":
         name = _chosen.get(op, _chosen[None])
         if name not in config.BACKENDS:  # only what the environment set is unchecked so far
-            raise ValueError(f"T2T_FAST_BACKEND must be one of {', '.join(config.BACKENDS)}, got {name!r}")
+            raise ValueError(problem())
     if name != "auto":
         reason = _reason(op, name, request)
         if reason is not None:
@@ -138,8 +146,8 @@ class Explanation:
     rows: tuple[tuple[str, str, str], ...]
 
     def chosen(self, op):
-        """The backend that runs ``op``."""
-        return next(name for row_op, name, verdict in self.rows if row_op == op and verdict == "chosen")
+        """The backend that runs ``op``, or ``None``: the one that was asked for cannot."""
+        return next((name for row_op, name, verdict in self.rows if row_op == op and verdict == "chosen"), None)
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -144,6 +145,29 @@ def test_env_json(capsys, monkeypatch):
     for entry in report["backends"]["cpu"].values():
         assert set(entry["chosen"]) == set(testing.DTYPES)
         assert set(entry["reasons"]) == set(backends.ORDER) and "chosen" in entry["reasons"].values()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("gpu", "must be one of auto, "), ("triton", "none: the backend that was asked for")],
+)
+def test_a_backend_that_the_environment_should_not_have_set(value, words):
+    """``env`` says what is wrong; every other command stops at it, in one line."""
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "t2t_fast", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "T2T_FAST_BACKEND": value},
+            capture_output=True,
+            text=True,
+        )
+
+    done = command("env")
+    assert done.returncode == 0 and words in done.stdout, done.stderr
+    if value == "gpu":
+        done = command("demo")
+        assert done.returncode == 2 and done.stderr.startswith("t2t-fast: error: T2T_FAST_BACKEND must be one of")
 
 
 def test_env_says_why_there_is_no_native_build(capsys, monkeypatch):

@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 
-from .. import __version__
+from .. import __version__, backends
 from ..errors import BackendUnavailable, CheckpointError, NothingToSwap
 from . import arguments
-from .common import CommandError
+from .common import CommandError, UsageError
 
 EXPECTED = (CommandError, BackendUnavailable, CheckpointError, NothingToSwap, OSError)
 """Errors whose text is the whole message; any other is a defect and shows its traceback."""
@@ -33,6 +33,9 @@ def main(argv=None):
         if options.command is None:
             parser.print_help()
             return 2
+        problem = backends.problem()
+        if problem is not None and options.command != "env":  # env shows it
+            raise UsageError(problem)
         options.rest = rest
         return options.run(options)
     except SystemExit as stop:  # argparse ends the process; a caller of main gets the code instead

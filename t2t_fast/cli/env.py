@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import nullcontext
 from importlib import metadata
 
 import torch
@@ -39,6 +40,9 @@ def run(options):
 def collect():
     """The report as plain data: strings, numbers, lists and dicts."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    problem = backends.problem()
+    with nullcontext() if problem is None else backends.backend("auto"):
+        table = {device: _backends(device) for device in devices}
     return {
         "versions": _versions(),
         "system": {
@@ -55,8 +59,9 @@ def collect():
         "settings": {
             "float32 matmul precision": _matmul_precision(),
             **config.variables(),
+            **({"problem": f"{problem}; until it is, only a call that names its backend runs"} if problem else {}),
         },
-        "backends": {device: _backends(device) for device in devices},
+        "backends": table,
     }
 
 
@@ -171,6 +176,7 @@ def _backend_table(device, table):
     for op, entry in table.items():
         chosen = set(entry["chosen"].values())
         words = chosen.pop() if len(chosen) == 1 else ", ".join(f"{k}: {v}" for k, v in entry["chosen"].items())
+        words = "none: the backend that was asked for cannot run" if words is None else words
         rows.append((op, words))
         for name, verdict in entry["reasons"].items():
             if verdict != "chosen":
