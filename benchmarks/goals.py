@@ -25,13 +25,13 @@ class Judgement(NamedTuple):
     verdict: str
 
 
-def _module(device_rows, subject, wanted):
-    """Goals of a T2T module: (mode, ours, against, wanted, field)."""
+def _module(cell, subject, wanted):
+    """Goals of a T2T module at a size, batch and dtype; ``wanted``: (mode, ours, against, ratio, field)."""
     names = {"times": "faster", "saved_bytes": "fewer saved bytes", "peak_bytes": "less peak memory"}
     return [
         Goal(
             f"T2T module, {subject}, {mode}: {ours} {names[field]} than {against}",
-            f"module-{subject}-{device_rows}-{mode}",
+            f"module-{subject}-{cell}-{mode}",
             ours,
             against,
             ratio,

@@ -2,15 +2,13 @@
 
 import platform
 import re
-import subprocess
 import time
 from datetime import datetime, timezone
-from importlib import metadata
 
 import torch
 import torch.nn.functional as F
 
-from t2t_fast.environment import commit, cpu_name, environment
+from t2t_fast.environment import commit, cpu_name, driver, environment, version
 from t2t_fast.testing import DTYPES
 
 from .groups import DTYPES as MEASURED
@@ -19,23 +17,6 @@ from .providers import COMPILE_MODES
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 SIDE = {"cpu": 1536, "cuda": 8192}
 REPEATS = 7
-
-
-def _version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def driver():
-    """Version of the GPU driver, or ``None`` where its tool is missing."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout.strip() else None
 
 
 def describe(device):
@@ -48,7 +29,7 @@ def describe(device):
         "threads": torch.get_num_threads(),
         "compile_mode": COMPILE_MODES[device],
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "packages": {name: _version(name) for name in ("torch", "triton", "numpy", "pytest", "pytest-benchmark")},
+        "packages": {name: version(name) for name in ("torch", "triton", "numpy", "pytest", "pytest-benchmark")},
     }
     if device == "cuda":
         found |= {

@@ -1,8 +1,10 @@
 """What a report says about where its numbers come from: versions, commit, operating system, device."""
 
 import platform
+import shutil
 import subprocess
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -44,6 +46,29 @@ def cpu_name():
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def version(package):
+    """The installed version of a package, or ``None``."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def driver():
+    """The NVIDIA driver's version as nvidia-smi tells it, or ``None``."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    try:
+        found = subprocess.run(
+            [tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = found.stdout.split()
+    return lines[0] if found.returncode == 0 and lines else None
 
 
 @cache

@@ -283,7 +283,7 @@ def _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop):
     check_probability(function, "mlp_drop", mlp_drop)
 
 
-def _seed_for(x, proj_drop, mlp_drop, seed, function):
+def _seed_for(function, x, seed, proj_drop, mlp_drop):
     if not proj_drop and not mlp_drop:
         return None
     if seed is None:
@@ -350,7 +350,7 @@ def token_mlp(
         "fc2_bias": fc2_bias,
     }
     _check_tail(function, y, y.shape[-1], tail, norm_eps, proj_drop, mlp_drop)
-    seed = _seed_for(y, proj_drop, mlp_drop, seed, function)
+    seed = _seed_for(function, y, seed, proj_drop, mlp_drop)
     chosen = _resolve(function, y, backend, width=y.shape[-1], hidden=fc1_weight.shape[0])
     return _token_mlp(
         y,
@@ -425,7 +425,7 @@ def performer_block(
         "fc2_bias": fc2_bias,
     }
     _check_tail(function, kqv, width, tail, norm_eps, proj_drop, mlp_drop)
-    seed = _seed_for(kqv, proj_drop, mlp_drop, seed, function)
+    seed = _seed_for(function, kqv, seed, proj_drop, mlp_drop)
     chosen = _resolve(function, kqv, backend, width=width, features=w.shape[0], hidden=fc1_weight.shape[0])
     return _performer_block(
         kqv,

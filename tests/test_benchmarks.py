@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: costs, interleaving, reports, the GPU run's control flow, one row end to end."""
+"""The benchmarks' own machinery: costs, interleaving, reports, one row end to end."""
 
 import importlib.util
 import json
@@ -12,21 +12,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import costs, gpu, groups, harness, kernel_report, report, session, subjects
+from benchmarks import costs, groups, harness, kernel_report, report, session, subjects
 from benchmarks.clocks import CpuClock, CudaClock
 from benchmarks.goals import GOALS, judge
 from benchmarks.groups import Group
-from benchmarks.providers import PROVIDERS, providers
+from benchmarks.providers import providers
 from benchmarks.statistics import percentile, ratios, summary
+from support.rows import ENVIRONMENT, made_run
 from t2t_fast import memory
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
 COPY, PRODUCT = 4.3e12, 790e12
 """Bytes/s and FLOP/s that the published floors assume (one H200, bf16)."""
+
 
 needs_pytest_benchmark = pytest.mark.skipif(
     importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
 )
+
+
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
 )
@@ -60,6 +66,8 @@ COST_TABLE = {
         (17.7, 32.1, 24.7, 60.6, 32.3, 77.9),
     ],
 }
+
+
 SAVED_MB = {("performer", 224): 2.36, ("performer", 384): 6.89, ("transformer", 224): 2.86, ("transformer", 384): 8.40}
 
 
@@ -284,64 +292,8 @@ def test_no_new_group_after_the_time_limit():
     assert run.out_of_time(second)
 
 
-def _row(provider, times, *, group="module-performer-224px-b8-fp32-inference", saved=None, peak=8e6, **more):
-    label = next(p.label for p in PROVIDERS if p.name == provider)
-    row = {
-        "group": group,
-        "level": "module",
-        "subject": "performer",
-        "size": 224,
-        "batch": 8,
-        "dtype": "fp32",
-        "mode": "inference",
-        "provider": provider,
-        "label": label,
-        "another_function": False,
-        "times": times,
-        "seconds": summary(times),
-        "speedup": ratios([0.1] * len(times), times),
-        "images_per_s": 80.0,
-        "gb_per_s": 1.0,
-        "tflop_per_s": 0.05,
-        "times_floor": 3.0,
-        "saved_bytes": saved,
-        "peak_bytes": peak,
-        "first_call_s": 0.1,
-        "error": 1e-6,
-        "gradient_error": None,
-        "front_end_share": None,
-        "amdahl_limit": None,
-    }
-    return {**row, **more}
-
-
-ENVIRONMENT = {
-    "date": "2026-01-02T03:04:05+00:00",
-    "device": "a processor, 2 threads",
-    "t2t_fast": "0.1.0 (commit abc)",
-    "torch": "2.11",
-    "Python": "3.12",
-    "compile_mode": "default",
-    "limits": {"bytes_per_s": 2e10, "flop_per_s": {"fp32": 2e11}},
-}
-
-
-def _synthetic():
-    training = "module-performer-224px-b8-fp32-training"
-    model = dict(level="model", subject="t2t_vit_7", group="model-t2t_vit_7-224px-b8-fp32-inference")
-    return [
-        _row("upstream", [0.1, 0.1, 0.1]),
-        _row("t2t_fast", [0.05, 0.05, 0.05]),
-        _row("t2t_fast-compiled", [0.2, 0.2, 0.2]),
-        _row("upstream", [0.1, 0.1, 0.1], group=training, mode="training", saved=160e6, gradient_error=1e-5),
-        _row("t2t_fast", [0.1, 0.1, 0.1], group=training, mode="training", saved=32e6, gradient_error=1e-5),
-        _row("upstream", [0.1, 0.1, 0.1], **model, front_end_share=0.25, amdahl_limit=4 / 3),
-        _row("t2t_fast", [0.09, 0.09, 0.09], **model, front_end_share=0.25, amdahl_limit=4 / 3),
-    ]
-
-
 def test_goals_are_judged_and_losses_stay():
-    verdicts = {(g.what, g.verdict): g.measured for g in judge(_synthetic())}
+    verdicts = {(g.what, g.verdict): g.measured for g in judge(made_run())}
     assert verdicts[("T2T module, performer, inference: t2t_fast faster than upstream", "reached")].startswith("2.00x")
     lost = "T2T module, performer, inference: t2t_fast-compiled faster than upstream"
     assert verdicts[(lost, "not reached")].startswith("0.50x")
@@ -350,7 +302,7 @@ def test_goals_are_judged_and_losses_stay():
 
 
 def test_table():
-    text = report.table(ENVIRONMENT, _synthetic(), [{"group": "g", "provider": "sdpa", "reason": "needs 99 GB"}])
+    text = report.table(ENVIRONMENT, made_run(), [{"group": "g", "provider": "sdpa", "reason": "needs 99 GB"}])
     lines = text.splitlines()
     assert "2026-01-02, a processor, 2 threads; t2t_fast 0.1.0 (commit abc), torch 2.11" in lines[0]
     (compiled,) = [line for line in lines if "t2t_fast, torch.compile" in line]
@@ -364,7 +316,7 @@ def test_table():
 
 
 def test_rows_come_from_either_json(tmp_path):
-    rows = _synthetic()
+    rows = made_run()
     plain = tmp_path / "rows.json"
     plain.write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows, "left_out": []}))
     raw = tmp_path / "raw.json"
@@ -379,129 +331,10 @@ def test_rows_come_from_either_json(tmp_path):
 @needs_matplotlib
 def test_report_from_the_json_alone(tmp_path):
     source = tmp_path / "rows.json"
-    source.write_text(json.dumps({"environment": ENVIRONMENT, "rows": _synthetic(), "left_out": []}))
+    source.write_text(json.dumps({"environment": ENVIRONMENT, "rows": made_run(), "left_out": []}))
     assert report.main([str(source), "--out", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", "chart.png"}
     assert (tmp_path / "out" / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-class FakeGpu:
-    def __init__(self, obstacle=None):
-        self._obstacle = obstacle
-
-    def obstacle(self):
-        return self._obstacle
-
-    def describe(self):
-        return {"gpu": "an imagined one", "driver": "1.0"}
-
-    def run_name(self):
-        return "never used: --out is given"
-
-
-def _say(text, code=0):
-    return lambda seconds: [sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"]
-
-
-def _sleep(seconds):
-    return lambda limit: [sys.executable, "-c", f"import time; print('begun', flush=True); time.sleep({seconds})"]
-
-
-def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
-    def plan(out, quick):
-        assert quick
-        return [
-            gpu.Part("build", 30, _say("built")),
-            gpu.Part("tests", 30, _say("one failed", 1)),
-            gpu.Part("verify", 2, _sleep(60)),
-            gpu.Part("headline", None, lambda seconds: _say(f"had {seconds:.0f} s")(seconds)),
-        ]
-
-    started = time.monotonic()
-    assert gpu.main(["--out", str(tmp_path), "--quick"], FakeGpu(), plan) == 1
-    assert time.monotonic() - started < 30
-    summary_file = json.loads((tmp_path / "summary.json").read_text())
-    assert summary_file["environment"]["gpu"] == "an imagined one"
-    results = {part["part"]: (part["result"], part["code"]) for part in summary_file["parts"]}
-    assert results == {
-        "build": ("ok", 0),
-        "tests": ("failed", 1),
-        "verify": ("cut off at its limit", None),
-        "headline": ("ok", 0),
-    }
-    assert summary_file["finished"]
-    assert (tmp_path / "2-tests.log").read_text() == "one failed\n"
-    assert (tmp_path / "3-verify.log").read_text() == "begun\n"
-    assert str(ROOT) not in (tmp_path / "summary.json").read_text()
-    assert "had" in capsys.readouterr().out
-
-
-def test_gpu_run_that_is_cut_off_keeps_its_finished_parts(tmp_path):
-    def interrupt(seconds):
-        raise KeyboardInterrupt
-
-    parts = [gpu.Part("build", 30, _say("built")), gpu.Part("tests", 30, interrupt)]
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run(parts, tmp_path, {})
-    assert [part["part"] for part in json.loads((tmp_path / "summary.json").read_text())["parts"]] == ["build"]
-
-
-def test_gpu_run_starts_nothing_without_time(tmp_path):
-    summary_file = {}
-    parts = [gpu.Part("build", 30, _say("built")), gpu.Part("suites", None, _say("never"))]
-    # not a failure: what was started succeeded
-    assert gpu.run(parts, tmp_path, summary_file, total=gpu.WORTH_STARTING)
-    assert [part["result"] for part in summary_file["parts"]] == ["ok", "no time left"]
-    assert not (tmp_path / "2-suites.log").exists()
-
-
-def test_gpu_run_puts_the_goals_into_its_summary(tmp_path):
-    (tmp_path / "headline").mkdir()
-    content = {"environment": ENVIRONMENT, "rows": _synthetic(), "left_out": []}
-    (tmp_path / "headline" / "rows.json").write_text(json.dumps(content))
-    assert gpu.run([gpu.Part("build", 30, _say("built"))], tmp_path, {})
-    headline = json.loads((tmp_path / "summary.json").read_text())["suites"]["headline"]
-    assert headline["rows"] == 7
-    assert {goal["verdict"] for goal in headline["goals"]} == {"reached", "not reached"}
-
-
-@pytest.mark.parametrize("quick", [True, False], ids=["quick", "default"])
-def test_gpu_plan(tmp_path, quick):
-    parts = gpu.plan(tmp_path, quick)
-    fixed = ["build", "tests", "verify", "half-precision", "kernels", "headline"]
-    assert [part.name for part in parts] == fixed + ([] if quick else ["suites"])
-    headline = parts[5].command(300.0)
-    assert headline[1:5] == ["-m", "benchmarks", "--device", "cuda"]
-    assert headline[-3:] == ["--max-seconds", "225", "--quick"]
-    assert sum(part.seconds or 0 for part in parts) < gpu.TOTAL_SECONDS < 600
-
-
-def test_gpu_run_says_in_one_line_why_it_cannot_run(capsys):
-    assert gpu.main([], FakeGpu("no such device")) == 1
-    streams = capsys.readouterr()
-    assert streams.out == ""
-    assert streams.err == "python -m benchmarks.gpu: cannot run here: no such device\n"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_run_on_this_machine_is_one_line():
-    found = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
-    assert (found.returncode, found.stdout) == (1, "")
-    assert len(found.stderr.splitlines()) == 1
-    assert "cannot run here: " in found.stderr
-
-
-def test_gpu_run_without_torch_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('not installed')\n")
-    found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 1
-    assert found.stderr == "python -m benchmarks.gpu: cannot run here: torch cannot be imported (not installed)\n"
 
 
 def test_kernel_report_says_that_there_is_none():

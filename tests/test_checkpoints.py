@@ -1,57 +1,20 @@
-"""Checkpoints: every file format, other grids, other class counts, and files that are none."""
+"""Checkpoints: every file format, other grids, other class counts."""
 
 import argparse
-import hashlib
-import pickle
-import random
-import tarfile
-import warnings
-import zipfile
 from collections import OrderedDict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from support import golden
+from support.checkpoints import SMALL, TINY, fingerprint, resized_table, same, saved, small, tiny
 from t2t_fast import reference
 from t2t_fast.errors import CheckpointError
 from t2t_fast.interop.checkpoints import load_checkpoint
-from t2t_fast.interop.create import create_model
 from t2t_fast.interop.key_maps import to_upstream
 from t2t_fast.interop.swap import swap
 from t2t_fast.models import T2TViT, ViT, lanl
-
-TINY = dict(img_size=64, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2, token_dim=32, num_classes=10)
-SMALL = dict(TINY, embed_dim=8, depth=1, num_heads=1, mlp_ratio=1, token_dim=8)
-
-
-def tiny(**options):
-    return T2TViT(**{**TINY, **options})
-
-
-def small(**options):
-    return T2TViT(**{**SMALL, **options})
-
-
-def fingerprint(model):
-    """Names, kinds, shapes and bytes of everything that a model holds."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def same(model, state):
-    mine = model.state_dict()
-    return mine.keys() == state.keys() and all(torch.equal(mine[name], state[name]) for name in mine)
-
-
-def saved(path, content, **options):
-    torch.save(content, path, **options)
-    return path
 
 
 def _upstream_training_file(path, state):
@@ -204,13 +167,6 @@ def test_a_load_without_a_new_head_draws_no_random_numbers(tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def _resized(table, old, new, extra=1, mode="bicubic"):
-    """Independent of the package: channels first, interpolated, back."""
-    grid = table[:, extra:].reshape(1, *old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=new, mode=mode, align_corners=False)
-    return torch.cat([table[:, :extra], grid.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1)], dim=1)
-
-
 @pytest.mark.parametrize(
     ("name", "size"),
     [("official_resize_pos_embed_14_24", 384), ("mmpretrain_resize_pos_embed_4x4_5x6", (80, 96))],
@@ -253,7 +209,7 @@ def test_non_square_targets_and_extra_tokens(tmp_path, build):
         grid = (2, 6)
     report = load_checkpoint(model, path, grid=grid)
     assert report.resized == ((key, (4, 4), (2, 6)),)
-    expected = _resized(source.state_dict()[key], (4, 4), (2, 6), extra)
+    expected = resized_table(source.state_dict()[key], (4, 4), (2, 6), extra)
     torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-5, atol=1e-6)
     assert report.loaded == report.total
     model.eval()(torch.randn(1, 3, 32, 96))
@@ -266,7 +222,7 @@ def test_upstream_shaped_targets_are_square(tmp_path, swapped):
         swap(model)
     report = load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
     assert report.resized == (("pos_embed", (4, 4), (6, 6)),)
-    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (4, 4), (6, 6)))
+    torch.testing.assert_close(model.pos_embed.data, resized_table(source.pos_embed.data, (4, 4), (6, 6)))
 
 
 def test_non_square_sources_need_their_grid(tmp_path):
@@ -281,7 +237,7 @@ def test_non_square_sources_need_their_grid(tmp_path):
         load_checkpoint(model, path, source_grid=(2, 6), grid=(3, 5))
     assert fingerprint(model) == before
     load_checkpoint(model, path, source_grid=(2, 6))
-    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (2, 6), (4, 4)))
+    torch.testing.assert_close(model.pos_embed.data, resized_table(source.pos_embed.data, (2, 6), (4, 4)))
 
 
 def test_a_grid_of_equal_area_is_resized_only_when_named(tmp_path):
@@ -290,21 +246,23 @@ def test_a_grid_of_equal_area_is_resized_only_when_named(tmp_path):
     assert load_checkpoint(model, path).resized == ()
     assert torch.equal(model.pos_embed, source.pos_embed)
     assert load_checkpoint(model, path, source_grid=(2, 8)).resized == (("pos_embed", (2, 8), (4, 4)),)
-    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (2, 8), (4, 4)))
+    torch.testing.assert_close(model.pos_embed.data, resized_table(source.pos_embed.data, (2, 8), (4, 4)))
 
 
 def test_the_models_interpolation_is_used(tmp_path):
     source, model = small(), small(img_size=96)
     model.position_mode = "bilinear"
     load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
-    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (4, 4), (6, 6), mode="bilinear"))
+    torch.testing.assert_close(
+        model.pos_embed.data, resized_table(source.pos_embed.data, (4, 4), (6, 6), mode="bilinear")
+    )
 
 
 def test_half_tables_are_resized_in_the_models_precision(tmp_path):
     source, model = small(), small(img_size=96)
     state = {name: value.half() for name, value in source.state_dict().items()}
     load_checkpoint(model, saved(tmp_path / "m.pth", state))
-    torch.testing.assert_close(model.pos_embed.data, _resized(state["pos_embed"].float(), (4, 4), (6, 6)))
+    torch.testing.assert_close(model.pos_embed.data, resized_table(state["pos_embed"].float(), (4, 4), (6, 6)))
 
 
 def test_a_head_of_another_class_count_starts_afresh(tmp_path):
@@ -455,159 +413,3 @@ def test_a_distilled_checkpoint_has_another_table(tmp_path):
         CheckpointError, match=r"(?s)dist_token.*pos_embed \(checkpoint \(1, 18, 8\), model \(1, 17, 8\)\)"
     ):
         load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
-
-
-class Payload:
-    """Pickles as a call of ``random.seed``."""
-
-    def __reduce__(self):
-        return random.seed, (1,)
-
-
-def _truncated(path, **options):
-    content = saved(path, tiny().state_dict(), **options).read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def _zip(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "hello")
-
-
-def _tar(path):
-    text = path.parent / "readme.txt"
-    text.write_text("hello")
-    with tarfile.open(path, "w") as archive:
-        archive.add(text, "readme.txt")
-
-
-BAD = {
-    "empty": ("m.pth", lambda p: p.write_bytes(b""), "could not be read"),
-    "text": ("m.pth", lambda p: p.write_text("hello, this is no checkpoint\n" * 9), "could not be read"),
-    "zip": ("m.pth", _zip, "could not be read"),
-    "tar": ("m.pth.tar", _tar, "could not be read"),
-    "truncated": ("m.pth", _truncated, "could not be read"),
-    "truncated legacy": ("m.pth", lambda p: _truncated(p, _use_new_zipfile_serialization=False), "could not be read"),
-    "pickle": ("m.pth", lambda p: p.write_bytes(pickle.dumps({"a": Payload()}, 2)), r"pickled random\.|could not be"),
-    "forbidden class": (
-        "m.pth",
-        lambda p: saved(p, {"state_dict": {}, "x": Payload()}),
-        r"it holds a pickled (getattr|random)",
-    ),
-    "whole module": ("m.pth", lambda p: saved(p, nn.Linear(2, 2)), r"it holds a pickled torch\.nn\.modules\.linear"),
-    "list": ("m.pth", lambda p: saved(p, [torch.ones(2)]), "must hold a dict of tensors.*got list"),
-    "numbers": ("m.pth", lambda p: saved(p, {"epoch": 3}), "its entry 'epoch' is a int"),
-    "no tensors": ("m.pth", lambda p: saved(p, {"state_dict": {}}), "holds no tensors"),
-    "same name twice": (
-        "m.pth",
-        lambda p: saved(p, {"norm.bias": torch.ones(48), "module.norm.bias": torch.ones(48)}),
-        "with and without the prefix",
-    ),
-    "directory": ("folder", lambda p: p.mkdir(), "is a directory"),
-}
-
-
-@pytest.mark.parametrize(("name", "make", "text"), BAD.values(), ids=BAD)
-def test_bad_files_are_clear_errors(tmp_path, name, make, text):
-    make(tmp_path / name)
-    model = tiny()
-    before = fingerprint(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.load about odd pickles
-        with pytest.raises(CheckpointError, match=text) as error:
-            load_checkpoint(model, tmp_path / name, num_classes=4)
-    assert str(tmp_path / name) in str(error.value) and fingerprint(model) == before
-
-
-@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64], ids=["empty", "text", "bytes"])
-def test_bad_safetensors_are_clear_errors(tmp_path, content):
-    pytest.importorskip("safetensors")
-    (tmp_path / "m.safetensors").write_bytes(content)
-    model = tiny()
-    before = fingerprint(model)
-    with pytest.raises(CheckpointError, match="could not be read as safetensors"):
-        load_checkpoint(model, tmp_path / "m.safetensors")
-    assert fingerprint(model) == before
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pth"):
-        load_checkpoint(tiny(), tmp_path / "none.pth")
-
-
-def test_safetensors_missing_names_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "m.safetensors").write_bytes(b"")
-    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"t2t_fast\[checkpoints\]"):
-        load_checkpoint(tiny(), tmp_path / "m.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        (dict(num_classes="10"), TypeError, "num_classes must be an int or None, got '10'"),
-        (dict(num_classes=True), TypeError, "num_classes must be an int or None, got True"),
-        (dict(num_classes=-1), ValueError, "num_classes must be at least 0, got -1"),
-        (dict(source_grid="14x14"), TypeError, "source_grid must be an int or a pair of ints, got '14x14'"),
-        (dict(grid=(0, 3)), ValueError, r"grid must be at least 1, got \(0, 3\)"),
-    ],
-    ids=["class text", "class bool", "class negative", "grid text", "grid zero"],
-)
-def test_bad_arguments(tmp_path, options, error, text):
-    path = saved(tmp_path / "m.pth", tiny().state_dict())
-    with pytest.raises(error, match=text):
-        load_checkpoint(tiny(), path, **options)
-
-
-def test_bad_models(tmp_path):
-    path = saved(tmp_path / "m.pth", {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
-        load_checkpoint({}, path)
-    with pytest.raises(ValueError, match="num_classes needs a model with a linear head"):
-        load_checkpoint(nn.Linear(2, 2), path, num_classes=3)
-    with pytest.raises(ValueError, match="meta device"):
-        load_checkpoint(nn.Linear(2, 2, device="meta"), path)
-
-
-SHRUNK = dict(embed_dim=48, depth=2, num_heads=3, token_dim=32, img_size=64)
-
-
-@pytest.mark.filterwarnings("error")
-def test_create_model_with_a_checkpoint(tmp_path):
-    source = create_model("t2t_vit_14", num_classes=10, **SHRUNK)
-    path = saved(tmp_path / "m.pth", source.state_dict())
-    model = create_model("t2t_vit_14", num_classes=10, checkpoint=path, **SHRUNK)
-    assert same(model, source.state_dict()) and model.training
-
-
-def test_create_model_for_fine_tuning(tmp_path):
-    source = create_model("t2t_vit_14", **SHRUNK)
-    path = saved(tmp_path / "m.pth", {"state_dict_ema": source.state_dict()})
-    with pytest.warns(UserWarning, match=r"has no head of 10 classes, so head\.weight, head\.bias are newly") as caught:
-        model = create_model("t2t_vit_14", num_classes=10, checkpoint=path, **{**SHRUNK, "img_size": (64, 96)})
-    assert len(caught) == 1
-    assert model.grid_size == (4, 6) and model.head.weight.shape == (10, 48)
-    torch.testing.assert_close(model.pos_embed.data, _resized(source.pos_embed.data, (4, 4), (4, 6)))
-    assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
-
-
-def test_create_model_refuses_upstreams_pretrained():
-    with pytest.raises(TypeError, match=r"give checkpoint=PATH .* qk_scale"):
-        create_model("t2t_vit_7", pretrained=True)
-    assert isinstance(create_model("t2t_vit_7", pretrained=False, **SHRUNK), T2TViT)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "error", "text"),
-    [
-        ("resnet50", {}, ValueError, "name must be one of t2t_vit_7, "),
-        ("t2t_vit_7", dict(img_size="224"), TypeError, "img_size must be an int or a pair of ints, got '224'"),
-        ("t2t_vit_7", dict(img_size=(224, 0)), ValueError, r"img_size must be at least 1, got \(224, 0\)"),
-        ("t2t_vit_7", dict(colour="red"), TypeError, "colour"),
-        ("t2t_vit_7", dict(SHRUNK, checkpoint="/nowhere/m.pth"), FileNotFoundError, "there is no file"),
-    ],
-    ids=["name", "size text", "size zero", "option", "no file"],
-)
-def test_create_model_errors(name, options, error, text):
-    with pytest.raises(error, match=text):
-        create_model(name, **options)

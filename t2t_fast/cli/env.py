@@ -3,15 +3,12 @@
 import json
 import os
 import platform
-import shutil
-import subprocess
 from contextlib import nullcontext
-from importlib import metadata
 
 import torch
 
 from .. import _extension, backends, config
-from ..environment import commit, cpu_name
+from ..environment import commit, cpu_name, driver, version
 from ..testing import DTYPES
 
 OPTIONAL = (
@@ -65,13 +62,6 @@ def collect():
     }
 
 
-def _version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _versions():
     from .. import __version__
 
@@ -82,14 +72,14 @@ def _versions():
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda,
         "cuDNN of torch": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-        **{package: _version(package) for package in OPTIONAL},
+        **{package: version(package) for package in OPTIONAL},
     }
 
 
 def _gpus():
     if not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
-        return {"driver": _driver(), "devices": [], "reason": why}
+        return {"driver": driver(), "devices": [], "reason": why}
     devices = []
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
@@ -101,22 +91,7 @@ def _gpus():
                 "multiprocessors": found.multi_processor_count,
             }
         )
-    return {"driver": _driver(), "devices": devices, "reason": None}
-
-
-def _driver():
-    """The NVIDIA driver's version as nvidia-smi tells it, or ``None``."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    try:
-        found = subprocess.run(
-            [tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = found.stdout.split()
-    return lines[0] if found.returncode == 0 and lines else None
+    return {"driver": driver(), "devices": devices, "reason": None}
 
 
 def _native():

@@ -151,7 +151,7 @@ def _cards(data):
         slower = row["ratio"] < 1
         ratio = 1 / row["ratio"] if slower else row["ratio"]
         cards.append(_card(f"{ratio:.2f}× {'slower' if slower else 'faster'}", row["what"], slower))
-    for row in data["memory"][::2]:
+    for row in data["memory"][::2]:  # the T2T module's; the whole model's stand in the table
         more = row["ratio"] < 1
         ratio = 1 / row["ratio"] if more else row["ratio"]
         cards.append(_card(f"{ratio:.2f}× {'more' if more else 'less'}", f"memory, {row['what']}", more))
@@ -256,8 +256,7 @@ def _page(data, paths):
         "<h2>Half precision</h2>",
         "<p>The T2T module under autocast, with the weights of k, q and v multiplied by a growing factor, as training "
         "may make them grow. Red: tokens of the second Performer layer with a value that is not finite (fp16). Where "
-        "one is NaN, so is the loss. "
-        "</p>",
+        "one is NaN, so is the loss.</p>",
         *(f"<p>{escape(sentence[0].upper() + sentence[1:])}.</p>" for sentence in half_words(data["half"])),
         _figure(paths, "half", "tokens that are not finite in fp16, before and after"),
         _table(

@@ -4,8 +4,8 @@ Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1,
 elements of a contiguous tensor: counter (element // 8 as two words, 0, 0), key = the two halves of the seed, eight
 16-bit lanes, low half of each word first. Masks depend on nothing else: not on tiling, backend, device or launch.
 
-A layer's two dropouts share the lane u of an element. The first drops [0, a) with ``a = 65536 p``, the second
-[a - o, a - o + b) with ``b = 65536 p'``: the two intervals overlap by ``o = a b / 65536``, which is what independence
+A layer's two dropouts share the lane u of an element. The first drops [0, a) with ``a = 65536 p1``, the second
+[a - o, a - o + b) with ``b = 65536 p2``: the two intervals overlap by ``o = a b / 65536``, which is what independence
 asks for, so the masks are independent (to the rounding of o, a correlation below 1e-4) at the price of one.
 """
 
@@ -33,7 +33,7 @@ def _multiply(x, constant):
 
 
 def philox(counter, key, rounds=ROUNDS):
-    """Four random words from four counter words and two key words: int64 tensors that broadcast."""
+    """Four random words from four counter words and two key words, all int64 tensors of broadcasting shapes."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -56,23 +56,24 @@ def _lanes(first, last, seed):
 
 
 def _outside(lane, low, high):
+    """Which lanes are not in [low, high), a bool tensor of their shape."""
     return lane >= high if low == 0 else (lane < low).logical_or_(lane >= high)
 
 
-def keep_masks(seed, shape, p, q):
+def keep_masks(seed, shape, p1, p2):
     """Which elements two dropouts keep.
 
     Args:
         seed: int64 scalar tensor; its device is the result's.
         shape: of the masks.
-        p, q: the dropouts' probabilities in [0, 1), resolved to 1/65536.
+        p1, p2: the dropouts' probabilities in [0, 1), resolved to 1/65536.
 
     Returns:
-        two bool tensors of ``shape``, False with probability ``p`` and ``q``; ``None`` where that is 0.
+        two bool tensors of ``shape``, False with probability ``p1`` and ``p2``; ``None`` where that is 0.
     """
-    a, b = round(65536 * p), round(65536 * q)
+    a, b = round(65536 * p1), round(65536 * p2)
     low = a - round(a * b / 65536)
-    intervals = [(0, a) if p else None, (low, low + b) if q else None]
+    intervals = [(0, a) if p1 else None, (low, low + b) if p2 else None]
     if intervals == [None, None]:
         return None, None
     count = math.prod(shape)

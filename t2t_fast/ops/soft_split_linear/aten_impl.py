@@ -92,7 +92,7 @@ def _convolution_backward(grad, x, weight, window, need_x, need_weight):
 
 
 def _centred_backward(grad, x, weight, window, need_x, need_products):
-    """Gradients of the convolution for windows less their means.
+    """Gradients of the convolution for windows less their means (derivation: docs/math.md, section 1).
 
     What is wanted is ``P = sum_t grad_t (u_t - mu_t)^T``. On a flat patch LayerNorm magnifies ``grad_t`` up to 316
     times, so subtracting ``sum_t grad_t mu_t`` from the convolution's weight gradient would leave the rounding of two
@@ -114,12 +114,12 @@ def _centred_backward(grad, x, weight, window, need_x, need_products):
         return d_x, None
     ph, pw = window.padding
     means = F.pad(means, (pw, pw, ph, ph))
-    steps = torch.cat([F.pad(means.diff(dim=2), (0, 0, 0, 1)), F.pad(means.diff(dim=3), (0, 1))], dim=1)
+    differences = torch.cat([F.pad(means.diff(dim=2), (0, 0, 0, 1)), F.pad(means.diff(dim=3), (0, 1))], dim=1)
     unpadded = window._replace(padding=(0, 0))
-    shape = weight.new_empty(weight.shape[0], 2 * window.taps)
-    _, steps = _convolution_backward(grad, steps, shape, unpadded, False, True)  # (O, 2, kh, kw)
-    down = F.pad(steps[:, 0, :-1, :1].cumsum(1), (0, 0, 1, 0))
-    right = F.pad(steps[:, 1, :, :-1].cumsum(2), (1, 0))
+    unused = weight.new_empty(weight.shape[0], 2 * window.taps)  # a weight gradient asks for the weight's shape only
+    _, steps = _convolution_backward(grad, differences, unused, unpadded, False, True)  # (O, 2, kh, kw)
+    down = F.pad(steps[:, 0, :-1, :1].cumsum(1), (0, 0, 1, 0))  # along the first column, (O, kh, 1)
+    right = F.pad(steps[:, 1, :, :-1].cumsum(2), (1, 0))  # along every row, (O, kh, kw)
     across = down + right
     across = across - across.mean((1, 2), keepdim=True)
     return d_x, (within + across.unsqueeze(1)).flatten(1)

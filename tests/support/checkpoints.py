@@ -1,0 +1,47 @@
+"""Small models, and files with their weights."""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+
+from t2t_fast.models import T2TViT
+
+TINY = dict(img_size=64, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2, token_dim=32, num_classes=10)
+
+
+SMALL = dict(TINY, embed_dim=8, depth=1, num_heads=1, mlp_ratio=1, token_dim=8)
+
+
+def tiny(**options):
+    return T2TViT(**{**TINY, **options})
+
+
+def small(**options):
+    return T2TViT(**{**SMALL, **options})
+
+
+def fingerprint(model):
+    """Names, kinds, shapes and bytes of everything that a model holds."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def same(model, state):
+    mine = model.state_dict()
+    return mine.keys() == state.keys() and all(torch.equal(mine[name], state[name]) for name in mine)
+
+
+def saved(path, content, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+def resized_table(table, old, new, extra=1, mode="bicubic"):
+    """Independent of the package: channels first, interpolated, back."""
+    grid = table[:, extra:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode=mode, align_corners=False)
+    return torch.cat([table[:, :extra], grid.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1)], dim=1)
