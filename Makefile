@@ -38,7 +38,7 @@ env: $(READY) ## versions, device, native build, and the backend of every operat
 
 # The stamp lies inside .venv, so that it never outlives it; without a working Python there it counts for nothing.
 ifeq ($(shell $(PY) -c "" 2>&1 || echo broken),)
-$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(wildcard build_support/*.py csrc/* csrc/*/*)
 else
 .PHONY: $(READY)
 endif
@@ -53,7 +53,7 @@ $(READY):
 		echo "Installing PyTorch and what t2t_fast needs into .venv: minutes, and about 6 GB of disk, once"; \
 		touch $(FILLING); \
 	fi
-	@{ $(PIP) "torch>=2.11" torchvision timm "setuptools>=77" "pybind11>=2.12" \
+	@{ $(PIP) "torch>=2.11" torchvision timm "setuptools>=77" "pybind11>=2.12" ninja \
 		&& $(PIP) -v --no-build-isolation -e ".[test]"; } >$(LOG) 2>&1 \
 		|| { tail -n 40 $(LOG); echo "pip failed; all that it said is in $(LOG)"; exit 1; } >&2
 	@sed -n 's/^ *\(t2t_fast: .*\)/\1/p' $(LOG)

@@ -1,15 +1,16 @@
-"""Builds the native module ``t2t_fast._C``; what the package is and needs stands in pyproject.toml.
+"""Builds the native code of ``t2t_fast``; what the package is and needs stands in pyproject.toml.
 
-``T2T_FAST_BUILD`` says what to build:
-  auto  (default) the native module if this machine can, else a pure-Python package; never breaks an installation
-  cpu   the native module, or an error that says why not
-  cuda  an error: this version has no CUDA sources
+There are two files: ``_ops.so`` with the operators (LibTorch's stable ABI), and the module ``_C``, which tells how they
+were built and what the CPU offers. ``T2T_FAST_BUILD`` says what to build:
+  auto  (default) what this machine can, down to a pure-Python package; never breaks an installation
+  cuda  everything, or an error that says why not
+  cpu   everything but the CUDA operators, or an error that says why not
   none  a pure-Python package
 """
 
 import os
-import shutil
 import subprocess
+import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,17 +20,20 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, SetupError
 
 ROOT = Path(__file__).resolve().parent
-MODES = ("auto", "cpu", "cuda", "none")
-FLAGS = ["-std=c++17", "-fvisibility=hidden", "-g0"]
+sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+
+from build_support import operators  # noqa: E402
+from build_support.toolchain import CannotBuild, find_compiler  # noqa: E402
+
+OPERATORS, MODULE = "t2t_fast._ops", "t2t_fast._C"
+PARTS = {"auto": ("cuda", "cpu"), "cuda": ("cuda",), "cpu": ("cpu",), "none": ()}  # the first that can be built
 
 
 def build_mode():
     """The validated value of ``T2T_FAST_BUILD``."""
     mode = os.environ.get("T2T_FAST_BUILD", "auto")
-    if mode not in MODES:
-        raise SetupError(f"T2T_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda":
-        raise SetupError("T2T_FAST_BUILD=cuda: this version has no CUDA sources; use auto, cpu or none")
+    if mode not in PARTS:
+        raise SetupError(f"T2T_FAST_BUILD must be one of {', '.join(PARTS)}, got {mode!r}")
     return mode
 
 
@@ -50,59 +54,119 @@ def build_date():
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
 
 
+def pybind11_headers(built):
+    """The folder of pybind11's headers: of the package, else of the copy that PyTorch brings along."""
+    try:
+        import pybind11
+    except ImportError:
+        if built is None:
+            raise CannotBuild("pybind11 is not installed") from None
+        return str(built.headers)
+    return pybind11.get_include()
+
+
 class BuildExt(build_ext):
-    """Builds what :func:`build_mode` asks for and prints one line that says what was built, or why nothing was."""
+    """Builds what :func:`build_mode` asks for and prints one line that says what was built, and why not more."""
 
     def run(self):
-        mode = build_mode()
-        inplace = self.inplace  # setuptools clears it while it builds
-        try:
-            if mode == "none":
-                raise SetupError("not asked for")
-            self.configure(mode)
-            super().run()
-        except (BaseError, CCompilerError, OSError) as error:
-            compiler_failed = isinstance(error, CCompilerError)
-            reason = "the C++ compiler failed, its messages are above" if compiler_failed else error
-            if mode == "cpu":
-                raise SetupError(f"T2T_FAST_BUILD=cpu: t2t_fast._C cannot be built: {reason}") from error
-            self.leave_out(inplace)
-            print(f"t2t_fast: pure Python, t2t_fast._C is not built: {reason} (T2T_FAST_BUILD={mode})", flush=True)
-        else:
-            print(f"t2t_fast: built t2t_fast._C for the CPU (T2T_FAST_BUILD={mode})", flush=True)
+        self.mode = build_mode()
+        self.missing = {}  # part -> why it is not built
+        self.folders = [self.build_lib, *([ROOT] if self.inplace else [])]  # setuptools clears inplace while it builds
+        self.operators = self.build_operators()
+        if self.operators is None:
+            self.leave_out(OPERATORS)
+        if self.mode == "none":
+            self.leave_out(MODULE)
+        super().run()
+        print(f"t2t_fast: {self.summary()} (T2T_FAST_BUILD={self.mode})", flush=True)
 
-    def configure(self, mode):
-        """Give the module its include path, flags and what it says about its own build."""
-        try:
-            import pybind11
-        except ImportError:
-            raise SetupError("pybind11 is not installed") from None
-        self.force = True  # an old object would tell an old commit, date and mode
-        told = {"MODE": mode, "FLAGS": " ".join(FLAGS), "COMMIT": commit(), "DATE": build_date()}
-        for extension in self.extensions:
-            extension.include_dirs = [pybind11.get_include()]
-            extension.extra_compile_args = FLAGS
-            extension.define_macros = [(f"T2T_FAST_{name}", f'"{text}"') for name, text in told.items()]
+    def build_operators(self):
+        """The library with the most operators that were asked for and can be built, or ``None``."""
+        for part in PARTS[self.mode]:
+            try:
+                return operators.build(ROOT, with_cuda=part == "cuda")
+            except (CannotBuild, OSError) as error:
+                self.give_up(part, "the operators", error)
+        return None
+
+    def give_up(self, part, name, reason):
+        """Note that a part is not built, which is an error where it was asked for by name."""
+        if self.mode != "auto":
+            raise SetupError(f"T2T_FAST_BUILD={self.mode}: {name} cannot be built: {reason}")
+        self.missing[part] = str(reason)
 
     def build_extensions(self):
-        command = getattr(self.compiler, "compiler_cxx", None)  # only compilers of the Unix kind have it
-        if command and shutil.which(command[0]) is None:
-            raise SetupError(f"there is no C++ compiler: {command[0]} is not found")
-        super().build_extensions()
+        for extension in list(self.extensions):
+            if extension.name == OPERATORS:
+                path = self.get_ext_fullpath(extension.name)
+                self.mkpath(os.path.dirname(path))
+                self.copy_file(str(self.operators.library), path)
+                continue
+            try:
+                find_compiler()
+                self.configure(extension)
+                self.build_extension(extension)
+            except (BaseError, CCompilerError, CannotBuild, OSError) as error:
+                compiler_failed = isinstance(error, CCompilerError)
+                reason = "a compiler failed, its messages are above" if compiler_failed else error
+                self.give_up(MODULE, MODULE, reason)
+                self.leave_out(MODULE)
 
-    def leave_out(self, inplace):
-        """Go on as a pure-Python package: without the binary of an earlier build, no platform in the wheel's name."""
-        for extension in self.extensions:
-            for folder in [self.build_lib, *([ROOT] if inplace else [])]:
-                Path(folder, self.get_ext_filename(extension.name)).unlink(missing_ok=True)
-        self.extensions = self.distribution.ext_modules = []
+    def configure(self, extension):
+        """Give the module its include path, flags and what it says about the build."""
+        self.force = True  # an old object would tell an old commit, date and mode
+        built = self.operators
+        told = {
+            "MODE": self.mode,
+            "FLAGS": " ".join(operators.FLAGS),
+            "OPERATORS": "" if built is None else "cpu" if built.cuda is None else "cpu cuda",
+            "TORCH": built.torch if built else "",
+            "CUDA": built.cuda or "" if built else "",
+            "ARCHITECTURES": " ".join(built.architectures) if built else "",
+            "COMMIT": commit(),
+            "DATE": build_date(),
+        }
+        extension.include_dirs = [pybind11_headers(built)]
+        extension.extra_compile_args = operators.FLAGS
+        extension.define_macros = [(f"T2T_FAST_{name}", f'"{text}"') for name, text in told.items()]
+
+    def summary(self):
+        """What is built, and why not more."""
+        names = {extension.name for extension in self.extensions}
+        if not names:
+            reasons = dict.fromkeys(self.missing[part] for part in ("cpu", MODULE) if part in self.missing)
+            return f"pure Python, nothing native is built: {'; '.join(reasons) or 'not asked for'}"
+        built = [MODULE] if MODULE in names else []
+        if self.operators is not None:
+            cuda, architectures = self.operators.cuda, " ".join(self.operators.architectures)
+            built.append("the operators for " + (f"CPU and CUDA {cuda} ({architectures})" if cuda else "the CPU"))
+        parts = {"cuda": "CUDA operators", "cpu": "operators", MODULE: MODULE}
+        if self.operators is None:
+            del parts["cuda"]  # what the other operators lack, these lack too
+        lacking = [f"no {name}: {self.missing[part]}" for part, name in parts.items() if part in self.missing]
+        return "; ".join(["built " + " and ".join(built), *lacking])
+
+    def get_ext_filename(self, fullname):
+        """The file's name; that of the operators names no Python, as they use none."""
+        *folders, name = fullname.split(".")
+        return os.path.join(*folders, "_ops.so") if name == "_ops" else super().get_ext_filename(fullname)
+
+    def leave_out(self, name):
+        """Go on without an extension and the binary of an earlier build; without any, the wheel names no platform."""
+        for folder in self.folders:
+            Path(folder, self.get_ext_filename(name)).unlink(missing_ok=True)
+        self.extensions = [extension for extension in self.extensions if extension.name != name]
+        self.distribution.ext_modules = self.extensions
         wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
         if wheel is not None:
-            wheel.root_is_pure = True
+            wheel.root_is_pure = not self.extensions
 
 
 setup(
     license="BSD-3-Clause",  # here, not in pyproject.toml: no spelling there suits both old and new setuptools
-    ext_modules=[Extension("t2t_fast._C", ["csrc/bindings.cpp"], depends=["csrc/cpu_features.h"], language="c++")],
+    ext_modules=[
+        Extension(OPERATORS, []),  # built by build_support, copied by BuildExt
+        Extension(MODULE, ["csrc/bindings.cpp"], depends=["csrc/cpu_features.h"], language="c++"),
+    ],
     cmdclass={"build_ext": BuildExt},
 )

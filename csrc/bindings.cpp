@@ -24,16 +24,21 @@ std::string compiler() {
 // 201703L is "C++17".
 std::string cxx_standard() { return "C++" + std::to_string(__cplusplus / 100 % 100); }
 
+py::object or_none(const std::string& text) { return text.empty() ? py::object(py::none()) : py::object(py::str(text)); }
+
+py::object words(const std::string& text) { return py::str(text).attr("split")(); }
+
 py::dict build_info() {
-  const std::string commit = T2T_FAST_COMMIT;
   py::dict info;
   info["mode"] = T2T_FAST_MODE;
   info["compiler"] = compiler();
   info["cxx_standard"] = cxx_standard();
   info["flags"] = T2T_FAST_FLAGS;
-  info["cuda"] = py::none();
-  info["architectures"] = py::list();
-  info["commit"] = commit.empty() ? py::object(py::none()) : py::object(py::str(commit));
+  info["operators"] = words(T2T_FAST_OPERATORS);
+  info["torch"] = or_none(T2T_FAST_TORCH);
+  info["cuda"] = or_none(T2T_FAST_CUDA);
+  info["architectures"] = words(T2T_FAST_ARCHITECTURES);
+  info["commit"] = or_none(T2T_FAST_COMMIT);
   info["date"] = T2T_FAST_DATE;
   return info;
 }
@@ -49,7 +54,7 @@ py::dict cpu_features() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "How t2t_fast's native code was built, and what this CPU offers.";
   module.def("build_info", &build_info,
-             "Build mode, compiler, C++ standard, flags, CUDA version or None, CUDA architectures, commit or None, "
-             "date (UTC).");
+             "Build mode, compiler, C++ standard, flags, what the operators are built for (cpu, cuda), the versions of "
+             "PyTorch and CUDA they are built with or None, CUDA architectures, commit or None, date (UTC).");
   module.def("cpu_features", &cpu_features, "Instruction sets that can be used here: name -> bool.");
 }

@@ -160,8 +160,10 @@ def test_a_backend_that_the_environment_should_not_have_set(value, words):
 def test_env_says_why_there_is_no_native_build(capsys, monkeypatch):
     monkeypatch.setattr("t2t_fast._extension.build_info", lambda: None)
     monkeypatch.setattr("t2t_fast._extension.load_error", lambda: "not built, for a test")
+    monkeypatch.setattr("t2t_fast._extension.operators_error", lambda: "broken, for a test")
     _, out, _ = run(capsys, "env")
-    assert re.search(r"native build\n +missing +not built, for a test", out)
+    assert re.search(r"native build\n +t2t_fast\._C +not built, for a test\n", out)
+    assert re.search(r"\n +t2t_fast\._ops +broken, for a test\n", out)
 
 
 def test_bench_outside_the_source_tree(capsys, monkeypatch, tmp_path):

@@ -95,8 +95,9 @@ def _gpus():
 
 
 def _native():
-    info = _extension.build_info()
-    return {"missing": _extension.load_error()} if info is None else dict(info)
+    reasons = {"t2t_fast._C": _extension.load_error(), "t2t_fast._ops": _extension.operators_error()}
+    loaded = {name: "loaded" if reason is None else reason for name, reason in reasons.items()}
+    return loaded | (_extension.build_info() or {})
 
 
 def _matmul_precision():
