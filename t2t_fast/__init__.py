@@ -20,12 +20,13 @@ from .interop import (
     unswap,
 )
 from .models import T2TViT, list_models
-from .modules import SoftComposition, SoftSplit, T2TModule, TokenPerformer, TokenTransformer
+from .modules import FusedFoldUnfold, SoftComposition, SoftSplit, T2TModule, TokenPerformer, TokenTransformer
 from .verification import VerifyReport, verify
 
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
+    "FusedFoldUnfold",
     "LoadReport",
     "NothingToSwap",
     "SoftComposition",

@@ -10,9 +10,10 @@ import torch
 
 from .backends import Request, resolve
 from .errors import check_pair, check_probability, check_shape, check_tensor, check_together
+from .ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
 from .ops.library import AUTOCAST_DEVICES
 from .ops.performer_attention.op import performer_attention as _performer_attention
-from .ops.performer_block.op import performer_block as _performer_block
+from .ops.performer_layer.op import performer_layer as _performer_layer
 from .ops.philox import fresh_seed
 from .ops.soft_composition.op import soft_composition as _soft_composition
 from .ops.soft_split.op import soft_split as _soft_split
@@ -21,8 +22,9 @@ from .ops.spec import Window
 from .ops.token_mlp.op import token_mlp as _token_mlp
 
 __all__ = [
+    "fused_fold_unfold",
     "performer_attention",
-    "performer_block",
+    "performer_layer",
     "soft_composition",
     "soft_split",
     "soft_split_linear",
@@ -113,24 +115,57 @@ def soft_composition(tokens, output_size, kernel_size, stride=1, padding=0, *, b
     Returns:
         (B, C, H, W) in ``tokens``' dtype, in channels-last or contiguous memory.
 
+    Numerics:
+        native: sums in float32 (float64 for float64), rounded once; aten and reference: sums in ``tokens``' dtype.
+
     Raises:
         TypeError, ValueError: as :func:`soft_split`, or token counts and widths that do not fit the window.
     """
-    check_tensor("soft_composition", "tokens", tokens, ndim=3)
-    size = check_pair("soft_composition", "output_size", output_size, minimum=1)
-    win = window(kernel_size, stride, padding, function="soft_composition")
-    h, w = _check_window("soft_composition", win, *size)
+    size, win = _composition("soft_composition", tokens, output_size, kernel_size, stride, padding)
+    return _soft_composition(tokens, size, *win, _resolve("soft_composition", tokens, backend, kernel=win.kernel))
+
+
+def fused_fold_unfold(tokens, output_size, kernel_size, stride=1, padding=0, *, backend="auto"):
+    """Fold, normalise by the overlap, unfold: each pixel of a token becomes the mean over all tokens that show it.
+
+    F3N of FuseFormer (Liu et al., ICCV 2021; its ``FusionFeedForward``, as also in E2FGVI and ProPainter) without
+    folding ones. An orthogonal projection of the tokens, so it is its own gradient.
+
+    Args:
+        tokens: (B, h*w, C*k*k), columns as :func:`soft_split` makes them.
+        output_size: int or (H, W) of the image in between.
+        kernel_size, stride, padding: int or (height, width) pair.
+
+    Returns:
+        (B, h*w, C*k*k) contiguous tokens in ``tokens``' dtype; what lies in the padding is 0.
+
+    Numerics:
+        sums and their division in float32 (float64 for float64), rounded once. A second derivative is refused.
+
+    Raises:
+        TypeError, ValueError: as :func:`soft_composition`.
+    """
+    function = "fused_fold_unfold"
+    size, win = _composition(function, tokens, output_size, kernel_size, stride, padding)
+    return _fused_fold_unfold(tokens, size, *win, _resolve(function, tokens, backend, kernel=win.kernel))
+
+
+def _composition(function, tokens, output_size, kernel_size, stride, padding):
+    """The checked image size and window of tokens that are to be composed."""
+    check_tensor(function, "tokens", tokens, ndim=3)
+    size = check_pair(function, "output_size", output_size, minimum=1)
+    win = window(kernel_size, stride, padding, function=function)
+    h, w = _check_window(function, win, *size)
     if tokens.shape[1] != h * w:
         raise ValueError(
-            f"soft_composition: tokens must have {h} x {w} = {h * w} tokens for output_size {size} and {win}, "
+            f"{function}: tokens must have {h} x {w} = {h * w} tokens for output_size {size} and {win}, "
             f"got {tokens.shape[1]}"
         )
     if tokens.shape[2] % win.taps:
         raise ValueError(
-            f"soft_composition: the token width must be a multiple of the window's {win.taps} pixels, "
-            f"got {tokens.shape[2]}"
+            f"{function}: the token width must be a multiple of the window's {win.taps} pixels, got {tokens.shape[2]}"
         )
-    return _soft_composition(tokens, size, *win, _resolve("soft_composition", tokens, backend, kernel=win.kernel))
+    return size, win
 
 
 def soft_split_linear(
@@ -371,8 +406,10 @@ def token_mlp(
     )
 
 
-def performer_block(
-    kqv,
+def performer_layer(
+    x,
+    kqv_weight,
+    kqv_bias,
     w,
     proj_weight,
     proj_bias,
@@ -382,38 +419,46 @@ def performer_block(
     fc1_bias,
     fc2_weight,
     fc2_bias,
+    kernel_size=1,
+    stride=1,
+    padding=0,
     *,
+    norm1_weight=None,
+    norm1_bias=None,
+    norm1_eps=1e-5,
     eps=1e-8,
     norm_eps=1e-5,
     proj_drop=0.0,
     mlp_drop=0.0,
     seed=None,
+    grid=None,
     backend="auto",
 ):
-    """A Performer layer after its ``kqv`` Linear: :func:`performer_attention`, then :func:`token_mlp`, in one.
+    """A whole Performer layer on the soft split of ``x``: LayerNorm, ``kqv``, :func:`performer_attention`, the tail.
 
-    In one, because backward then needs no attention output saved and writes one gradient of the packed tensor.
+    Upstream: ``Token_performer.forward`` of the unfolded, transposed image. In one operator, because then neither the
+    unfolded tokens nor, for backward, k, q, v or the attention's output need be kept.
 
     Args:
-        kqv: (B, L, 3E), packed in upstream's order k, q, v.
+        x: (B, C, H, W) image with any strides, or (B, H*W, C) tokens with ``grid=(H, W)``.
+        kqv_weight: (3E, C*k*k), rows in upstream's order k, q, v; kqv_bias: (3E) or ``None``.
         w: (m, E) random features; eps: the attention's.
-        others: as :func:`token_mlp`.
+        norm1_weight, norm1_bias, norm1_eps: LayerNorm over the unfolded tokens, parameters (C*k*k) or ``None``.
+        others: as :func:`soft_split_linear` and :func:`token_mlp`.
 
     Returns:
-        (B, L, E) in kqv's dtype.
+        (B, h*w, E) in ``x``'s dtype (under autocast: autocast's).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
     """
-    function = "performer_block"
-    check_tensor(function, "kqv", kqv, ndim=3)
+    function = "performer_layer"
+    x = _image(function, x, grid)
+    win = window(kernel_size, stride, padding, function=function)
+    _check_window(function, win, *x.shape[2:])
+    check_tensor(function, "kqv_weight", kqv_weight, ndim=2)
     check_tensor(function, "w", w, ndim=2)
-    if kqv.shape[2] % 3 or kqv.shape[1] < 1:
-        raise ValueError(f"{function}: kqv must be (B, L, 3 * E) with L >= 1, got {tuple(kqv.shape)}")
-    width = kqv.shape[2] // 3
-    check_together(function, "kqv", kqv, same_dtype=False, w=w)
-    _check_features(function, w, width, kqv.dtype)
-    _check_eps(function, eps)
+    width, columns = w.shape[1], x.shape[1] * win.taps
     tail = {
         "proj_weight": proj_weight,
         "proj_bias": proj_bias,
@@ -424,11 +469,35 @@ def performer_block(
         "fc2_weight": fc2_weight,
         "fc2_bias": fc2_bias,
     }
-    _check_tail(function, kqv, width, tail, norm_eps, proj_drop, mlp_drop)
-    seed = _seed_for(function, kqv, seed, proj_drop, mlp_drop)
-    chosen = _resolve(function, kqv, backend, width=width, features=w.shape[0], hidden=fc1_weight.shape[0])
-    return _performer_block(
-        kqv,
+    linear = {
+        "kqv_weight": (kqv_weight, (3 * width, columns), "3 * width of w, channels * window pixels"),
+        "kqv_bias": (kqv_bias, (3 * width,), "3 * width of w"),
+        "norm1_weight": (norm1_weight, (columns,), "channels * window pixels"),
+        "norm1_bias": (norm1_bias, (columns,), "channels * window pixels"),
+    }
+    check_together(
+        function, "x", x, same_dtype=_same_dtype(x), **{name: value for name, (value, _, _) in linear.items()}
+    )
+    check_together(function, "x", x, same_dtype=False, w=w)
+    for name, (value, shape, meaning) in linear.items():
+        if value is not None:
+            check_shape(function, name, value, shape, meaning)
+    if not norm1_eps > 0:
+        raise ValueError(f"{function}: norm1_eps must be above 0, got {norm1_eps!r}")
+    _check_features(function, w, width, x.dtype)
+    _check_eps(function, eps)
+    _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop)
+    seed = _seed_for(function, x, seed, proj_drop, mlp_drop)
+    chosen = _resolve(function, x, backend, kernel=win.kernel, width=width, features=w.shape[0])
+    return _performer_layer(
+        x,
+        kqv_weight,
+        kqv_bias,
+        norm1_weight,
+        norm1_bias,
+        norm1_eps,
+        *win,
+        x.dtype,
         w,
         eps,
         proj_weight,

@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 
+from t2t_fast import backends
 from t2t_fast.config import BACKENDS
+from t2t_fast.ops import native
 
 
 def pytest_addoption(parser):
@@ -43,6 +45,19 @@ def known_state():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(params=["aten", "native"])
+def fused(request):
+    """The name of a fused backend that runs the test's ``dtype`` (float32 without one) on this CPU."""
+    dtype = request.node.callspec.params.get("dtype", torch.float32)
+    if not isinstance(dtype, torch.dtype):
+        dtype = torch.float32
+    wanted = backends.Request("cpu", dtype, {})
+    reason = native.reason(wanted, native.devices("performer_layer"), native.SINGLE)
+    if request.param == "native" and reason is not None:
+        pytest.skip(f"native: {reason}")
+    return request.param
 
 
 def _fail_if_required(report, config, parameters=()):

@@ -6,23 +6,24 @@ import re
 import pytest
 import torch
 
-from t2t_fast import models
+import t2t_fast
+from t2t_fast import backends, models
 from t2t_fast.functional import (
+    fused_fold_unfold,
     performer_attention,
-    performer_block,
+    performer_layer,
     soft_composition,
     soft_split,
     soft_split_linear,
     token_mlp,
 )
-from t2t_fast.modules import SoftSplit, T2TModule, TokenPerformer, TokenTransformer
+from t2t_fast.modules import FusedFoldUnfold, SoftComposition, SoftSplit, T2TModule, TokenPerformer, TokenTransformer
 
 IMAGE = torch.randn(2, 3, 16, 16)
 TOKENS = torch.randn(2, 16, 4)
 WEIGHT = torch.randn(8, 147)
 QKV = torch.randn(2, 5, 8)
 W = torch.randn(4, 8)
-KQV = torch.randn(2, 5, 24)
 
 
 def tail(**changes):
@@ -37,6 +38,12 @@ def tail(**changes):
         "fc2_bias": torch.randn(8),
     }
     return {**parameters, **changes}
+
+
+def layer(**changes):
+    """``performer_layer`` of stage 1's window on tokens of width 8."""
+    given = {"kqv_weight": torch.randn(24, 147), "kqv_bias": None, "w": W, "kernel_size": 7, "stride": 4, "padding": 2}
+    return performer_layer(IMAGE, **{**given, **tail(), **changes})
 
 
 META = torch.empty(8, 147, device="meta")
@@ -69,6 +76,31 @@ BAD = {
     ),
     "soft_composition: token width": (
         lambda: soft_composition(torch.randn(1, 16, 10), 8, 3, 2, 1), ValueError, "multiple of the window's 9 pixels, got 10",
+    ),
+    "fused_fold_unfold: rank": (
+        lambda: fused_fold_unfold(IMAGE, 8, 3), ValueError, "fused_fold_unfold: tokens must be 3-D, got 4-D of shape",
+    ),
+    "fused_fold_unfold: token count": (
+        lambda: fused_fold_unfold(torch.randn(1, 5, 9), 8, 3, 2, 1), ValueError,
+        "fused_fold_unfold: tokens must have 4 x 4 = 16 tokens for output_size (8, 8) and k3 s2 p1, got 5",
+    ),
+    "fused_fold_unfold: token width": (
+        lambda: fused_fold_unfold(torch.randn(1, 16, 10), 8, 3, 2, 1), ValueError, "multiple of the window's 9 pixels, got 10",
+    ),
+    "fused_fold_unfold: output_size": (
+        lambda: fused_fold_unfold(torch.randn(1, 16, 9), 8.0, 3), TypeError, "output_size must be an int or a pair of ints, got 8.0",
+    ),
+    "FusedFoldUnfold: no output_size": (
+        lambda: FusedFoldUnfold(3)(torch.randn(1, 16, 9)), ValueError, "output_size is needed, at construction or at the call",
+    ),
+    "FusedFoldUnfold: token count": (
+        lambda: FusedFoldUnfold(3, 2, 1)(torch.randn(1, 17, 9), 8), ValueError, "tokens must have 4 x 4 = 16 tokens",
+    ),
+    "FusedFoldUnfold: output_size": (
+        lambda: FusedFoldUnfold(3, output_size=0), ValueError, "FusedFoldUnfold: output_size must be at least 1, got 0",
+    ),
+    "SoftComposition: output_size": (
+        lambda: SoftComposition("8", 3), TypeError, "SoftComposition: output_size must be an int or a pair of ints, got '8'",
     ),
     "soft_split_linear: weight shape": (
         lambda: soft_split_linear(IMAGE, torch.randn(8, 148), None, 7, 4, 2), ValueError,
@@ -138,8 +170,16 @@ BAD = {
         lambda: token_mlp(QKV, QKV, **tail(), mlp_drop=0.1, seed=torch.empty((), dtype=torch.int64, device="meta")), ValueError,
         "seed must be on the device of the tokens (cpu), got meta",
     ),
-    "performer_block: kqv width": (
-        lambda: performer_block(KQV[..., :23], W, **tail()), ValueError, "kqv must be (B, L, 3 * E) with L >= 1, got (2, 5, 23)",
+    "performer_layer: kqv width": (
+        lambda: layer(kqv_weight=torch.randn(23, 147)), ValueError,
+        "kqv_weight must have shape (24, 147) (3 * width of w, channels * window pixels), got (23, 147)",
+    ),
+    "performer_layer: norm1 width": (
+        lambda: layer(norm1_weight=torch.ones(9)), ValueError, "norm1_weight must have shape (147,)",
+    ),
+    "performer_layer: norm1 eps": (lambda: layer(norm1_eps=0.0), ValueError, "norm1_eps must be above 0, got 0.0"),
+    "performer_layer: tail": (
+        lambda: layer(proj_weight=torch.randn(8, 9)), ValueError, "performer_layer: proj_weight must have shape (8, 8)",
     ),
     "SoftSplit: stride": (lambda: SoftSplit(3, 0), ValueError, "SoftSplit: stride must be at least 1, got 0"),
     "TokenPerformer: no features": (
@@ -167,9 +207,24 @@ def test_error_text(name):
         call()
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
-def test_every_backend_gives_the_same_error(backend):
-    """Checks run before the backend is chosen."""
+SPLITS = [name for name in BAD if name.partition(":")[0] in ("soft_split", "soft_composition", "fused_fold_unfold")]
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_backend_gives_the_same_error(name, backend):
+    """The same type and text, also from a backend that cannot run here: checks come before the choice."""
+    call, error, _ = BAD[name]
+    texts = []
+    for chosen in ("auto", backend):
+        with t2t_fast.backend(chosen), pytest.raises(error) as caught:
+            call()
+        texts.append((caught.type, str(caught.value)))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_checks_come_before_the_choice_given_as_an_argument(backend):
     with pytest.raises(ValueError, match="the window 21 x 21 must fit"):
         soft_split(IMAGE, 21, backend=backend)
     with pytest.raises(ValueError, match=r"weight must have shape \(8, 147\)"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support import families, golden
-from t2t_fast import models, reference
+from t2t_fast import backend, models, reference
 from t2t_fast.models.position import resize_position_table, sinusoid_table
 from t2t_fast.reference import vit as reference_vit
 
@@ -88,11 +88,12 @@ def check_tokens(case, data, tokens, rtol):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_fast_models_in_float32(name):
+def test_fast_models_in_float32(name, fused):
     """Forward within a small multiple of upstream's own float32 error; gradients within a fixed relative error."""
     case, data, built, model = prepared(name, "fast", torch.float32)
     x = golden.make_input(case, torch.float32).requires_grad_()
-    result = built.call(x)
+    with backend("auto" if fused == "native" else fused):
+        result = built.call(x)
     for out, expected in zip(outputs(result), expected_outputs(data), strict=True):
         assert np.abs(out.detach().double().numpy() - expected).max() <= FP32_FACTOR * case["f32_max_abs_err"]
     if "grad_keys" in data:

@@ -2,17 +2,19 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
-from t2t_fast import models, reference
+from t2t_fast import backends, models, reference
 from t2t_fast.errors import NothingToSwap
 from t2t_fast.interop.swap import swap, swapped, unswap
-from t2t_fast.modules import T2TModule, TokenPerformer, TokenTransformer, Unfold
+from t2t_fast.modules import Fold, T2TModule, TokenPerformer, TokenTransformer, Unfold
 from t2t_fast.testing import errors
 
+DEFAULT = backends.explain("performer_layer", device="cpu").chosen("performer_layer")
 TINY = dict(img_size=64, num_classes=10, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2.0, token_dim=32)
 
 
@@ -100,7 +102,7 @@ def test_report_is_a_table():
     report = swap(tiny())
     lines = str(report).splitlines()
     assert lines[0].split() == ["path", "from", "to", "backend", "reason"]
-    assert lines[1].split() == ["tokens_to_token", "T2T_module", "T2TModule", "aten"]
+    assert lines[1].split() == ["tokens_to_token", "T2T_module", "T2TModule", DEFAULT]
     assert lines[-1] == "3 modules swapped, 0 left"
     assert report.swapped == ["tokens_to_token", "tokens_to_token.attention1", "tokens_to_token.attention2"]
 
@@ -339,10 +341,70 @@ def test_a_bare_unfold():
     report = swap(model)
     assert report.swapped == ["soft_split0"] and type(model.soft_split0) is Unfold
     assert type(model.unfold) is nn.Unfold, "only an unfold that is named as a soft split"
+    assert "name it in include" in report.left["unfold"]
     assert model.soft_split0(x).transpose(1, 2).is_contiguous()
     torch.testing.assert_close(model(x), expected)
     unswap(model)
     assert type(model.soft_split0) is nn.Unfold
+
+
+class Video(nn.Module):
+    """A soft split and a soft composition under other names, as video inpainting has them."""
+
+    def __init__(self, dilation=1):
+        super().__init__()
+        self.t2t = nn.Unfold(3, stride=2, padding=1)
+        self.embed = nn.Conv1d(18, 27, 1)
+        self.compose = nn.Fold((8, 10), 3, dilation=dilation, stride=2, padding=dilation)
+
+    def forward(self, x):
+        return self.compose(self.embed(self.t2t(x)))
+
+
+def test_a_bare_fold():
+    """Of any name: what it returns lies in memory as upstream's, whatever the strides of its input."""
+    model = Video().double()
+    x = torch.randn(2, 2, 8, 10, dtype=torch.float64)
+    expected, expected_gradients = gradients_of(model, x)
+    report = swap(model)
+    assert report.swapped == ["compose"] and type(model.compose) is Fold
+    assert list(report.left) == ["t2t"] and "1 modules swapped, 1 left" in str(report)
+    result, gradients = gradients_of(model, x)
+    assert errors(result, expected)[1] < 1e-13
+    for key, gradient in expected_gradients.items():
+        assert errors(gradients[key], gradient)[0] < 1e-13, key
+    fold = model.compose
+    tokens = torch.randn(2, 27, 20, dtype=torch.float64)
+    for given in (tokens, tokens.mT.contiguous().mT, tokens[0]):
+        upstream = nn.functional.fold(given, (8, 10), 3, stride=2, padding=1)
+        assert fold(given).is_contiguous() and errors(fold(given), upstream)[1] < 1e-13
+    assert "8x10, k3 s2 p1" in str(model) and pickle.loads(pickle.dumps(model)).compose.output_size == (8, 10)
+    unswap(model)
+    assert type(model.compose) is nn.Fold and "window" not in model.compose.__dict__
+
+
+def test_an_unfold_of_another_name_is_swapped_if_it_is_named():
+    """Not by a pattern that selects the model around it."""
+    model = nn.ModuleDict({"video": Video()})
+    report = swap(model, include="video")
+    assert report.swapped == ["video.compose"] and list(report.left) == ["video.t2t"]
+    unswap(model)
+    report = swap(model, include=["*.t2t"])
+    assert report.swapped == ["video.t2t"] and type(model["video"].t2t) is Unfold
+    assert report.left == {"video.compose": "not selected by include and exclude"}
+    x = torch.randn(2, 2, 8, 10)
+    upstream = nn.Unfold(3, stride=2, padding=1)
+    for given in (x, x[0]):
+        torch.testing.assert_close(model["video"].t2t(given), upstream(given))
+    with pytest.raises(NothingToSwap, match=r"left: t2t \(Unfold\): .*name it in include"):
+        swap(nn.Sequential(OrderedDict(t2t=nn.Unfold(3))))
+
+
+def test_a_dilated_fold_is_left_with_the_reason():
+    model = Video(dilation=2)
+    model.t2t = nn.Unfold(3, stride=2, padding=1)
+    with pytest.raises(NothingToSwap, match=r"left: compose \(Fold\): dilation 2"):
+        swap(model)
 
 
 def test_backbone_blocks_are_not_token_layers():

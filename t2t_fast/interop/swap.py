@@ -19,6 +19,7 @@ from torch import nn
 from ..backends import Request, resolve
 from ..errors import BackendUnavailable, NothingToSwap
 from ..models import lanl
+from ..modules import Fold, Unfold
 from .swap_rules import FAST, LOOKED_FOR, Change, Mismatch, match
 
 _RECORD = "_t2t_fast_swapped"
@@ -170,16 +171,21 @@ def _find(model, include, exclude):
         if (include is not None and not _matches(path, include)) or (exclude is not None and _matches(path, exclude)):
             left.append(Row(path, source, "", "", "not selected by include and exclude"))
             continue
+        if plan.caution and not (include is not None and any(fnmatchcase(path, pattern) for pattern in include)):
+            left.append(Row(path, source, "", "", plan.caution))
+            continue
         claimed.update(id(change.module) for change in plan.changes)
         found.append((path, module, plan))
     return found, left
 
 
-def _backend_of(module):
-    """The backend of the module's main operator on the device and in the dtype of its parameters."""
-    tensor = next(module.parameters(), None)
-    op = "soft_split" if tensor is None else "soft_split_linear"
-    tensor = torch.empty(0) if tensor is None else tensor
+_OPERATORS = {Unfold: "soft_split", Fold: "soft_composition"}
+
+
+def _backend_of(module, kind):
+    """The backend of the main operator of ``kind`` on the device and in the dtype of the module's parameters."""
+    op = _OPERATORS.get(kind, "soft_split_linear")
+    tensor = next(module.parameters(), torch.empty(0))
     try:
         return resolve(op, Request(tensor.device.type, tensor.dtype, {}))
     except BackendUnavailable:
@@ -190,10 +196,11 @@ def swap(model, *, include=None, exclude=None, dry_run=False):
     """Put the fast forms in place of upstream's T2T modules, in place, on this instance.
 
     Swapped are, wherever they are in the model: the whole tokens-to-token module (both token types; also lanl's
-    ``Tokens2Token``), single ``Token_performer`` and ``Token_transformer`` layers, and the ``nn.Unfold`` of
-    a module that is not swapped as a whole. Parameters, hooks, training flag, dtype and device stay: the module
-    objects are the same, only their class changes. A layer whose inner modules have hooks runs unfused, so that every
-    hook fires. Each swap is proved first, on a copy with a random input.
+    ``Tokens2Token``), single ``Token_performer`` and ``Token_transformer`` layers, every ``nn.Fold``, and the
+    ``nn.Unfold`` of a module that is not swapped as a whole: what is named ``soft_split0`` and so on, another one only
+    if ``include`` matches its own path, because the fast form returns a transposed view. Parameters, hooks, training
+    flag, dtype and device stay: the module objects are the same, only their class changes. A layer whose inner modules
+    have hooks runs unfused, so that every hook fires. Each swap is proved first, on a copy with a random input.
 
     Args:
         model: any ``nn.Module``.
@@ -228,7 +235,8 @@ def swap(model, *, include=None, exclude=None, dry_run=False):
         lines = [f"swap: nothing to swap in {type(model).__name__}. Looked for", *LOOKED_FOR, *reasons]
         raise NothingToSwap("\n  ".join(lines))
     for path, module, plan in proved:
-        rows.append(Row(path, type(module).__name__, _name(plan.changes[-1].kind), _backend_of(module), ""))
+        kind = plan.changes[-1].kind
+        rows.append(Row(path, type(module).__name__, _name(kind), _backend_of(module, kind), ""))
         if not dry_run:
             _apply(plan.changes)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}

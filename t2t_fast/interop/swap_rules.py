@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..errors import check_pair
 from ..functional import window
 from ..models import lanl
-from ..modules import T2TModule, TokenPerformer, TokenTransformer, Unfold
+from ..modules import Fold, T2TModule, TokenPerformer, TokenTransformer, Unfold
 from ..modules.soft_split import SoftSplit
 from ..modules.token_transformer import TokenAttention
 
@@ -25,10 +26,14 @@ class Change(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A match: the changes it takes (the module itself last), shapes of inputs to prove it with."""
+    """A match: the changes it takes (the module itself last), shapes of inputs to prove it with.
+
+    ``caution`` is why the module is swapped only if a pattern of ``include`` matches its own path.
+    """
 
     changes: list[Change]
     probes: list[tuple[int, ...]]
+    caution: str = ""
 
 
 class Mismatch(Exception):
@@ -41,9 +46,12 @@ def _children(module, **kinds):
 
 
 def _window(unfold):
-    if unfold.dilation not in (1, (1, 1)):
+    if unfold.dilation not in (1, (1, 1), [1, 1]):
         raise Mismatch(f"dilation {unfold.dilation}: a soft split has dilation 1")
-    return window(unfold.kernel_size, unfold.stride, unfold.padding, function="swap")
+    try:
+        return window(unfold.kernel_size, unfold.stride, unfold.padding, function="swap")
+    except (TypeError, ValueError) as error:
+        raise Mismatch(str(error)) from error
 
 
 def _token_performer(module):
@@ -161,12 +169,30 @@ def _lanl_sizes(module, windows):
 
 
 def _bare_unfold(module, path):
-    """nn.Unfold named soft_split0, soft_split1, ... in a module that is not swapped as a whole"""
-    name = path.rpartition(".")[2]
-    if not isinstance(module, nn.Unfold) or not name.removeprefix("soft_split").isdigit():
+    """nn.Unfold named soft_split0, soft_split1, ... (others if include names them), of no module swapped as a whole"""
+    if not isinstance(module, nn.Unfold):
         return None
     win = _window(module)
-    return Plan([Change(module, Unfold, {"window": win})], [(1, 2, win.kernel[0] + 3, win.kernel[1] + 2)])
+    caution = ""
+    if not path.rpartition(".")[2].removeprefix("soft_split").isdigit():
+        # Nothing tells that a transpose follows, and view() on what the fast form returns fails where it merges
+        # the first two dimensions.
+        caution = "its result would be a transposed view; if what follows takes any strides, name it in include"
+    return Plan([Change(module, Unfold, {"window": win})], [(1, 2, win.kernel[0] + 3, win.kernel[1] + 2)], caution)
+
+
+def _bare_fold(module, path):
+    """nn.Fold, of any name"""
+    if not isinstance(module, nn.Fold):
+        return None
+    win = _window(module)
+    try:
+        h, w = win.grid(*check_pair("swap", "output_size", module.output_size, minimum=1))
+    except (TypeError, ValueError) as error:
+        raise Mismatch(str(error)) from error
+    if h < 1 or w < 1:
+        raise Mismatch(f"its window {win} does not fit into its output_size {module.output_size}")
+    return Plan([Change(module, Fold, {"window": win})], [(1, 2 * win.taps, h * w)])
 
 
 RULES = (
@@ -181,7 +207,7 @@ RULES = (
 def match(module, path):
     """The :class:`Plan` of the first rule that fits, or ``None``; may raise :class:`Mismatch`."""
     plans = (plan for rule in RULES if (plan := rule(module)) is not None)
-    return next(plans, None) or _bare_unfold(module, path)
+    return next(plans, None) or _bare_unfold(module, path) or _bare_fold(module, path)
 
 
 LOOKED_FOR = [
@@ -191,7 +217,8 @@ LOOKED_FOR = [
     f"Token_transformer: {_token_transformer.__doc__}",
     f"TokenTransformer: {_lanl_token_transformer.__doc__}",
     f"nn.Unfold: {_bare_unfold.__doc__}",
+    f"nn.Fold: {_bare_fold.__doc__}",
 ]
 
-FAST = (T2TModule, lanl.Tokens2Token, TokenPerformer, TokenTransformer, Unfold)
+FAST = (T2TModule, lanl.Tokens2Token, TokenPerformer, TokenTransformer, Unfold, Fold)
 """Classes that a swapped (or natively fast) module has; ``lanl.TokenTransformer`` is a ``TokenTransformer``."""

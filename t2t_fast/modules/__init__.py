@@ -1,8 +1,17 @@
 """Drop-in modules: thin owners of parameters that call the functions of :mod:`t2t_fast.functional`."""
 
-from .soft_split import SoftComposition, SoftSplit, Unfold
+from .soft_split import Fold, FusedFoldUnfold, SoftComposition, SoftSplit, Unfold
 from .t2t_module import T2TModule
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
 
-__all__ = ["SoftComposition", "SoftSplit", "T2TModule", "TokenPerformer", "TokenTransformer", "Unfold"]
+__all__ = [
+    "Fold",
+    "FusedFoldUnfold",
+    "SoftComposition",
+    "SoftSplit",
+    "T2TModule",
+    "TokenPerformer",
+    "TokenTransformer",
+    "Unfold",
+]

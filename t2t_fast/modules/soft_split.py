@@ -1,8 +1,11 @@
 """Soft split and soft composition as modules; they have no parameters."""
 
+from math import prod
+
 from torch import nn
 
-from ..functional import soft_composition, soft_split, window
+from ..errors import check_pair
+from ..functional import fused_fold_unfold, soft_composition, soft_split, window
 
 
 class SoftSplit(nn.Module):
@@ -38,7 +41,7 @@ class SoftComposition(nn.Module):
 
     def __init__(self, output_size, kernel_size, stride=1, padding=0):
         super().__init__()
-        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+        self.output_size = check_pair("SoftComposition", "output_size", output_size, minimum=1)
         self.window = window(kernel_size, stride, padding, function="SoftComposition")
 
     def forward(self, tokens):
@@ -47,6 +50,42 @@ class SoftComposition(nn.Module):
 
     def extra_repr(self):
         return f"{self.output_size[0]}x{self.output_size[1]}, {self.window}"
+
+
+class FusedFoldUnfold(nn.Module):
+    """Fold, normalise by the overlap, unfold: F3N of FuseFormer, E2FGVI and ProPainter without its three steps.
+
+    It stands between the two Linears of their ``FusionFeedForward``, where upstream writes
+    ``unfold(fold(x) / fold(ones))`` with the transposes and views around it.
+
+    Args:
+        kernel_size, stride, padding: int or (height, width) pair; ``FusedFoldUnfold(**t2t_params)`` works as upstream.
+        output_size: int or (H, W) of the image in between, unless each call gives one.
+    """
+
+    def __init__(self, kernel_size, stride=1, padding=0, output_size=None):
+        super().__init__()
+        self.window = window(kernel_size, stride, padding, function="FusedFoldUnfold")
+        self.output_size = (
+            None if output_size is None else check_pair("FusedFoldUnfold", "output_size", output_size, minimum=1)
+        )
+
+    def forward(self, tokens, output_size=None):
+        """(B, h*w, C*k*k) -> the same shape; also (B, t*h*w, C*k*k), the tokens of t frames one after another."""
+        size = self.output_size if output_size is None else output_size
+        if size is None:
+            raise ValueError("FusedFoldUnfold: output_size is needed, at construction or at the call")
+        size = check_pair("FusedFoldUnfold", "output_size", size, minimum=1)
+        length = prod(self.window.grid(*size))
+        if tokens.ndim == 3 and length > 0 and tokens.shape[1] % length == 0:
+            frames = tokens.reshape(-1, length, tokens.shape[2])
+            return fused_fold_unfold(frames, size, *self.window).view(tokens.shape)
+        return fused_fold_unfold(tokens, size, *self.window)
+
+    def extra_repr(self):
+        return (
+            str(self.window) if self.output_size is None else f"{'x'.join(map(str, self.output_size))}, {self.window}"
+        )
 
 
 class Unfold(nn.Module):
@@ -60,8 +99,29 @@ class Unfold(nn.Module):
         self.window = window(kernel_size, stride, padding, function="Unfold")
 
     def forward(self, x):
-        """(B, C, H, W) -> (B, C*k*k, h*w)."""
+        """(B, C, H, W) -> (B, C*k*k, h*w), or without B."""
+        if x.ndim == 3:
+            return self.forward(x[None])[0]
         return soft_split(x, *self.window).transpose(1, 2)
 
     def extra_repr(self):
         return str(self.window)
+
+
+class Fold(nn.Module):
+    """Drop-in for ``nn.Fold`` (dilation 1); its output is contiguous, as upstream's."""
+
+    def __init__(self, output_size, kernel_size, stride=1, padding=0):
+        super().__init__()
+        self.output_size = check_pair("Fold", "output_size", output_size, minimum=1)
+        self.window = window(kernel_size, stride, padding, function="Fold")
+
+    def forward(self, x):
+        """(B, C*k*k, h*w) -> (B, C, H, W), or without B."""
+        if x.ndim == 2:
+            return self.forward(x[None])[0]
+        return soft_composition(x.transpose(1, 2), self.output_size, *self.window).contiguous()
+
+    def extra_repr(self):
+        height, width = check_pair("Fold", "output_size", self.output_size, minimum=1)  # a swapped one has upstream's
+        return f"{height}x{width}, {self.window}"

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..functional import performer_attention, performer_block, soft_split, soft_split_linear
+from ..functional import performer_attention, performer_layer, soft_split
 from ..ops.spec import square
 from .fusion import is_exact_gelu, obstacle
 
@@ -80,18 +80,10 @@ class TokenPerformer(nn.Module):
         """
         if self.obstacle() is not None:
             return self._unfused(soft_split(x, *window, grid=grid))
-        kqv = soft_split_linear(
+        return performer_layer(
             x,
             self.kqv.weight,
             self.kqv.bias,
-            *window,
-            norm_weight=self.norm1.weight,
-            norm_bias=self.norm1.bias,
-            norm_eps=self.norm1.eps,
-            grid=grid,
-        )
-        return performer_block(
-            kqv,
             self.w,
             self.proj.weight,
             self.proj.bias,
@@ -101,10 +93,15 @@ class TokenPerformer(nn.Module):
             self.mlp[0].bias,
             self.mlp[2].weight,
             self.mlp[2].bias,
+            *window,
+            norm1_weight=self.norm1.weight,
+            norm1_bias=self.norm1.bias,
+            norm1_eps=self.norm1.eps,
             eps=self.epsilon,
             norm_eps=self.norm2.eps,
             proj_drop=self.dp.p if self.dp.training else 0.0,
             mlp_drop=self.mlp[3].p if self.mlp[3].training else 0.0,
+            grid=grid,
         )
 
     def _unfused(self, x):

@@ -59,6 +59,17 @@ def cover_sum(x, size, window):
     return x
 
 
+def overlap(size, window, like):
+    """How many windows cover each pixel of an image of ``size``: (H, W) in ``like``'s dtype, 1 where none does."""
+    counts = []
+    for n, k, s, p in zip(size, *window, strict=True):
+        pixel = torch.arange(n, device=like.device) + p
+        first = torch.div(pixel - k + s, s, rounding_mode="floor").clamp_min(0)
+        last = torch.div(pixel, s, rounding_mode="floor").clamp_max((n + 2 * p - k) // s)
+        counts.append((last - first + 1).clamp_min(0).to(like.dtype))
+    return (counts[0][:, None] * counts[1]).clamp_min(1)
+
+
 def split(x, window):
     """(B, C, H, W) of any strides -> contiguous (B, L, C*kh*kw)."""
     (kh, kw), (sh, sw), (ph, pw) = window

@@ -5,10 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from t2t_fast.functional import soft_composition, soft_split, window
+from t2t_fast.ops import native
 from t2t_fast.testing import WINDOW_CASES
 
 WINDOWS = [pytest.param(*case[1:], id=case[0]) for case in WINDOW_CASES]
-BACKENDS = ["aten", "reference"]
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif("cpu" not in native.devices("soft_split"), reason="no native operators for this CPU"),
+)
+BACKENDS = [NATIVE, "aten", "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,10 +62,11 @@ def test_composition_of_a_split_counts_the_overlap():
     assert count[0, 0, -1, 0] == 0 and count[0, 0, 3, 3] == 4
 
 
-def test_the_result_never_aliases_the_input():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_result_never_aliases_the_input(backend):
     """Even where the split is a mere reshaping."""
     x = torch.randn(1, 4, 3, 5).contiguous(memory_format=torch.channels_last)
     before = x.clone()
-    soft_split(x, 1, backend="aten").zero_()
-    soft_composition(soft_split(x, 1), (3, 5), 1, backend="aten").zero_()
+    soft_split(x, 1, backend=backend).zero_()
+    soft_composition(soft_split(x, 1), (3, 5), 1, backend=backend).zero_()
     assert torch.equal(x, before)

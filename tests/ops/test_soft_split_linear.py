@@ -13,7 +13,7 @@ from t2t_fast.ops.spec import square
 from t2t_fast.testing import DTYPES, errors, natural_images
 
 
-def relative_to_spread(offset, channels, kernel, stride, padding, dtype):
+def relative_to_spread(offset, channels, kernel, stride, padding, dtype, backend):
     """Error of y on patches with a common offset of so many standard deviations, against float64 on the same input."""
     generator = torch.Generator().manual_seed(0)
     columns = channels * kernel**2
@@ -29,7 +29,7 @@ def relative_to_spread(offset, channels, kernel, stride, padding, dtype):
     wide = {name: p.double() for name, p in parameters.items()}
     expected = soft_split_linear(x.double(), **wide, **window, backend="reference")
     # Border patches hold zeros beside the offset: their spread is the offset itself. Look at the inner ones.
-    out = soft_split_linear(x, **parameters, **window, backend="aten")
+    out = soft_split_linear(x, **parameters, **window, backend=backend)
     return errors(out, expected)
 
 
@@ -48,9 +48,9 @@ def relative_to_spread(offset, channels, kernel, stride, padding, dtype):
         (torch.float16, 100, 2e-3),
     ],
 )
-def test_large_common_offset(channels, kernel, stride, padding, dtype, offset, allowed):
+def test_large_common_offset(channels, kernel, stride, padding, dtype, offset, allowed, fused):
     """float32 loses no more digits than the offset itself costs; half precision loses none beside the input's."""
-    whole, row = relative_to_spread(offset, channels, kernel, stride, padding, dtype)
+    whole, row = relative_to_spread(offset, channels, kernel, stride, padding, dtype, fused)
     assert whole <= allowed and row <= 8 * allowed
 
 
@@ -69,11 +69,11 @@ def test_statistics_survive_an_offset(channels, window, offset):
 
 
 @pytest.mark.parametrize(("white", "allowed"), [(2.6, 1e-4), (255.0, 1e-2)], ids=["normalised", "bytes"])
-def test_flat_white_image(white, allowed):
+def test_flat_white_image(white, allowed, fused):
     """Variance 0: the bias alone, up to the rounding of one dot product times LayerNorm's largest factor, 316."""
     x = torch.full((1, 3, 32, 32), white)
     weight, bias = 0.02 * torch.randn(8, 147), torch.randn(8)
-    out = soft_split_linear(x, weight, bias, 7, 4, 0, norm_eps=1e-5, backend="aten")
+    out = soft_split_linear(x, weight, bias, 7, 4, 0, norm_eps=1e-5, backend=fused)
     torch.testing.assert_close(out, bias.expand_as(out), rtol=0, atol=allowed)
 
 
@@ -86,29 +86,29 @@ def test_row_sums_come_from_the_rounded_weight(dtype):
     assert rows.abs().max() > 0, "rounding must leave something to subtract, or this test shows nothing"
 
 
-def test_padding_counts_in_the_statistics():
+def test_padding_counts_in_the_statistics(fused):
     """A border token against unfold, LayerNorm and Linear."""
     x = natural_images(1, 3, 16, 16)
     weight = torch.randn(4, 147)
-    out = soft_split_linear(x, weight, None, 7, 4, 2, norm_eps=1e-5, backend="aten")
+    out = soft_split_linear(x, weight, None, 7, 4, 2, norm_eps=1e-5, backend=fused)
     tokens = F.unfold(x, 7, stride=4, padding=2).transpose(1, 2)
     expected = F.linear(F.layer_norm(tokens, (147,)), weight)
     torch.testing.assert_close(out[:, 0], expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_result_does_not_depend_on_the_batch(dtype):
+def test_result_does_not_depend_on_the_batch(dtype, fused):
     x = natural_images(3, 3, 32, 32).to(dtype)
     weight = torch.randn(8, 147).to(dtype)
-    together = soft_split_linear(x, weight, None, 7, 4, 2, norm_eps=1e-5, backend="aten")
+    together = soft_split_linear(x, weight, None, 7, 4, 2, norm_eps=1e-5, backend=fused)
     alone = torch.cat(
-        [soft_split_linear(each, weight, None, 7, 4, 2, norm_eps=1e-5, backend="aten") for each in x.split(1)]
+        [soft_split_linear(each, weight, None, 7, 4, 2, norm_eps=1e-5, backend=fused) for each in x.split(1)]
     )
     assert errors(together, alone)[1] <= {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 2e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_weight_gradient_of_flat_bright_patches(channels):
+def test_weight_gradient_of_flat_bright_patches(channels, fused):
     """Half of the image is flat and bright, and the gradient is the same for all tokens, so nothing averages out.
 
     Subtracting the means from the convolution's weight gradient loses three digits here; eager PyTorch loses none.
@@ -132,7 +132,7 @@ def test_weight_gradient_of_flat_bright_patches(channels):
         return {name: p.grad for name, p in leaves.items()}
 
     exact = gradients("reference", torch.float64)
-    for name, gradient in gradients("aten", torch.float32).items():
+    for name, gradient in gradients(fused, torch.float32).items():
         assert errors(gradient, exact[name])[0] <= 6e-6, name
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2t_fast.functional import performer_block, token_mlp
+from t2t_fast.functional import performer_layer, token_mlp
 from t2t_fast.ops.philox import _lanes, keep_masks, philox
 from t2t_fast.testing import CASES
 
@@ -69,7 +69,7 @@ def test_masks_of_nothing():
     assert first.shape == second.shape == (0, 5)
 
 
-@pytest.mark.parametrize(("op", "name"), [("token_mlp", "dropout"), ("performer_block", "dropout")])
+@pytest.mark.parametrize(("op", "name"), [("token_mlp", "dropout"), ("performer_layer", "dropout")])
 def test_backends_draw_the_same_masks(op, name):
     case = next(c for c in CASES[op]() if c.name == name)
     torch.testing.assert_close(case.run("aten"), case.run("reference"), rtol=1e-4, atol=1e-5)
@@ -77,7 +77,7 @@ def test_backends_draw_the_same_masks(op, name):
     assert not torch.allclose(case.run("aten"), case.call(**case.tensors, **dropped), atol=1e-2)
 
 
-@pytest.mark.parametrize("call", [token_mlp, performer_block], ids=["token_mlp", "performer_block"])
+@pytest.mark.parametrize("call", [token_mlp, performer_layer], ids=["token_mlp", "performer_layer"])
 def test_seed_follows_the_global_generator(call):
     case = next(c for c in CASES[call.__name__]() if c.name == "dropout")
     tensors = {name: t for name, t in case.tensors.items() if name != "seed"}

@@ -51,10 +51,10 @@ def made_run():
     model = dict(level="model", subject="t2t_vit_7", group="model-t2t_vit_7-224px-b8-fp32-inference")
     return [
         made_row("upstream", [0.1, 0.1, 0.1]),
-        made_row("t2t_fast", [0.05, 0.05, 0.05]),
+        made_row("t2t_fast", [0.025, 0.025, 0.025]),
         made_row("t2t_fast-compiled", [0.2, 0.2, 0.2]),
         made_row("upstream", [0.1, 0.1, 0.1], group=training, mode="training", saved=160e6, gradient_error=1e-5),
-        made_row("t2t_fast", [0.1, 0.1, 0.1], group=training, mode="training", saved=32e6, gradient_error=1e-5),
+        made_row("t2t_fast", [0.1, 0.1, 0.1], group=training, mode="training", saved=16e6, gradient_error=1e-5),
         made_row("upstream", [0.1, 0.1, 0.1], **model, front_end_share=0.25, amdahl_limit=4 / 3),
         made_row("t2t_fast", [0.09, 0.09, 0.09], **model, front_end_share=0.25, amdahl_limit=4 / 3),
     ]

@@ -2,7 +2,7 @@
 
 from ...backends import Implementation, always
 from ..library import define
-from . import aten_impl, reference
+from . import aten_impl, native_impl, reference
 
 
 def _autocast(call, dtype, q, k, v, w, eps):
@@ -14,12 +14,12 @@ performer_attention = define(
     "performer_attention",
     "Tensor q, Tensor k, Tensor v, Tensor w, float eps",
     implementations={
+        "native": Implementation(native_impl.forward, native_impl.supports),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },
     absent={
         "triton": "no Triton kernel in this version",
-        "native": "no native kernel in this version",
     },
     autocast=_autocast,
 )

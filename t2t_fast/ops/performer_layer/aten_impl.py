@@ -1,4 +1,4 @@
-"""A Performer layer after its ``kqv`` Linear as one operator: the attention's output is recomputed, never saved.
+"""A Performer layer: ``soft_split_linear``, then all after ``kqv`` in one, its attention computed again, never saved.
 
 Backward walks the queries once for both: it rebuilds the attention output for the tail and, with the tail's gradient
 of it, makes the attention's own query pass. The gradients of k, q and v are written side by side into one tensor.
@@ -9,6 +9,7 @@ import torch
 
 from ..library import accumulation_dtype, first_order, wants_gradient
 from ..performer_attention import aten_impl as attention
+from ..soft_split_linear import aten_impl as split
 from ..token_mlp.aten_impl import Options, Tail, run, run_backward
 
 
@@ -62,7 +63,16 @@ class PerformerBlock(torch.autograd.Function):
 
 
 def forward(
-    kqv,
+    x,
+    kqv_weight,
+    kqv_bias,
+    norm1_weight,
+    norm1_bias,
+    norm1_eps,
+    kernel,
+    stride,
+    padding,
+    dtype,
     w,
     eps,
     proj_weight,
@@ -78,6 +88,7 @@ def forward(
     mlp_drop,
     seed,
 ):
+    kqv = split.forward(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding).to(dtype)
     tail = Tail(proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     options = Options(norm_eps, proj_drop, mlp_drop)
     if wants_gradient(kqv, w, *tail):

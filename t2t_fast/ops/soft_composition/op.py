@@ -2,18 +2,16 @@
 
 from ...backends import Implementation, always
 from ..library import define
-from . import aten_impl, reference
+from . import aten_impl, native_impl, reference
 
 soft_composition = define(
     "soft_composition",
     "Tensor tokens, int[2] size, int[2] kernel, int[2] stride, int[2] padding",
     implementations={
+        "native": Implementation(native_impl.forward, native_impl.supports),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },
-    absent={
-        "triton": "no Triton kernel planned: the native one will serve CUDA",
-        "native": "no native kernel in this version",
-    },
+    absent={"triton": "no Triton kernel planned: the native one serves CUDA"},
     autocast=lambda call, dtype, *args: call(*args),
 )

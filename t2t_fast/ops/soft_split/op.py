@@ -2,18 +2,18 @@
 
 from ...backends import Implementation, always
 from ..library import define
-from . import aten_impl, reference
+from . import aten_impl, native_impl, reference
 
 soft_split = define(
     "soft_split",
     "Tensor x, int[2] kernel, int[2] stride, int[2] padding",
     implementations={
+        "native": Implementation(native_impl.forward, native_impl.supports),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },
     absent={
         "triton": "no Triton kernel planned: where the split feeds a Linear, soft_split_linear never forms its tokens",
-        "native": "no native kernel in this version",
     },
     # A copy: it keeps the dtype it is given, as nn.Unfold does under autocast.
     autocast=lambda call, dtype, *args: call(*args),

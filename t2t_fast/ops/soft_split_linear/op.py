@@ -2,7 +2,7 @@
 
 from ...backends import Implementation, always
 from ..library import define
-from . import aten_impl, reference
+from . import aten_impl, native_impl, reference
 
 
 def _autocast(call, dtype, x, weight, bias, norm_weight, norm_bias, norm_eps, *window):
@@ -21,12 +21,12 @@ soft_split_linear = define(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, "
     "int[2] kernel, int[2] stride, int[2] padding",
     implementations={
+        "native": Implementation(native_impl.forward, native_impl.supports),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },
     absent={
         "triton": "no Triton kernel in this version",
-        "native": "no native kernel planned: the aten form's convolution is the fast one on a CPU",
     },
     autocast=_autocast,
 )

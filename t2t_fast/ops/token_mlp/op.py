@@ -2,7 +2,7 @@
 
 from ...backends import Implementation, always
 from ..library import define
-from . import aten_impl, reference
+from . import aten_impl, native_impl, reference
 
 SIGNATURE = (
     "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
@@ -14,12 +14,12 @@ token_mlp = define(
     "token_mlp",
     "Tensor y, Tensor v, " + SIGNATURE,
     implementations={
+        "native": Implementation(native_impl.forward, native_impl.supports),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },
     absent={
         "triton": "no Triton kernel in this version",
-        "native": "no native kernel in this version",
     },
     autocast=lambda call, dtype, y, v, *rest: call(y.to(dtype), v.to(dtype), *rest),
 )

@@ -1,0 +1,69 @@
+// float16 and bfloat16 as bits, to and from float, rounded to nearest even: integer arithmetic that any compiler
+// vectorises, so no instruction set is asked for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace t2t_fast {
+
+struct Float16 {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float float_from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+
+inline float widen(BFloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
+
+inline float widen(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  // The product moves the exponent's bias from 15 to 127 and is exact for subnormal numbers too; infinity and NaN
+  // would become 2^16 and above, so their exponent is filled again.
+  const uint32_t finite = bits_of(float_from_bits(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
+  return float_from_bits(sign | finite | special);
+}
+
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(double value, double& out) { out = value; }
+
+inline void narrow(float value, BFloat16& out) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+inline void narrow(float value, Float16& out) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // A normal result: the bias moves from 127 to 15; the carry of the rounding may reach the exponent, up to infinity.
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // A subnormal one: adding 0.5 leaves it, rounded by the addition, in the low bits.
+  const uint32_t subnormal = bits_of(float_from_bits(magnitude) + 0.5f) - bits_of(0.5f);
+  uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
+  result = magnitude >= 0x47800000u ? 0x7c00u : result;  // 65536 and above
+  result = magnitude > 0x7f800000u ? 0x7e00u | ((magnitude >> 13) & 0x1ffu) : result;
+  out.bits = static_cast<uint16_t>(sign | result);
+}
+
+}  // namespace t2t_fast

@@ -1,0 +1,93 @@
+// Memory that is about to be touched for the first time, all of it: the touch of a fresh page costs more than the
+// arithmetic on it (2 GB/s in pages of 4 KB on a virtual machine, 11 GB/s in huge ones, 28 GB/s once it is there).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace t2t_fast {
+
+constexpr std::size_t HUGE_PAGE = std::size_t{2} << 20;
+
+// Asks the system for huge pages under [data, data + bytes). Nothing else changes, so a refusal is ignored.
+inline void expect_full_use(void* data, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Uninitialised blocks for the length of a call. The process keeps up to LIMIT bytes of those that were given back, so
+// that the next call finds pages that are there.
+class Scratch {
+ public:
+  struct Block {
+    void* data;
+    std::size_t bytes;
+  };
+
+  static Block take(std::size_t bytes) {
+    Scratch& scratch = process();
+    {
+      const std::lock_guard<std::mutex> guard(scratch.mutex_);
+      auto best = scratch.kept_.end();
+      for (auto block = scratch.kept_.begin(); block != scratch.kept_.end(); ++block) {
+        const bool fits = block->bytes >= bytes && block->bytes / 2 <= bytes;
+        if (fits && (best == scratch.kept_.end() || block->bytes < best->bytes)) best = block;
+      }
+      if (best != scratch.kept_.end()) {
+        const Block found = *best;
+        scratch.kept_.erase(best);
+        scratch.held_ -= found.bytes;
+        return found;
+      }
+    }
+    const std::size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+    const std::size_t size = (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
+    void* data = std::aligned_alloc(alignment, size);
+    if (data == nullptr) throw std::bad_alloc();
+    expect_full_use(data, size);
+    return {data, size};
+  }
+
+  static void give_back(Block block) {
+    Scratch& scratch = process();
+    {
+      const std::lock_guard<std::mutex> guard(scratch.mutex_);
+      if (scratch.held_ + block.bytes <= LIMIT && scratch.kept_.size() < scratch.kept_.capacity()) {
+        scratch.kept_.push_back(block);
+        scratch.held_ += block.bytes;
+        return;
+      }
+    }
+    std::free(block.data);
+  }
+
+ private:
+  static constexpr std::size_t LIMIT = std::size_t{64} << 20;
+
+  Scratch() { kept_.reserve(1024); }  // giving back must not allocate
+
+  static Scratch& process() {
+    static Scratch* const scratch = new Scratch;  // never destroyed: threads may outlive static objects
+    return *scratch;
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> kept_;
+  std::size_t held_ = 0;
+};
+
+}  // namespace t2t_fast

@@ -1,0 +1,276 @@
+// Performer attention in log space, one tile of tokens at a time. Included once per instruction set (see isa.h).
+//
+// With a_i(x) = w_i x - |x|^2 / 2 (formulas: docs/math.md, section 2):
+//   keys     lz_i = logsumexp_t a_i(k_t)              S_i = sum_t softmax_t(a_i(k_t)) v_t
+//   queries  p~_i = exp(w_i q_t + lz_i - top)         y_t = p~ S / (sum_i p~_i + m eps exp(|q_t|^2 / 2 - top))
+// The last term of the denominator is what eps amounts to in log space; the gate g is sum p~ over the denominator.
+// NaN and infinity in a token stay in its sequence.
+
+struct Features {
+  const Performer& performer;
+  int64_t width, wide, count, wide_count;
+  Buffer rows;     // w (count, wide): the right operand of gradients
+  Buffer columns;  // w transposed, packed: the right operand of scores
+  float log_gate;  // ln(m eps)
+
+  explicit Features(const Performer& performer_)
+      : performer(performer_),
+        width(performer.width),
+        wide(padded(width)),
+        count(performer.features),
+        wide_count(padded(count)),
+        rows(count * wide),
+        columns(packed_size(width, count)),
+        log_gate(static_cast<float>(std::log(performer.features * performer.eps))) {
+    for (int64_t i = 0; i < count; ++i) pad_vector(rows + i * wide, performer.w + i * width, width);
+    pack_right(columns, width, count, rows, 1, wide);
+  }
+
+  // w x of every token and feature, (tokens, wide_count).
+  void scores(Rows x, int64_t tokens, float* out) const {
+    gemm(tokens, count, width, x.left(), panels_of(columns, width), out, wide_count);
+  }
+};
+
+inline float half_square_norm(const float* x, int64_t wide) {
+  Vec total{};
+  for (int64_t i = 0; i < wide; i += LANES) total += load(x + i) * load(x + i);
+  return sum(total) * 0.5f;
+}
+
+// What keys have left behind so far: per feature the largest score, the sum of exp(score - top) and of that times v.
+struct KeySums {
+  int64_t wide, wide_count;
+  Buffer top, total, state;  // (wide_count), (wide_count), (count, wide)
+
+  explicit KeySums(const Features& f)
+      : wide(f.wide), wide_count(f.wide_count), top(f.wide_count), total(f.wide_count), state(f.count * f.wide) {}
+
+  void reset(const Features& f) {
+    for (int64_t i = 0; i < wide_count; ++i) top[i] = -INFINITY;
+    clear(total, wide_count);
+    clear(state, f.count * wide);
+  }
+};
+
+// Adds a tile of keys and values. `scores` is scratch of (tokens, wide_count).
+inline void add_keys(const Features& f, Rows k, Rows v, int64_t tokens, float* scores, KeySums& sums) {
+  f.scores(k, tokens, scores);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float shift = half_square_norm(k.at(t), f.wide);
+    float* row = scores + t * f.wide_count;
+    for (int64_t i = 0; i < f.wide_count; i += LANES) store(row + i, load(row + i) - shift);
+  }
+  for (int64_t i = 0; i < f.wide_count; i += LANES) {
+    const Vec before = load(sums.top + i);
+    Vec top = before;
+    for (int64_t t = 0; t < tokens; ++t) top = larger(load(scores + t * f.wide_count + i), top);
+    Vec total{};
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* at = scores + t * f.wide_count + i;
+      const Vec weight = exponential(load(at) - top);
+      store(at, weight);
+      total += weight;
+    }
+    const Vec fade = exponential(before - top);
+    store(sums.total + i, load(sums.total + i) * fade + total);
+    store(sums.top + i, top);
+    for (int64_t lane = 0; lane < LANES && i + lane < f.count; ++lane) {
+      if (fade[lane] == 1) continue;
+      float* row = sums.state + (i + lane) * f.wide;
+      for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * fade[lane]);
+    }
+  }
+  gemm(f.count, f.width, tokens, {scores, 1, f.wide_count}, {v.data, v.row, PANEL}, sums.state, f.wide, nullptr, true);
+}
+
+// The keys of a whole sequence as the queries see them.
+struct KeyView {
+  Buffer lz;         // (wide_count), -infinity in the padding
+  Buffer state;      // S (count, wide)
+  Buffer transposed; // S transposed, packed: the right operand of gradients
+
+  explicit KeyView(const Features& f)
+      : lz(f.wide_count), state(f.count * f.wide), transposed(packed_size(f.width, f.count)) {
+    for (int64_t i = 0; i < f.wide_count; ++i) lz[i] = -INFINITY;
+  }
+
+  // From the sums of all parts of a sequence, merged in their order.
+  void merge(const Features& f, const std::vector<std::unique_ptr<KeySums>>& parts, int64_t first, int64_t number) {
+    for (int64_t i = 0; i < f.count; ++i) {
+      float top = parts[first]->top[i];
+      for (int64_t p = 1; p < number; ++p) {
+        const float other = parts[first + p]->top[i];
+        top = top < other || other != other ? other : top;
+      }
+      float total = 0;
+      float* row = state + i * f.wide;
+      clear(row, f.wide);
+      for (int64_t p = 0; p < number; ++p) {
+        const KeySums& part = *parts[first + p];
+        if (part.total[i] == 0) continue;  // a part without tokens
+        const float weight = std::exp(part.top[i] - top);
+        total += weight * part.total[i];
+        const float* from = part.state + i * f.wide;
+        for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) + load(from + c) * weight);
+      }
+      lz[i] = top + std::log(total);
+      for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) / total);
+    }
+  }
+
+  void read(const Features& f, const KeyState& saved, int64_t image) {
+    std::memcpy(lz, saved.lz + image * f.count, f.count * sizeof(float));
+    for (int64_t i = 0; i < f.count; ++i)
+      pad_vector(state + i * f.wide, saved.state + (image * f.count + i) * f.width, f.width);
+    pack_right(transposed, f.width, f.count, state, 1, f.wide);
+  }
+
+  void write(const Features& f, const KeyState& saved, int64_t image) const {
+    std::memcpy(saved.lz + image * f.count, lz, f.count * sizeof(float));
+    copy_rows(saved.state + image * f.count * f.width, f.width, state, f.wide, f.width, f.count);
+  }
+};
+
+// Scratch for a tile of queries.
+struct QueryScratch {
+  Buffer p, along, gate, y;  // (TILE, wide_count), the same, (TILE), (TILE, wide)
+
+  explicit QueryScratch(const Features& f)
+      : p(TILE * f.wide_count), along(TILE * f.wide_count), gate(TILE), y(TILE * f.wide) {}
+};
+
+// The attention's output of a tile to s.y; leaves the softmax over features in s.p and the gate in s.gate.
+inline void attend(const Features& f, const KeyView& keys, Rows q, int64_t tokens, QueryScratch& s) {
+  f.scores(q, tokens, s.p);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = s.p + t * f.wide_count;
+    Vec most = load(row) + load(keys.lz);
+    for (int64_t i = 0; i < f.wide_count; i += LANES) {
+      const Vec score = load(row + i) + load(keys.lz + i);
+      store(row + i, score);
+      most = larger(score, most);
+    }
+    const float top = largest(most);
+    Vec total{};
+    for (int64_t i = 0; i < f.wide_count; i += LANES) {
+      const Vec weight = exponential(load(row + i) - top);
+      store(row + i, weight);
+      total += weight;
+    }
+    const float weights = sum(total);
+    const float scale = 1 / weights;
+    for (int64_t i = 0; i < f.wide_count; i += LANES) store(row + i, load(row + i) * scale);
+    const float closed =
+        f.performer.eps > 0 ? exponential(splat(half_square_norm(q.at(t), f.wide) - top + f.log_gate))[0] : 0;
+    s.gate[t] = weights / (weights + closed);
+  }
+  gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(keys.state, f.wide), s.y, f.wide);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = s.y + t * f.wide;
+    for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * s.gate[t]);
+  }
+}
+
+// What a part of the queries leaves behind for the keys' backward, and w's gradient.
+struct QuerySums {
+  Buffer d_state, d_lz, d_w;  // (count, wide), (wide_count), (count, wide)
+
+  explicit QuerySums(const Features& f) : d_state(f.count * f.wide), d_lz(f.wide_count), d_w(f.count * f.wide) {
+    clear(d_w, f.count * f.wide);
+  }
+
+  void reset(const Features& f) {
+    clear(d_state, f.count * f.wide);
+    clear(d_lz, f.wide_count);
+  }
+};
+
+// Backward of attend() for a tile: d_y (tokens, wide) is replaced by d_y times the gate; d_q (tokens, wide).
+inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int64_t tokens, float* d_y, bool need_w,
+                            QueryScratch& s, QuerySums& sums, float* d_q) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = d_y + t * f.wide;
+    for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * s.gate[t]);
+  }
+  gemm(tokens, f.count, f.width, {d_y, f.wide, 1}, panels_of(keys.transposed, f.width), s.along, f.wide_count);
+  gemm(f.count, f.width, tokens, {s.p, 1, f.wide_count}, rows_of(d_y, f.wide), sums.d_state, f.wide, nullptr, true);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* p = s.p + t * f.wide_count;
+    float* row = s.along + t * f.wide_count;
+    Vec product{};
+    for (int64_t i = 0; i < f.wide_count; i += LANES) product += load(p + i) * load(row + i);
+    const float delta = sum(product);
+    const float d_lse = delta * (1 - s.gate[t]);
+    for (int64_t i = 0; i < f.wide_count; i += LANES) store(row + i, load(p + i) * (load(row + i) - delta + d_lse));
+    s.gate[t] = d_lse;  // the gate itself is not needed any more
+  }
+  add_row_sum(sums.d_lz, {s.along, f.wide_count}, tokens, f.count);
+  if (need_w) {
+    gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, {q.data, q.row, PANEL}, sums.d_w, f.wide, nullptr,
+         true);
+  }
+  gemm(tokens, f.width, f.count, {s.along, f.wide_count, 1}, rows_of(f.rows, f.wide), d_q, f.wide);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = d_q + t * f.wide;
+    for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) - load(q.at(t) + c) * s.gate[t]);
+  }
+}
+
+// What the keys' backward needs of all queries: dS, packed twice, and dS_i . S_i - dlz_i per feature.
+struct KeyGradient {
+  Buffer rows, transposed, shift;
+
+  explicit KeyGradient(const Features& f)
+      : rows(f.count * f.wide), transposed(packed_size(f.width, f.count)), shift(f.wide_count) {
+    clear(shift, f.wide_count);
+  }
+
+  void merge(const Features& f, const KeyView& keys, const std::vector<std::unique_ptr<QuerySums>>& parts,
+             int64_t first, int64_t number) {
+    clear(rows, f.count * f.wide);
+    for (int64_t p = 0; p < number; ++p) accumulate(rows, parts[first + p]->d_state, f.count * f.wide);
+    pack_right(transposed, f.width, f.count, rows, 1, f.wide);
+    for (int64_t i = 0; i < f.count; ++i) {
+      Vec product{};
+      for (int64_t c = 0; c < f.wide; c += LANES)
+        product += load(rows + i * f.wide + c) * load(keys.state + i * f.wide + c);
+      float d_lz = 0;
+      for (int64_t p = 0; p < number; ++p) d_lz += parts[first + p]->d_lz[i];
+      shift[i] = sum(product) - d_lz;
+    }
+  }
+};
+
+// Backward of a tile of keys: d_k (tokens, wide), and the attention's share added to d_v (tokens, wide).
+inline void keys_backward(const Features& f, const KeyView& keys, const KeyGradient& gradient, Rows k, Rows v,
+                          int64_t tokens, bool need_w, QueryScratch& s, QuerySums& sums, float* d_k, float* d_v) {
+  f.scores(k, tokens, s.p);
+  gemm(tokens, f.count, f.width, v.left(), panels_of(gradient.transposed, f.width), s.along, f.wide_count);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* p = s.p + t * f.wide_count;
+    float* row = s.along + t * f.wide_count;
+    const float norm = half_square_norm(k.at(t), f.wide);
+    Vec total{};
+    for (int64_t i = 0; i < f.wide_count; i += LANES) {
+      // the padding: lz is -infinity there, so its place is taken by +infinity to make the weight 0
+      const Vec lz = load(keys.lz + i);
+      const Vec weight = exponential(load(p + i) - norm - (lz == -INFINITY ? splat(INFINITY) : lz));
+      const Vec d_a = weight * (load(row + i) - load(gradient.shift + i));
+      store(p + i, weight);
+      store(row + i, d_a);
+      total += d_a;
+    }
+    s.gate[t] = sum(total);
+  }
+  gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(gradient.rows, f.wide), d_v, f.wide, nullptr, true);
+  if (need_w) {
+    gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, {k.data, k.row, PANEL}, sums.d_w, f.wide, nullptr,
+         true);
+  }
+  gemm(tokens, f.width, f.count, {s.along, f.wide_count, 1}, rows_of(f.rows, f.wide), d_k, f.wide);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = d_k + t * f.wide;
+    for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) - load(k.at(t) + c) * s.gate[t]);
+  }
+}

@@ -1,0 +1,158 @@
+// Soft split, LayerNorm and Linear, one tile of tokens at a time. Included once per instruction set (see isa.h).
+//
+// The unfolded tile lies in the cache and is normalised there before the product, so no correction for a large common
+// offset is needed afterwards, and backward has the normalised rows for the weight's gradient.
+
+// LayerNorm's affine part folded into the Linear: y = weight xhat + bias, columns in the order of the packed rows.
+struct FoldedLinear {
+  const Split& split;
+  const NormLinear& linear;
+  int64_t inputs, wide_inputs, outputs;
+  Buffer rows;    // (outputs, wide_inputs): the right operand of the input's gradient
+  Buffer panels;  // the same, packed transposed: the right operand of the forward product
+  Buffer bias;    // padded(outputs)
+  IntVec last;
+
+  FoldedLinear(const Workers& workers, const Split& split_, const NormLinear& linear_)
+      : split(split_),
+        linear(linear_),
+        inputs(linear.inputs),
+        wide_inputs(padded(inputs)),
+        outputs(linear.outputs),
+        rows(outputs * wide_inputs),
+        panels(packed_size(inputs, outputs)),
+        bias(padded(outputs)),
+        last(last_lanes(inputs)) {
+    pad_vector(bias, linear.bias, outputs);
+    run(workers, workers.count, [&](int64_t slot) {
+      for (int64_t o = outputs * slot / workers.count; o < outputs * (slot + 1) / workers.count; ++o) fold_row(o);
+    });
+    const int64_t count = (outputs + PANEL - 1) / PANEL;
+    run(workers, workers.count, [&](int64_t slot) {
+      pack_right(panels, inputs, outputs, rows, 1, wide_inputs, count * slot / workers.count,
+                 count * (slot + 1) / workers.count);
+    });
+  }
+
+  void fold_row(int64_t o) {
+    const float* from = linear.weight + o * inputs;
+    float* to = rows + o * wide_inputs;
+    if (linear.norm_bias) bias[o] += dot(from, linear.norm_bias, inputs);
+    const int64_t taps = tap_major(split) ? split.taps() : 1, channels = inputs / taps;
+    if (linear.norm_weight) {
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t c = 0, column = tap; c < channels; ++c, column += taps)
+          to[tap * channels + c] = from[column] * linear.norm_weight[column];
+    } else {
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t c = 0, column = tap; c < channels; ++c, column += taps) to[tap * channels + c] = from[column];
+    }
+    for (int64_t i = inputs; i < wide_inputs; ++i) to[i] = 0;
+  }
+
+  // Unfolds and normalises tokens of an image into `patches` (count, wide_inputs); `rstd` per token unless null.
+  void patches(int64_t image, int64_t first, int64_t count, float* to, float* rstd) const {
+    // A few rows at a time: still in the nearest cache when they are normalised, but no longer on their way to it.
+    constexpr int64_t few = 8;
+    for (int64_t begin = 0; begin < count; begin += few) {
+      const int64_t end = std::min(begin + few, count);
+      for (int64_t r = begin; r < end; ++r) pack_patch(split, image, first + r, to + r * wide_inputs);
+      if (!linear.norm) continue;
+      for (int64_t r = begin; r < end; ++r) {
+        const float found = normalise(to + r * wide_inputs, inputs, linear.norm_eps, last);
+        if (rstd) rstd[r] = found;
+      }
+    }
+  }
+
+  // out (count, outputs) in rows of out_row floats; the tile's last register must fit into a row (see tokens()).
+  void product(const float* tile, int64_t count, float* out, int64_t out_row) const {
+    gemm(count, outputs, inputs, {tile, wide_inputs, 1}, panels_of(panels, inputs), out, out_row, bias);
+  }
+
+  // Tokens [begin, end) of an image to out + token * out_row.
+  void tokens(int64_t image, int64_t begin, int64_t end, float* tile, float* spare, float* out,
+              int64_t out_row) const {
+    for_tiles(begin, end, [&](int64_t first, int64_t count) {
+      patches(image, first, count, tile, nullptr);
+      if (outputs % LANES == 0) return product(tile, count, out + first * out_row, out_row);
+      product(tile, count, spare, padded(outputs));
+      copy_rows(out + first * out_row, out_row, spare, padded(outputs), outputs, count);
+    });
+  }
+};
+
+// One worker's sums of gradients over its tokens, columns in the order of the packed rows.
+struct LinearSums {
+  Buffer products;  // (outputs, wide_inputs): sum over tokens of G xhat^T
+  Buffer total;     // padded(outputs): sum of G
+
+  explicit LinearSums(const FoldedLinear& folded)
+      : products(folded.outputs * folded.wide_inputs), total(padded(folded.outputs)) {
+    clear(products, folded.outputs * folded.wide_inputs);
+    clear(total, padded(folded.outputs));
+  }
+};
+
+// A worker's scratch for linear_backward.
+struct LinearScratch {
+  Buffer tile, d_tile, grad, rstd;
+
+  explicit LinearScratch(const FoldedLinear& folded, bool image_gradient)
+      : tile(TILE * folded.wide_inputs),
+        d_tile(image_gradient ? TILE * folded.wide_inputs : 0),
+        grad(TILE * padded(folded.outputs)),
+        rstd(TILE) {}
+};
+
+// LayerNorm's backward for a row, in place on g: rstd (g - mean g - xhat mean(g xhat)); the padding of g is zero.
+inline void normalise_backward(float* g, const float* xhat, int64_t width, float rstd) {
+  const int64_t wide = padded(width);
+  Vec total{}, along{};
+  for (int64_t i = 0; i < wide; i += LANES) {
+    total += load(g + i);
+    along += load(g + i) * load(xhat + i);
+  }
+  const float mean = sum(total) / width, slope = sum(along) / width;
+  for (int64_t i = 0; i < wide; i += LANES) store(g + i, (load(g + i) - mean - load(xhat + i) * slope) * rstd);
+}
+
+// Backward of one image's part: adds its own tokens to `sums`, and writes its own rows of the image's gradient, for
+// which it also visits the tokens of its neighbours that reach into them.
+inline void linear_backward(const FoldedLinear& folded, const Span& span, const float* grad, int64_t grad_row,
+                            bool weights, const Image<float*>& d_image, LinearSums& sums, LinearScratch& scratch) {
+  const Split& split = folded.split;
+  const int64_t wide = folded.wide_inputs, across = split.columns.tokens;
+  const auto visit = [&](int64_t begin, int64_t end, bool own, int64_t row_begin, int64_t row_end) {
+    for_tiles(begin, end, [&](int64_t first, int64_t count) {
+      const Rows g = padded_rows(grad + first * grad_row, grad_row, folded.outputs, count, scratch.grad);
+      folded.patches(span.image, first, count, scratch.tile, scratch.rstd);
+      if (own) {
+        add_row_sum(sums.total, g, count, folded.outputs);
+        if (weights) {
+          gemm(folded.outputs, folded.inputs, count, {g.data, 1, g.row}, rows_of(scratch.tile, wide), sums.products,
+               wide, nullptr, true);
+        }
+      }
+      if (row_begin >= row_end) return;
+      gemm(count, folded.inputs, folded.outputs, g.left(), rows_of(folded.rows, wide), scratch.d_tile, wide);
+      float* image = d_image.data + span.image * d_image.batch_stride;
+      for (int64_t r = 0; r < count; ++r) {
+        float* row = scratch.d_tile + r * wide;
+        if (folded.linear.norm) normalise_backward(row, scratch.tile + r * wide, folded.inputs, scratch.rstd[r]);
+        fold_patch(split, row, first + r, image, d_image, row_begin, row_end);
+      }
+    });
+  };
+  if (d_image.data == nullptr) return visit(span.begin, span.end, true, 0, 0);
+  const int64_t part = span.slot - span.first_slot;
+  const int64_t row_begin = split.rows.pixels * part / span.slots;
+  const int64_t row_end = split.rows.pixels * (part + 1) / span.slots;
+  if (row_begin >= row_end) return visit(span.begin, span.end, true, 0, 0);
+  clear_rows(split, d_image, span.image, row_begin, row_end);
+  const int64_t begin = first_token<int64_t>(split.rows, row_begin) * across;
+  const int64_t end = (last_token<int64_t>(split.rows, row_end - 1) + 1) * across;
+  visit(begin, std::min(end, span.begin), false, row_begin, row_end);
+  visit(span.begin, span.end, true, row_begin, row_end);
+  visit(std::max(begin, span.end), end, false, row_begin, row_end);
+}

@@ -1,0 +1,41 @@
+// The library t2t_fast._ops: schemas of the native operators. Python defines their fakes and gradients and checks their
+// arguments (t2t_fast/functional.py); cpu/ and cuda/ register the kernels.
+// Written against LibTorch's stable ABI, so one build serves every torch from 2.11 on.
+#include <torch/csrc/stable/library.h>
+
+#define T2T_FAST_WINDOW "int[] kernel, int[] stride, int[] padding"
+#define T2T_FAST_LINEAR "Tensor weight, Tensor? bias, Tensor? norm1_weight, Tensor? norm1_bias, float? norm1_eps, "
+#define T2T_FAST_TAIL                                                                                  \
+  "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "    \
+  "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, float proj_drop, float mlp_drop, " \
+  "Tensor? seed"
+#define T2T_FAST_LAYER "Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW ", Tensor w, float eps, " T2T_FAST_TAIL
+
+STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
+  library.def("soft_split(Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor");
+  // The image is contiguous in channels-last memory if so asked, else in the order (B, C, H, W).
+  library.def(
+      "soft_composition(Tensor tokens, int[] size, int[] kernel, int[] stride, int[] padding, bool channels_last) "
+      "-> Tensor");
+  library.def("fused_fold_unfold(Tensor tokens, int[] size, int[] kernel, int[] stride, int[] padding) -> Tensor");
+  // A backward gives its gradients in the order of the forward's tensors; an empty one was not wanted, or belongs to a
+  // parameter that is missing. An image's gradient comes in the memory order of the image: (B, H, W, C) where channels
+  // are adjacent.
+  library.def("soft_split_linear(Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW ") -> Tensor");
+  library.def("soft_split_linear_backward(Tensor grad, Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW
+              ", bool need_image, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Also the key state lz and S that backward needs.
+  library.def("performer_attention(Tensor q, Tensor k, Tensor v, Tensor w, float eps) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "performer_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor w, float eps, Tensor lz, "
+      "Tensor state, bool need_w) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("token_mlp(Tensor y, Tensor v, " T2T_FAST_TAIL ") -> Tensor");
+  library.def("token_mlp_backward(Tensor grad, Tensor y, Tensor v, " T2T_FAST_TAIL
+              ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("performer_layer(" T2T_FAST_LAYER ") -> (Tensor, Tensor, Tensor)");
+  library.def("performer_layer_backward(Tensor grad, " T2T_FAST_LAYER
+              ", Tensor lz, Tensor state, bool need_image, bool need_weight, bool need_w) -> (Tensor, Tensor, Tensor, "
+              "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The instruction set whose CPU kernels run; `use` changes it for the whole process (tests compare them).
+  library.def("cpu_instruction_set(str use=\"\") -> str");
+}

@@ -1,0 +1,96 @@
+// Between torch's tensors and the kernels' plain structs, on LibTorch's stable ABI. Python has checked every argument
+// with better texts (t2t_fast/functional.py); here only what keeps a kernel inside its memory is checked again.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/memory.h"
+#include "soft_split.h"
+
+namespace t2t_fast {
+
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+inline void check(bool holds, const char* function, const char* text) {
+  if (!holds) throw std::runtime_error(std::string("t2t_fast_native::") + function + ": " + text);
+}
+
+inline Element element_of(const Tensor& tensor, const char* function) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return Element::float16;
+    case ScalarType::BFloat16: return Element::bfloat16;
+    case ScalarType::Float: return Element::float32;
+    case ScalarType::Double: return Element::float64;
+    default: throw std::runtime_error(std::string("t2t_fast_native::") + function + ": the tensor must be floating");
+  }
+}
+
+// The shape of the split of an image (batch, channels, size[0], size[1]).
+inline SplitShape split_shape(const char* function, int64_t batch, int64_t channels, const Sizes& size,
+                              const Sizes& kernel, const Sizes& stride, const Sizes& padding, Element element) {
+  Axis<int64_t> axes[2];
+  check(size.size() == 2 && kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, function,
+        "size, kernel, stride and padding must be (height, width) pairs");
+  for (int i = 0; i < 2; ++i) {
+    check(kernel[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && size[i] >= 0, function,
+          "kernel and stride must be at least 1, padding and size at least 0");
+    check(size[i] + 2 * padding[i] >= kernel[i], function, "the window must fit into the padded image");
+    axes[i] = {size[i], token_count(size[i], kernel[i], stride[i], padding[i]), kernel[i], stride[i], padding[i]};
+  }
+  return {batch, channels, axes[0], axes[1], element};
+}
+
+// The shape of the split whose tokens (batch, h*w, channels*kh*kw) these are.
+inline SplitShape composition_shape(const char* function, const Tensor& tokens, const Sizes& size, const Sizes& kernel,
+                                    const Sizes& stride, const Sizes& padding) {
+  check(tokens.dim() == 3, function, "tokens must be 3-D");
+  SplitShape shape = split_shape(function, tokens.size(0), 0, size, kernel, stride, padding,
+                                 element_of(tokens, function));
+  check(tokens.size(1) == shape.rows.tokens * shape.columns.tokens, function,
+        "the number of tokens must be that of the window over the image");
+  const int64_t taps = shape.rows.kernel * shape.columns.kernel;
+  check(tokens.size(2) % taps == 0, function, "the token width must be a multiple of the window's pixels");
+  shape.channels = tokens.size(2) / taps;
+  return shape;
+}
+
+inline Image<const void*> image_of(const Tensor& image) {
+  return {image.const_data_ptr(), image.stride(0), image.stride(1), image.stride(2), image.stride(3)};
+}
+
+inline int64_t element_bytes(const Tensor& tensor) {
+  switch (element_of(tensor, "empty")) {
+    case Element::float64: return 8;
+    case Element::float32: return 4;
+    default: return 2;
+  }
+}
+
+// Uninitialised memory of `like`'s dtype and device, all of which a kernel is going to write.
+inline Tensor empty(const Sizes& size, const Tensor& like, bool channels_last = false) {
+  using torch::headeronly::MemoryFormat;
+  Tensor tensor = torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (!like.is_cuda()) expect_full_use(tensor.mutable_data_ptr(), tensor.numel() * element_bytes(like));
+  return tensor;
+}
+
+inline Tensor empty_tokens(const SplitShape& shape, const Tensor& like) {
+  return empty({shape.batch, shape.rows.tokens * shape.columns.tokens,
+                shape.channels * shape.rows.kernel * shape.columns.kernel}, like);
+}
+
+inline Tensor empty_image(const SplitShape& shape, const Tensor& like, bool channels_last) {
+  return empty({shape.batch, shape.channels, shape.rows.pixels, shape.columns.pixels}, like, channels_last);
+}
+
+}  // namespace t2t_fast

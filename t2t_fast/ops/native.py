@@ -1,0 +1,77 @@
+"""The native operators ``torch.ops.t2t_fast_native``: why one cannot run, and the shapes that fake tensors see.
+
+Everything is asked once, when the package is imported, so that ``torch.compile`` traces through plain constants.
+"""
+
+import torch
+
+from .. import _extension
+from ..errors import FLOATING
+
+_MISSING = _extension.operators_error()
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def _defined(name):
+    return _MISSING is None and hasattr(torch.ops.t2t_fast_native, name)
+
+
+def devices(name):
+    """Kinds of device that the loaded library has a kernel of operator ``name`` for."""
+    if not _defined(name):
+        return ()
+    operator = f"t2t_fast_native::{name}"
+    return tuple(kind for kind, key in _KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
+def reason(request, kinds, dtypes=FLOATING):
+    """Why a native operator with kernels for ``kinds`` of device and ``dtypes`` cannot run ``request``, or ``None``."""
+    if _MISSING is not None:
+        return f"the native operators are missing: {_MISSING}"
+    if request.device not in kinds:
+        return f"no native kernel for {request.device} in this build"
+    if request.dtype not in dtypes:
+        return f"no native kernel for {str(request.dtype).removeprefix('torch.')}"
+    # not is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
+    if getattr(torch.compiler, "_is_exporting_flag", False):
+        return "an exported program would need the native operators where it runs"
+    return None
+
+
+def fake(name):
+    """Decorator: what the native operator ``name`` returns for fake tensors; nothing where it is not loaded."""
+    return torch.library.register_fake(f"t2t_fast_native::{name}") if _defined(name) else lambda function: function
+
+
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of the operators that compute in float32 whatever comes in."""
+
+
+def single(*tensors):
+    """The tensors in float32, as those operators take them; ``None`` stays."""
+    return [t if t is None else t.to(torch.float32) for t in tensors]
+
+
+def gradient(value, tensor):
+    """What a native backward gave for ``tensor``, in its dtype; ``None`` without a tensor, or if it gave nothing."""
+    return None if tensor is None or value.numel() < tensor.numel() else value.to(tensor.dtype)
+
+
+def image_gradient(value, x):
+    """The gradient of the float32 image ``x``, from the memory order in which the native backward gives it."""
+    if value.dim() == 1:
+        return None
+    return value.permute(0, 3, 1, 2) if x.stride(1) == 1 else value
+
+
+def fake_image_gradient(x, needed):
+    """What a native backward gives for an image: (B, H, W, C) where its channels are adjacent, empty if not needed."""
+    batch, channels, height, width = x.shape
+    if not needed:
+        return x.new_empty(0)
+    return x.new_empty((batch, height, width, channels) if x.stride(1) == 1 else x.shape)
+
+
+def fake_gradients(x, *tensors):
+    """One empty tensor in the shape of each of ``tensors``, of no elements for ``None``."""
+    return [x.new_empty(0 if t is None else t.shape) for t in tensors]

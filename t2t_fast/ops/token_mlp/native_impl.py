@@ -1,0 +1,78 @@
+"""The tail of a token layer as a native operator (``csrc/cpu``), in float32, a tile of tokens at a time.
+
+Saved for backward: y, v, the dropout seed and the parameters; everything else is computed again.
+"""
+
+import torch
+
+from .. import native
+from ..library import first_order, wants_gradient
+from ..native import fake_gradients, gradient, single
+
+_KINDS = native.devices("token_mlp")
+
+
+def supports(request):
+    return native.reason(request, _KINDS, native.SINGLE)
+
+
+@native.fake("token_mlp")
+def _fake(y, v, *rest):
+    return y.new_empty(y.shape)
+
+
+@native.fake("token_mlp_backward")
+def _fake_backward(grad, y, v, proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, *rest):
+    return fake_gradients(y, y, y, proj_weight, proj_bias, norm_weight, norm_bias, *rest[:4])
+
+
+def _arguments(y, v, tail, options, seed):
+    """The native operator's arguments, tensors in float32; ``options`` are norm_eps, proj_drop and mlp_drop."""
+    norm_eps, *drops = options
+    y, v, proj_weight, proj_bias, norm_weight, norm_bias, *mlp = single(y, v, *tail)
+    return y, v, proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, *mlp, *drops, seed
+
+
+class TokenMlp(torch.autograd.Function):
+    """Gradients for y, v and every parameter."""
+
+    @staticmethod
+    def forward(y, v, seed, options, *tail):
+        return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, tail, options, seed))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, v, seed, ctx.options, *tail = inputs
+        ctx.save_for_backward(y, v, seed, *tail)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        y, v, seed, *tail = ctx.saved_tensors
+        arguments = _arguments(y, v, tail, ctx.options, seed)
+        found = torch.ops.t2t_fast_native.token_mlp_backward(grad.to(torch.float32), *arguments)
+        d_y, d_v, *gradients = (gradient(value, tensor) for value, tensor in zip(found, (y, v, *tail), strict=True))
+        return d_y, d_v, None, None, *gradients
+
+
+def forward(
+    y,
+    v,
+    proj_weight,
+    proj_bias,
+    norm_weight,
+    norm_bias,
+    norm_eps,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    proj_drop,
+    mlp_drop,
+    seed,
+):
+    tail = (proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    options = (norm_eps, proj_drop, mlp_drop)
+    if wants_gradient(y, v, *tail):
+        return TokenMlp.apply(y, v, seed, options, *tail).to(y.dtype)
+    return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, tail, options, seed)).to(y.dtype)
