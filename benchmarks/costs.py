@@ -74,6 +74,13 @@ def soft_composition(channels, height, width, window, element=2):
     return Cost((split._replace(flops=length * columns),), (split,))
 
 
+def fused_fold_unfold(channels, height, width, window, element=2):
+    """Tokens read once and written once, the image in between never; backward is the same pass."""
+    length, columns, pixels = _sizes(channels, height, width, window)
+    kernel = Kernel(2 * length * columns * element, length * columns + pixels)
+    return Cost((kernel,), (kernel,))
+
+
 def soft_split_linear(channels, height, width, window, out, element=2, *, norm=True, image_gradient=True):
     """One implicit GEMM; backward a weight gradient and, where asked for, an image gradient."""
     length, columns, pixels = _sizes(channels, height, width, window)
@@ -112,7 +119,7 @@ def token_mlp(length, width=WIDTH, hidden=WIDTH, element=2):
     )
 
 
-def performer_block(length, width=WIDTH, features=FEATURES, element=2):
+def _after_kqv(length, width=WIDTH, features=FEATURES, element=2):
     """The key pass, then the query pass with the tail in it; the attention's output never reaches memory."""
     row, state, product = width * length * element, _state(width, features), length * width * features
     tail = token_mlp(length, width, width, element)
@@ -124,6 +131,13 @@ def performer_block(length, width=WIDTH, features=FEATURES, element=2):
         ),
         3 * row + state,
     )
+
+
+def performer_layer(channels, height, width, window, element=2, *, image_gradient=False):
+    """Soft split, LayerNorm and kqv in one kernel, then the two passes; kqv is written and read."""
+    length, _, _ = _sizes(channels, height, width, window)
+    first = soft_split_linear(channels, height, width, window, 3 * WIDTH, element, image_gradient=image_gradient)
+    return chain(first, _after_kqv(length, element=element))
 
 
 def softmax_attention(length, width=WIDTH, element=2):
@@ -146,7 +160,7 @@ def t2t_stages(tokens_type, size=224, embed_dim=384, element=2):
             break
         first = soft_split_linear(channels, height, height, window, 3 * WIDTH, element, image_gradient=index > 0)
         if tokens_type == "performer":
-            rest = performer_block(length, element=element)
+            rest = _after_kqv(length, element=element)
         else:
             attention, tail = softmax_attention(length, element=element), token_mlp(length, element=element)
             # the tail keeps y and v, which the attention has kept already

@@ -87,11 +87,11 @@ def plan(out, quick):
         return command
 
     parts = [
-        Part("build", 120, python("setup.py", "build_ext", "--inplace")),
-        Part("tests", 120, python("-m", "pytest", "-m", "gpu", "-q")),
+        Part("build", 180, python("setup.py", "build_ext", "--inplace")),
+        Part("tests", 150, python("-m", "pytest", "-m", "gpu", "-q")),
         Part("verify", 60, python("-m", "t2t_fast", "verify")),
         Part("half-precision", 45, python("-m", "benchmarks.amp", "--device", "cuda", "--json")),
-        Part("kernels", 30, python("-m", "benchmarks.kernel_report")),
+        Part("kernels", 60, python("-m", "benchmarks.kernel_report")),
         Part("headline", None, suites("headline", "--quick")),
     ]
     return parts if quick else [*parts, Part("suites", None, suites("suites"))]

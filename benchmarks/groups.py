@@ -20,18 +20,27 @@ OPERATORS = (
     "soft_split_linear-stage1",
     "soft_split_linear-stage2",
     "soft_split_linear-stage3",
-    "performer_block-stage1",
-    "performer_block-stage2",
+    "performer_layer-stage1",
+    "performer_layer-stage2",
     "performer_attention-stage1",
     "performer_attention-stage2",
     "token_mlp-stage1",
     "soft_split-stage1",
     "soft_split-stage2",
+    "soft_split-stage3",
+    "soft_split-fuseformer",
+    "soft_composition-stage1",
     "soft_composition-stage2",
+    "soft_composition-stage3",
     "soft_composition-fuseformer",
+    "fused_fold_unfold-fuseformer",
 )
 
-LEFT_OUT_OF_QUICK = ("performer_attention-stage2", "soft_split-stage2", "soft_composition-fuseformer")
+LEFT_OUT_OF_QUICK = (
+    "performer_attention-stage2",
+    "soft_split-fuseformer",
+    "soft_composition-fuseformer",
+)
 
 MODES = ("inference", "training")
 

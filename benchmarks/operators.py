@@ -83,8 +83,14 @@ def _transposed(x):
 
 
 def soft_split(stage, size, batch):
-    x, grid = _input(stage, size, batch)
-    channels, side, window = _stage(stage, size)
+    """A stage's split, or FuseFormer's."""
+    if stage is None:
+        channels, height, width, window = FUSEFORMER_SPLIT
+        x, grid = natural_images(batch, channels, height, width), None
+    else:
+        x, grid = _input(stage, size, batch)
+        channels, height, window = _stage(stage, size)
+        width = height
     kernel, step, pad = window
 
     def unfold(x):
@@ -99,15 +105,20 @@ def soft_split(stage, size, batch):
             "t2t_fast": lambda x: functional.soft_split(x, *window, grid=grid),
             "unfold": unfold,
         },
-        lambda element: costs.soft_split(channels, side, side, window, element),
+        lambda element: costs.soft_split(channels, height, width, window, element),
         layouts={"unfold": _transposed},
     )
 
 
+FUSEFORMER_SPLIT = (128, 60, 108, square(7, 3, 3))
+FUSEFORMER_FEED_FORWARD = (40, 60, 108, square(7, 3, 3))
+"""Channels, height, width and window of FuseFormer's soft split (and composition), and of its feed-forward."""
+
+
 def soft_composition(stage, size, batch):
-    """The adjoint of stage 2's split, or the window of FuseFormer's feed-forward (k7 s3 p3, 60 x 108, 40 channels)."""
+    """The adjoint of :func:`soft_split`."""
     if stage is None:
-        channels, height, width, window = 40, 60, 108, square(7, 3, 3)
+        channels, height, width, window = FUSEFORMER_SPLIT
     else:
         channels, height, window = _stage(stage, size)
         width = height
@@ -127,6 +138,32 @@ def soft_composition(stage, size, batch):
             "t2t_fast": lambda tokens: functional.soft_composition(tokens, (height, width), *window),
         },
         lambda element: costs.soft_composition(channels, height, width, window, element),
+    )
+
+
+def fused_fold_unfold(stage, size, batch):
+    """FuseFormer's feed-forward between its two Linears."""
+    channels, height, width, window = FUSEFORMER_FEED_FORWARD
+    h, w = window.grid(height, width)
+    kernel, step, pad = window
+    tokens = torch.randn(batch, h * w, channels * window.taps, generator=_generator())
+
+    def upstream(tokens):
+        x = tokens.permute(0, 2, 1)
+        ones = tokens.new_ones(tokens.shape[0], h * w, window.taps).permute(0, 2, 1)
+        folded = (F.fold(each, (height, width), kernel, stride=step, padding=pad) for each in (x, ones))
+        image = next(folded) / next(folded)
+        return F.unfold(image, kernel, stride=step, padding=pad).permute(0, 2, 1).contiguous()
+
+    return Operator(
+        "fused_fold_unfold",
+        {"tokens": tokens},
+        {},
+        {
+            "upstream": upstream,
+            "t2t_fast": lambda tokens: functional.fused_fold_unfold(tokens, (height, width), *window),
+        },
+        lambda element: costs.fused_fold_unfold(channels, height, width, window, element),
     )
 
 
@@ -227,36 +264,59 @@ def token_mlp(stage, size, batch):
     )
 
 
-def performer_block(stage, size, batch):
-    """Without dropout, so that every gradient can be checked."""
-    tokens, generator = length(stage, size), _generator()
+def performer_layer(stage, size, batch):
+    """The whole layer of stage 1 or 2, without dropout, so that every gradient can be checked."""
+    linear, generator = soft_split_linear(stage, size, batch), _generator()
+    split, ours = linear.sources["upstream"], {"weight": "kqv_weight", "bias": "kqv_bias"}
+    channels, side, window = _stage(stage, size)
+    _, grid = _input(stage, size, 1)
+    first = {ours.get(name, name.replace("norm_", "norm1_")): value for name, value in linear.parameters.items()}
+    first["kqv_weight"] = 2 * costs.WIDTH**-0.5 * first["kqv_weight"]  # k and q of norm 2
 
-    def upstream(kqv, w, **tail):
+    def upstream(x, w, kqv_weight, kqv_bias, norm1_weight, norm1_bias, **tail):
+        kqv = split(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias)
         k, q, v = torch.split(kqv, costs.WIDTH, dim=-1)
         return _tail(_attention(q, k, v, w), v, **tail)
 
-    kqv = 2 * costs.WIDTH**-0.5 * torch.randn(batch, tokens, 3 * costs.WIDTH, generator=generator)
+    def layer(x, **parameters):
+        kernel, step, pad = window
+        return functional.performer_layer(x, kernel_size=kernel, stride=step, padding=pad, grid=grid, **parameters)
+
     return Operator(
-        "performer_block",
-        {"kqv": kqv},
-        {"w": features(generator, costs.FEATURES, costs.WIDTH), **tail_parameters(generator, costs.WIDTH)},
-        {"upstream": upstream, "t2t_fast": functional.performer_block},
-        lambda element: costs.performer_block(tokens, element=element),
+        "performer_layer",
+        linear.moving,
+        {
+            **first,
+            "w": features(generator, costs.FEATURES, costs.WIDTH),
+            **tail_parameters(generator, costs.WIDTH),
+        },
+        {"upstream": upstream, "t2t_fast": layer},
+        lambda element: costs.performer_layer(channels, side, side, window, element, image_gradient=stage > 1),
+        image=linear.image,
     )
 
 
 _BUILDERS = {
     function.__name__: function
-    for function in (soft_split, soft_composition, soft_split_linear, performer_attention, token_mlp, performer_block)
+    for function in (
+        soft_split,
+        soft_composition,
+        fused_fold_unfold,
+        soft_split_linear,
+        performer_attention,
+        token_mlp,
+        performer_layer,
+    )
 }
 
 SOURCES = {
     "soft_split": ("upstream", "t2t_fast", "unfold"),
     "soft_composition": ("upstream", "t2t_fast"),
+    "fused_fold_unfold": ("upstream", "t2t_fast"),
     "soft_split_linear": ("upstream", "t2t_fast", "convolution"),
     "performer_attention": ("upstream", "t2t_fast", "sdpa"),
     "token_mlp": ("upstream", "t2t_fast"),
-    "performer_block": ("upstream", "t2t_fast"),
+    "performer_layer": ("upstream", "t2t_fast"),
 }
 """Sources by operator, known before anything is built."""
 

@@ -51,9 +51,13 @@ def backends(device, dtype):
 
 
 def _sources(group, device):
-    sources = operators.SOURCES[group.subject.partition("-")[0]] if group.level == "op" else ("upstream", "t2t_fast")
+    chosen = backends(device, group.dtype)
+    sources = ("upstream", "t2t_fast")
+    if group.level == "op":
+        op = group.subject.partition("-")[0]
+        chosen, sources = {op: chosen[op]}, operators.SOURCES[op]
     # "t2t_fast" is what the package chooses by itself; the aten form is a row of its own only where that differs
-    if any(name != "aten" for name in backends(device, group.dtype).values()):
+    if any(name != "aten" for name in chosen.values()):
         sources = (*sources, "aten")
     return sources
 
