@@ -176,7 +176,7 @@ def registry_lines():
     for device in ("cpu", "cuda"):
         for op, backend, verdict in t2t_fast.explain(device=device, dtype=torch.float32).rows:
             if backend in COMPILED:
-                words = "has a kernel" if verdict in ("chosen", "available") else verdict
+                words = "has a kernel" if verdict.startswith(("chosen", "available")) else verdict
                 verdicts.setdefault((op, backend), {})[device] = words
     kernels = sum("has a kernel" in devices.values() for devices in verdicts.values())
     if kernels:

@@ -1,9 +1,10 @@
 """Which implementation of an operator runs, and why not another one.
 
 Every operator has a table of :class:`Implementation` records. ``auto`` walks :data:`ORDER` and takes the first one
-that states no reason against the call; it never falls back on an exception. An explicit name works or raises
-:class:`BackendUnavailable` with every reason. The choice is made once, before the operator is called, and travels
-into it as an argument: forward and backward agree, and ``torch.compile`` sees no Python state inside the operator.
+that states no reason against the call and none to be passed over; it never falls back on an exception. An explicit
+name works or raises :class:`BackendUnavailable` with every reason. The choice is made once, before the operator is
+called, and travels into it as an argument: forward and backward agree, and ``torch.compile`` sees no Python state
+inside the operator.
 """
 
 from collections.abc import Callable
@@ -27,20 +28,22 @@ class Request(NamedTuple):
     sizes: dict
 
 
+def always(request):
+    """The ``supports`` of an implementation in plain PyTorch operations."""
+    return None
+
+
 class Implementation(NamedTuple):
     """One way to run an operator.
 
     ``call`` takes the operator's arguments without the backend name and is differentiable. ``supports`` takes a
-    :class:`Request` and returns ``None`` or the reason why not.
+    :class:`Request` and returns ``None`` or the reason why not; ``passed_over`` likewise, for what it can run but
+    ``auto`` leaves to another one, because that is faster.
     """
 
     call: Callable
     supports: Callable[[Request], str | None]
-
-
-def always(request):
-    """The ``supports`` of an implementation in plain PyTorch operations."""
-    return None
+    passed_over: Callable[[Request], str | None] = always
 
 
 _tables: dict[str, dict[str, Implementation]] = {}
@@ -95,7 +98,7 @@ def resolve(op, request, name="auto"):
             raise BackendUnavailable(_refusal(op, name, request))
         return name
     for candidate in ORDER:
-        if _reason(op, candidate, request) is None:
+        if _reason(op, candidate, request) is None and _tables[op][candidate].passed_over(request) is None:
             return candidate
     raise BackendUnavailable(_refusal(op, "auto", request))
 
@@ -139,7 +142,7 @@ def backend(name, op=None):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows of (operator, backend, "chosen" | "available" | the reason why not); ``str()`` is a table."""
+    """Rows of (operator, backend, "chosen" | "available ..." | the reason why not); ``str()`` is a table."""
 
     device: str
     dtype: torch.dtype
@@ -180,6 +183,8 @@ def explain(op=None, *, device=None, dtype=torch.float32, **sizes):
             chosen = None
         for name in ORDER:
             reason = _reason(each, name, request)
-            verdict = "chosen" if name == chosen else reason or "available"
-            rows.append((each, name, verdict))
+            if reason is None:
+                slower = _tables[each][name].passed_over(request)
+                reason = "available" if slower is None else f"available, passed over by auto: {slower}"
+            rows.append((each, name, "chosen" if name == chosen else reason))
     return Explanation(request.device, dtype, tuple(rows))

@@ -249,7 +249,7 @@ def _obstacle(op, name, device, dtype):
         return None
     rows = explain(op, device=device, dtype=dtype).rows
     verdict = next(verdict for _, candidate, verdict in rows if candidate == name)
-    return None if verdict in ("chosen", "available") else verdict
+    return None if verdict.startswith(("chosen", "available")) else verdict
 
 
 def _op_rows(op, dtype_name, names, device):

@@ -43,6 +43,16 @@ def test_functional_argument_wins_over_the_context():
         functional.soft_split(x, 3, backend="reference")
 
 
+def test_what_auto_passes_over_still_runs_by_name(monkeypatch):
+    table = dict(backends._tables["soft_split"])
+    slow = backends.Implementation(table["aten"].call, backends.always, lambda request: f"slow on {request.device}")
+    monkeypatch.setitem(backends._tables, "soft_split", {**table, "native": slow})
+    verdicts = {name: verdict for _, name, verdict in t2t_fast.explain("soft_split", device="cpu").rows}
+    assert verdicts["native"] == "available, passed over by auto: slow on cpu" and verdicts["aten"] == "chosen"
+    x = torch.randn(1, 2, 8, 8)
+    assert torch.equal(functional.soft_split(x, 3, backend="native"), functional.soft_split(x, 3, backend="aten"))
+
+
 def test_contexts_nest_and_come_back_after_an_error():
     unset = t2t_fast.explain("token_mlp").chosen("token_mlp")
     with t2t_fast.backend("reference"):

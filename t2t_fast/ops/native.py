@@ -10,6 +10,9 @@ from ..errors import FLOATING
 
 _MISSING = _extension.operators_error()
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_SLOW = None
+if _MISSING is None and torch.ops.t2t_fast_native.cpu_instruction_set() == "baseline":
+    _SLOW = "this CPU has neither AVX2 nor AVX-512, without which PyTorch's own products are faster"
 
 
 def _defined(name):
@@ -41,6 +44,11 @@ def reason(request, kinds, dtypes=FLOATING):
 def fake(name):
     """Decorator: what the native operator ``name`` returns for fake tensors; nothing where it is not loaded."""
     return torch.library.register_fake(f"t2t_fast_native::{name}") if _defined(name) else lambda function: function
+
+
+def passed_over(request):
+    """Why ``auto`` leaves a layer on the CPU to another backend although the library has it, or ``None``."""
+    return _SLOW if request.device == "cpu" else None
 
 
 SINGLE = (torch.float32, torch.float16, torch.bfloat16)

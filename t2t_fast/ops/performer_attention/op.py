@@ -1,6 +1,7 @@
 """``t2t_fast::performer_attention``: positive random-feature attention, upstream's eps included."""
 
 from ...backends import Implementation, always
+from .. import native
 from ..library import define
 from . import aten_impl, native_impl, reference
 
@@ -14,7 +15,7 @@ performer_attention = define(
     "performer_attention",
     "Tensor q, Tensor k, Tensor v, Tensor w, float eps",
     implementations={
-        "native": Implementation(native_impl.forward, native_impl.supports),
+        "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },

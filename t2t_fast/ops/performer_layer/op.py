@@ -5,6 +5,7 @@ The one operator that is made of others: it may import the implementations of ``
 """
 
 from ...backends import Implementation, always
+from .. import native
 from ..library import define
 from ..token_mlp.op import SIGNATURE
 from . import aten_impl, native_impl, reference
@@ -22,7 +23,7 @@ performer_layer = define(
     "Tensor x, Tensor kqv_weight, Tensor? kqv_bias, Tensor? norm1_weight, Tensor? norm1_bias, float norm1_eps, "
     "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype, Tensor w, float eps, " + SIGNATURE,
     implementations={
-        "native": Implementation(native_impl.forward, native_impl.supports),
+        "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },

@@ -1,6 +1,7 @@
 """``t2t_fast::soft_split_linear``: soft split, LayerNorm and Linear without the unfolded tokens in between."""
 
 from ...backends import Implementation, always
+from .. import native
 from ..library import define
 from . import aten_impl, native_impl, reference
 
@@ -21,7 +22,7 @@ soft_split_linear = define(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, "
     "int[2] kernel, int[2] stride, int[2] padding",
     implementations={
-        "native": Implementation(native_impl.forward, native_impl.supports),
+        "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },

@@ -1,6 +1,7 @@
 """``t2t_fast::token_mlp``: everything after the attention of a token layer, which is all per token."""
 
 from ...backends import Implementation, always
+from .. import native
 from ..library import define
 from . import aten_impl, native_impl, reference
 
@@ -14,7 +15,7 @@ token_mlp = define(
     "token_mlp",
     "Tensor y, Tensor v, " + SIGNATURE,
     implementations={
-        "native": Implementation(native_impl.forward, native_impl.supports),
+        "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },
