@@ -36,11 +36,7 @@ OPERATORS = (
     "fused_fold_unfold-fuseformer",
 )
 
-LEFT_OUT_OF_QUICK = (
-    "performer_attention-stage2",
-    "soft_split-fuseformer",
-    "soft_composition-fuseformer",
-)
+LEFT_OUT_OF_QUICK = ("performer_attention-stage2",)
 
 MODES = ("inference", "training")
 

@@ -1,10 +1,15 @@
 // The operators: tiles put together over tokens, images and workers. Included once per instruction set (see isa.h).
 
 template <typename Part, typename... Arguments>
-std::vector<std::unique_ptr<Part>> per_worker(const Workers& workers, const Arguments&... arguments) {
-  std::vector<std::unique_ptr<Part>> parts(workers.count);
+std::vector<std::unique_ptr<Part>> several(int64_t count, const Arguments&... arguments) {
+  std::vector<std::unique_ptr<Part>> parts(count);
   for (auto& part : parts) part = std::make_unique<Part>(arguments...);
   return parts;
+}
+
+template <typename Part, typename... Arguments>
+std::vector<std::unique_ptr<Part>> per_worker(const Workers& workers, const Arguments&... arguments) {
+  return several<Part>(workers.count, arguments...);
 }
 
 // Adds the other workers' sums to the first one's, in their order. `field` names a buffer of a part.
@@ -245,7 +250,7 @@ inline void performer_layer(const Workers& workers, const Split& split, const No
   const TailWeights w(tail, false);
   const int64_t length = split.tokens(), row = linear.outputs, width = f.width;
   auto sums = per_worker<KeySums>(workers, f);
-  auto kqv = per_worker<Buffer>(workers, length * row);
+  auto kqv = several<Buffer>(images_at_a_time(workers, split.batch), length * row);
   const auto on_keys = [&](const Span& span) {
     const Buffer tile(TILE * folded.wide_inputs), spare(TILE * padded(row));
     const Buffer scores(TILE * f.wide_count), k_rows(TILE * f.wide), v_rows(TILE * f.wide);
@@ -291,8 +296,8 @@ inline void performer_layer_backward(const Workers& workers, const Split& split,
   auto linear_sums = per_worker<LinearSums>(workers, folded);
   auto sums = per_worker<QuerySums>(workers, f);
   auto tail_sums = per_worker<TailSums>(workers, w);
-  auto kqv = per_worker<Buffer>(workers, length * row);
-  auto skip = per_worker<Buffer>(workers, length * f.wide);  // the skip's share of d_v
+  auto kqv = several<Buffer>(images_at_a_time(workers, split.batch), length * row);
+  auto skip = several<Buffer>(images_at_a_time(workers, split.batch), length * f.wide);  // the skip's share of d_v
   const auto on_queries = [&](const Span& span) {
     const Buffer tile(TILE * folded.wide_inputs), spare(TILE * padded(row));
     KeyView view(f);

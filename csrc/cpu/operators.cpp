@@ -65,8 +65,11 @@ struct Input {
   Tensor tensor;
   Tokens tokens;
 
-  Input(const char* function, const Tensor& given) : tensor(with_rows(given)) {
-    check(tensor.dim() == 3, function, "tokens must be 3-D");
+  // `like`: whose batch and width these must have; `length`: how many tokens.
+  Input(const char* function, const Tensor& given, const Tensor& like, int64_t length) : tensor(with_rows(given)) {
+    check(tensor.dim() == 3 && like.dim() == 3, function, "tokens must be 3-D");
+    check(tensor.size(0) == like.size(0) && tensor.size(1) == length && tensor.size(2) == like.size(2), function,
+          "tokens must agree in batch, length and width");
     tokens = {data_of(function, tensor), tensor.stride(0), tensor.stride(1)};
   }
 };
@@ -215,10 +218,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
                                                      const Tensor& w, double eps) {
   const char* function = "performer_attention";
   Parameters held(function);
-  const Input queries(function, q), keys(function, k), values(function, v);
+  check(q.dim() == 3 && k.dim() == 3, function, "tokens must be 3-D");
+  const Input queries(function, q, q, q.size(1)), keys(function, k, q, k.size(1)), values(function, v, q, k.size(1));
   const int64_t batch = q.size(0), width = q.size(2);
   const Performer performer = performer_of(held, w, width, eps);
-  check(k.size(1) >= 1 && v.size(1) == k.size(1), function, "k and v must have as many tokens, at least one");
+  check(k.size(1) >= 1, function, "there must be at least one key");
   Tensor out = empty({batch, q.size(1), width}, q);
   Tensor lz = empty({batch, performer.features}, q), state = empty({batch, performer.features, width}, q);
   kernels().performer_attention(workers_for(batch * (q.size(1) + k.size(1))), performer, batch, q.size(1), k.size(1),
@@ -231,7 +235,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
                                                               const Tensor& lz, const Tensor& state, bool need_w) {
   const char* function = "performer_attention_backward";
   Parameters held(function);
-  const Input queries(function, q), keys(function, k), values(function, v), gradients(function, grad);
+  check(q.dim() == 3 && k.dim() == 3, function, "tokens must be 3-D");
+  const Input queries(function, q, q, q.size(1)), keys(function, k, q, k.size(1)), values(function, v, q, k.size(1));
+  const Input gradients(function, grad, q, q.size(1));
   const int64_t batch = q.size(0), width = q.size(2);
   const Performer performer = performer_of(held, w, width, eps);
   const KeyState saved = {const_cast<float*>(held.get(lz, {batch, performer.features})),
@@ -250,7 +256,8 @@ Tensor mlp_forward(const Tensor& y, const Tensor& v, const Tensor& proj_weight, 
                    const OptionalTensor& fc2_bias, double proj_drop, double mlp_drop, const OptionalTensor& seed) {
   const char* function = "token_mlp";
   Parameters held(function);
-  const Input attended(function, y), values(function, v);
+  check(y.dim() == 3, function, "tokens must be 3-D");
+  const Input attended(function, y, y, y.size(1)), values(function, v, y, y.size(1));
   const int64_t batch = y.size(0), length = y.size(1), width = y.size(2);
   const Tail tail = TailArguments{proj_weight, proj_bias, norm_weight, norm_bias, norm_eps,  fc1_weight, fc1_bias,
                                   fc2_weight,  fc2_bias,  proj_drop,   mlp_drop,  seed}
@@ -267,7 +274,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     double mlp_drop, const OptionalTensor& seed) {
   const char* function = "token_mlp_backward";
   Parameters held(function);
-  const Input attended(function, y), values(function, v), gradients(function, grad);
+  check(y.dim() == 3, function, "tokens must be 3-D");
+  const Input attended(function, y, y, y.size(1)), values(function, v, y, y.size(1));
+  const Input gradients(function, grad, y, y.size(1));
   const int64_t batch = y.size(0), length = y.size(1), width = y.size(2);
   const Tail tail = TailArguments{proj_weight, proj_bias, norm_weight, norm_bias, norm_eps,  fc1_weight, fc1_bias,
                                   fc2_weight,  fc2_bias,  proj_drop,   mlp_drop,  seed}
@@ -325,7 +334,9 @@ layer_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const 
                         .read(held, function, width);
   const KeyState saved = {const_cast<float*>(held.get(lz, {batch, performer.features})),
                           const_cast<float*>(held.get(state, {batch, performer.features, width}))};
-  const Input gradients(function, grad);
+  check(grad.dim() == 3 && grad.size(0) == batch && grad.size(2) == width, function,
+        "the gradient must have the output's shape");
+  const Input gradients(function, grad, grad, length);
   const LinearGradients d_linear(linear, need_weight, x);
   const TailGradients d_tail(tail, x);
   Tensor d_w = gradient(need_w, {performer.features, width}, x);

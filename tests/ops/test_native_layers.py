@@ -175,3 +175,26 @@ def test_backward_keeps_neither_kqv_nor_the_unfolded_tokens():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         performer_layer(**tensors, **case.options, backend="native")
     assert sum(size for where, size in kept.items() if where not in inputs) == 2 * 8 * (16 + 1) * 4
+
+
+WRONG = {
+    "length of v": lambda ops, t, w: ops.performer_attention(t, t, t[:, :3], w, 1e-8),
+    "width of k": lambda ops, t, w: ops.performer_attention(t, t[..., :4], t, w, 1e-8),
+    "width of w": lambda ops, t, w: ops.performer_attention(t, t, t, w[:, :4], 1e-8),
+    "no keys": lambda ops, t, w: ops.performer_attention(t, t[:, :0], t[:, :0], w, 1e-8),
+    "dtype": lambda ops, t, w: ops.performer_attention(t, t, t.double(), w, 1e-8),
+    "rank": lambda ops, t, w: ops.performer_attention(t[0], t[0], t[0], w, 1e-8),
+    "weight": lambda ops, t, w: ops.soft_split_linear(
+        t.unsqueeze(1), w, None, None, None, None, (3, 3), (1, 1), (1, 1)
+    ),
+    "window": lambda ops, t, w: ops.soft_split_linear(
+        t.unsqueeze(1), w, None, None, None, None, (9, 9), (1, 1), (0, 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_operators_called_past_their_checks_stay_inside_their_memory(call):
+    """``t2t_fast.functional`` says it better and first; the operators themselves refuse what would read elsewhere."""
+    with pytest.raises(RuntimeError, match="t2t_fast_native::"):
+        call(torch.ops.t2t_fast_native, torch.randn(2, 5, 8), torch.randn(4, 8))
