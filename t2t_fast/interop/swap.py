@@ -19,7 +19,7 @@ from torch import nn
 from ..backends import Request, resolve
 from ..errors import BackendUnavailable, NothingToSwap
 from ..models import lanl
-from ..modules import Fold, Unfold
+from ..modules import Fold, TokenPerformer, Unfold
 from .swap_rules import FAST, LOOKED_FOR, Change, Mismatch, match
 
 _RECORD = "_t2t_fast_swapped"
@@ -179,7 +179,7 @@ def _find(model, include, exclude):
     return found, left
 
 
-_OPERATORS = {Unfold: "soft_split", Fold: "soft_composition"}
+_OPERATORS = {Unfold: "soft_split", Fold: "soft_composition", TokenPerformer: "performer_layer"}
 
 
 def _backend_of(module, kind):

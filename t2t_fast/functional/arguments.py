@@ -1,0 +1,55 @@
+"""Checks and choices that several functions share."""
+
+import torch
+
+from ..backends import Request, resolve
+from ..errors import check_pair, check_tensor
+from ..ops.library import AUTOCAST_DEVICES
+from ..ops.spec import Window
+
+
+def window(kernel_size, stride=1, padding=0, *, function="window"):
+    """The checked :class:`Window` of ints or (height, width) pairs; ``window(...).grid(H, W)`` is its token grid."""
+    return Window(
+        check_pair(function, "kernel_size", kernel_size, minimum=1),
+        check_pair(function, "stride", stride, minimum=1),
+        check_pair(function, "padding", padding, minimum=0),
+    )
+
+
+def same_dtype(x):
+    """Whether operands must agree in dtype; under autocast they are brought together."""
+    kind = x.device.type
+    return not (kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind))
+
+
+def as_image(function, x, grid):
+    """(B, C, H, W) view of an image, or of tokens (B, L, C) with a grid."""
+    check_tensor(function, "x", x, ndim=(3, 4))
+    if x.ndim == 4:
+        if grid is not None:
+            raise ValueError(f"{function}: grid is for tokens (3-D), but x is 4-D of shape {tuple(x.shape)}")
+        return x
+    if grid is None:
+        raise ValueError(f"{function}: x is 3-D tokens of shape {tuple(x.shape)}, so grid=(h, w) is needed")
+    h, w = check_pair(function, "grid", grid, minimum=1)
+    if h * w != x.shape[1]:
+        raise ValueError(f"{function}: grid {h} x {w} = {h * w} must count the tokens of x, got {x.shape[1]}")
+    return x.transpose(1, 2).unflatten(2, (h, w))
+
+
+def check_window(function, win, height, width):
+    """The token grid of an image, which must have at least one token."""
+    h, w = win.grid(height, width)
+    if h < 1 or w < 1:
+        (kh, kw), _, (ph, pw) = win
+        raise ValueError(
+            f"{function}: the window {kh} x {kw} must fit into the padded image, "
+            f"got {height + 2 * ph} x {width + 2 * pw}"
+        )
+    return h, w
+
+
+def choose(op, x, backend, **sizes):
+    """The backend that runs ``op`` on ``x``."""
+    return resolve(op, Request(x.device.type, x.dtype, sizes), backend)

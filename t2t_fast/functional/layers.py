@@ -1,0 +1,289 @@
+"""Performer attention, the tail of a token layer, and a whole Performer layer."""
+
+import torch
+
+from ..errors import check_probability, check_shape, check_tensor, check_together
+from ..ops.performer_attention.op import performer_attention as _performer_attention
+from ..ops.performer_layer.op import performer_layer as _performer_layer
+from ..ops.philox import fresh_seed
+from ..ops.token_mlp.op import token_mlp as _token_mlp
+from .arguments import as_image, check_window, choose, same_dtype, window
+
+
+def performer_attention(q, k, v, w, eps=1e-8, *, backend="auto"):
+    """Performer attention with positive random features (Choromanski et al., lemma 1; upstream ``token_performer.py``).
+
+    With ``phi(x) = exp(w x - |x|^2 / 2) / sqrt(m)``, ``y_t = phi(q_t) S / (phi(q_t) z + eps)`` where
+    ``S = sum_t phi(k_t) v_t^T`` and ``z = sum_t phi(k_t)``. ``eps`` is a gate, not a guard: it closes as the
+    norms of q and k grow, and checkpoints are trained with it, so it is reproduced exactly.
+
+    Args:
+        q, k, v: (B, L, E) or (B, heads, L, E), any strides (views of one packed tensor too); L of q may differ.
+        w: (m, E) random features, in q's dtype or float32.
+        eps: at least 0.
+
+    Returns:
+        (B, L, E) or (B, heads, L, E), in q's dtype.
+
+    Numerics:
+        float32 inside (float64 for float64), in log space: equal to the defining form where that is finite in exact
+        arithmetic, and finite where it overflows or divides 0 by 0 in floating point. Gradients for q, k, v and w;
+        a second derivative is refused.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+    """
+    function = "performer_attention"
+    check_tensor(function, "q", q, ndim=(3, 4))
+    check_tensor(function, "k", k, ndim=q.ndim)
+    check_tensor(function, "v", v, ndim=q.ndim)
+    check_tensor(function, "w", w, ndim=2)
+    check_together(function, "q", q, same_dtype=same_dtype(q), k=k, v=v)
+    check_together(function, "q", q, same_dtype=False, w=w)
+    check_shape(function, "k", k, (*q.shape[:-2], k.shape[-2], q.shape[-1]), "batch and width of q")
+    check_shape(function, "v", v, k.shape, "the shape of k")
+    _check_features(function, w, q.shape[-1], q.dtype)
+    if k.shape[-2] < 1:
+        raise ValueError(f"{function}: k must have at least one token, got shape {tuple(k.shape)}")
+    _check_eps(function, eps)
+    chosen = choose(function, q, backend, width=q.shape[-1], features=w.shape[0])
+    return _performer_attention(q, k, v, w, eps, chosen)
+
+
+def _check_features(function, w, width, dtype):
+    check_shape(function, "w", w, (w.shape[0], width), "(random features, token width)")
+    if w.shape[0] < 1:
+        raise ValueError(f"{function}: w must have at least one random feature, got shape {tuple(w.shape)}")
+    if w.dtype not in (dtype, torch.float32):
+        allowed = " or ".join(map(str, dict.fromkeys((dtype, torch.float32))))
+        raise ValueError(f"{function}: w must be {allowed}, got {w.dtype}")
+
+
+def _check_eps(function, eps):
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{function}: eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"{function}: eps must be at least 0, got {eps!r}")
+
+
+def _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop):
+    """The arguments of ``token_mlp`` that ``performer_block`` shares."""
+    for name in ("proj_weight", "fc1_weight", "fc2_weight"):
+        check_tensor(function, name, tail[name], ndim=2)
+    check_together(function, "the tokens", x, same_dtype=same_dtype(x), **tail)
+    hidden = tail["fc1_weight"].shape[0]
+    shapes = {
+        "proj_weight": ((width, width), "(E, E)"),
+        "proj_bias": ((width,), "E"),
+        "norm_weight": ((width,), "E"),
+        "norm_bias": ((width,), "E"),
+        "fc1_weight": ((hidden, width), "(hidden, E)"),
+        "fc1_bias": ((hidden,), "hidden"),
+        "fc2_weight": ((width, hidden), "(E, hidden)"),
+        "fc2_bias": ((width,), "E"),
+    }
+    for name, (shape, meaning) in shapes.items():
+        if tail[name] is not None:
+            check_shape(function, name, tail[name], shape, meaning)
+    if not norm_eps > 0:
+        raise ValueError(f"{function}: norm_eps must be above 0, got {norm_eps!r}")
+    check_probability(function, "proj_drop", proj_drop)
+    check_probability(function, "mlp_drop", mlp_drop)
+
+
+def _seed_for(function, x, seed, proj_drop, mlp_drop):
+    if not proj_drop and not mlp_drop:
+        return None
+    if seed is None:
+        return fresh_seed(x.device)
+    check_tensor(function, "seed", seed, ndim=0, dtypes=(torch.int64,))
+    check_together(function, "the tokens", x, same_dtype=False, seed=seed)
+    return seed
+
+
+def token_mlp(
+    y,
+    v,
+    proj_weight,
+    proj_bias,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    *,
+    norm_eps=1e-5,
+    proj_drop=0.0,
+    mlp_drop=0.0,
+    seed=None,
+    backend="auto",
+):
+    """The tail of a token layer: ``t = v + drop(proj(y))``, then ``t + drop(fc2(gelu(fc1(LayerNorm(t)))))``.
+
+    Upstream: ``Token_performer.single_attn``'s last line and ``forward``'s last; ``Token_transformer`` likewise.
+
+    Args:
+        y: (B, L, E) attention output; v: (B, L, E) values, the skip.
+        proj_weight: (E, E); fc1_weight: (hidden, E); fc2_weight: (E, hidden); biases and LayerNorm's two parameters
+            of matching width, each may be ``None``.
+        norm_eps: LayerNorm's eps.
+        proj_drop, mlp_drop: dropout probabilities after the projection and after the MLP, 0 for none.
+        seed: int64 scalar tensor that decides the dropout masks (see ``ops/philox.py``); drawn from torch's generator
+            if ``None``.
+
+    Returns:
+        (B, L, E) in y's dtype.
+
+    Numerics:
+        matrix products in y's dtype, LayerNorm and sums in float32 (float64 for float64), GELU by erf. Backward
+        recomputes everything from y and v; masks are regenerated, not stored; a second derivative is refused.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+    """
+    function = "token_mlp"
+    check_tensor(function, "y", y, ndim=3)
+    check_tensor(function, "v", v, ndim=3)
+    check_shape(function, "v", v, y.shape, "the shape of y")
+    check_together(function, "y", y, same_dtype=same_dtype(y), v=v)
+    tail = {
+        "proj_weight": proj_weight,
+        "proj_bias": proj_bias,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "fc1_weight": fc1_weight,
+        "fc1_bias": fc1_bias,
+        "fc2_weight": fc2_weight,
+        "fc2_bias": fc2_bias,
+    }
+    _check_tail(function, y, y.shape[-1], tail, norm_eps, proj_drop, mlp_drop)
+    seed = _seed_for(function, y, seed, proj_drop, mlp_drop)
+    chosen = choose(function, y, backend, width=y.shape[-1], hidden=fc1_weight.shape[0])
+    return _token_mlp(
+        y,
+        v,
+        proj_weight,
+        proj_bias,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        proj_drop,
+        mlp_drop,
+        seed,
+        chosen,
+    )
+
+
+def performer_layer(
+    x,
+    kqv_weight,
+    kqv_bias,
+    w,
+    proj_weight,
+    proj_bias,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    kernel_size=1,
+    stride=1,
+    padding=0,
+    *,
+    norm1_weight=None,
+    norm1_bias=None,
+    norm1_eps=1e-5,
+    eps=1e-8,
+    norm_eps=1e-5,
+    proj_drop=0.0,
+    mlp_drop=0.0,
+    seed=None,
+    grid=None,
+    backend="auto",
+):
+    """A whole Performer layer on the soft split of ``x``: LayerNorm, ``kqv``, :func:`performer_attention`, the tail.
+
+    Upstream: ``Token_performer.forward`` of the unfolded, transposed image. In one operator, because then neither the
+    unfolded tokens nor, for backward, k, q, v or the attention's output need be kept.
+
+    Args:
+        x: (B, C, H, W) image with any strides, or (B, H*W, C) tokens with ``grid=(H, W)``.
+        kqv_weight: (3E, C*k*k), rows in upstream's order k, q, v; kqv_bias: (3E) or ``None``.
+        w: (m, E) random features; eps: the attention's.
+        norm1_weight, norm1_bias, norm1_eps: LayerNorm over the unfolded tokens, parameters (C*k*k) or ``None``.
+        others: as :func:`soft_split_linear` and :func:`token_mlp`.
+
+    Returns:
+        (B, h*w, E) in ``x``'s dtype (under autocast: autocast's).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+    """
+    function = "performer_layer"
+    x = as_image(function, x, grid)
+    win = window(kernel_size, stride, padding, function=function)
+    check_window(function, win, *x.shape[2:])
+    check_tensor(function, "kqv_weight", kqv_weight, ndim=2)
+    check_tensor(function, "w", w, ndim=2)
+    width, columns = w.shape[1], x.shape[1] * win.taps
+    tail = {
+        "proj_weight": proj_weight,
+        "proj_bias": proj_bias,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "fc1_weight": fc1_weight,
+        "fc1_bias": fc1_bias,
+        "fc2_weight": fc2_weight,
+        "fc2_bias": fc2_bias,
+    }
+    linear = {
+        "kqv_weight": (kqv_weight, (3 * width, columns), "3 * width of w, channels * window pixels"),
+        "kqv_bias": (kqv_bias, (3 * width,), "3 * width of w"),
+        "norm1_weight": (norm1_weight, (columns,), "channels * window pixels"),
+        "norm1_bias": (norm1_bias, (columns,), "channels * window pixels"),
+    }
+    check_together(
+        function, "x", x, same_dtype=same_dtype(x), **{name: value for name, (value, _, _) in linear.items()}
+    )
+    check_together(function, "x", x, same_dtype=False, w=w)
+    for name, (value, shape, meaning) in linear.items():
+        if value is not None:
+            check_shape(function, name, value, shape, meaning)
+    if not norm1_eps > 0:
+        raise ValueError(f"{function}: norm1_eps must be above 0, got {norm1_eps!r}")
+    _check_features(function, w, width, x.dtype)
+    _check_eps(function, eps)
+    _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop)
+    seed = _seed_for(function, x, seed, proj_drop, mlp_drop)
+    chosen = choose(function, x, backend, kernel=win.kernel, width=width, features=w.shape[0])
+    return _performer_layer(
+        x,
+        kqv_weight,
+        kqv_bias,
+        norm1_weight,
+        norm1_bias,
+        norm1_eps,
+        *win,
+        x.dtype,
+        w,
+        eps,
+        proj_weight,
+        proj_bias,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        proj_drop,
+        mlp_drop,
+        seed,
+        chosen,
+    )
