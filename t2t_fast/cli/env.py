@@ -97,7 +97,7 @@ def _gpus():
 def _native():
     reasons = {"t2t_fast._C": _extension.load_error(), "t2t_fast._ops": _extension.operators_error()}
     loaded = {name: "loaded" if reason is None else reason for name, reason in reasons.items()}
-    if _extension.operators():
+    if reasons["t2t_fast._ops"] is None:
         loaded["CPU kernels for"] = torch.ops.t2t_fast_native.cpu_instruction_set()
     return loaded | (_extension.build_info() or {})
 
