@@ -9,6 +9,7 @@ import torch
 
 from .. import _extension, backends, config
 from ..environment import commit, cpu_name, driver, version
+from ..ops import native
 from ..testing import DTYPES
 
 OPTIONAL = (
@@ -97,8 +98,8 @@ def _gpus():
 def _native():
     reasons = {"t2t_fast._C": _extension.load_error(), "t2t_fast._ops": _extension.operators_error()}
     loaded = {name: "loaded" if reason is None else reason for name, reason in reasons.items()}
-    if reasons["t2t_fast._ops"] is None:
-        loaded["CPU kernels for"] = torch.ops.t2t_fast_native.cpu_instruction_set()
+    if native.instruction_set() is not None:
+        loaded["CPU kernels for"] = native.instruction_set()
     return loaded | (_extension.build_info() or {})
 
 

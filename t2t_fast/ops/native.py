@@ -10,13 +10,17 @@ from ..errors import FLOATING
 
 _MISSING = _extension.operators_error()
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-_SLOW = None
-if _MISSING is None and torch.ops.t2t_fast_native.cpu_instruction_set() == "baseline":
-    _SLOW = "this CPU has neither AVX2 nor AVX-512, without which PyTorch's own products are faster"
 
 
 def _defined(name):
     return _MISSING is None and hasattr(torch.ops.t2t_fast_native, name)
+
+
+def instruction_set():
+    """The instruction set of the layers' CPU kernels, or ``None`` where the loaded library has none."""
+    if not devices("performer_layer"):
+        return None
+    return torch.ops.t2t_fast_native.cpu_instruction_set()
 
 
 def devices(name):
@@ -44,6 +48,11 @@ def reason(request, kinds, dtypes=FLOATING):
 def fake(name):
     """Decorator: what the native operator ``name`` returns for fake tensors; nothing where it is not loaded."""
     return torch.library.register_fake(f"t2t_fast_native::{name}") if _defined(name) else lambda function: function
+
+
+_SLOW = None
+if instruction_set() == "baseline":
+    _SLOW = "this CPU has neither AVX2 nor AVX-512, without which PyTorch's own products are faster"
 
 
 def passed_over(request):
