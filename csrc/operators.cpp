@@ -38,4 +38,6 @@ STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
               "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The instruction set whose CPU kernels run; `use` changes it for the whole process (tests compare them).
   library.def("cpu_instruction_set(str use=\"\") -> str");
+  // Most bytes of scratch memory that the CPU kernels had in use at a time since the last call with `restart`.
+  library.def("scratch_bytes(bool restart=False) -> int");
 }

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import _extension
 from .config import quiet_profiler
 
 
@@ -27,8 +28,9 @@ def saved_bytes(forward, lasting):
 def peak_bytes(call, device):
     """Most bytes allocated at a time by ``call()`` beyond what was there before; its gradients are among them.
 
-    On CUDA the caching allocator's count; on a CPU that of torch's allocator as its profiler records it. The latter
-    sees eager and compiled code alike, but not what a library (oneDNN, MKL) takes for itself.
+    On CUDA the caching allocator's count; on a CPU that of torch's allocator as its profiler records it, plus the most
+    scratch memory that native operators had in use, as if both were at one moment. This sees eager and compiled code
+    alike, but not what other libraries (oneDNN, MKL) take for themselves.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -39,6 +41,7 @@ def peak_bytes(call, device):
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
+    _scratch_bytes(restart=True)
     with quiet_profiler(), profiler as profile:
         call()
     alive = most = 0
@@ -46,4 +49,14 @@ def peak_bytes(call, device):
         if event.name() == "[memory]":
             alive += event.nbytes()
             most = max(most, alive)
-    return most
+    return most + _scratch_bytes()
+
+
+def _scratch_bytes(restart=False):
+    """Most bytes of scratch memory that native operators had in use since the last restart; 0 without them."""
+    name = "t2t_fast_native::scratch_bytes"
+    if not _extension.operators() or not torch._C._dispatch_has_kernel_for_dispatch_key(
+        name, "CompositeExplicitAutograd"
+    ):
+        return 0
+    return torch.ops.t2t_fast_native.scratch_bytes(restart)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2t_fast import memory
+from t2t_fast import backends, memory
 from t2t_fast.cli import measure
+from t2t_fast.modules import TokenPerformer
+from t2t_fast.ops import native
+from t2t_fast.ops.spec import T2T_WINDOWS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,3 +55,15 @@ def test_a_training_step_needs_at_least_what_it_keeps():
     # the Linear's output for GELU, GELU's for the second Linear
     assert measure.kept_bytes(module, x) == 2 * 100 * 400 * 4
     assert measure.step_peak(module, x) > 2 * 100 * 400 * 4
+
+
+def test_peak_counts_the_scratch_memory_of_native_operators():
+    """kqv of an image lives there: 192 floats a token."""
+    reason = native.reason(backends.Request("cpu", torch.float32, {}), native.devices("performer_layer"))
+    if reason is not None:
+        pytest.skip(f"native: {reason}")
+    layer = TokenPerformer(147, 64).eval()
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        peak = memory.peak_bytes(lambda: layer.forward_window(image, T2T_WINDOWS[0]), "cpu")
+    assert peak >= 3136 * (192 + 64) * 4

@@ -51,6 +51,7 @@ class Scratch {
         const Block found = *best;
         scratch.kept_.erase(best);
         scratch.held_ -= found.bytes;
+        scratch.count(found.bytes);
         return found;
       }
     }
@@ -59,6 +60,8 @@ class Scratch {
     void* data = std::aligned_alloc(alignment, size);
     if (data == nullptr) throw std::bad_alloc();
     expect_full_use(data, size);
+    const std::lock_guard<std::mutex> guard(scratch.mutex_);
+    scratch.count(size);
     return {data, size};
   }
 
@@ -66,6 +69,7 @@ class Scratch {
     Scratch& scratch = process();
     {
       const std::lock_guard<std::mutex> guard(scratch.mutex_);
+      scratch.in_use_ -= block.bytes;
       if (scratch.held_ + block.bytes <= LIMIT && scratch.kept_.size() < scratch.kept_.capacity()) {
         scratch.kept_.push_back(block);
         scratch.held_ += block.bytes;
@@ -73,6 +77,15 @@ class Scratch {
       }
     }
     std::free(block.data);
+  }
+
+  // Most bytes in use at a time since the last call with `restart`.
+  static std::size_t most_in_use(bool restart) {
+    Scratch& scratch = process();
+    const std::lock_guard<std::mutex> guard(scratch.mutex_);
+    const std::size_t most = scratch.most_;
+    if (restart) scratch.most_ = scratch.in_use_;
+    return most;
   }
 
  private:
@@ -85,9 +98,14 @@ class Scratch {
     return *scratch;
   }
 
+  void count(std::size_t bytes) {
+    in_use_ += bytes;
+    most_ = std::max(most_, in_use_);
+  }
+
   std::mutex mutex_;
   std::vector<Block> kept_;
-  std::size_t held_ = 0;
+  std::size_t held_ = 0, in_use_ = 0, most_ = 0;
 };
 
 }  // namespace t2t_fast

@@ -360,6 +360,8 @@ layer_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const 
           d_tail.fc2_bias};
 }
 
+int64_t scratch_bytes(bool restart) { return static_cast<int64_t>(Scratch::most_in_use(restart)); }
+
 std::string instruction_set(const std::string& use) {
   if (!use.empty() && !use_instruction_set(use)) {
     std::string names;
@@ -387,4 +389,5 @@ STABLE_TORCH_LIBRARY_IMPL(t2t_fast_native, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(t2t_fast_native, CompositeExplicitAutograd, library) {
   library.impl("cpu_instruction_set", TORCH_BOX(&t2t_fast::cpu::instruction_set));
+  library.impl("scratch_bytes", TORCH_BOX(&t2t_fast::cpu::scratch_bytes));
 }
