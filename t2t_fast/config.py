@@ -1,6 +1,7 @@
 """The package's only reader of the environment. Variables set defaults; an argument always wins.
 
 ``T2T_FAST_BACKEND``: the backend that ``auto`` stands for, one of auto, triton, native, aten, reference.
+``TRITON_INTERPRET``: Triton's own; kernels then run on the CPU.
 (``T2T_FAST_BUILD`` and ``TORCH_CUDA_ARCH_LIST`` are read by ``setup.py`` at build time, not here.)
 """
 
@@ -18,6 +19,11 @@ def default_backend():
 def variables():
     """The package's variables that are set, by name."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith("T2T_FAST_")}
+
+
+def triton_interpreted():
+    """Whether ``TRITON_INTERPRET`` makes Triton run its kernels on the CPU; read as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "y", "on")
 
 
 @contextmanager

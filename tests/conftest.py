@@ -1,13 +1,19 @@
 """Options, markers and the state that every test starts from."""
 
+import os
 import re
 
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter; Triton decides that when it defines them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from t2t_fast import backends
 from t2t_fast.config import BACKENDS
-from t2t_fast.ops import native
+from t2t_fast.ops import native, triton_runtime
+from t2t_fast.ops.performer_attention import triton_impl
 
 
 def pytest_addoption(parser):
@@ -47,16 +53,19 @@ def known_state():
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-@pytest.fixture(params=["aten", "native"])
+@pytest.fixture(params=["aten", "native", "triton"])
 def fused(request):
     """The name of a fused backend that runs the test's ``dtype`` (float32 without one) on this CPU."""
     dtype = request.node.callspec.params.get("dtype", torch.float32)
     if not isinstance(dtype, torch.dtype):
         dtype = torch.float32
     wanted = backends.Request("cpu", dtype, {})
-    reason = native.reason(wanted, native.devices("performer_layer"), native.SINGLE)
-    if request.param == "native" and reason is not None:
-        pytest.skip(f"native: {reason}")
+    reasons = {
+        "native": native.reason(wanted, native.devices("performer_layer"), native.SINGLE),
+        "triton": triton_runtime.reason(wanted, triton_impl.DTYPES),
+    }
+    if reasons.get(request.param) is not None:
+        pytest.skip(f"{request.param}: {reasons[request.param]}")
     return request.param
 
 

@@ -11,8 +11,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "t2t_fast"
 LAYERS = [
     ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
     ["t2t_fast.backends", "t2t_fast.memory"],
-    ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox", "t2t_fast.ops.native"],
-    ["t2t_fast.ops.*.reference", "t2t_fast.ops.*.aten_impl", "t2t_fast.ops.*.native_impl"],
+    ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox"],
+    ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime"],
+    ["t2t_fast.ops.*.kernels", "t2t_fast.ops.*.launch"],
+    [f"t2t_fast.ops.*.{name}" for name in ("reference", "composed", "aten_impl", "native_impl", "triton_impl")],
     ["t2t_fast.ops.*.op"],
     ["t2t_fast.functional"],
     ["t2t_fast.modules"],
@@ -25,6 +27,7 @@ LAYERS = [
 # An operator never imports another one, but for the one that is made of three others.
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
 # Heavy or optional packages may only be imported where they are used, inside functions.
+KERNELS = {"t2t_fast.ops.performer_attention.kernels"}  # imported by what launches them
 DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves imported inside the demo's functions
 LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
 
@@ -106,7 +109,7 @@ def test_the_oracle_stands_alone(name):
         assert own or root in ("torch", "numpy", "math", "functools", "collections"), f"{name} imports {target}"
 
 
-@pytest.mark.parametrize("name", [n for n in IDS if n not in DRAWING])
+@pytest.mark.parametrize("name", [n for n in IDS if n not in DRAWING | KERNELS])
 def test_optional_packages_are_imported_where_they_are_used(name):
     for target in imports(name, top_level_only=True):
         assert target.split(".")[0] not in LAZY, f"{name} imports {target} at the top"
@@ -114,9 +117,11 @@ def test_optional_packages_are_imported_where_they_are_used(name):
 
 def test_every_operator_has_the_same_files():
     expected = {"__init__.py", "op.py", "reference.py", "aten_impl.py"}
+    kernels = {"native_impl.py", "triton_impl.py", "kernels.py", "launch.py"}
+    own = {"performer_layer": {"composed.py"}}
     for folder in (PACKAGE / "ops").iterdir():
         if folder.is_dir() and folder.name != "__pycache__":
-            assert {path.name for path in folder.glob("*.py")} - {"native_impl.py"} == expected, folder.name
+            assert {path.name for path in folder.glob("*.py")} - kernels - own.get(folder.name, set()) == expected
 
 
 def test_only_config_reads_the_environment():

@@ -24,6 +24,8 @@ TOKENS = torch.randn(2, 16, 4)
 WEIGHT = torch.randn(8, 147)
 QKV = torch.randn(2, 5, 8)
 W = torch.randn(4, 8)
+KEEP = torch.ones(2, 5, dtype=torch.bool)
+HEADS = QKV.unsqueeze(1)
 
 
 def tail(**changes):
@@ -152,6 +154,28 @@ BAD = {
     ),
     "performer_attention: w dtype": (
         lambda: performer_attention(QKV, QKV, QKV, W.half()), ValueError, "w must be torch.float32, got torch.float16",
+    ),
+    "performer_attention: key mask of the wrong type": (
+        lambda: performer_attention(QKV, QKV, QKV, W, key_mask=[True] * 5), TypeError,
+        "performer_attention: key_mask must be a torch.Tensor or None, got list",
+    ),
+    "performer_attention: key mask dtype": (
+        lambda: performer_attention(QKV, QKV, QKV, W, key_mask=torch.ones(2, 5)), ValueError,
+        "performer_attention: key_mask must be one of bool, got float32",
+    ),
+    "performer_attention: key mask rank": (
+        lambda: performer_attention(QKV, QKV, QKV, W, key_mask=KEEP[0]), ValueError, "key_mask must be 2-D, got 1-D of shape (5,)",
+    ),
+    "performer_attention: key mask shape": (
+        lambda: performer_attention(QKV, QKV[:, :3], QKV[:, :3], W, key_mask=KEEP), ValueError,
+        "performer_attention: key_mask must have shape (2, 3) (batch and tokens of k), got (2, 5)",
+    ),
+    "performer_attention: key mask with a head axis": (
+        lambda: performer_attention(HEADS, HEADS, HEADS, W, key_mask=KEEP.unsqueeze(1)), ValueError, "key_mask must be 2-D, got 3-D",
+    ),
+    "performer_attention: device of the key mask": (
+        lambda: performer_attention(QKV, QKV, QKV, W, key_mask=KEEP.to("meta")), ValueError,
+        "key_mask must be on the device of q (cpu), got meta",
     ),
     "token_mlp: v shape": (lambda: token_mlp(QKV, QKV[:1], **tail()), ValueError, "v must have shape (2, 5, 8) (the shape of y)"),
     "token_mlp: fc2 shape": (

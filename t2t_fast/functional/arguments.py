@@ -50,6 +50,11 @@ def check_window(function, win, height, width):
     return h, w
 
 
-def choose(op, x, backend, **sizes):
-    """The backend that runs ``op`` on ``x``."""
-    return resolve(op, Request(x.device.type, x.dtype, sizes), backend)
+def choose(op, x, backend, *, dtype=None, **sizes):
+    """The backend that runs ``op`` on ``x``, in its own dtype unless another one is given."""
+    return resolve(op, Request(x.device.type, dtype or x.dtype, sizes), backend)
+
+
+def running_dtype(x):
+    """The dtype in which an operator with matrix products runs: autocast's, or that of ``x``."""
+    return x.dtype if same_dtype(x) else torch.get_autocast_dtype(x.device.type)

@@ -3,14 +3,15 @@
 import torch
 
 from ..errors import check_probability, check_shape, check_tensor, check_together
+from ..ops.library import wants_gradient
 from ..ops.performer_attention.op import performer_attention as _performer_attention
 from ..ops.performer_layer.op import performer_layer as _performer_layer
 from ..ops.philox import fresh_seed
 from ..ops.token_mlp.op import token_mlp as _token_mlp
-from .arguments import as_image, check_window, choose, same_dtype, window
+from .arguments import as_image, check_window, choose, running_dtype, same_dtype, window
 
 
-def performer_attention(q, k, v, w, eps=1e-8, *, backend="auto"):
+def performer_attention(q, k, v, w, eps=1e-8, *, key_mask=None, backend="auto"):
     """Performer attention with positive random features (Choromanski et al., lemma 1; upstream ``token_performer.py``).
 
     With ``phi(x) = exp(w x - |x|^2 / 2) / sqrt(m)``, ``y_t = phi(q_t) S / (phi(q_t) z + eps)`` where
@@ -21,14 +22,17 @@ def performer_attention(q, k, v, w, eps=1e-8, *, backend="auto"):
         q, k, v: (B, L, E) or (B, heads, L, E), any strides (views of one packed tensor too); L of q may differ.
         w: (m, E) random features, in q's dtype or float32.
         eps: at least 0.
+        key_mask: (B, L of k) bool, ``True`` where the token takes part, the same for all heads; ``None`` for all.
 
     Returns:
-        (B, L, E) or (B, heads, L, E), in q's dtype.
+        (B, L, E) or (B, heads, L, E), in q's dtype; 0 in a sample where no token of k takes part.
 
     Numerics:
         float32 inside (float64 for float64), in log space: equal to the defining form where that is finite in exact
         arithmetic, and finite where it overflows or divides 0 by 0 in floating point. Gradients for q, k, v and w;
-        a second derivative is refused.
+        a second derivative is refused. What k and v hold where ``key_mask`` is ``False`` (NaN and inf too) changes
+        neither the output nor a gradient, and their gradients are exactly 0 there. The "reference" backend, which
+        multiplies by the mask, keeps neither this nor the 0 without tokens at ``eps = 0``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
@@ -46,8 +50,22 @@ def performer_attention(q, k, v, w, eps=1e-8, *, backend="auto"):
     if k.shape[-2] < 1:
         raise ValueError(f"{function}: k must have at least one token, got shape {tuple(k.shape)}")
     _check_eps(function, eps)
-    chosen = choose(function, q, backend, width=q.shape[-1], features=w.shape[0])
-    return _performer_attention(q, k, v, w, eps, chosen)
+    check_together(function, "q", q, same_dtype=False, key_mask=key_mask)
+    if key_mask is not None:
+        check_tensor(function, "key_mask", key_mask, ndim=2, dtypes=(torch.bool,))
+        check_shape(function, "key_mask", key_mask, (k.shape[0], k.shape[-2]), "batch and tokens of k")
+    chosen = choose(
+        function,
+        q,
+        backend,
+        dtype=running_dtype(q),
+        width=q.shape[-1],
+        features=w.shape[0],
+        masked=key_mask is not None,
+        training=wants_gradient(q, k, v, w),
+        index=q.device.index,
+    )
+    return _performer_attention(q, k, v, w, eps, key_mask, chosen)
 
 
 def _check_features(function, w, width, dtype):
@@ -261,7 +279,17 @@ def performer_layer(
     _check_eps(function, eps)
     _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop)
     seed = _seed_for(function, x, seed, proj_drop, mlp_drop)
-    chosen = choose(function, x, backend, kernel=win.kernel, width=width, features=w.shape[0])
+    chosen = choose(
+        function,
+        x,
+        backend,
+        dtype=running_dtype(x),
+        kernel=win.kernel,
+        width=width,
+        features=w.shape[0],
+        training=wants_gradient(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *tail.values()),
+        index=x.device.index,
+    )
     return _performer_layer(
         x,
         kqv_weight,

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from t2t_fast.backends import explain
+from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import performer_attention
-from t2t_fast.testing import DTYPES, errors, features
+from t2t_fast.testing import DTYPES, errors, exact_attention, features
 
 
 def inputs(norm, length=256, width=64, m=32, dtype=torch.float32, seed=0):
@@ -18,17 +20,6 @@ def inputs(norm, length=256, width=64, m=32, dtype=torch.float32, seed=0):
 
     v = torch.randn(2, length, width, generator=generator).to(dtype)
     return rows(), rows(), v, features(generator, m, width).to(dtype)
-
-
-def exact(q, k, v, w, eps=1e-8):
-    """The gated log-space form in float64: exact where the defining form underflows even there."""
-    q, k, v, w = (t.double() for t in (q, k, v, w))
-    lz = torch.logsumexp(k @ w.T - k.square().sum(-1, keepdim=True) / 2, dim=1)
-    state = torch.softmax(k @ w.T - k.square().sum(-1, keepdim=True) / 2, dim=1).mT @ v
-    scores = q @ w.T + lz.unsqueeze(1)
-    lse = scores.logsumexp(-1) - q.square().sum(-1) / 2
-    gate = torch.sigmoid(lse - math.log(w.shape[0] * eps))
-    return scores.softmax(-1) @ state * gate.unsqueeze(-1)
 
 
 @pytest.mark.parametrize("norm", [0.0, 1.0, 2.0, 4.0, 5.0, 6.0])
@@ -48,7 +39,7 @@ def test_finite_at_any_norm(norm, dtype, fused):
     y.float().square().sum().backward()
     assert y.isfinite().all()
     assert all(t.grad.isfinite().all() for t in (q, k, v, w))
-    expected = exact(*(t.detach() for t in (q, k, v, w)))
+    expected, _ = exact_attention(*(t.detach() for t in (q, k, v, w)))
     error = (y.double() - expected).norm() / v.double().norm()
     assert error <= {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
 
@@ -67,12 +58,12 @@ def test_half_precision_breaks_the_defining_form(fused):
 def test_features_that_would_overflow(fused):
     """A wide w: exp(a) overflows float32 in the defining form (inf / inf), the exact value comes out here."""
     generator = torch.Generator().manual_seed(0)
-    w = features(generator, 256, 256)
-    k = (w[:8] * 1.0).expand(1, 8, 256).contiguous()
-    v = torch.randn(1, 8, 256, generator=generator)
+    w = features(generator, 128, 128)
+    k = (w[:8] * 1.0).expand(1, 8, 128).contiguous()
+    v = torch.randn(1, 8, 128, generator=generator)
     assert not performer_attention(k, k, v, w, backend="reference").isfinite().all()
     out = performer_attention(k, k, v, w, backend=fused)
-    assert errors(out, exact(k, k, v, w))[0] <= 1e-4
+    assert errors(out, exact_attention(k, k, v, w)[0])[0] <= 1e-4
 
 
 def test_eps_is_a_gate():
@@ -112,3 +103,143 @@ def test_order_of_keys_does_not_matter(fused):
     order = torch.randperm(k.shape[1])
     shuffled = performer_attention(q, k[:, order], v[:, order], w, backend=fused)
     assert errors(shuffled, performer_attention(q, k, v, w, backend=fused))[1] <= 2e-5
+
+
+def masked_inputs(*shape, share=0.6, m=8, dtype=torch.float32):
+    """q, k, v, w and a key mask (B, L) under which every sample keeps its first key and loses its last."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = ((torch.randn(3, *shape, generator=generator) / 2).to(dtype)).unbind(0)
+    keep = torch.rand(shape[0], shape[-2], generator=generator) < share
+    keep[:, 0], keep[:, -1] = True, False
+    return q, k, v, features(generator, m, shape[-1]).to(dtype), keep
+
+
+def run_masked(q, k, v, w, keep, eps=1e-8, backend="aten"):
+    """The output and the gradients of q, k, v and w for one upstream gradient."""
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, w)]
+    y = performer_attention(*leaves, eps, key_mask=keep, backend=backend)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(y))
+    return y.detach(), *(t.grad for t in leaves)
+
+
+@pytest.mark.parametrize("shape", [(3, 41, 16), (2, 3, 19, 16)], ids=["3-D", "heads"])
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_a_key_mask_equals_leaving_the_keys_out(backend, shape):
+    """Forward and all gradients, sample by sample; gradients of keys that are left out are exactly 0."""
+    q, k, v, w, keep = masked_inputs(*shape, dtype=torch.float64)
+    y, d_q, d_k, d_v, d_w = run_masked(q, k, v, w, keep, backend=backend)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, w)]
+    alone = [
+        performer_attention(
+            leaves[0][i : i + 1],
+            leaves[1][i : i + 1, ..., keep[i], :],
+            leaves[2][i : i + 1, ..., keep[i], :],
+            leaves[3],
+            backend=backend,
+        )
+        for i in range(len(q))
+    ]
+    expected = torch.cat(alone)
+    expected.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(y))
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-12, atol=1e-13)
+    for found, leaf in zip((d_q, d_k, d_v, d_w), leaves, strict=True):
+        torch.testing.assert_close(found, leaf.grad, rtol=1e-11, atol=1e-12)
+    for found in (d_k, d_v):
+        assert not found.movedim(-2, 1)[~keep].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [(3, 41, 16), (2, 3, 19, 16)], ids=["3-D", "heads"])
+def test_what_masked_keys_hold_does_not_matter(shape, dtype):
+    """NaN, infinities and the largest numbers reach neither the output nor a gradient, bit by bit."""
+    q, k, v, w, keep = masked_inputs(*shape, dtype=dtype)
+    clean = run_masked(q, k, v, w, keep)
+    dropped = ~keep.view(shape[0], *(1,) * (len(shape) - 3), -1, 1).expand(shape)
+    for rubbish in (math.nan, math.inf, -math.inf, torch.finfo(dtype).max):
+        spoilt = run_masked(q, k.masked_fill(dropped, rubbish), v.masked_fill(dropped, rubbish), w, keep)
+        for value, expected in zip(spoilt, clean, strict=True):
+            assert value.isfinite().all()
+            assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_a_sample_without_keys_gives_zero(eps, dtype):
+    """Output and gradients are 0 there, whatever the keys hold, and the other samples do not notice."""
+    q, k, v, w, keep = masked_inputs(3, 21, 16, dtype=dtype)
+    keep[1] = False
+    for rubbish in (None, math.nan):
+        if rubbish is not None:
+            k[1], v[1] = rubbish, rubbish
+        y, *gradients = run_masked(q, k, v, w, keep, eps)
+        assert all(t.isfinite().all() for t in (y, *gradients))
+        assert not any(t[1].any() for t in (y, *gradients[:3]))
+        rest = [0, 2]
+        y_rest = performer_attention(q[rest], k[rest], v[rest], w, eps, key_mask=keep[rest], backend="aten")
+        torch.testing.assert_close(y[rest], y_rest)
+
+
+@pytest.mark.parametrize("norm", [8.0, 100.0])
+def test_masked_and_far_beyond_the_gate(norm):
+    """The rest of a masked batch stays as exact as without a mask where scores are large and the gate is shut."""
+    q, k, v, w = inputs(norm)
+    keep = torch.arange(k.shape[1]).expand(2, -1) % 3 != 0
+    for eps in (1e-8, 0.0):
+        y = performer_attention(q, k, v, w, eps, key_mask=keep, backend="aten")
+        expected = performer_attention(q, k[:, keep[0]], v[:, keep[0]], w, eps, backend="aten")
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-2, 0.0])
+def test_gradcheck_with_a_key_mask(eps):
+    """Finite differences, a sample without keys among them."""
+    q, k, v, w, keep = masked_inputs(3, 2, 5, 4, m=3, dtype=torch.float64)
+    keep[1] = False
+
+    def run(*tensors):
+        return performer_attention(*tensors, eps, key_mask=keep, backend="aten")
+
+    torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in (q, k, v, w)])
+
+
+def test_a_full_mask_changes_nothing():
+    q, k, v, w, keep = masked_inputs(2, 30, 16)
+    everything = torch.ones_like(keep)
+    for value, expected in zip(run_masked(q, k, v, w, everything), run_masked(q, k, v, w, None), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_a_backend_without_masks_says_so():
+    q, k, v, w, keep = masked_inputs(2, 30, 16)
+    with pytest.raises(BackendUnavailable, match=r"native: (no key mask in the native kernels|.*are missing)"):
+        performer_attention(q, k, v, w, key_mask=keep, backend="native")
+    assert explain("performer_attention", device="cpu", masked=True).chosen("performer_attention") == "aten"
+
+
+@pytest.mark.parametrize("gradient", [True, False], ids=["training", "inference"])
+def test_a_key_mask_is_traced(gradient):
+    """opcheck with dynamic shapes, and torch.export: the mask is one input of a graph of plain operations."""
+    q, k, v, w, keep = masked_inputs(2, 3, 11, 8)
+    leaves = [t.clone().requires_grad_(gradient) for t in (q, k, v, w)]
+    torch.library.opcheck(torch.ops.t2t_fast.performer_attention.default, (*leaves, 1e-8, keep, "aten"))
+
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v, w, keep):
+            return performer_attention(q, k, v, w, key_mask=keep)
+
+    whole = torch.compile(Attend(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(*leaves, keep), Attend()(*leaves, keep))
+    if not gradient:
+        program = torch.export.export(Attend(), (q, k, v, w, keep))
+        torch.testing.assert_close(program.module()(q, k, v, w, keep), Attend()(q, k, v, w, keep))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_key_mask_under_autocast(dtype):
+    """The mask stays as it is, q, k and v take autocast's dtype."""
+    q, k, v, w, keep = masked_inputs(3, 21, 16)
+    with torch.autocast("cpu", dtype):
+        y = performer_attention(q, k, v, w, key_mask=keep)
+    assert y.dtype == dtype
+    rounded = (t.to(dtype) for t in (q, k, v))
+    assert torch.equal(y, performer_attention(*rounded, w, key_mask=keep, backend="aten"))

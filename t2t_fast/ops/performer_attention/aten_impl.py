@@ -10,6 +10,10 @@ No term can overflow and no sum can vanish, so the result is finite where the de
 overflows. Everything is computed in float32 (float64 for float64) whatever the inputs' dtype.
 
 Saved for backward: q, k, v, w, lz and S. Backward makes one pass over the queries and one over the keys.
+
+A key that a mask leaves out has ``a_i = -inf``. Its k and v are zeroed first, so that NaN or inf in them reaches
+neither the output nor any gradient. Where a sample keeps no key, ``S = 0`` and ``lz`` is :data:`NOTHING`: the output
+and every gradient are 0 there.
 """
 
 import math
@@ -19,18 +23,39 @@ import torch.nn.functional as F
 
 from ..library import accumulation_dtype, first_order, product, wants_gradient
 
+NOTHING = -1e30
+"""The logarithm of a sum over no keys: it shuts the gate as -inf would, but adding it to a finite score is finite."""
+
 
 def half_square_norm(x):
     """``|x|^2 / 2`` over the last dimension, kept: (..., 1)."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(0.5)
 
 
-def key_state(k, v, w):
-    """The features' view of the keys: ``lz`` (..., m, 1) and ``S`` (..., m, E)."""
+def left_out(key_mask, k, v):
+    """Where a key takes no part, (B, ..., L, 1), and k and v with zeros there; (``None``, k, v) without a mask."""
+    if key_mask is None:
+        return None, k, v
+    dropped = key_mask.logical_not().view(k.shape[0], *(1,) * (k.ndim - 3), k.shape[-2], 1)
+    return dropped, k.masked_fill(dropped, 0), v.masked_fill(dropped, 0)
+
+
+def key_scores(k, w, dropped=None):
+    """``a_i(k_t)`` (..., L, m), -inf where a key is dropped."""
     a = F.linear(k, w).sub_(half_square_norm(k))
+    return a if dropped is None else a.masked_fill_(dropped, -math.inf)
+
+
+def key_state(k, v, w, dropped=None):
+    """The features' view of the keys: ``lz`` (..., m, 1) and ``S`` (..., m, E); ``dropped`` is :func:`left_out`'s."""
+    a = key_scores(k, w, dropped)
     top = a.amax(-2, keepdim=True)
+    if dropped is not None:
+        top = top.clamp_min(NOTHING)
     weights = a.sub_(top).exp_()
     total = weights.sum(-2, keepdim=True)
+    if dropped is not None:
+        total = total.clamp_min(1)  # 0 without keys; with them the largest counts 1
     state = (weights.mT @ v).div_(total.mT)
     return (top + total.log()).mT, state
 
@@ -82,13 +107,13 @@ def query_backward(gated, p, gate, q, state, w, into=None):
     return d_q, d_state, d_scores.sum(-2, keepdim=True).mT, d_scores
 
 
-def key_backward(d_state, d_lz, k, v, lz, state, w, into=None):
-    """Pass over the keys, backward; ``into`` is where d_k may be written.
+def key_backward(d_state, d_lz, k, v, lz, state, w, into=None, dropped=None):
+    """Pass over the keys, backward; ``into`` is where d_k may be written, ``dropped`` as in :func:`key_state`.
 
     Returns:
         d_k, the softmax weights (..., L, m) whose product with ``d_state`` is d_v, the score gradient (..., L, m).
     """
-    weights = F.linear(k, w).sub_(half_square_norm(k)).sub_(lz.mT).exp_()
+    weights = key_scores(k, w, dropped).sub_(lz.mT).exp_()
     shift = (d_state * state).sum(-1, keepdim=True).sub_(d_lz).mT  # (..., 1, m)
     d_a = (v @ d_state.mT).sub_(shift).mul_(weights)
     d_k = product(d_a, w, into).addcmul_(d_a.sum(-1, keepdim=True), k, value=-1)
@@ -101,43 +126,50 @@ def w_gradient(d_scores, q, d_a, k):
     return d_w.sum(tuple(range(d_w.ndim - 2))) if d_w.ndim > 2 else d_w
 
 
-def attend(q, k, v, w, eps):
+def attend(q, k, v, w, eps, key_mask):
     """Forward without autograd: y, and the key state that backward needs."""
     wide = accumulation_dtype(q.dtype)
     w = w.to(wide)
-    lz, state = key_state(k.to(wide), v.to(wide), w)
+    dropped, k, v = left_out(key_mask, k, v)
+    lz, state = key_state(k.to(wide), v.to(wide), w, dropped)
     return read_out(q.to(wide), lz, state, w, eps)[0].to(q.dtype), lz, state
+
+
+def gradients(grad, q, k, v, w, eps, key_mask, lz, state, need_w):
+    """Gradients of q, k, v and, if asked, of w (else ``None``), each in its tensor's dtype."""
+    dropped, k, v = left_out(key_mask, k, v)
+    wide = lz.dtype
+    dtype, w_dtype = q.dtype, w.dtype
+    q, k, v, w, grad = (t.to(wide) for t in (q, k, v, w, grad))
+    _, p, gate = read_out(q, lz, state, w, eps)
+    d_q, d_state, d_lz, d_scores = query_backward(grad * gate, p, gate, q, state, w)
+    d_k, weights, d_a = key_backward(d_state, d_lz, k, v, lz, state, w, dropped=dropped)
+    d_v = weights @ d_state
+    d_w = w_gradient(d_scores, q, d_a, k).to(w_dtype) if need_w else None
+    return d_q.to(dtype), d_k.to(dtype), d_v.to(dtype), d_w
 
 
 class PerformerAttention(torch.autograd.Function):
     """Gradients for q, k, v, and for w where it is asked for."""
 
     @staticmethod
-    def forward(q, k, v, w, eps):
-        return attend(q, k, v, w, eps)
+    def forward(q, k, v, w, eps, key_mask):
+        return attend(q, k, v, w, eps, key_mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, w, ctx.eps = inputs
+        q, k, v, w, ctx.eps, key_mask = inputs
         _, lz, state = output
         ctx.mark_non_differentiable(lz, state)
-        ctx.save_for_backward(q, k, v, w, lz, state)
+        ctx.save_for_backward(q, k, v, w, key_mask, lz, state)
 
     @staticmethod
     @first_order
     def backward(ctx, grad, _lz, _state):
-        q, k, v, w, lz, state = ctx.saved_tensors
-        wide = lz.dtype
-        dtype, w_dtype = q.dtype, w.dtype
-        q, k, v, w, grad = (t.to(wide) for t in (q, k, v, w, grad))
-        _, p, gate = read_out(q, lz, state, w, ctx.eps)
-        d_q, d_state, d_lz, d_scores = query_backward(grad * gate, p, gate, q, state, w)
-        d_k, weights, d_a = key_backward(d_state, d_lz, k, v, lz, state, w)
-        d_v = weights @ d_state
-        d_w = w_gradient(d_scores, q, d_a, k).to(w_dtype) if ctx.needs_input_grad[3] else None
-        return d_q.to(dtype), d_k.to(dtype), d_v.to(dtype), d_w, None
+        q, k, v, w, key_mask, lz, state = ctx.saved_tensors
+        return *gradients(grad, q, k, v, w, ctx.eps, key_mask, lz, state, ctx.needs_input_grad[3]), None, None
 
 
-def forward(q, k, v, w, eps):
+def forward(q, k, v, w, eps, key_mask):
     run = PerformerAttention.apply if wants_gradient(q, k, v, w) else attend
-    return run(q, k, v, w, eps)[0]
+    return run(q, k, v, w, eps, key_mask)[0]

@@ -13,7 +13,8 @@ _KINDS = native.devices("performer_attention")
 
 
 def supports(request):
-    return native.reason(request, _KINDS, native.SINGLE)
+    masked = "no key mask in the native kernels" if request.sizes.get("masked") else None
+    return native.reason(request, _KINDS, native.SINGLE) or masked
 
 
 @native.fake("performer_attention")
@@ -50,7 +51,8 @@ class PerformerAttention(torch.autograd.Function):
         return *(gradient(value, tensor) for value, tensor in zip(found, tensors, strict=True)), None
 
 
-def forward(q, k, v, w, eps):
+def forward(q, k, v, w, eps, key_mask):
+    """``key_mask`` is ``None``: ``supports`` refuses another one."""
     shape = q.shape
     if q.dim() == 4:  # heads are sequences of their own
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))

@@ -12,10 +12,15 @@ def features(x, w):
     return torch.exp(x @ w.mT - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(w.shape[0])
 
 
-def forward(q, k, v, w, eps):
-    """(..., L, E) three times and (m, E) -> (..., L, E)."""
+def forward(q, k, v, w, eps, key_mask=None):
+    """(..., L, E) three times and (m, E) -> (..., L, E).
+
+    A key that the mask (B, L) leaves out has features 0. Where it leaves out all, only ``eps > 0`` makes 0 of 0 / 0.
+    """
     wide = accumulation_dtype(q.dtype)
     w = w.to(wide)
     qp, kp = features(q.to(wide), w), features(k.to(wide), w)
+    if key_mask is not None:
+        kp = kp * key_mask.view(k.shape[0], *(1,) * (k.ndim - 3), k.shape[-2], 1)
     denominator = qp @ kp.sum(-2).unsqueeze(-1)
     return (qp @ (kp.mT @ v.to(wide)) / (denominator + eps)).to(q.dtype)

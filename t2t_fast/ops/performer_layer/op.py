@@ -5,10 +5,10 @@ The one operator that is made of others: it may import the implementations of ``
 """
 
 from ...backends import Implementation, always
-from .. import native
+from .. import native, triton_runtime
 from ..library import define
 from ..token_mlp.op import SIGNATURE
-from . import aten_impl, native_impl, reference
+from . import aten_impl, native_impl, reference, triton_impl
 
 DTYPE = 9  # the argument's place
 
@@ -23,10 +23,11 @@ performer_layer = define(
     "Tensor x, Tensor kqv_weight, Tensor? kqv_bias, Tensor? norm1_weight, Tensor? norm1_bias, float norm1_eps, "
     "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype, Tensor w, float eps, " + SIGNATURE,
     implementations={
+        "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
         "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
         "aten": Implementation(aten_impl.forward, always),
         "reference": Implementation(reference.forward, always),
     },
-    absent={"triton": "no Triton kernel in this version"},
+    absent={},
     autocast=_autocast,
 )

@@ -1,0 +1,520 @@
+"""Triton kernels of Performer attention: two passes forward, two backward, and a merge (docs/performer.md).
+
+Letters as everywhere: L tokens, E token width, m random features; a sequence is one (sample, head). A program owns
+the tokens of one *split* of one sequence, in tiles of TOKENS, and keeps (m, E) values in registers. WIDTH and FEATURES
+are E and m rounded up to what a matrix instruction takes; what is beyond E or m is never stored.
+
+Exponents are kept in base 2. Operands of matrix products are in the inputs' dtype (SPLIT: the features in two parts, so
+that float32 features lose nothing), sums, states and exponents in float32. What weighs a value is summed as rounded.
+Gradients that may leave the range of float16 go through TF32 (GRADIENT) or carry a scale for each feature.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)
+"""Stands for minus infinity where a difference of two must not be NaN."""
+
+TRUSTED = tl.constexpr(2.0**60)
+"""A sum of weights below this was formed without overflow in any supported dtype."""
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``acc + a b``; UPCAST for the interpreter, which takes the bits of bfloat16 operands for numbers."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """``x`` as a matrix product will see it: in ``DTYPE``, for TF32 rounded to its 10 bits (the hardware cuts them)."""
+    if tl.float32 == DTYPE and PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _sequence(pointer, sequence, heads, batch_stride, head_stride):
+    """Where a sequence of a (B, heads, L, E) view starts."""
+    return pointer + sequence // heads * batch_stride + sequence % heads * head_stride
+
+
+@triton.jit
+def _inside(there, columns, width, EVEN: tl.constexpr):
+    """Mask of a tile; where E fills it (EVEN), of its tokens alone, so that rows are read in whole vectors."""
+    return there[:, None] if EVEN else there[:, None] & (columns < width)[None, :]
+
+
+@triton.jit
+def _load(x, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
+    """A tile from token ``start`` on, zero where there is none. Only the start needs 64 bits: see launch.py."""
+    x += start.to(tl.int64) * token_stride
+    offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
+    return tl.load(x + offsets, mask=_inside(there, columns, width, EVEN), other=0.0)
+
+
+@triton.jit
+def _store(x, value, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
+    """The tile that :func:`_load` would read."""
+    x += start.to(tl.int64) * token_stride
+    offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
+    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=_inside(there, columns, width, EVEN))
+
+
+@triton.jit
+def _matrix(pointer, features, width, row_stride, column_stride, FEATURES: tl.constexpr, WIDTH: tl.constexpr):
+    """An (m, E) matrix in float32, zero beyond its edges."""
+    rows, columns = tl.arange(0, FEATURES), tl.arange(0, WIDTH)
+    inside = (rows < features)[:, None] & (columns < width)[None, :]
+    offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
+    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _parts(w, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
+    """The features as operands: rounded, and with SPLIT what the rounding lost."""
+    high = w.to(DTYPE)
+    low = (w - high.to(tl.float32)).to(DTYPE) if SPLIT else high
+    return high, low
+
+
+@triton.jit
+def _scores(x, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``w x`` of a tile (TOKENS, WIDTH): (TOKENS, FEATURES)."""
+    scores = _dot(x, tl.trans(high), None, PRECISION, UPCAST)
+    if SPLIT:
+        scores = _dot(x, tl.trans(low), scores, PRECISION, UPCAST)
+    return scores
+
+
+@triton.jit
+def _half_square(x):
+    """``|x|^2 / 2`` of each token, in base 2."""
+    x = x.to(tl.float32)
+    return tl.sum(x * x, 1) * (0.5 * LOG2E)
+
+
+@triton.jit
+def _taking_part(start, rows, length, mask, mask_stride, MASKED: tl.constexpr):
+    """Which tokens of a tile there are, and the key mask lets through."""
+    there = rows < length - start
+    if MASKED:
+        there &= tl.load(mask + start.to(tl.int64) * mask_stride + rows * mask_stride, mask=there, other=0) != 0
+    return there
+
+
+@triton.jit
+def _key_exponents(k, taking_part, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``a(k)`` in base 2, minus infinity for tokens that take no part."""
+    half = tl.where(taking_part, _half_square(k), float("inf"))
+    return _scores(k, high, low, SPLIT, PRECISION, UPCAST) * LOG2E - half[:, None]
+
+
+@triton.jit
+def keys_kernel(
+    k,
+    v,
+    w,
+    mask,
+    lz,
+    state,
+    k_batch,
+    k_head,
+    k_token,
+    k_column,
+    v_batch,
+    v_head,
+    v_token,
+    v_column,
+    w_row,
+    w_column,
+    mask_batch,
+    mask_token,
+    heads,
+    length,
+    width,
+    features,
+    tiles_per_split,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EVEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HEADROOM: tl.constexpr,
+    SPECULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The key state of one split: ``lz_i = logsumexp_t a_i(k_t)`` and ``S_i = sum_t softmax_t(a_i(k_t)) v_t``.
+
+    Grid (sequences, splits). Reads k and v once, writes (m) and (m, E) float32 for its split.
+
+    A running maximum would need every warp's opinion on every tile. So the kernel speculates: the maximum over its
+    first tile, HEADROOM below the top of the operands' range, serves as shift for all; only where the sums show that
+    a weight left the range does the program stream its tokens again, with a running maximum.
+    """
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    k = _sequence(k, sequence, heads, k_batch, k_head)
+    v = _sequence(v, sequence, heads, v_batch, v_head)
+    if MASKED:
+        mask += sequence // heads * mask_batch
+    rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
+    high, low = _parts(_matrix(w, features, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))
+
+    shift = tl.full([FEATURES], LOWEST, tl.float32)
+    total = tl.zeros([FEATURES], tl.float32)
+    wide = tl.zeros([WIDTH, FEATURES], tl.float32)
+    running, again = not SPECULATE, True
+    while again:
+        shift = tl.full([FEATURES], LOWEST, tl.float32)
+        sums = tl.zeros([TOKENS, FEATURES], tl.float32)
+        wide = tl.zeros([WIDTH, FEATURES], tl.float32)
+        for index in range(first, last):
+            start = index * TOKENS
+            there = _taking_part(start, rows, length, mask, mask_token, MASKED)
+            tile = _load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
+            values = _load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
+            exponents = _key_exponents(tile, there, high, low, SPLIT, PRECISION, UPCAST)
+            if running | (index == first):
+                above = tl.maximum(shift, tl.max(exponents, 0) + HEADROOM)
+                before = tl.exp2(shift - above)[None, :]
+                sums, wide, shift = sums * before, wide * before, above
+            weights = _rounded(tl.exp2(exponents - shift[None, :]), DTYPE, PRECISION)
+            sums += weights.to(tl.float32)
+            wide = _dot(tl.trans(values), weights, wide, PRECISION, UPCAST)
+        total = tl.sum(sums, 0)
+        again = (not running) & (tl.sum(tl.where(total < TRUSTED, 0, 1), 0) > 0)  # NaN is not below
+        running = True
+
+    feature = tl.arange(0, FEATURES)
+    place = (sequence * tl.num_programs(1) + split) * features + feature
+    tl.store(lz + place, (shift + tl.log2(total)) * LN2, mask=feature < features)
+    wide = wide * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
+    inside = (feature < features)[None, :] & (columns < width)[:, None]
+    tl.store(state + place[None, :] * width + columns[:, None], wide, mask=inside)
+
+
+@triton.jit
+def merge_kernel(lz, state, merged_lz, merged_state, width, features, splits, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One key state of several splits', in their order. Grid (sequences, m); a program owns one feature."""
+    sequence, feature = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, columns = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    lz += sequence * splits * features + feature
+    state += (sequence * splits * features + feature) * width
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    for first in range(0, splits, BLOCK):
+        index = first + block
+        top = tl.maximum(top, tl.load(lz + index * features, mask=index < splits, other=float("-inf")))
+    top = tl.max(top, 0)
+    total = tl.zeros([BLOCK], tl.float32)
+    wide = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for first in range(0, splits, BLOCK):
+        index = first + block
+        there = index < splits
+        weights = tl.exp2((tl.load(lz + index * features, mask=there, other=float("-inf")) - top) * LOG2E)
+        inside = there[:, None] & (columns < width)[None, :]
+        offsets = index.to(tl.int64)[:, None] * features * width + columns[None, :]
+        wide += tl.load(state + offsets, mask=inside, other=0.0) * weights[:, None]
+        total += weights
+    total = tl.sum(total, 0)
+    row = tl.sum(wide, 0) * tl.where(total == 0.0, 0.0, 1.0 / total)
+    place = sequence * features + feature
+    tl.store(merged_lz + place, top + tl.log2(total) * LN2)
+    tl.store(merged_state + place * width + columns, row, mask=columns < width)
+
+
+@triton.jit
+def _key_state(lz, state, sequence, width, features, missing, WIDTH: tl.constexpr, FEATURES: tl.constexpr):
+    """A sequence's lz in base 2, ``missing`` for the features beyond m, and S (FEATURES, WIDTH)."""
+    feature = tl.arange(0, FEATURES)
+    logs = tl.load(lz + sequence * features + feature, mask=feature < features, other=missing) * LOG2E
+    return logs, _matrix(state + sequence * features * width, features, width, width, 1, FEATURES, WIDTH)
+
+
+@triton.jit
+def _query_weights(q, logs, log_eps, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Softmax weights over the features before their division, and what the closed part of the gate adds to their sum.
+
+    ``log_eps = log2(m eps)``. With T the sum of the weights and c the second value, ``gate / T = 1 / (T + c)``; where
+    the gate is shut c is infinite.
+    """
+    exponents = _scores(q, high, low, SPLIT, PRECISION, UPCAST) * LOG2E + logs[None, :]
+    top = tl.maximum(tl.max(exponents, 1), LOWEST)
+    return tl.exp2(exponents - top[:, None]), tl.exp2(log_eps + _half_square(q) - top)
+
+
+@triton.jit
+def queries_kernel(
+    q,
+    w,
+    lz,
+    state,
+    out,
+    q_batch,
+    q_head,
+    q_token,
+    q_column,
+    w_row,
+    w_column,
+    out_batch,
+    out_head,
+    out_token,
+    out_column,
+    log_eps,
+    heads,
+    length,
+    width,
+    features,
+    tiles_per_split,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EVEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``y_t = gate_t softmax_i(w_i q_t + lz_i) S``. Grid (sequences, splits); reads q once, writes y once."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    q = _sequence(q, sequence, heads, q_batch, q_head)
+    out = _sequence(out, sequence, heads, out_batch, out_head)
+    rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
+    high, low = _parts(_matrix(w, features, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
+    logs, values = _key_state(lz, state, sequence, width, features, float("-inf"), WIDTH, FEATURES)
+    values = _rounded(values, DTYPE, PRECISION)
+    first = split * tiles_per_split
+    for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
+        start = index * TOKENS
+        there = rows < length - start
+        tile = _load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
+        weights, closed = _query_weights(tile, logs, log_eps, high, low, SPLIT, PRECISION, UPCAST)
+        weights = _rounded(weights, DTYPE, PRECISION)
+        total = tl.sum(weights.to(tl.float32), 1)
+        scale = tl.where(total == 0.0, 0.0, 1.0 / (total + closed))
+        y = _dot(weights, values, None, PRECISION, UPCAST) * scale[:, None]
+        _store(out, y, start, rows, there, columns, width, out_token, out_column, EVEN)
+
+
+@triton.jit
+def queries_backward_kernel(
+    grad,
+    q,
+    w,
+    lz,
+    state,
+    d_q,
+    d_lz,
+    d_state,
+    d_w,
+    grad_batch,
+    grad_head,
+    grad_token,
+    grad_column,
+    q_batch,
+    q_head,
+    q_token,
+    q_column,
+    w_row,
+    w_column,
+    d_q_batch,
+    d_q_head,
+    d_q_token,
+    d_q_column,
+    log_eps,
+    heads,
+    length,
+    width,
+    features,
+    tiles_per_split,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EVEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    NEED_W: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """d_q, and this split's share of the gradients of lz, S (and w); with p the softmax weights and g the gate
+
+        along_i = dY . S_i    inner = sum_i p_i along_i    d_l_i = p_i g (along_i - g inner)
+        d_q = sum_i d_l_i w_i - g (1 - g) inner q    d_S_i = sum_t p_i g dY    d_lz_i = sum_t d_l_i
+
+    Grid (sequences, splits); reads q and dY once, writes d_q once and (m), (m, E) float32 for its split.
+    """
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    q = _sequence(q, sequence, heads, q_batch, q_head)
+    grad = _sequence(grad, sequence, heads, grad_batch, grad_head)
+    d_q = _sequence(d_q, sequence, heads, d_q_batch, d_q_head)
+    rows, columns, feature = tl.arange(0, TOKENS), tl.arange(0, WIDTH), tl.arange(0, FEATURES)
+    directions = _matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
+    high, low = _parts(directions, DTYPE, SPLIT)
+    directions = _rounded(directions, GRADIENT, "tf32" if GRADIENT != DTYPE else PRECISION)
+    logs, values = _key_state(lz, state, sequence, width, features, float("-inf"), WIDTH, FEATURES)
+    values = _rounded(values, DTYPE, PRECISION)
+    sums = tl.zeros([TOKENS, FEATURES], tl.float32)
+    wide = tl.zeros([WIDTH, FEATURES], tl.float32)
+    turned = tl.zeros([WIDTH, FEATURES], tl.float32)
+    first = split * tiles_per_split
+    for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
+        start = index * TOKENS
+        there = rows < length - start
+        tile = _load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
+        upstream = _load(grad, start, rows, there, columns, width, grad_token, grad_column, EVEN)
+        weights, closed = _query_weights(tile, logs, log_eps, high, low, SPLIT, PRECISION, UPCAST)
+        total = tl.sum(weights, 1)
+        gate = tl.where(total == 0.0, 0.0, total / (total + closed))
+        weights *= tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
+        along = _dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
+        inner = tl.sum(weights * along, 1) * gate
+        weights *= gate[:, None]
+        d_scores = weights * (along - inner[:, None])
+        sums += d_scores
+        d_scores = _rounded(d_scores, GRADIENT, "tf32" if GRADIENT != DTYPE else PRECISION)
+        wide = _dot(tl.trans(upstream), _rounded(weights, DTYPE, PRECISION), wide, PRECISION, UPCAST)
+        if NEED_W:
+            turned = _dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, PRECISION, UPCAST)
+        d_tile = _dot(d_scores, directions, None, "tf32" if GRADIENT != DTYPE else PRECISION, UPCAST)
+        d_tile -= (inner * (1.0 - gate))[:, None] * tile.to(tl.float32)
+        _store(d_q, d_tile, start, rows, there, columns, width, d_q_token, d_q_column, EVEN)
+    place = (sequence * tl.num_programs(1) + split) * features + feature
+    inside = (feature < features)[None, :] & (columns < width)[:, None]
+    offsets = place[None, :] * width + columns[:, None]
+    tl.store(d_lz + place, tl.sum(sums, 0), mask=feature < features)
+    tl.store(d_state + offsets, wide, mask=inside)
+    if NEED_W:
+        tl.store(d_w + offsets, turned, mask=inside)
+
+
+@triton.jit
+def keys_backward_kernel(
+    k,
+    v,
+    w,
+    mask,
+    lz,
+    state,
+    d_lz,
+    d_state,
+    skip,
+    d_k,
+    d_v,
+    d_w,
+    k_batch,
+    k_head,
+    k_token,
+    k_column,
+    v_batch,
+    v_head,
+    v_token,
+    v_column,
+    w_row,
+    w_column,
+    mask_batch,
+    mask_token,
+    skip_batch,
+    skip_head,
+    skip_token,
+    skip_column,
+    d_k_batch,
+    d_k_head,
+    d_k_token,
+    d_k_column,
+    d_v_batch,
+    d_v_head,
+    d_v_token,
+    d_v_column,
+    heads,
+    length,
+    width,
+    features,
+    tiles_per_split,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EVEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    SKIP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    NEED_W: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """d_k and d_v (and this split's share of d_w); with P the softmax weights over tokens
+
+        d_v = sum_i P_i d_S_i    d_a_i = P_i (v . d_S_i - (d_S_i . S_i - d_lz_i))    d_k = sum_i d_a_i w_i - k sum_i d_a_i
+
+    SKIP: what else flows into v is added to d_v. In float16, d_S is scaled to a largest entry of 1 for each feature;
+    the scale goes onto P, whose products therefore run in TF32. Grid (sequences, splits).
+    """
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    WIDER: tl.constexpr = "tf32" if GRADIENT != DTYPE else PRECISION
+    sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    k = _sequence(k, sequence, heads, k_batch, k_head)
+    v = _sequence(v, sequence, heads, v_batch, v_head)
+    d_k = _sequence(d_k, sequence, heads, d_k_batch, d_k_head)
+    d_v = _sequence(d_v, sequence, heads, d_v_batch, d_v_head)
+    if SKIP:
+        skip = _sequence(skip, sequence, heads, skip_batch, skip_head)
+    if MASKED:
+        mask += sequence // heads * mask_batch
+    rows, columns, feature = tl.arange(0, TOKENS), tl.arange(0, WIDTH), tl.arange(0, FEATURES)
+    directions = _matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
+    high, low = _parts(directions, DTYPE, SPLIT)
+    directions = _rounded(directions, GRADIENT, WIDER)
+    logs, values = _key_state(lz, state, sequence, width, features, float("inf"), WIDTH, FEATURES)
+    logs = tl.where(logs == float("-inf"), float("inf"), logs)  # no key took part
+    slope, d_values = _key_state(d_lz, d_state, sequence, width, features, 0.0, WIDTH, FEATURES)
+    if GRADIENT != DTYPE:
+        scale = tl.max(tl.abs(d_values), 1)
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        d_values /= scale[:, None]
+        d_values = d_values.to(DTYPE)
+        shift = scale * tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
+    else:
+        scale = tl.full([FEATURES], 1.0, tl.float32)
+        d_values = _rounded(d_values, DTYPE, PRECISION)
+        shift = tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
+    turned = tl.zeros([WIDTH, FEATURES], tl.float32)
+    first = split * tiles_per_split
+    for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
+        start = index * TOKENS
+        there = _taking_part(start, rows, length, mask, mask_token, MASKED)
+        tile = _load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
+        skipped = _load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
+        weights = tl.exp2(_key_exponents(tile, there, high, low, SPLIT, PRECISION, UPCAST) - logs[None, :])
+        along = _dot(skipped, tl.trans(d_values), None, PRECISION, UPCAST)
+        if GRADIENT != DTYPE:
+            along *= scale[None, :]
+        d_scores = weights * (along - shift[None, :])
+        held = tl.sum(d_scores, 1)
+        d_scores = _rounded(d_scores, GRADIENT, WIDER)
+        if GRADIENT != DTYPE:
+            weights *= scale[None, :]
+        d_tile = _dot(_rounded(weights, GRADIENT, WIDER), d_values.to(GRADIENT), None, WIDER, UPCAST)
+        if SKIP:
+            inside = rows < length - start
+            d_tile += _load(skip, start, rows, inside, columns, width, skip_token, skip_column, EVEN).to(tl.float32)
+        inside = rows < length - start
+        _store(d_v, d_tile, start, rows, inside, columns, width, d_v_token, d_v_column, EVEN)
+        if NEED_W:
+            turned = _dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
+        d_tile = _dot(d_scores, directions, None, WIDER, UPCAST) - held[:, None] * tile.to(tl.float32)
+        _store(d_k, d_tile, start, rows, inside, columns, width, d_k_token, d_k_column, EVEN)
+    if NEED_W:
+        place = (sequence * tl.num_programs(1) + split) * features + feature
+        inside = (feature < features)[None, :] & (columns < width)[:, None]
+        tl.store(d_w + place[None, :] * width + columns[:, None], turned, mask=inside)

@@ -1,0 +1,123 @@
+"""What every operator with Triton kernels shares: when they can run, registration, and the first run's self-test.
+
+Triton itself is imported where a kernel is first launched, so that importing this package stays light. Under
+``TRITON_INTERPRET=1`` the kernels run on the CPU, in Triton's interpreter; that is for tests.
+"""
+
+import warnings
+from importlib.util import find_spec
+
+import torch
+
+from .. import config
+from ..errors import FLOATING
+from .library import accumulation_dtype
+
+INTERPRETED = config.triton_interpreted()
+"""Whether kernels run on the CPU; Triton decides it when they are defined, so it is asked once."""
+
+_MISSING = None if find_spec("triton") is not None else "Triton is not installed (pip install triton)"
+_DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
+_library = torch.library.Library("t2t_fast_triton", "DEF")
+_trials: dict[tuple, str | None] = {}
+
+
+def reason(request, dtypes=FLOATING):
+    """Why no Triton kernel for ``dtypes`` can run ``request``, or ``None``."""
+    if _MISSING is not None:
+        return _MISSING
+    if request.device not in _DEVICES:
+        where = "on the CPU under TRITON_INTERPRET=1 only" if INTERPRETED else "on CUDA devices"
+        return f"Triton kernels run {where}"
+    if request.dtype not in dtypes:
+        return f"no Triton kernel for {str(request.dtype).removeprefix('torch.')}"
+    # not is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
+    if getattr(torch.compiler, "_is_exporting_flag", False):
+        return "an exported program would need the Triton kernels where it runs"
+    return None
+
+
+def passed_over(request):
+    """Why ``auto`` leaves what the interpreter can run to another backend, or ``None``."""
+    return "Triton's interpreter is for tests" if request.device == "cpu" else None
+
+
+def operator(signature):
+    """Decorator: registers a function as ``torch.ops.t2t_fast_triton.<signature>``, opaque to ``torch.compile``."""
+    name = signature.partition("(")[0]
+    _library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
+
+    def register(function):
+        def run(*arguments):
+            with torch.cuda.device_of(next(t for t in arguments if isinstance(t, torch.Tensor))):
+                return function(*arguments)
+
+        _library.impl(name, function if INTERPRETED else run, "CPU" if INTERPRETED else "CUDA")
+        return function
+
+    return register
+
+
+def fake(name):
+    """Decorator: what the operator ``name`` returns for fake tensors."""
+    return torch.library.register_fake(f"t2t_fast_triton::{name}", lib=_library)
+
+
+def multiprocessors(device):
+    """How many programs run side by side for each that a multiprocessor holds; a few where kernels are interpreted."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def architecture(device):
+    """``"sm_90"``; ``"cpu"`` where kernels are interpreted."""
+    if INTERPRETED:
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def allows_tf32():
+    """Whether torch's setting for matrix products of float32 lets them run in TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def trial(name, run, expected, index, dtype, *sizes):
+    """Why a kernel cannot be used on a device, or ``None``; tried once for each dtype and size class, then remembered.
+
+    Args:
+        name: the operator's, for the warning.
+        run, expected: functions of (device, dtype, *sizes) that return tensors: by the kernel, and by a form that needs
+            none. They must agree to a few roundings of the dtype.
+        index: of the CUDA device, ``None`` for the current one (or the CPU, where kernels are interpreted).
+
+    A failure is warned of once. While a CUDA graph is captured nothing can be tried, and nothing is remembered.
+    """
+    if not INTERPRETED:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        index = torch.cuda.current_device() if index is None else index
+    key = (name, index, dtype, *sizes)
+    if key not in _trials:
+        _trials[key] = _try(run, expected, torch.device("cpu" if INTERPRETED else f"cuda:{index}"), dtype, sizes)
+        if _trials[key] is not None:
+            warnings.warn(f"t2t_fast: {name} leaves its Triton kernel: {_trials[key]}", RuntimeWarning, stacklevel=2)
+    return _trials[key]
+
+
+def _try(run, expected, device, dtype, sizes):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    # gradients are the kernel's own here, and a trial inside somebody's autocast region is a trial of the same thing
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        try:
+            found = [t.to(accumulation_dtype(dtype)) for t in run(device, dtype, *sizes)]
+        except Exception as error:  # noqa: BLE001 - a compiler and a driver raise what they like; it becomes the reason
+            text = str(error).strip().splitlines() or [""]
+            return f"its first run failed with {type(error).__name__}: {text[-1][:300]}"
+        wanted = expected(device, dtype, *sizes)
+    allowed = 64 * torch.finfo(dtype).eps
+    for value, exact in zip(found, wanted, strict=True):
+        error = ((value - exact).norm() / exact.norm()).item()
+        if not error <= allowed:
+            return f"its self-test on {device} gave an error of {error:.1e}, {allowed:.1e} is allowed"
+    return None
