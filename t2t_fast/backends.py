@@ -98,7 +98,8 @@ def resolve(op, request, name="auto"):
             raise BackendUnavailable(_refusal(op, name, request))
         return name
     for candidate in ORDER:
-        if _reason(op, candidate, request) is None and _tables[op][candidate].passed_over(request) is None:
+        found = _tables[op].get(candidate)
+        if found is not None and found.passed_over(request) is None and found.supports(request) is None:
             return candidate
     raise BackendUnavailable(_refusal(op, "auto", request))
 

@@ -354,6 +354,7 @@ def queries_backward_kernel(
     Grid (sequences, splits); reads q and dY once, writes d_q once and (m), (m, E) float32 for its split.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
+    WIDER: tl.constexpr = "tf32" if GRADIENT != DTYPE else PRECISION
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q = _sequence(q, sequence, heads, q_batch, q_head)
     grad = _sequence(grad, sequence, heads, grad_batch, grad_head)
@@ -361,7 +362,7 @@ def queries_backward_kernel(
     rows, columns, feature = tl.arange(0, TOKENS), tl.arange(0, WIDTH), tl.arange(0, FEATURES)
     directions = _matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
     high, low = _parts(directions, DTYPE, SPLIT)
-    directions = _rounded(directions, GRADIENT, "tf32" if GRADIENT != DTYPE else PRECISION)
+    directions = _rounded(directions, GRADIENT, WIDER)
     logs, values = _key_state(lz, state, sequence, width, features, float("-inf"), WIDTH, FEATURES)
     values = _rounded(values, DTYPE, PRECISION)
     sums = tl.zeros([TOKENS, FEATURES], tl.float32)
@@ -382,11 +383,11 @@ def queries_backward_kernel(
         weights *= gate[:, None]
         d_scores = weights * (along - inner[:, None])
         sums += d_scores
-        d_scores = _rounded(d_scores, GRADIENT, "tf32" if GRADIENT != DTYPE else PRECISION)
+        d_scores = _rounded(d_scores, GRADIENT, WIDER)
         wide = _dot(tl.trans(upstream), _rounded(weights, DTYPE, PRECISION), wide, PRECISION, UPCAST)
         if NEED_W:
-            turned = _dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, PRECISION, UPCAST)
-        d_tile = _dot(d_scores, directions, None, "tf32" if GRADIENT != DTYPE else PRECISION, UPCAST)
+            turned = _dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
+        d_tile = _dot(d_scores, directions, None, WIDER, UPCAST)
         d_tile -= (inner * (1.0 - gate))[:, None] * tile.to(tl.float32)
         _store(d_q, d_tile, start, rows, there, columns, width, d_q_token, d_q_column, EVEN)
     place = (sequence * tl.num_programs(1) + split) * features + feature
@@ -455,7 +456,8 @@ def keys_backward_kernel(
 ):
     """d_k and d_v (and this split's share of d_w); with P the softmax weights over tokens
 
-        d_v = sum_i P_i d_S_i    d_a_i = P_i (v . d_S_i - (d_S_i . S_i - d_lz_i))    d_k = sum_i d_a_i w_i - k sum_i d_a_i
+        d_a_i = P_i (v . d_S_i - (d_S_i . S_i - d_lz_i))
+        d_k = sum_i d_a_i w_i - k sum_i d_a_i    d_v = sum_i P_i d_S_i
 
     SKIP: what else flows into v is added to d_v. In float16, d_S is scaled to a largest entry of 1 for each feature;
     the scale goes onto P, whose products therefore run in TF32. Grid (sequences, splits).

@@ -21,7 +21,7 @@ _overrides: dict[str, dict] = {}
 
 
 class Cut(NamedTuple):
-    """How the tokens of each sequence are divided: into ``splits``, each of ``tiles`` tiles (the last may have fewer)."""
+    """How the tokens of each sequence are divided: into ``splits`` of ``tiles`` tiles (the last may have fewer)."""
 
     splits: int
     tiles: int
