@@ -1,7 +1,7 @@
 """Run the suites: ``python -m benchmarks [--quick] [--out DIR] [--filter WORDS] [--device cpu|cuda]``.
 
 Writes into the folder: ``raw.json`` (pytest-benchmark), ``rows.json`` (normalised, grows row by row), ``table.md``,
-``chart.png`` and ``chart-operators.png``.
+``chart.png``, ``chart-operators.png``, and with rows of several lengths of attention ``crossover.png``.
 """
 
 import argparse

@@ -9,6 +9,9 @@ COLORS = {
     "t2t_fast-compiled": "#d9541e",
     "unfold": "#b39ddb",
     "convolution": "#81c784",
+    "two-sdpa": "#ab47bc",
+    "performer-pytorch": "#26a69a",
+    "flash-linear-attention": "#9e9d24",
     "sdpa": "#e6a0c4",
 }
 MEMORY = {"peak_bytes": ("#cdbdae", "peak of a call"), "saved_bytes": ("#7d5a3c", "saved for backward")}
@@ -77,7 +80,7 @@ def _memory(axis, positions, baselines):
             axis.annotate(", ".join(words), (end, place), **style)
     for color, label in MEMORY.values():
         axis.barh(0, 0, color=color, label=label)
-    axis.legend(loc="lower right", fontsize=8, frameon=False)
+    axis.legend(loc="upper right", ncols=2, fontsize=8, frameon=False, borderaxespad=0)
     axis.axvline(1, color="black", linewidth=0.8, zorder=0)
     axis.set_xlabel("memory per image, relative to upstream eager")
     axis.set_xlim(0, 1.6 * widest)

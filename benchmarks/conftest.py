@@ -3,7 +3,7 @@
 import pytest
 
 from . import harness
-from .groups import groups
+from .groups import LeftOut, groups
 from .providers import providers
 from .session import Run
 
@@ -70,7 +70,7 @@ def record(row, benchmark, request):
         if run.out_of_time(group):
             leave_out(f"the time limit of {run.limit:.0f} s had passed")
         result = run.result(group, name)
-        if isinstance(result, harness.TooLarge):
+        if isinstance(result, LeftOut):
             leave_out(str(result))
         if isinstance(result, Exception):
             run.leave_out(group, name, f"failed: {type(result).__name__}: {result}")

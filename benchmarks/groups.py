@@ -38,7 +38,24 @@ OPERATORS = (
 
 LEFT_OUT_OF_QUICK = ("performer_attention-stage2",)
 
+LENGTHS = {
+    "cpu": {196: 128, 784: 32, 3136: 8, 9216: 2, 12544: 2, 50176: 1, 200704: 1},
+    "cuda": {196: 256, 784: 256, 3136: 64, 9216: 64, 12544: 16, 50176: 4, 200704: 1, 1_000_000: 1},
+}
+"""Tokens that Performer attention is measured at, for where it overtakes softmax attention, and the batch at each: the
+same number of tokens where that makes sense, and on a CPU as far as a call takes a second."""
+
+HEADLINE_LENGTH = 3136
+"""Stage 1 at 224 px: the only one of a quick run, and the only one in every dtype."""
+
+CROSSOVER = "crossover"
+"""In the name of every group of :data:`LENGTHS`, for ``--filter``."""
+
 MODES = ("inference", "training")
+
+
+class LeftOut(RuntimeError):
+    """Why a provider of a group has no numbers here, in words; its row is skipped and the report says so."""
 
 
 class Group(NamedTuple):
@@ -46,7 +63,8 @@ class Group(NamedTuple):
 
     level: str
     subject: str
-    size: int
+    size: int | None
+    """Pixels of the image's side; ``None`` where the subject says how many tokens there are."""
     batch: int
     dtype: str
     mode: str
@@ -55,7 +73,20 @@ class Group(NamedTuple):
 
     @property
     def id(self):
-        return f"{self.level}-{self.subject}-{self.size}px-b{self.batch}-{self.dtype}-{self.mode}"
+        where = CROSSOVER if self.size is None else f"{self.size}px"
+        return f"{self.level}-{self.subject}-{where}-b{self.batch}-{self.dtype}-{self.mode}"
+
+
+def length_groups(device, quick):
+    """Performer attention by its number of tokens."""
+    headline = all if quick else any
+    return [
+        Group("op", f"performer_attention-L{length}", None, batch, dtype, mode, compiled=not quick)
+        for dtype in DTYPES[device]
+        for length, batch in LENGTHS[device].items()
+        for mode in MODES
+        if headline((length == HEADLINE_LENGTH, dtype == DTYPES[device][0]))
+    ]
 
 
 def full_groups(level, device):
@@ -69,7 +100,7 @@ def full_groups(level, device):
             for subject in OPERATORS
             for mode in MODES
             if size == 224 or not subject.endswith("fuseformer")
-        ]
+        ] + length_groups(device, quick=False)
     subjects = {
         "module": ("performer", "transformer"),
         "model": ("t2t_vit_7", "t2t_vit_14", "t2t_vit_t_14"),
@@ -99,7 +130,7 @@ def quick_groups(level, device):
         for subject in OPERATORS
         for mode in MODES
         if subject not in LEFT_OUT_OF_QUICK
-    ]
+    ] + length_groups(device, quick=True)
 
 
 def groups(level, device, quick):

@@ -24,16 +24,13 @@ import t2t_fast
 from t2t_fast import memory
 
 from . import clocks, operators, subjects
+from .groups import LeftOut
 from .providers import BASELINE, BY_NAME, compiled
 from .subjects import Implementation
 
 FRONT_END = "front end"
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
 WARM_UP_CALLS = 2
-
-
-class TooLarge(RuntimeError):
-    """A provider does not fit into this machine's memory at this size; its row is skipped."""
 
 
 @dataclass
@@ -246,13 +243,14 @@ def measure(group, names, device, budget, say, thorough=True):
         provider = BY_NAME[name]
         needed = estimated_bytes(group, provider)
         if needed > 0.8 * available_bytes(device):
-            results[name] = TooLarge(f"needs about {needed / 1e9:.0f} GB, free are {available_bytes(device) / 1e9:.0f}")
+            results[name] = LeftOut(f"needs about {needed / 1e9:.0f} GB, free are {available_bytes(device) / 1e9:.0f}")
             continue
         say(f"{provider.label}: check{', compile' if provider.compiled else ''}, warm up")
         try:
             results[name] = prepare(subject, provider, device, clock, thorough)
         except Exception as failure:  # noqa: BLE001 - raised again by this provider's row; its peers are still measured
-            results[name] = failure
+            foreign = provider.package and not isinstance(failure, LeftOut)
+            results[name] = LeftOut(f"failed: {type(failure).__name__}: {failure}") if foreign else failure
     timed = [result for result in results.values() if isinstance(result, Participant)]
     if group.level == "model" and isinstance(results.get(BASELINE), Participant):
         results[FRONT_END] = front_end(subject, results[BASELINE].implementation, clock)

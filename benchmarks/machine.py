@@ -18,6 +18,18 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 SIDE = {"cpu": 1536, "cuda": 8192}
 REPEATS = 7
 
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pytest",
+    "pytest-benchmark",
+    "performer-pytorch",
+    "flash-linear-attention",
+    "fla-core",
+)
+"""Whose versions a run notes, ``None`` for one that is not installed."""
+
 
 def describe(device):
     """Everything a number needs beside it, as plain data."""
@@ -29,7 +41,7 @@ def describe(device):
         "threads": torch.get_num_threads(),
         "compile_mode": COMPILE_MODES[device],
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "packages": {name: version(name) for name in ("torch", "triton", "numpy", "pytest", "pytest-benchmark")},
+        "packages": {name: version(name) for name in PACKAGES},
     }
     if device == "cuda":
         found |= {

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 
 from t2t_fast import functional
 from t2t_fast.ops.spec import T2T_WINDOWS, square
-from t2t_fast.reference.token_performer import at_least_float32
 from t2t_fast.testing import features, natural_images, tail_parameters
 
-from . import costs
+from . import attention, costs
 
 NORM_EPS = 1e-5
 
@@ -31,9 +30,11 @@ class Operator:
             float32 under autocast and gets no gradient, as the first stage's.
         parameters: the other tensors.
         sources: name -> function of keyword tensors.
-        others: sources that compute something else, which is then their own truth.
-        layouts: source -> how to bring its output to the layout of the operator's, and back (an involution).
         cost: bytes and FLOPs for an element size.
+        truths: for a source that computes something else: the function that it is checked against, in float64.
+        layouts: source -> how to bring its output to the layout of the operator's, and back (an involution).
+        load: (source, mode, device) -> function, where that takes more than a look into ``sources``; raises
+            :class:`groups.LeftOut` for a source that cannot be measured.
     """
 
     name: str
@@ -42,8 +43,13 @@ class Operator:
     sources: dict[str, Callable]
     cost: Callable
     image: bool = False
-    others: tuple[str, ...] = ()
+    truths: dict[str, Callable] = field(default_factory=dict)
     layouts: dict[str, Callable] = field(default_factory=dict)
+    load: Callable | None = None
+
+    def function(self, source, mode, device):
+        """The function of a source."""
+        return self.load(source, mode, device) if self.load else self.sources[source]
 
 
 def _generator():
@@ -208,39 +214,22 @@ def soft_split_linear(stage, size, batch):
             channels, side, side, window, out, element, norm=norm, image_gradient=stage > 1
         ),
         image=stage == 1,
-        others=("convolution",) if norm else (),
+        truths={"convolution": convolution} if norm else {},
     )
 
 
-def _attention(q, k, v, w):
-    """The middle of upstream's ``Token_performer.single_attn``, as ``t2t_fast.reference`` writes it."""
-
-    def prm_exp(x):
-        half_norm = (x * x).sum(dim=-1, keepdim=True).repeat(1, 1, w.shape[0]) / 2
-        wx = torch.einsum("bti,mi->btm", at_least_float32(x), w)
-        return torch.exp(wx - half_norm) / w.shape[0] ** 0.5
-
-    kp, qp = prm_exp(k), prm_exp(q)
-    denominator = torch.einsum("bti,bi->bt", qp, kp.sum(dim=1)).unsqueeze(dim=2)
-    state = torch.einsum("bin,bim->bnm", at_least_float32(v), kp)
-    return torch.einsum("bti,bni->btn", qp, state) / (denominator.repeat(1, 1, v.shape[-1]) + 1e-8)
-
-
-def performer_attention(stage, size, batch):
-    """q and k have norm 2, as in a freshly initialised stage 1."""
-    tokens, generator = length(stage, size), _generator()
-    q, k = (2 * costs.WIDTH**-0.5 * torch.randn(batch, tokens, costs.WIDTH, generator=generator) for _ in range(2))
-
-    def sdpa(q, k, v, w):
-        return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
-
+def performer_attention(stage, size, batch, tokens=None):
+    """A stage's attention, or that of so many ``tokens``."""
+    tokens = tokens or length(stage, size)
+    moving, parameters = attention.inputs(tokens, batch, _generator())
     return Operator(
         "performer_attention",
-        {"q": q, "k": k, "v": torch.randn(batch, tokens, costs.WIDTH, generator=generator)},
-        {"w": features(generator, costs.FEATURES, costs.WIDTH)},
-        {"upstream": _attention, "t2t_fast": functional.performer_attention, "sdpa": sdpa},
+        moving,
+        parameters,
+        attention.FUNCTIONS,
         lambda element: costs.performer_attention(tokens, element=element),
-        others=("sdpa",),
+        truths=attention.TRUTHS,
+        load=lambda source, mode, device: attention.load(source, tokens, batch, mode, device),
     )
 
 
@@ -276,7 +265,7 @@ def performer_layer(stage, size, batch):
     def upstream(x, w, kqv_weight, kqv_bias, norm1_weight, norm1_bias, **tail):
         kqv = split(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias)
         k, q, v = torch.split(kqv, costs.WIDTH, dim=-1)
-        return _tail(_attention(q, k, v, w), v, **tail)
+        return _tail(attention.upstream(q, k, v, w), v, **tail)
 
     def layer(x, **parameters):
         kernel, step, pad = window
@@ -314,7 +303,7 @@ SOURCES = {
     "soft_composition": ("upstream", "t2t_fast"),
     "fused_fold_unfold": ("upstream", "t2t_fast"),
     "soft_split_linear": ("upstream", "t2t_fast", "convolution"),
-    "performer_attention": ("upstream", "t2t_fast", "sdpa"),
+    "performer_attention": attention.SOURCES,
     "token_mlp": ("upstream", "t2t_fast"),
     "performer_layer": ("upstream", "t2t_fast"),
 }
@@ -322,7 +311,9 @@ SOURCES = {
 
 
 def build(subject, size, batch):
-    """The operator of a subject such as "token_mlp-stage1"."""
+    """The operator of a subject such as "token_mlp-stage1", or "performer_attention-L3136" without a size."""
     name, _, where = subject.partition("-")
+    if where.startswith("L"):
+        return performer_attention(None, size, batch, tokens=int(where[1:]))
     stage = int(where.removeprefix("stage")) if where.startswith("stage") else None
     return _BUILDERS[name](stage, size, batch)

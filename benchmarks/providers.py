@@ -17,7 +17,8 @@ class Provider(NamedTuple):
     """A competitor.
 
     ``source`` says which implementation of a subject it runs (see ``subjects.py``); ``another`` that it computes
-    another function, so that it is a yardstick and no replacement.
+    another function, so that it is a yardstick and no replacement; ``package`` that it is somebody else's optional
+    package, whose failure leaves its row out and fails no run.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Provider(NamedTuple):
     source: str
     compiled: bool = False
     another: bool = False
+    package: bool = False
 
 
 PROVIDERS = (
@@ -36,6 +38,21 @@ PROVIDERS = (
     Provider("t2t_fast-compiled", "t2t_fast, torch.compile", "t2t_fast", compiled=True),
     Provider("unfold", "F.unfold alone, tokens not contiguous", "unfold"),
     Provider("convolution", "convolution of the same shape, no LayerNorm", "convolution", another=True),
+    Provider("two-sdpa", "log-space form by two scaled_dot_product_attention", "two-sdpa"),
+    Provider(
+        "performer-pytorch",
+        "performer-pytorch, same features, no eps",
+        "performer-pytorch",
+        another=True,
+        package=True,
+    ),
+    Provider(
+        "flash-linear-attention",
+        "flash-linear-attention, same features, causal, no eps",
+        "flash-linear-attention",
+        another=True,
+        package=True,
+    ),
     Provider("sdpa", "scaled_dot_product_attention (softmax)", "sdpa", another=True),
 )
 """In the order of every table; the first is what the others are compared with."""

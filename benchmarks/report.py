@@ -6,9 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from . import crossover
 from .chart import draw
 from .goals import judge
-from .groups import BATCHES
+from .groups import BATCHES, HEADLINE_LENGTH
 
 TITLES = {"module": "T2T modules", "model": "Whole models", "op": "Operators"}
 COLUMNS = (
@@ -18,6 +19,7 @@ COLUMNS = (
     "× upstream (20 % – 80 %)",
     "images/s",
     "GB/s",
+    "% of copy",
     "TFLOP/s",
     "× floor",
     "saved MB/img",
@@ -29,10 +31,10 @@ NOTES = """\
 Rows of a case were measured interleaved, round by round; a speed-up is the median of the rounds' ratios to upstream
 eager. "× floor" is the time over the least that a fused implementation could take with this machine's own copy
 bandwidth and dense products, GB/s and TFLOP/s are that implementation's bytes and FLOPs over the measured time (so
-they say how close a row is to it, not what it moved). Saved: bytes kept for backward, inputs included; peak: most
-bytes that a call allocates at a time; neither with the parameters. First call: compilation and autotuning, or an
-eager first call. Error: relative, against float64, output and worst gradient. † computes another function: a
-yardstick, no replacement."""
+they say how close a row is to it, not what it moved); "% of copy" is these GB/s over those of a copy. Saved: bytes
+kept for backward, inputs included; peak: most bytes that a call allocates at a time; neither with the parameters. First
+call: compilation and autotuning, or an eager first call. Error: relative, against float64, output and worst gradient.
+† computes another function: a yardstick, no replacement."""
 """Explains the columns."""
 
 
@@ -64,10 +66,11 @@ def cases(found):
 
 def title(row):
     """A group in words."""
-    subject = row["subject"].replace("-stage", ", stage ").replace("-", ", ")
+    subject = row["subject"].replace("-stage", ", stage ").replace("-L", ", L = ").replace("-", ", ")
     if row["level"] == "module":
         subject = f"T2T module, {subject.capitalize()}"
-    return f"{subject}, {row['size']} px, batch {row['batch']}, {row['dtype']}, {row['mode']}"
+    size = "" if row["size"] is None else f"{row['size']} px, "
+    return f"{subject}, {size}batch {row['batch']}, {row['dtype']}, {row['mode']}"
 
 
 def number(value, digits=3):
@@ -91,6 +94,10 @@ def _memory(row, key):
     return number(None if row[key] is None else row[key] / row["batch"] / 1e6)
 
 
+def _percent(share):
+    return number(None if share is None else 100 * share)
+
+
 def _error(row):
     if row["error"] is None:
         return "within dropout's noise"
@@ -105,6 +112,7 @@ def _cells(row):
         "1" if row["provider"] == "upstream" else spread(row["speedup"]),
         number(row["images_per_s"]),
         number(row["gb_per_s"]),
+        _percent(row.get("copy_share")),  # runs from before this column have none
         number(row["tflop_per_s"]),
         number(row["times_floor"]),
         _memory(row, "saved_bytes"),
@@ -143,6 +151,11 @@ def table(environment, found, left_out):
         members = [row for row in found if row["level"] == level]
         if not members:
             continue
+        drawn = crossover.curves(members)
+        if drawn:
+            lines += ["### Performer attention by the number of tokens", ""]
+            lines += [f"- {sentence}" for sentence in crossover.sentences(drawn)]
+            lines += ["", f"![Time and memory a token against the number of tokens]({crossover.PICTURE})", ""]
         lines += [f"### {heading}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
         for case in cases(members):
             name = case.title + amdahl(case.rows)
@@ -153,9 +166,19 @@ def table(environment, found, left_out):
     lines += [NOTES, ""]
     if left_out:
         lines += ["Without numbers:", ""]
-        lines += [f"- {each['group']}, {each['provider']}: {each['reason']}" for each in left_out]
-        lines.append("")
+        lines += [*_without_numbers(left_out), ""]
     return "\n".join(lines)
+
+
+def _without_numbers(left_out):
+    """A line for each provider and reason, with its groups or, of more than three, their number."""
+    groups = {}
+    for each in left_out:
+        groups.setdefault((each["provider"], each["reason"]), []).append(each["group"])
+    return [
+        f"- {', '.join(names) if len(names) <= 3 else f'{len(names)} cases'}, {provider}: {reason}"
+        for (provider, reason), names in groups.items()
+    ]
 
 
 def amdahl(members):
@@ -168,14 +191,16 @@ def amdahl(members):
 
 
 def headline(found):
-    """The rows for the chart: 224 px and, but for operators, the headline batch; all if there are none."""
+    """The rows for the chart: 224 px, or the number of tokens at 224 px, and, but for operators, the headline batch;
+    all if there are none."""
     batches = {sizes[0] for sizes in BATCHES.values()}
-    chosen = [row for row in found if row["size"] == 224 and (row["level"] == "op" or row["batch"] in batches)]
-    return chosen or found
+    sized = [row for row in found if row["size"] == 224 or row["subject"].endswith(f"-L{HEADLINE_LENGTH}")]
+    return [row for row in sized if row["level"] == "op" or row["batch"] in batches] or found
 
 
 def write(source, folder):
-    """Write ``table.md``, ``chart.png`` and ``chart-operators.png`` of a JSON file into a folder.
+    """Write ``table.md`` and the charts for which a JSON file has rows into a folder: ``chart.png``,
+    ``chart-operators.png`` and ``crossover.png``.
 
     Returns:
         the paths written.
@@ -189,6 +214,9 @@ def write(source, folder):
         drawn = cases(headline([row for row in found if row["level"] in levels]))
         if drawn:
             written.append(draw(drawn, _heading(environment), folder / name))
+    curves = crossover.curves(found)
+    if curves:
+        written.append(crossover.draw(curves, _heading(environment), folder))
     return written
 
 

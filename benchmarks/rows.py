@@ -5,6 +5,11 @@ from .providers import BASELINE, BY_NAME, backends
 from .statistics import ratios, summary
 
 
+def _saved_share(group, saved, cost):
+    """The bytes that must be kept for backward over those that were, or ``None`` where that says nothing."""
+    return group.batch * cost.saved / saved if saved and cost.saved else None
+
+
 def row(group, name, results, limits, device):
     """The row of one provider of a measured group.
 
@@ -28,6 +33,8 @@ def row(group, name, results, limits, device):
         "times": participant.times,
         **facts,
         "images_per_s": group.batch / seconds["median"],
+        "copy_share": group.batch * cost.bytes(group.mode) / seconds["median"] / limits["bytes_per_s"],
+        "saved_share": _saved_share(group, facts["saved_bytes"], cost),
         "gb_per_s": group.batch * cost.bytes(group.mode) / seconds["median"] / 1e9,
         "tflop_per_s": group.batch * cost.flops(group.mode) / seconds["median"] / 1e12,
         "floor_s": floor,

@@ -185,16 +185,15 @@ def _operator(group, device):
     shape = (group.batch, *one.shape[1:])
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
-    def truth(source):
+    def truth(function, layout=_same):
         """Output and gradients in float64, a few samples at a time: nothing mixes samples."""
         fixed = {name: t.to(device).double().requires_grad_(name in wants) for name, t in parameters.items()}
-        layout = op.layouts.get(source, _same)
         outs, found = [], {name: [] for name in moving}
         for start in range(0, group.batch, CHUNK):
             chunk = slice(start, start + CHUNK)
             free = {n: t[chunk].to(device).double().requires_grad_(n in wants) for n, t in moving.items()}
             with torch.set_grad_enabled(training):
-                out = layout(op.sources[source](**free, **fixed))
+                out = layout(function(**free, **fixed))
             if training:
                 out.backward(gradient[chunk].double())
             outs.append(out.detach().cpu())
@@ -205,6 +204,9 @@ def _operator(group, device):
         return torch.cat(outs), gradients
 
     def make(source):
+        # the harness chooses the backend of "aten"
+        function = op.function("t2t_fast" if source == "aten" else source, group.mode, device)
+        layout = op.layouts.get(source, _same)
         leaves = {
             name: t.to(device, copy=True).requires_grad_(training and name in wants) for name, t in parameters.items()
         }
@@ -212,19 +214,17 @@ def _operator(group, device):
             {name: t.to(device, copy=True).requires_grad_(training and name in wants) for name, t in moving.items()}
             for _ in range(COPIES)
         ]
-        function = op.sources["t2t_fast" if source == "aten" else source]  # the harness chooses the backend
-        own = source in op.others
-        own_truth = truth(source) if own else None
+        own_truth = truth(op.truths[source], layout) if source in op.truths else None
         used = set(wants) if own_truth is None else set(own_truth[1])
         return Implementation(
             lambda **tensors: function(**tensors, **leaves),
             inputs,
             {name: leaf for name, leaf in leaves.items() if name in used},
-            layout=op.layouts.get(source, _same),
+            layout=layout,
             truth=own_truth,
         )
 
-    expected = truth("upstream")
+    expected = truth(op.sources["upstream"])
     return Subject(
         group,
         device,

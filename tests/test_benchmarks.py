@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -238,15 +239,16 @@ def test_goals_name_rows_that_exist():
         for provider in providers(group, "cpu")
     }
     for goal in GOALS:
-        assert {(goal.group, goal.ours), (goal.group, goal.against)} <= rows, goal.what
+        names = {goal.ours, goal.against} - {None}
+        assert {(goal.group, name) for name in names} <= rows, goal.what
 
 
 @pytest.mark.parametrize("name", groups.OPERATORS)
 def test_every_way_to_compute_an_operator_agrees_with_float64(name):
     """Every source of every operator, forward and gradients, as the harness checks them before it times anything."""
     subject = subjects.build(Group("op", name, 64, 1, "fp32", "training"), "cpu")
-    group_providers = {provider.source for provider in providers(subject.group, "cpu")}
-    for source in sorted(group_providers):
+    # optional packages have tests of their own
+    for source in sorted({provider.source for provider in providers(subject.group, "cpu") if not provider.package}):
         implementation = subject.make(source)
         forward = harness._forward(subject, SimpleNamespace(compiled=False, source=source), implementation, "cpu")
         out = forward(0)
@@ -279,7 +281,7 @@ def test_a_provider_that_does_not_fit_is_left_out_with_its_reason(monkeypatch):
     monkeypatch.setattr(harness, "available_bytes", lambda device: 1e6)
     group = Group("module", "transformer", 64, 1, "fp32", "inference")
     results = harness.measure(group, ["upstream", "t2t_fast"], "cpu", 0.0, lambda text: None)
-    assert isinstance(results["upstream"], harness.TooLarge)
+    assert isinstance(results["upstream"], groups.LeftOut)
     assert results["t2t_fast"].times
 
 
@@ -353,7 +355,7 @@ def test_one_row_end_to_end(tmp_path):
     assert found.returncode == 0, found.stdout + found.stderr
     own = t2t_fast.explain("token_mlp", device="cpu").chosen("token_mlp") == "aten"
     names = ["upstream", "t2t_fast"] if own else ["upstream", "aten", "t2t_fast"]
-    assert f"[0/{len(names)} rows, 0:00] copy bandwidth" in found.stdout
+    assert re.search(rf"\[0/{len(names)} rows, 0:\d\d\] copy bandwidth", found.stdout)
     raw = json.loads((tmp_path / "raw.json").read_text())
     assert [each["params"]["row"][1] for each in raw["benchmarks"]] == names
     environment, rows, left_out = report.read(tmp_path / "rows.json")

@@ -74,8 +74,8 @@ def test_pure_python_wheel(project, tmp_path):
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
         (scripts,) = [archive.read(name).decode() for name in names if name.endswith("/entry_points.txt")]
     assert not [name for name in names if name.endswith(".so")]
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "t2t_fast").rglob("*.py")}
-    assert modules <= set(names)
+    own = {path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.json") for path in (ROOT / "t2t_fast").rglob(kind)}
+    assert own <= set(names)
     assert not {name.split("/")[0] for name in names} & {"tests", "benchmarks", "csrc", "build_support"}
     assert "t2t-fast = t2t_fast.cli:main" in scripts
     fields = Parser().parsestr(metadata)
@@ -128,7 +128,8 @@ class TestArchiveAndItsWheel:
         with tarfile.open(archive) as names:
             inside = {name.split("/", 1)[-1] for name in names.getnames()}
         sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
-        assert sources | {"build_support/operators.py", "LICENSE", "pyproject.toml", "setup.py"} <= inside
+        tables = {path.relative_to(ROOT).as_posix() for path in (ROOT / "t2t_fast").rglob("*.json")}
+        assert sources | tables | {"build_support/operators.py", "LICENSE", "pyproject.toml", "setup.py"} <= inside
 
     def test_the_wheel_is_for_this_python_and_platform(self, wheel):
         assert f"-{sys.implementation.name[:2]}{sys.version_info.major}{sys.version_info.minor}-" in wheel.name

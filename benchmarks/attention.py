@@ -1,0 +1,157 @@
+"""Performer attention and everything that competes with it, from short sequences to a million tokens.
+
+Softmax attention computes another function, and so does an attention that is causal; they are yardsticks. The packages
+are those a user would reach for, given the same positive features. One that is missing is left out and says so.
+"""
+
+import math
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from t2t_fast import functional
+from t2t_fast.reference.token_performer import at_least_float32
+from t2t_fast.testing import features
+
+from . import costs
+from .groups import LeftOut
+
+EPS = 1e-8
+NORM = 2.0
+"""Of q and k, as in a freshly initialised stage 1: eps does not matter there (docs/math.md, section 2)."""
+
+SOFTMAX_FLOPS = {"cpu": 2e11, "cuda": 5e13}
+"""A call of softmax attention with more than these would take more than some seconds."""
+
+BLOCK = 2**26
+"""Attention weights of the float64 truth that are in memory at a time."""
+
+CHUNK = 64
+"""Tokens that the truth of causal attention takes at a time."""
+
+
+def inputs(tokens, batch, generator):
+    """q, k, v (batch, tokens, 64) and the random features w."""
+    shape = (batch, tokens, costs.WIDTH)
+    q, k = (NORM * costs.WIDTH**-0.5 * torch.randn(shape, generator=generator) for _ in range(2))
+    v = torch.randn(shape, generator=generator)
+    return {"q": q, "k": k, "v": v}, {"w": features(generator, costs.FEATURES, costs.WIDTH)}
+
+
+def upstream(q, k, v, w):
+    """The middle of upstream's ``Token_performer.single_attn``, as ``t2t_fast.reference`` writes it."""
+
+    def prm_exp(x):
+        half_norm = (x * x).sum(dim=-1, keepdim=True).repeat(1, 1, w.shape[0]) / 2
+        wx = torch.einsum("bti,mi->btm", at_least_float32(x), w)
+        return torch.exp(wx - half_norm) / w.shape[0] ** 0.5
+
+    kp, qp = prm_exp(k), prm_exp(q)
+    denominator = torch.einsum("bti,bi->bt", qp, kp.sum(dim=1)).unsqueeze(dim=2)
+    state = torch.einsum("bin,bim->bnm", at_least_float32(v), kp)
+    return torch.einsum("bti,bni->btn", qp, state) / (denominator.repeat(1, 1, v.shape[-1]) + EPS)
+
+
+def sdpa(q, k, v, w):
+    """Softmax attention, which has no use for the features."""
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+
+
+def _half_square(x):
+    return at_least_float32(x).square().sum(-1, keepdim=True) / 2
+
+
+def two_sdpa(q, k, v, w):
+    """The log-space form (docs/math.md, section 2b) by two fused attentions: features attend to tokens, tokens to
+    features; what the mask adds to the second is shifted by its maximum, so that a half type rounds it less."""
+    scores = F.linear(k, w) - _half_square(k)
+    lz = scores.logsumexp(1)  # (B, m)
+    landmarks = w.to(q.dtype).expand(q.shape[0], 1, *w.shape)
+    bias = -_half_square(k).mT.unsqueeze(1).to(q.dtype)  # (B, 1, 1, L)
+    shape = (-1, -1, w.shape[0], -1)
+    state = F.scaled_dot_product_attention(
+        landmarks, k.unsqueeze(1), v.unsqueeze(1), attn_mask=bias.expand(shape), scale=1.0
+    )
+    shifted = (lz - lz.detach().amax(-1, keepdim=True)).to(q.dtype)
+    mask = shifted[:, None, None].expand(-1, -1, q.shape[1], -1)
+    y = F.scaled_dot_product_attention(q.unsqueeze(1), landmarks, state, attn_mask=mask, scale=1.0).squeeze(1)
+    logit = (F.linear(q, w) + lz.unsqueeze(1)).logsumexp(-1, keepdim=True) - _half_square(q)
+    return y * torch.sigmoid(logit - math.log(w.shape[0] * EPS)).to(y.dtype)
+
+
+def positive_features(x, w):
+    """``exp(w x - |x|^2 / 2) / sqrt(m)``, which the packages take as their queries and keys."""
+    return torch.exp(F.linear(at_least_float32(x), w) - _half_square(x)) / math.sqrt(w.shape[0])
+
+
+def _package(name, module):
+    """A module of an optional package, or :class:`LeftOut` with the reason."""
+    try:
+        return import_module(module)
+    except ImportError as failure:
+        if failure.name == module.partition(".")[0]:
+            raise LeftOut(f"the package {name} is not installed") from failure
+        raise LeftOut(f"the package {name} cannot be imported ({failure})") from failure
+
+
+def _performer_pytorch(device):
+    """Its non-causal attention: a division without eps."""
+    linear_attention = _package("performer-pytorch", "performer_pytorch.performer_pytorch").linear_attention
+    return lambda q, k, v, w: linear_attention(positive_features(q, w), positive_features(k, w), v)
+
+
+def _flash_linear_attention(device):
+    """Its chunked form, the one its layers train with; all its kernels are causal."""
+    chunk_linear_attn = _package("flash-linear-attention", "fla.ops.linear_attn").chunk_linear_attn
+    if device != "cuda":
+        raise LeftOut("flash-linear-attention's kernels need a GPU")
+
+    def attend(q, k, v, w):
+        qp, kp = (positive_features(x, w).to(x.dtype).unsqueeze(2) for x in (q, k))
+        return chunk_linear_attn(qp, kp, v.unsqueeze(2), scale=1.0, normalize=True)[0].squeeze(2)
+
+    return attend
+
+
+def causal(q, k, v, w):
+    """What a causal linear attention of the same features computes, without eps; memory grows with L, not with L^2."""
+    length = q.shape[1]
+    missing = -length % CHUNK
+    # queries of 1 in the missing rows divide by something other than 0
+    qp = F.pad(positive_features(q, w), (0, 0, 0, missing), value=1.0).unflatten(1, (-1, CHUNK))
+    kp, values = (F.pad(x, (0, 0, 0, missing)).unflatten(1, (-1, CHUNK)) for x in (positive_features(k, w), v))
+    ones = torch.ones_like(values[..., :1])
+    values = torch.cat([values, ones], -1)  # the last column sums the weights
+    states = kp.mT @ values
+    sums = qp @ (states.cumsum(1) - states) + (qp @ kp.mT).tril() @ values
+    return (sums[..., :-1] / sums[..., -1:]).flatten(1, 2)[:, :length]
+
+
+def softmax_in_blocks(q, k, v, w):
+    """:func:`sdpa` for long sequences in any dtype: some queries at a time, recomputed for the backward pass."""
+    rows = max(1, BLOCK // (k.shape[0] * k.shape[1]))
+    blocks = q.split(rows, dim=1)
+    return torch.cat([checkpoint(sdpa, block, k, v, w, use_reentrant=False) for block in blocks], dim=1)
+
+
+TRUTHS = {"sdpa": softmax_in_blocks, "flash-linear-attention": causal}
+"""What the sources that compute something else are checked against, in float64."""
+
+FUNCTIONS = {"upstream": upstream, "t2t_fast": functional.performer_attention, "two-sdpa": two_sdpa, "sdpa": sdpa}
+"""The sources that are always there."""
+
+PACKAGES = {"performer-pytorch": _performer_pytorch, "flash-linear-attention": _flash_linear_attention}
+
+SOURCES = (*FUNCTIONS, *PACKAGES)
+
+
+def load(source, tokens, batch, mode, device):
+    """The function of a source for a call of this size; :class:`LeftOut` says why there is none."""
+    if source in PACKAGES:
+        return PACKAGES[source](device)
+    flops, limit = batch * costs.softmax_attention(tokens).flops(mode), SOFTMAX_FLOPS[device]
+    if source == "sdpa" and flops > limit:
+        raise LeftOut(f"its cost is quadratic: {flops:.1e} FLOPs a call, and {limit:.0e} take some seconds")
+    return FUNCTIONS[source]
