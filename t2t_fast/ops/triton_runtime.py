@@ -5,6 +5,7 @@ Triton itself is imported where a kernel is first launched, so that importing th
 """
 
 import warnings
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -63,11 +64,13 @@ def fake(name):
     return torch.library.register_fake(f"t2t_fast_triton::{name}", lib=_library)
 
 
+@cache
 def multiprocessors(device):
     """How many programs run side by side for each that a multiprocessor holds; a few where kernels are interpreted."""
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
 def architecture(device):
     """``"sm_90"``; ``"cpu"`` where kernels are interpreted."""
     if INTERPRETED:

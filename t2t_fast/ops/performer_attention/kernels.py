@@ -20,6 +20,9 @@ LOWEST = tl.constexpr(-3.0e38)
 TRUSTED = tl.constexpr(2.0**60)
 """A sum of weights below this was formed without overflow in any supported dtype."""
 
+VARYING = ("heads", "length", "tiles_per_split", "splits")
+"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
@@ -115,26 +118,26 @@ def _key_exponents(k, taking_part, high, low, SPLIT: tl.constexpr, PRECISION: tl
     return _scores(k, high, low, SPLIT, PRECISION, UPCAST) * LOG2E - half[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def keys_kernel(
     k,
-    v,
-    w,
-    mask,
-    lz,
-    state,
     k_batch,
     k_head,
     k_token,
     k_column,
+    v,
     v_batch,
     v_head,
     v_token,
     v_column,
+    w,
     w_row,
     w_column,
+    mask,
     mask_batch,
     mask_token,
+    lz,
+    state,
     heads,
     length,
     width,
@@ -203,7 +206,7 @@ def keys_kernel(
     tl.store(state + place[None, :] * width + columns[:, None], wide, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_kernel(lz, state, merged_lz, merged_state, width, features, splits, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """One key state of several splits', in their order. Grid (sequences, m); a program owns one feature."""
     sequence, feature = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -252,24 +255,24 @@ def _query_weights(q, logs, log_eps, high, low, SPLIT: tl.constexpr, PRECISION: 
     return tl.exp2(exponents - top[:, None]), tl.exp2(log_eps + _half_square(q) - top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def queries_kernel(
     q,
-    w,
-    lz,
-    state,
-    out,
     q_batch,
     q_head,
     q_token,
     q_column,
+    w,
     w_row,
     w_column,
+    lz,
+    state,
+    log_eps,
+    out,
     out_batch,
     out_head,
     out_token,
     out_column,
-    log_eps,
     heads,
     length,
     width,
@@ -305,32 +308,32 @@ def queries_kernel(
         _store(out, y, start, rows, there, columns, width, out_token, out_column, EVEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def queries_backward_kernel(
     grad,
-    q,
-    w,
-    lz,
-    state,
-    d_q,
-    d_lz,
-    d_state,
-    d_w,
     grad_batch,
     grad_head,
     grad_token,
     grad_column,
+    q,
     q_batch,
     q_head,
     q_token,
     q_column,
+    w,
     w_row,
     w_column,
+    lz,
+    state,
+    log_eps,
+    d_q,
     d_q_batch,
     d_q_head,
     d_q_token,
     d_q_column,
-    log_eps,
+    d_lz,
+    d_state,
+    d_w,
     heads,
     length,
     width,
@@ -399,44 +402,44 @@ def queries_backward_kernel(
         tl.store(d_w + offsets, turned, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def keys_backward_kernel(
     k,
+    k_batch,
+    k_head,
+    k_token,
+    k_column,
     v,
+    v_batch,
+    v_head,
+    v_token,
+    v_column,
     w,
+    w_row,
+    w_column,
     mask,
+    mask_batch,
+    mask_token,
     lz,
     state,
     d_lz,
     d_state,
     skip,
-    d_k,
-    d_v,
-    d_w,
-    k_batch,
-    k_head,
-    k_token,
-    k_column,
-    v_batch,
-    v_head,
-    v_token,
-    v_column,
-    w_row,
-    w_column,
-    mask_batch,
-    mask_token,
     skip_batch,
     skip_head,
     skip_token,
     skip_column,
+    d_k,
     d_k_batch,
     d_k_head,
     d_k_token,
     d_k_column,
+    d_v,
     d_v_batch,
     d_v_head,
     d_v_token,
     d_v_column,
+    d_w,
     heads,
     length,
     width,

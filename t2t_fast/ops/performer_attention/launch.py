@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 TABLE_PATH = Path(__file__).with_name("launch.json")
-LARGEST_WIDTH, LARGEST_FEATURES = 256, 128
+LARGEST_WIDTH, LARGEST_FEATURES, LARGEST_TILE = 256, 128, 128
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PASSES = ("keys", "queries", "queries_backward", "keys_backward")
@@ -73,8 +73,11 @@ def _table():
 
 def chosen(name, architecture, dtype, width, features):
     """The parameters of a pass: an override, else the table's, else the default."""
-    if name in _overrides:
-        return _overrides[name]
+    return _overrides[name] if name in _overrides else _found(name, architecture, dtype, width, features)
+
+
+@cache
+def _found(name, architecture, dtype, width, features):
     row = _table().get(architecture, {}).get(name, {}).get(shape_class(dtype, width, features))
     return default(name, dtype, width, features) if row is None else row
 

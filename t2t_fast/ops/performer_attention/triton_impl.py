@@ -5,6 +5,8 @@ length is ever written.
 """
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -63,105 +65,120 @@ def _expected(device, dtype, width, features, training):
     return (y, *aten_impl.gradients(grad, *tensors, 1e-8, None, lz, state, True)) if training else (y,)
 
 
+class _Plan(NamedTuple):
+    """A pass over the tokens of a call: how they are cut, and the constants that its kernel takes."""
+
+    splits: int
+    tiles: int
+    constants: dict
+
+
+@lru_cache(maxsize=1024)
+def _plan(found, dtype, width, features, length, sequences, processors, whole_w, tf32, backward):
+    from triton import language as tl
+
+    parameters = dict(found)
+    padded = launch.padded(width)
+    constants = {
+        "WIDTH": padded,
+        "FEATURES": launch.padded(features),
+        "TOKENS": parameters["tokens"],
+        "EVEN": padded == width,
+        "SPLIT": not whole_w,
+        "PRECISION": "tf32" if tf32 else "tf32x3",
+        "UPCAST": runtime.INTERPRETED and dtype == torch.bfloat16,
+        "num_warps": parameters["warps"],
+        "num_stages": parameters["stages"],
+    }
+    if backward:
+        constants["GRADIENT"] = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
+    cut = launch.cut(length, sequences, parameters["tokens"], parameters["programs"] * processors)
+    return _Plan(cut.splits, cut.tiles, constants)
+
+
 class _Call:
-    """What the launches of one call share: sizes, dtypes, how products round."""
+    """What the passes of one call share, like the shape of its sequences."""
 
     def __init__(self, like, w):
-        *self.outer, _, self.width = like.shape
-        self.features = w.shape[0]
-        self.heads = self.outer[1] if len(self.outer) == 2 else 1
-        self.sequences = math.prod(self.outer)
+        shape = like.shape
         self.dtype, self.device, self.w = like.dtype, like.device, w
+        self.outer, self.width, self.features = shape[:-2], shape[-1], w.shape[0]
+        self.heads = shape[1] if len(shape) == 4 else 1
+        self.sequences = shape[0] * self.heads
+        self.directions = (w, *w.stride())
 
-    def parameters(self, name, length):
-        """Launch parameters of a pass, its cut, and the constants that every kernel takes."""
-        from triton import language as tl
-
-        found = launch.chosen(name, runtime.architecture(self.device), self.dtype, self.width, self.features)
-        programs = found["programs"] * runtime.multiprocessors(self.device)
-        width = launch.padded(self.width)
-        constants = {
-            "WIDTH": width,
-            "FEATURES": launch.padded(self.features),
-            "TOKENS": found["tokens"],
-            "EVEN": width == self.width,
-            "SPLIT": self.w.dtype != self.dtype,
-            "PRECISION": "tf32" if runtime.allows_tf32() else "tf32x3",
-            "UPCAST": runtime.INTERPRETED and self.dtype == torch.bfloat16,
-            "num_warps": found["warps"],
-            "num_stages": found["stages"],
-        }
-        if name.endswith("backward"):
-            constants["GRADIENT"] = tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
-        return launch.cut(length, self.sequences, found["tokens"], programs), constants
-
-    def view(self, x, name):
-        """A tensor as a kernel takes it: itself, or a copy where its strides are too large, and its four strides."""
-        reach = sum((size - 1) * abs(stride) for size, stride in zip((512, x.shape[-1]), x.stride()[-2:], strict=True))
-        x = x if reach < OFFSET_LIMIT else x.contiguous()
-        batch, *head, token, column = x.stride()
-        strides = zip(("batch", "head", "token", "column"), (batch, *(head or (0,)), token, column), strict=True)
-        return {name: x, **{f"{name}_{axis}": stride for axis, stride in strides}}
-
-    def directions(self):
-        return {"w": self.w, "w_row": self.w.stride(0), "w_column": self.w.stride(1)}
-
-    def mask(self, key_mask):
-        if key_mask is None:
-            return {"mask": None, "mask_batch": 0, "mask_token": 0, "MASKED": False}
-        batch, token = key_mask.stride()
-        return {"mask": key_mask, "mask_batch": batch, "mask_token": token, "MASKED": True}
+    def plan(self, name, length):
+        """The :class:`_Plan` of a pass."""
+        architecture = runtime.architecture(self.device)
+        found = launch.chosen(name, architecture, self.dtype, self.width, self.features)
+        tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
+        return _plan(
+            tuple(found.items()),
+            self.dtype,
+            self.width,
+            self.features,
+            length,
+            self.sequences,
+            runtime.multiprocessors(self.device),
+            self.w.dtype == self.dtype,
+            tf32,
+            name.endswith("backward"),
+        )
 
     def sizes(self, length, tiles):
-        return {
-            "heads": self.heads,
-            "length": length,
-            "width": self.width,
-            "features": self.features,
-            "tiles_per_split": tiles,
-        }
+        return self.heads, length, self.width, self.features, tiles
 
     def log_eps(self, eps):
         return math.log2(self.features * eps) if eps > 0 else -math.inf
 
-    def empty(self, *shape):
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+    def key_states(self, *splits):
+        """Empty lz and S in float32."""
+        lz = torch.empty((self.sequences, *splits, self.features), dtype=torch.float32, device=self.device)
+        return lz, lz.new_empty((*lz.shape, self.width))
+
+
+def _strided(x):
+    """A (B, L, E) or (B, heads, L, E) tensor as a kernel takes it: itself and four strides."""
+    strides = x.stride()
+    return (x, strides[0], 0, *strides[1:]) if len(strides) == 3 else (x, *strides)
+
+
+def _readable(x):
+    """:func:`_strided` of an input, or of a copy where an offset inside a tile would not fit into 32 bits."""
+    token, column = x.stride()[-2:]
+    reach = launch.LARGEST_TILE * token + x.shape[-1] * column
+    return _strided(x if reach < OFFSET_LIMIT else x.contiguous())
+
+
+def _mask(key_mask):
+    return (None, 0, 0) if key_mask is None else (key_mask, *key_mask.stride())
 
 
 def _key_state(call, k, v, key_mask):
     from . import kernels
 
     length = k.shape[-2]
-    (splits, tiles), constants = call.parameters("keys", length)
-    lz = call.empty(call.sequences, splits, call.features)
-    state = call.empty(call.sequences, splits, call.features, call.width)
+    splits, tiles, constants = call.plan("keys", length)
+    lz, state = call.key_states(splits)
     if call.sequences:
         kernels.keys_kernel[call.sequences, splits](
-            **call.view(k, "k"),
-            **call.view(v, "v"),
-            **call.directions(),
-            **call.mask(key_mask),
-            **call.sizes(length, tiles),
-            **constants,
-            lz=lz,
-            state=state,
+            *_readable(k),
+            *_readable(v),
+            *call.directions,
+            *_mask(key_mask),
+            lz,
+            state,
+            *call.sizes(length, tiles),
+            MASKED=key_mask is not None,
             HEADROOM=HEADROOM[call.dtype],
             SPECULATE=True,
+            **constants,
         )
     if splits > 1 and call.sequences:
-        merged_lz, merged_state = call.empty(call.sequences, call.features), call.empty(*lz.shape[::2], call.width)
+        parts, (lz, state) = (lz, state), call.key_states()
         kernels.merge_kernel[call.sequences, call.features](
-            lz=lz,
-            state=state,
-            merged_lz=merged_lz,
-            merged_state=merged_state,
-            width=call.width,
-            features=call.features,
-            splits=splits,
-            WIDTH=constants["WIDTH"],
-            BLOCK=32,
+            *parts, lz, state, call.width, call.features, splits, WIDTH=constants["WIDTH"], BLOCK=32
         )
-        lz, state = merged_lz, merged_state
     return lz.view(*call.outer, call.features), state.view(*call.outer, call.features, call.width)
 
 
@@ -170,19 +187,19 @@ def read_out(q, w, eps, lz, state):
     """The pass over the queries, forward: y (..., L, E), contiguous."""
     from . import kernels
 
-    call = _Call(q, w)
+    call, length = _Call(q, w), q.shape[-2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    (splits, tiles), constants = call.parameters("queries", q.shape[-2])
+    splits, tiles, constants = call.plan("queries", length)
     if out.numel():
         kernels.queries_kernel[call.sequences, splits](
-            **call.view(q, "q"),
-            **call.view(out, "out"),
-            **call.directions(),
-            **call.sizes(q.shape[-2], tiles),
+            *_readable(q),
+            *call.directions,
+            lz,
+            state,
+            call.log_eps(eps),
+            *_strided(out),
+            *call.sizes(length, tiles),
             **constants,
-            lz=lz,
-            state=state,
-            log_eps=call.log_eps(eps),
         )
     return out
 
@@ -196,25 +213,24 @@ def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
     from . import kernels
 
     length = q.shape[-2]
-    (splits, tiles), constants = call.parameters("queries_backward", length)
-    d_lz = call.empty(call.sequences, splits, call.features)
-    d_state = call.empty(call.sequences, splits, call.features, call.width)
+    splits, tiles, constants = call.plan("queries_backward", length)
+    d_lz, d_state = call.key_states(splits)
     d_w = torch.empty_like(d_state) if need_w else None
     if call.sequences:
         kernels.queries_backward_kernel[call.sequences, splits](
-            **call.view(grad, "grad"),
-            **call.view(q, "q"),
-            **call.view(d_q, "d_q"),
-            **call.directions(),
-            **call.sizes(length, tiles),
-            **constants,
-            lz=lz,
-            state=state,
-            d_lz=d_lz,
-            d_state=d_state,
-            d_w=d_w,
-            log_eps=call.log_eps(eps),
+            *_readable(grad),
+            *_readable(q),
+            *call.directions,
+            lz,
+            state,
+            call.log_eps(eps),
+            *_strided(d_q),
+            d_lz,
+            d_state,
+            d_w,
+            *call.sizes(length, tiles),
             NEED_W=need_w,
+            **constants,
         )
     return d_lz.sum(1), d_state.sum(1), d_w
 
@@ -223,26 +239,27 @@ def _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w,
     from . import kernels
 
     length = k.shape[-2]
-    (splits, tiles), constants = call.parameters("keys_backward", length)
-    d_w = call.empty(call.sequences, splits, call.features, call.width) if need_w else None
+    splits, tiles, constants = call.plan("keys_backward", length)
+    d_w = call.key_states(splits)[1] if need_w else None
     if call.sequences:
         kernels.keys_backward_kernel[call.sequences, splits](
-            **call.view(k, "k"),
-            **call.view(v, "v"),
-            **call.view(v if skip is None else skip, "skip"),
-            **call.view(d_k, "d_k"),
-            **call.view(d_v, "d_v"),
-            **call.directions(),
-            **call.mask(key_mask),
-            **call.sizes(length, tiles),
-            **constants,
-            lz=lz,
-            state=state,
-            d_lz=d_lz,
-            d_state=d_state,
-            d_w=d_w,
+            *_readable(k),
+            *_readable(v),
+            *call.directions,
+            *_mask(key_mask),
+            lz,
+            state,
+            d_lz,
+            d_state,
+            *((None, 0, 0, 0, 0) if skip is None else _readable(skip)),
+            *_strided(d_k),
+            *_strided(d_v),
+            d_w,
+            *call.sizes(length, tiles),
+            MASKED=key_mask is not None,
             SKIP=skip is not None,
             NEED_W=need_w,
+            **constants,
         )
     return d_w
 
