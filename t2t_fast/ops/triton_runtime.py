@@ -9,6 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import config
 from ..errors import FLOATING
@@ -96,6 +97,8 @@ def trial(name, run, expected, index, dtype, *sizes):
     A failure is warned of once. While a CUDA graph is captured nothing can be tried, and nothing is remembered.
     """
     if not INTERPRETED:
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA device"
         if torch.cuda.is_current_stream_capturing():
             return None
         index = torch.cuda.current_device() if index is None else index
@@ -110,17 +113,15 @@ def trial(name, run, expected, index, dtype, *sizes):
 def _try(run, expected, device, dtype, sizes):
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    # gradients are the kernel's own here, and a trial inside somebody's autocast region is a trial of the same thing
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    allowed = 64 * torch.finfo(dtype).eps
+    with _disable_current_modes(), torch.no_grad():  # real tensors, whatever is traced around
         try:
             found = [t.to(accumulation_dtype(dtype)) for t in run(device, dtype, *sizes)]
         except Exception as error:  # noqa: BLE001 - a compiler and a driver raise what they like; it becomes the reason
             text = str(error).strip().splitlines() or [""]
             return f"its first run failed with {type(error).__name__}: {text[-1][:300]}"
-        wanted = expected(device, dtype, *sizes)
-    allowed = 64 * torch.finfo(dtype).eps
-    for value, exact in zip(found, wanted, strict=True):
-        error = ((value - exact).norm() / exact.norm()).item()
-        if not error <= allowed:
-            return f"its self-test on {device} gave an error of {error:.1e}, {allowed:.1e} is allowed"
+        for value, exact in zip(found, expected(device, dtype, *sizes), strict=True):
+            error = ((value - exact).norm() / exact.norm()).item()
+            if not error <= allowed:
+                return f"its self-test on {device} gave an error of {error:.1e}, {allowed:.1e} is allowed"
     return None

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -390,10 +391,13 @@ def test_each_kind_of_call_is_tried_once(monkeypatch):
     assert runs[1:] == [(torch.float32, 16, 16, True), (torch.float16, 16, 16, False)]
 
 
-def test_the_self_test_leaves_the_generator_alone(monkeypatch):
+def test_the_self_test_leaves_the_generator_alone_and_sees_real_tensors(monkeypatch):
+    """Also when the call that it precedes is one of fake tensors."""
     monkeypatch.setattr(triton_runtime, "_trials", {})
     state = torch.get_rng_state()
-    T2T.run("triton")
+    with FakeTensorMode() as mode:
+        out = performer_attention(*(mode.from_tensor(t) for t in T2T.tensors.values()), backend="triton")
+    assert out.shape == T2T.tensors["q"].shape and list(triton_runtime._trials.values()) == [None]
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -64,10 +64,9 @@ def default(name, dtype, width, features):
     """
     state, many = padded(width) * padded(features), padded(features) > 32
     single = dtype == torch.float32
+    crowded = {"queries_backward": single or many, "keys_backward": state > 4096 or (single and many)}
     tokens, warps = 32, 4
-    if name == "queries_backward" and (single or many):
-        tokens = 16
-    elif name == "keys_backward" and (state > 4096 or (single and many)):
+    if crowded.get(name, False):
         tokens = 16
     elif single and name.startswith("keys") and state >= 2048:
         tokens, warps = (32, 8) if state == 2048 else (16, 8)
