@@ -55,7 +55,7 @@ def _inside(there, columns, width, EVEN: tl.constexpr):
 
 @triton.jit
 def _load(x, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
-    """A tile from token ``start`` on, zero where there is none. Only the start needs 64 bits: see launch.py."""
+    """A tile from token ``start`` on, zero where there is none. Only the start needs 64 bits: see triton_impl.py."""
     x += start.to(tl.int64) * token_stride
     offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
     return tl.load(x + offsets, mask=_inside(there, columns, width, EVEN), other=0.0)
