@@ -1,17 +1,15 @@
-"""What compiled kernels there are: ``python -m benchmarks.kernel_report [LIBRARY]``.
+"""What compiled kernels there are: ``python -m benchmarks.kernel_report [LIBRARY]``; ``--help`` tells the options.
 
 For every operator and compiled backend: that it has an implementation, or the registered reason why not. For every
-CUDA kernel in the operators' library (the installed one, or the one given) and every architecture: registers, spills,
-shared memory, and the widths of its global loads and stores, read from the machine code. No GPU is needed.
+CUDA kernel in the operators' library (the installed one, or the one given) and every Triton kernel, on every
+architecture: registers, spills, shared memory, matrix instructions, and the widths of its global loads and stores, read
+from the machine code. No GPU is needed. Triton's kernels are compiled for T2T's shape, with ``--all`` for every shape.
 """
 
+import argparse
+import json
 import re
-import shutil
-import subprocess
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,116 +17,9 @@ import torch
 import t2t_fast
 from t2t_fast import _extension
 
+from . import machine_code, triton_report
+
 COMPILED = ("triton", "native")
-TOOL = "cuobjdump"
-
-# Template arguments of one letter in a mangled name.
-_TYPES = {"f": "float", "d": "double", "t": "2 bytes", "j": "4 bytes", "m": "8 bytes"}
-_FUNCTION = re.compile(r"^\s*Function\s*:?\s+([\w$]+)\s*:?\s*$")
-_ARCHITECTURE = re.compile(r"^\s*(?:arch\s*=|code for)\s*(sm_\w+)")
-_USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
-
-
-@dataclass
-class Kernel:
-    """One kernel of one architecture; ``loads`` and ``stores`` count global accesses by their bytes."""
-
-    name: str
-    architecture: str
-    registers: int = 0
-    stack: int = 0
-    shared: int = 0
-    spills: int = 0
-    loads: Counter = field(default_factory=Counter)
-    stores: Counter = field(default_factory=Counter)
-
-
-def find_tool(name=TOOL):
-    """A program of the CUDA toolkit: on ``PATH``, beside nvcc, or in Triton's package; ``None`` where it is nowhere."""
-    found = shutil.which(name)
-    if found:
-        return found
-    folders = [Path("/usr/local/cuda/bin")]
-    if nvcc := shutil.which("nvcc"):
-        # nvcc may be a wrapper script: what it would run tells where the toolkit is
-        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
-        folders += [Path(top) / "bin" for top in re.findall(r"^#\$ TOP=(.*)$", told, re.MULTILINE)]
-    triton = find_spec("triton")
-    if triton is not None and triton.origin:
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    return next((str(path) for folder in folders if (path := folder / name).is_file()), None)
-
-
-def readable(mangled):
-    """``split_tiles<float>`` from a mangled name, or the name itself where it is of another kind."""
-    name, rest = mangled, mangled.removeprefix("_ZN" if mangled.startswith("_ZN") else "_Z")
-    if rest == mangled:
-        return mangled
-    while number := re.match(r"(\d+)(?=\D)", rest):
-        end = number.end() + int(number[1])
-        name, rest = rest[number.end() : end], rest[end:]
-    argument = re.match(r"I(?:([a-z])|N?(?:S\w*?_)?(\d+)(\w+))", rest)
-    if argument is None:
-        return name
-    letter, length, text = argument.groups()
-    return f"{name}<{_TYPES.get(letter, letter) if letter else text[: int(length)]}>"
-
-
-def _width(opcode):
-    """Bytes that a load or store moves per thread."""
-    for part in opcode.split("."):
-        if match := re.fullmatch(r"[US]?(8|16|32|64|128|256)", part):
-            return int(match[1]) // 8
-    return 4
-
-
-def parse(usage, code):
-    """Kernels from what ``cuobjdump -res-usage`` and ``cuobjdump -sass`` print."""
-    kernels, architecture, kernel = {}, "", None
-
-    def at(name):
-        return kernels.setdefault((architecture, name), Kernel(readable(name), architecture))
-
-    for line in usage.splitlines():
-        if match := _ARCHITECTURE.match(line):
-            architecture = match[1]
-        elif match := _FUNCTION.match(line):
-            kernel = at(match[1])
-        elif kernel and (match := _USAGE.search(line)):
-            kernel.registers, kernel.stack, kernel.shared = (int(match[i]) for i in (1, 2, 3))
-    kernel = None
-    for line in code.splitlines():
-        if match := _ARCHITECTURE.match(line):
-            architecture, kernel = match[1], None
-        elif match := _FUNCTION.match(line):
-            kernel = at(match[1])
-        elif kernel and (match := _INSTRUCTION.match(line)):
-            opcode = match[1]
-            kind = opcode.partition(".")[0]
-            if kind in ("LDG", "LDGSTS"):
-                kernel.loads[_width(opcode)] += 1
-            elif kind == "STG":
-                kernel.stores[_width(opcode)] += 1
-            elif kind in ("LDL", "STL"):
-                kernel.spills += 1
-    return list(kernels.values())
-
-
-def cuda_kernels(library, tool):
-    """The kernels in a library; empty where it has none.
-
-    Raises:
-        subprocess.CalledProcessError: the tool failed.
-    """
-    texts = []
-    for option in ("-res-usage", "-sass"):
-        run = subprocess.run([tool, option, str(library)], capture_output=True, text=True)
-        if "does not contain device code" in run.stdout + run.stderr:
-            return []
-        run.check_returncode()
-        texts.append(run.stdout + run.stderr)
-    return parse(*texts)
 
 
 def installed_library():
@@ -141,32 +32,74 @@ def installed_library():
     return _extension.LIBRARY, None
 
 
-def _widths(accesses):
-    return "-" if not accesses else " ".join(f"{width}B:{accesses[width]}" for width in sorted(accesses, reverse=True))
-
-
-def cuda_lines(library=None):
-    """The report's part on CUDA kernels, line by line."""
+def cuda_kernels(library=None):
+    """The kernels of the installed library or of the one given, and why there are none (or ``None``)."""
     if library is None:
         library, reason = installed_library()
         if library is None:
-            return [f"No CUDA kernels to report: {reason}."]
-    tool = find_tool()
+            return [], f"No CUDA kernels to report: {reason}."
+    tool = machine_code.find_tool()
     if tool is None:
-        return [f"CUDA kernels not read: {TOOL} is neither on PATH nor in a CUDA toolkit nor in Triton's package."]
-    kernels = cuda_kernels(library, tool)
-    if not kernels:
-        return [f"{Path(library).name} has no CUDA kernels."]
+        name = machine_code.TOOL
+        return [], f"CUDA kernels not read: {name} is neither on PATH nor in a CUDA toolkit nor in Triton's package."
+    found = machine_code.read(library, tool)
+    return found, None if found else f"{Path(library).name} has no CUDA kernels."
+
+
+def cuda_lines(kernels):
+    """The report's part on CUDA kernels, line by line."""
     found = [
         "CUDA kernels; loads and stores: how many instructions of each width. Shared memory is what a kernel declares;",
         "1024 bytes of it the system's own from sm_90 on; tiled kernels ask for more at the launch.",
         f"{'kernel':28} {'arch':7} {'registers':>9} {'stack B':>7} {'spills':>6} {'shared B':>8}  loads | stores",
     ]
     for kernel in sorted(kernels, key=lambda k: (k.name, int(re.sub(r"\D", "", k.architecture) or 0))):
+        code = kernel.code
         found.append(
-            f"{kernel.name:28} {kernel.architecture:7} {kernel.registers:9} {kernel.stack:7} {kernel.spills:6} "
-            f"{kernel.shared:8}  {_widths(kernel.loads)} | {_widths(kernel.stores)}"
+            f"{kernel.name:28} {kernel.architecture:7} {kernel.registers:9} {kernel.stack:7} {code.spills:6} "
+            f"{kernel.shared:8}  {machine_code.widths(code.loads)} | {machine_code.widths(code.stores)}"
         )
+    return found
+
+
+def triton_rows(every=False, full=False):
+    """The rows of Triton's kernels, with progress on stderr, and why there are none (or ``None``)."""
+    reason = triton_report.reason()
+    if reason is not None:
+        return [], f"No Triton kernels to report: {reason}."
+    cases, found = triton_report.cases(every, full), []
+    for number, rows in enumerate(triton_report.rows(cases), 1):
+        found += rows
+        print(f"\r{number} of {len(cases)} calls compiled", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return found, None
+
+
+def triton_lines(rows):
+    """The report's part on Triton kernels, line by line."""
+    import triton
+
+    head = f"{'kernel':24} {'call':13} {'arch':7} {'launch':9} {'registers':>9} {'stack B':>7} {'spills':>6}"
+    found = [
+        f"Triton kernels, compiled by Triton {triton.__version__} for calls of E channels and m features; fp32 is",
+        "float32 without TF32, tf32 with it. Launch: tokens of a tile x warps x stages. Matrix instructions, loads and",
+        "stores are those of the main loop; per token: instructions of all warps there, what seldom runs left out.",
+        f"{head} {'shared B':>8} {'per token':>9}  matrix | loads | stores",
+    ]
+    for row in rows:
+        case, kernel, loop = row.case, row.kernel, row.kernel.loop
+        call = f"{case.dtype} {case.width} {case.features}"
+        launch = f"{row.tokens or '-'}x{row.warps}x{row.stages}"
+        per_token = "-" if row.instructions_per_token is None else f"{row.instructions_per_token:.1f}"
+        matrix = " ".join(f"{kind}:{count}" for kind, count in sorted(loop.matrix.items())) or "none"
+        found.append(
+            f"{kernel.name:24} {call:13} {case.architecture:7} {launch:9} {kernel.registers:9} {kernel.stack:7} "
+            f"{kernel.code.spills:6} {kernel.shared:8} {per_token:>9}  "
+            f"{matrix} | {machine_code.widths(loop.loads)} | {machine_code.widths(loop.stores)}"
+        )
+    faults = [(row, fault) for row in rows for fault in row.faults()]
+    found.append(f"{len(rows)} kernels, {len(faults)} faults." if faults else f"{len(rows)} kernels, none at fault.")
+    found += [f"{row.kernel.name} of {row.case.words()}: {fault}" for row, fault in faults]
     return found
 
 
@@ -191,20 +124,36 @@ def registry_lines():
     return found
 
 
-def lines(library=None):
-    """The report, line by line."""
-    return [*registry_lines(), "", *cuda_lines(library)]
+def _arguments(given):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_report", description="What compiled kernels are."
+    )
+    parser.add_argument(
+        "library", nargs="?", type=Path, help="a library with CUDA kernels instead of the installed one"
+    )
+    parser.add_argument("--triton-only", action="store_true", help="only the Triton kernels")
+    parser.add_argument("--all", action="store_true", help="Triton kernels of every padded shape, not of T2T's alone")
+    parser.add_argument("--full", action="store_true", help="Triton kernels with key mask, skip and gradient of w")
+    parser.add_argument("--json", type=Path, help="also write all that is known about each kernel to this file")
+    found = parser.parse_args(given)
+    if found.library is not None and not found.library.is_file():
+        parser.error(f"no such file: {found.library}")
+    return found
 
 
-def main(arguments=None):
+def main(given=None):
     """Print the report."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if len(given) > 1 or (given and not Path(given[0]).is_file()):
-        print(f"usage: python -m benchmarks.kernel_report [LIBRARY]; no such file: {' '.join(given)}", file=sys.stderr)
-        return 2
-    print("\n".join(lines(given[0] if given else None)))
-    return 0
+    arguments = _arguments(given)
+    cuda = []
+    if not arguments.triton_only:
+        cuda, reason = cuda_kernels(arguments.library)
+        print("\n".join([*registry_lines(), "", *([reason] if reason else cuda_lines(cuda)), ""]))
+    triton, reason = triton_rows(arguments.all, arguments.full)
+    print(reason if reason else "\n".join(triton_lines(triton)))
+    if arguments.json is not None:
+        found = {"cuda": [kernel.plain() for kernel in cuda], "triton": [row.plain() for row in triton]}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

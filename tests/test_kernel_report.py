@@ -1,5 +1,7 @@
 """The report on compiled kernels, and what the machine code of every CUDA kernel must hold."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -7,62 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernel_report
-from benchmarks.kernel_report import Kernel, parse, readable
+from benchmarks import kernel_report, machine_code, triton_report
 from t2t_fast import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORISED = ("split_tiles", "compose_tiles", "project_tiles")
 
-USAGE = """
-Fatbin elf code:
-================
-arch = sm_80
 
-Resource usage:
- Common:
-  GLOBAL:0
- Function _ZN8t2t_fast4cuda12_GLOBAL__N_x11split_tilesItEEvNS0_4PlanEPT_:
-  REG:64 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:968 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-CODE = """
-	code for sm_80
-		Function : _ZN8t2t_fast4cuda12_GLOBAL__N_x11split_tilesItEEvNS0_4PlanEPT_
-	.headerflags	@"EF_CUDA_SM80"
-        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;     /* 0x00 */
-                                                                        /* 0x00 */
-        /*0010*/              @!P0 LDG.E.U16 R4, desc[UR4][R2.64] ;     /* 0x00 */
-        /*0020*/                   LDGSTS.E.BYPASS.128 [R7], [R2.64] ;  /* 0x00 */
-        /*0030*/             @!UP1 STG.E desc[UR4][R2.64], R4 ;         /* 0x00 */
-        /*0040*/                   STG.E.64 desc[UR4][R2.64], R4 ;      /* 0x00 */
-        /*0050*/                   STL.S16 [R1], R4 ;                   /* 0x00 */
-        /*0060*/                   LDS.128 R4, [R3] ;                   /* 0x00 */
-	code for sm_90
-		Function : plain
-        /*0000*/                   LDG.E R4, desc[UR4][R2.64] ;         /* 0x00 */
-"""
-
-
-def test_parsing():
-    first, second = parse(USAGE, CODE)
-    assert first == Kernel(
-        "split_tiles<2 bytes>", "sm_80", 64, 8, 16, spills=1, loads={16: 2, 2: 1}, stores={4: 1, 8: 1}
-    )
-    assert (second.name, second.architecture, second.loads) == ("plain", "sm_90", {4: 1})
-
-
-@pytest.mark.parametrize(
-    ("mangled", "name"),
-    [
-        ("plain", "plain"),
-        ("_Z6squarev", "square"),
-        ("_ZN1a1bIfEEvv", "b<float>"),
-        ("_ZN8t2t_fast4cuda12_GLOBAL__N_x13compose_tilesINS0_8BFloat16EEEvNS0_4PlanEPKT_", "compose_tiles<BFloat16>"),
-        ("_ZN8t2t_fast4cuda12_GLOBAL__N_x13compose_tilesIdEEvNS0_4PlanEPKT_", "compose_tiles<double>"),
-    ],
-)
-def test_names(mangled, name):
-    assert readable(mangled) == name
+@pytest.fixture
+def without_triton(monkeypatch):
+    """The report does not compile Triton's kernels: tests/test_triton_report.py does."""
+    monkeypatch.setattr(triton_report, "reason", lambda: "another test's")
 
 
 def test_every_operator_is_in_the_report():
@@ -73,30 +30,45 @@ def test_every_operator_is_in_the_report():
     assert all("kernel" in line or "native" in line for line in lines)
 
 
-def test_the_report_without_cuda_kernels(monkeypatch, capsys):
+def test_the_report_without_kernels(monkeypatch, capsys, without_triton):
     monkeypatch.setattr(_extension, "operators_error", lambda: "not built")
-    assert kernel_report.main([]) == 0
-    assert "No CUDA kernels to report: the native operators are missing: not built." in capsys.readouterr().out
+    kernel_report.main([])
+    printed = capsys.readouterr().out
+    assert "No CUDA kernels to report: the native operators are missing: not built." in printed
+    assert "No Triton kernels to report: another test's." in printed
 
 
 def test_the_report_without_the_tool(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernel_report, "find_tool", lambda: None)
-    assert "cuobjdump is neither" in kernel_report.cuda_lines(tmp_path / "library.so")[0]
+    monkeypatch.setattr(machine_code, "find_tool", lambda: None)
+    kernels, reason = kernel_report.cuda_kernels(tmp_path / "library.so")
+    assert not kernels
+    assert "cuobjdump is neither" in reason
 
 
 def test_a_library_that_is_not_there(capsys):
-    assert kernel_report.main(["no/such/library.so"]) == 2
-    assert "no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        kernel_report.main(["no/such/library.so"])
+    assert "no such file: no/such/library.so" in capsys.readouterr().err
 
 
 def test_a_library_without_kernels(tmp_path):
-    tool, compiler = kernel_report.find_tool(), shutil.which("cc")
+    tool, compiler = machine_code.find_tool(), shutil.which("cc")
     if tool is None or compiler is None:
         pytest.skip("cuobjdump or a C compiler is not found")
     (tmp_path / "empty.c").write_text("int nothing;\n")
     library = tmp_path / "empty.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "empty.c"], check=True)
-    assert kernel_report.cuda_lines(library) == ["empty.so has no CUDA kernels."]
+    assert kernel_report.cuda_kernels(library) == ([], "empty.so has no CUDA kernels.")
+
+
+def test_json(monkeypatch, tmp_path, without_triton):
+    kernel = machine_code.Kernel("plain", "sm_90", 64, code=machine_code.Code(2, loads={16: 1}))
+    monkeypatch.setattr(kernel_report, "cuda_kernels", lambda library: ([kernel], None))
+    kernel_report.main(["--json", str(tmp_path / "report.json")])
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["triton"] == []
+    (row,) = found["cuda"]
+    assert (row["name"], row["registers"], row["code"]["loads"]) == ("plain", 64, {"16": 1})
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +77,9 @@ def kernels():
     library, reason = kernel_report.installed_library()
     if library is None:
         pytest.skip(f"no CUDA kernels: {reason}")
-    tool = kernel_report.find_tool()
-    if tool is None:
+    if machine_code.find_tool() is None:
         pytest.skip("cuobjdump is not found: it is in the CUDA toolkit and in Triton's package")
-    found = kernel_report.cuda_kernels(library, tool)
+    found, _ = kernel_report.cuda_kernels(library)
     assert found, "the build info tells of CUDA, but there is no kernel"
     return found
 
@@ -123,7 +94,7 @@ def test_architectures_are_those_of_the_build(kernels):
 
 
 def test_no_kernel_spills(kernels):
-    spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
+    spilling = [kernel for kernel in kernels if kernel.code.spills or kernel.stack]
     assert not spilling
 
 
@@ -132,8 +103,8 @@ def test_tiled_kernels_move_16_bytes_at_a_time(kernels):
     tiled = [kernel for kernel in kernels if kernel.name.startswith(VECTORISED)]
     assert tiled
     for kernel in tiled:
-        assert max(kernel.loads) == 16, kernel
-        assert max(kernel.stores) == 16, kernel
+        assert max(kernel.code.loads) == 16, kernel
+        assert max(kernel.code.stores) == 16, kernel
 
 
 def test_tiled_kernels_leave_room_for_several_blocks(kernels):
@@ -146,5 +117,6 @@ def test_tiled_kernels_leave_room_for_several_blocks(kernels):
 
 def test_the_command(kernels):
     command = [sys.executable, "-m", "benchmarks.kernel_report", str(_extension.LIBRARY)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert "split_tiles<float>" in found or "split_tiles<4 bytes>" in found

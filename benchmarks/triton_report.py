@@ -1,0 +1,224 @@
+"""What Triton makes of the package's kernels on an architecture that need not be here; no GPU is needed.
+
+The operators' own launch functions run on tensors without memory, and where they launch a kernel, Triton compiles it
+and nothing more: every constant, stride and launch parameter is the one of a real call.
+"""
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import product
+from unittest.mock import patch
+
+import torch
+
+from t2t_fast.ops import triton_runtime
+
+from . import machine_code
+
+KIB = 1024
+SHARED_LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB}
+"""Bytes of shared memory that a block may ask for (CUDA C++ programming guide, technical specifications)."""
+
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 188}
+"""Of an A100, H100, B200 and RTX PRO 6000; they decide how a call is cut into splits, not how a kernel is compiled."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+"""fp32 is float32 as PyTorch has it by default, tf32 is float32 where PyTorch's setting allows TF32."""
+
+BATCH, LENGTH = 32, 12544
+"""So large that with any launch parameters a sequence is cut into several splits, each of several tiles."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to compile: tokens of ``width`` channels, ``features`` random features.
+
+    ``full``: with a key mask, with a gradient for the features, and with one that flows into v from elsewhere.
+    """
+
+    architecture: str
+    dtype: str
+    width: int = 64
+    features: int = 32
+    full: bool = False
+
+    def words(self):
+        """The case as words."""
+        full = " with mask, skip and the gradient of w" if self.full else ""
+        return f"{self.dtype} E {self.width} m {self.features}{full} on {self.architecture}"
+
+
+def cases(every=False, full=False):
+    """T2T's shape in every dtype on every architecture, or every padded shape that the kernels take."""
+    from t2t_fast.ops.performer_attention import launch
+
+    def sizes(largest):
+        return [size for size in (2**power for power in range(4, 20)) if size <= largest]
+
+    shapes = product(sizes(launch.LARGEST_WIDTH), sizes(launch.LARGEST_FEATURES)) if every else [(64, 32)]
+    return [Case(*names, *shape, full) for shape in shapes for names in product(SHARED_LIMITS, DTYPES)]
+
+
+def reason():
+    """Why no kernel can be compiled here, or ``None``."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if triton_runtime.INTERPRETED:
+        return "under TRITON_INTERPRET=1 there is nothing to compile"
+    if _tool() is None:
+        return f"{machine_code.TOOL} is neither in Triton's package nor on PATH nor in a CUDA toolkit"
+    return None
+
+
+@cache
+def _tool():
+    return machine_code.find_tool(triton_first=True)
+
+
+class _Driver:
+    """What Triton asks of a driver in order to compile; there is no device behind it."""
+
+    def __init__(self, architecture):
+        from triton.backends.compiler import GPUTarget
+
+        self.number = int(architecture.removeprefix("sm_"))
+        self.target = GPUTarget("cuda", self.number, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        """Triton keeps what it compiled by device: one for each architecture."""
+        return self.number
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextmanager
+def _products(precision):
+    """What products of float32 matrices may be rounded to."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
+def _compiling(module, case):
+    """Inside, a launch of any ``*_kernel`` of a module compiles it; yields a list of (name, arguments, compiled).
+
+    The process can launch nothing afterwards.
+    """
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(case.architecture))
+    kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
+    found = []
+
+    def instead_of(name, run):
+        def compile_only(*arguments, grid, warmup, **named):
+            found.append((name, named, run(*arguments, grid=grid, warmup=True, **named)))
+
+        return compile_only
+
+    machine = {
+        "architecture": lambda device: case.architecture,
+        "multiprocessors": lambda device: MULTIPROCESSORS[case.architecture],
+    }
+    with ExitStack() as stack:
+        stack.enter_context(_products("tf32" if case.dtype == "tf32" else "ieee"))
+        stack.enter_context(patch.multiple(triton_runtime, **machine))
+        for name, kernel in kernels.items():
+            stack.enter_context(patch.object(kernel, "run", instead_of(name, kernel.run)))
+        yield found
+    if missing := kernels.keys() - {name for name, *_ in found}:
+        raise RuntimeError(f"{module.__name__}: a call with {case.words()} did not launch {', '.join(sorted(missing))}")
+
+
+def _performer_attention(case):
+    """A call forward and backward on tensors without memory, as AMP makes it: w stays float32."""
+    from t2t_fast.ops.performer_attention import kernels, triton_impl
+
+    def empty(*shape, dtype=DTYPES[case.dtype]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v, grad, d_q, d_k, d_v = (empty(BATCH, LENGTH, case.width) for _ in range(7))
+    w = empty(case.features, case.width, dtype=torch.float32)
+    mask = empty(BATCH, LENGTH, dtype=torch.bool) if case.full else None
+    skip = v if case.full else None
+    with _compiling(kernels, case) as found:
+        _, lz, state = triton_impl._forward(q, k, v, w, 1e-8, mask)
+        triton_impl.gradients(grad, q, k, v, w, 1e-8, mask, lz, state, skip, case.full, d_q, d_k, d_v)
+    return found
+
+
+OPERATORS = {"performer_attention": _performer_attention}
+
+
+@dataclass
+class Row:
+    """A kernel as one case launches it; ``instructions_per_token`` of all its warps, at least, or ``None``."""
+
+    operator: str
+    case: Case
+    warps: int
+    stages: int
+    tokens: int | None
+    kernel: machine_code.Kernel
+    instructions_per_token: float | None
+
+    def faults(self):
+        """What should not be, as words."""
+        limit = SHARED_LIMITS[self.case.architecture]
+        found = []
+        if self.kernel.code.spills or self.kernel.stack:
+            found.append(f"spills ({self.kernel.code.spills} instructions, {self.kernel.stack} bytes of stack)")
+        if self.kernel.shared > limit:
+            found.append(f"{self.kernel.shared} bytes of shared memory where {limit} are allowed")
+        return found
+
+    def plain(self):
+        """The row as dictionaries, for JSON."""
+        found = {"operator": self.operator, **vars(self.case), "warps": self.warps, "stages": self.stages}
+        found |= {"tokens": self.tokens, "instructions_per_token": self.instructions_per_token}
+        return found | self.kernel.plain() | {"faults": self.faults()}
+
+
+def compiled(case) -> list[Row]:
+    """Every kernel of a call in a case, compiled and read.
+
+    Raises:
+        RuntimeError: the call did not launch every kernel of its operator.
+    """
+    rows = []
+    for operator, call in OPERATORS.items():
+        for name, arguments, result in call(case):
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(result.asm["cubin"])
+                file.flush()
+                (kernel,) = machine_code.read(file.name, _tool())
+            # what the machine code declares is less: the rest is asked for at the launch
+            kernel.name, kernel.architecture, kernel.shared = name, case.architecture, result.metadata.shared
+            tokens, warps = arguments.get("TOKENS"), result.metadata.num_warps
+            per_token = kernel.once_round * warps / tokens if tokens else None
+            rows.append(Row(operator, case, warps, result.metadata.num_stages, tokens, kernel, per_token))
+    return rows
+
+
+def rows(wanted) -> Iterator[list[Row]]:
+    """:func:`compiled` of each case, in order, by as many processes as there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # not by fork: a process that has used CUDA or threads must not be copied
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(cores, len(wanted)), mp_context=context) as pool:
+        yield from pool.map(compiled, wanted)

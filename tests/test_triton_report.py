@@ -1,0 +1,191 @@
+"""What the machine code of every Triton kernel must hold, compiled for architectures that need not be here.
+
+The report runs in a process of its own, where Triton compiles instead of interpreting.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import kernel_report, machine_code, triton_report
+from benchmarks.machine_code import Code, Kernel
+from benchmarks.triton_report import Case, Row
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).resolve().parent.parent
+KIB = 1024
+EVERYWHERE = 99 * KIB
+"""Shared memory that a block may have on every architecture from sm_80 on: that of sm_86, sm_89 and sm_120."""
+
+WITH_PRODUCTS = {"keys_kernel", "queries_kernel", "queries_backward_kernel", "keys_backward_kernel"}
+STORING = WITH_PRODUCTS - {"keys_kernel"}
+MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
+
+
+def report(python, folder):
+    """The rows that ``python`` reports; a skip with the reason where it cannot."""
+    path = folder / "report.json"
+    command = [str(python), "-m", "benchmarks.kernel_report", "--triton-only", "--json", str(path)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    if run.stdout.startswith("No Triton kernels"):
+        pytest.skip(f"{python}: {run.stdout.strip()}")
+    return json.loads(path.read_text())["triton"]
+
+
+def where(row):
+    return f"{row['name']} {row['dtype']} {row['architecture']} {row['tokens']}x{row['warps']}x{row['stages']}"
+
+
+def check_completeness(rows):
+    found = Counter((row["architecture"], row["dtype"], row["name"]) for row in rows)
+    names = WITH_PRODUCTS | {"merge_kernel"}
+    assert found == {(*case, name): 1 for case in CASES for name in names}
+
+
+def check_registers(rows):
+    assert not [f"{where(row)}: {row['faults']}" for row in rows if row["code"]["spills"] or row["stack"]]
+
+
+def check_shared_memory(rows):
+    assert not [f"{where(row)}: {row['shared']}" for row in rows if row["shared"] > EVERYWHERE]
+
+
+def check_matrix_instructions(rows):
+    for row in rows:
+        kinds = set(row["loop"]["matrix"])
+        if row["name"] not in WITH_PRODUCTS:
+            assert not kinds, where(row)
+            continue
+        assert kinds and kinds <= MATRIX[row["architecture"]], (where(row), kinds)
+        if row["architecture"] == "sm_90" and row["dtype"] in ("bf16", "fp16"):
+            assert "HGMMA" in kinds, (where(row), kinds)
+
+
+def check_accesses(rows):
+    """Tokens are read and written 16 bytes at a time; float32 operands are partly fetched 4 bytes at a time."""
+    for row in rows:
+        loads, stores = ({int(width) for width in row["loop"][kind]} for kind in ("loads", "stores"))
+        if row["name"] in WITH_PRODUCTS:
+            allowed = {16} if row["dtype"] in ("bf16", "fp16") else {4, 16}
+            assert {16} <= loads <= allowed, (where(row), loads)
+            assert stores == ({16} if row["name"] in STORING else set()), (where(row), stores)
+        everything = {int(width) for kind in ("loads", "stores") for width in row["code"][kind]}
+        assert min(everything) >= 4, (where(row), everything)
+
+
+CASES = [(architecture, dtype) for architecture in triton_report.SHARED_LIMITS for dtype in triton_report.DTYPES]
+CHECKS = [check_completeness, check_registers, check_shared_memory, check_matrix_instructions, check_accesses]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The kernels of T2T's shape, as this Python's Triton compiles them."""
+    return report(sys.executable, tmp_path_factory.mktemp("report"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_machine_code(rows, check):
+    check(rows)
+
+
+@pytest.mark.slow
+def test_machine_code_of_another_triton(tmp_path):
+    others = [path for path in os.environ.get("T2T_FAST_TEST_PYTHON", "").split(os.pathsep) if path]
+    if not others:
+        pytest.skip("T2T_FAST_TEST_PYTHON names no Python with another Triton (several: separated as in PATH)")
+    for number, other in enumerate(others):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found = report(other, folder)
+        for check in CHECKS:
+            check(found)
+
+
+def test_the_interpreter_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(triton_report.triton_runtime, "INTERPRETED", True)
+    assert "TRITON_INTERPRET" in triton_report.reason()
+
+
+def test_the_report_without_triton(monkeypatch):
+    monkeypatch.setattr(triton_report, "find_spec", lambda name: None)
+    assert kernel_report.triton_rows() == ([], "No Triton kernels to report: Triton is not installed.")
+
+
+def test_all_shapes():
+    cases = triton_report.cases(every=True)
+    shapes = {(case.width, case.features) for case in cases}
+    assert shapes == {(width, features) for width in (16, 32, 64, 128, 256) for features in (16, 32, 64, 128)}
+    assert len(cases) == len(set(cases)) == len(shapes) * len(CASES)
+
+
+def row(**changes):
+    """A row without faults, but for ``changes`` of its kernel."""
+    code = Code(10, loads=Counter({16: 2}), matrix=Counter(HMMA=4))
+    facts = dict(name="keys_kernel", architecture="sm_120", registers=128, shared=EVERYWHERE, code=code, loop=code)
+    return Row("performer_attention", Case("sm_120", "fp16"), 4, 2, 64, Kernel(**facts | changes), 0.625)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        pytest.param({}, None, id="none"),
+        pytest.param({"code": Code(spills=3), "stack": 8}, "spills (3 instructions, 8 bytes of stack)", id="spills"),
+        pytest.param({"stack": 8}, "spills (0 instructions, 8 bytes of stack)", id="stack"),
+        pytest.param({"shared": EVERYWHERE + 1}, "101377 bytes of shared memory where 101376 are allowed", id="shared"),
+    ],
+)
+def test_faults(changes, fault):
+    found = row(**changes)
+    assert found.faults() == ([] if fault is None else [fault])
+    last = kernel_report.triton_lines([found])[-1]
+    words = "1 kernels, none at fault." if fault is None else f"keys_kernel of fp16 E 64 m 32 on sm_120: {fault}"
+    assert last == words
+
+
+def test_a_line_of_the_report():
+    (line,) = [line for line in kernel_report.triton_lines([row()]) if line.startswith("keys_kernel")]
+    assert " ".join(line.split()) == "keys_kernel fp16 64 32 sm_120 64x4x2 128 0 0 101376 0.6 HMMA:4 | 16B:2 | -"
+
+
+def test_a_row_as_json():
+    found = json.loads(json.dumps(row().plain()))
+    assert (found["name"], found["dtype"], found["tokens"], found["loop"]["matrix"]) == (
+        "keys_kernel",
+        "fp16",
+        64,
+        {"HMMA": 4},
+    )
+
+
+def test_a_kernel_that_no_call_launches(monkeypatch):
+    """The report would be silent about it; here, two kernels that need no compiler, and a call of one."""
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "set_active", lambda active: None)
+
+    class Kernel:
+        def run(self, *, grid, warmup, **arguments):
+            assert warmup, "nothing may be launched"
+            return SimpleNamespace(asm={})
+
+    module = SimpleNamespace(__name__="kernels", first_kernel=Kernel(), second_kernel=Kernel())
+    with pytest.raises(RuntimeError, match="a call with fp32 E 64 m 32 on sm_90 did not launch second_kernel"):  # noqa: SIM117
+        with triton_report._compiling(module, Case("sm_90", "fp32")) as found:
+            module.first_kernel.run(grid=(1,), warmup=False, TOKENS=64)
+    assert [(name, arguments) for name, arguments, _ in found] == [("first_kernel", {"TOKENS": 64})]
+
+
+def test_the_tool_of_tritons_package_comes_first():
+    if machine_code.find_tool(triton_first=True) is None:
+        pytest.skip("cuobjdump is not found: it is in the CUDA toolkit and in Triton's package")
+    assert "triton" in machine_code.find_tool(triton_first=True)
