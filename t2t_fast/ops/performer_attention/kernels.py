@@ -158,9 +158,9 @@ def keys_kernel(
 
     Grid (sequences, splits). Reads k and v once, writes (m) and (m, E) float32 for its split.
 
-    A running maximum would need every warp's opinion on every tile. So the kernel speculates: the maximum over its
-    first tile, HEADROOM below the top of the operands' range, serves as shift for all; only where the sums show that
-    a weight left the range does the program stream its tokens again, with a running maximum.
+    A running maximum needs every warp's opinion on every tile. With SPECULATE the maximum over the first tile, HEADROOM
+    below the top of the operands' range, serves as shift for all; only where the sums show that a weight left the range
+    does the program stream its tokens again, with a running maximum.
     """
     DTYPE: tl.constexpr = k.dtype.element_ty
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)

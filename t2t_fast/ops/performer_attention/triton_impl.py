@@ -19,6 +19,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADROOM = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 6.0}
 """How far below 1 (in powers of 2) the weights start, so that later ones have room: float16 ends at 2^16."""
 
+FUSION = {"enable_fp_fusion": True}
+"""Multiply and add round once, in every version of Triton."""
+
 OFFSET_LIMIT = 2**31
 """Offsets inside a tile are 32 bits wide."""
 
@@ -89,6 +92,7 @@ def _plan(found, dtype, width, features, length, sequences, processors, whole_w,
         "UPCAST": runtime.INTERPRETED and dtype == torch.bfloat16,
         "num_warps": parameters["warps"],
         "num_stages": parameters["stages"],
+        **FUSION,
     }
     if backward:
         constants["GRADIENT"] = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
@@ -171,13 +175,13 @@ def _key_state(call, k, v, key_mask):
             *call.sizes(length, tiles),
             MASKED=key_mask is not None,
             HEADROOM=HEADROOM[call.dtype],
-            SPECULATE=True,
+            SPECULATE=call.dtype != torch.float32,  # there it costs the registers that products in three parts need
             **constants,
         )
     if splits > 1 and call.sequences:
         parts, (lz, state) = (lz, state), call.key_states()
         kernels.merge_kernel[call.sequences, call.features](
-            *parts, lz, state, call.width, call.features, splits, WIDTH=constants["WIDTH"], BLOCK=32
+            *parts, lz, state, call.width, call.features, splits, WIDTH=constants["WIDTH"], BLOCK=32, **FUSION
         )
     return lz.view(*call.outer, call.features), state.view(*call.outer, call.features, call.width)
 
