@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from t2t_fast.ops import triton_runtime
+from t2t_fast.ops.performer_attention import launch, triton_impl
 
 from . import machine_code
 
@@ -57,7 +58,6 @@ class Case:
 
 def cases(every=False, full=False):
     """T2T's shape in every dtype on every architecture, or every padded shape that the kernels take."""
-    from t2t_fast.ops.performer_attention import launch
 
     def sizes(largest):
         return [size for size in (2**power for power in range(4, 20)) if size <= largest]
@@ -147,7 +147,7 @@ def _compiling(module, case):
 
 def _performer_attention(case):
     """A call forward and backward on tensors without memory, as AMP makes it: w stays float32."""
-    from t2t_fast.ops.performer_attention import kernels, triton_impl
+    from t2t_fast.ops.performer_attention import kernels
 
     def empty(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")

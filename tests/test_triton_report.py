@@ -30,15 +30,14 @@ MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "
 
 
 def report(python, folder):
-    """The rows that ``python`` reports; a skip with the reason where it cannot."""
+    """The rows that ``python`` reports, and why there are none (or ``None``)."""
     path = folder / "report.json"
     command = [str(python), "-m", "benchmarks.kernel_report", "--triton-only", "--json", str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    if run.stdout.startswith("No Triton kernels"):
-        pytest.skip(f"{python}: {run.stdout.strip()}")
-    return json.loads(path.read_text())["triton"]
+    reason = run.stdout.strip() if run.stdout.startswith("No Triton kernels") else None
+    return json.loads(path.read_text())["triton"], reason
 
 
 def where(row):
@@ -89,7 +88,10 @@ CHECKS = [check_completeness, check_registers, check_shared_memory, check_matrix
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """The kernels of T2T's shape, as this Python's Triton compiles them."""
-    return report(sys.executable, tmp_path_factory.mktemp("report"))
+    found, reason = report(sys.executable, tmp_path_factory.mktemp("report"))
+    if reason is not None:
+        pytest.skip(reason)
+    return found
 
 
 @pytest.mark.slow
@@ -103,12 +105,18 @@ def test_machine_code_of_another_triton(tmp_path):
     others = [path for path in os.environ.get("T2T_FAST_TEST_PYTHON", "").split(os.pathsep) if path]
     if not others:
         pytest.skip("T2T_FAST_TEST_PYTHON names no Python with another Triton (several: separated as in PATH)")
+    reasons = []
     for number, other in enumerate(others):
         folder = tmp_path / str(number)
         folder.mkdir()
-        found = report(other, folder)
-        for check in CHECKS:
-            check(found)
+        found, reason = report(other, folder)
+        if reason is None:
+            for check in CHECKS:
+                check(found)
+        else:
+            reasons.append(f"{other}: {reason}")
+    if len(reasons) == len(others):
+        pytest.skip("; ".join(reasons))
 
 
 def test_the_interpreter_compiles_nothing(monkeypatch):

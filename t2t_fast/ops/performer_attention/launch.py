@@ -62,12 +62,15 @@ def default(name, dtype, width, features):
     The larger the (m, E) values that a program holds, and the more there are of them in this pass, the fewer tokens. A
     large state may need more shared memory than a card has; the first call's self-test then finds that.
     """
-    state, many = padded(width) * padded(features), padded(features) > 32
-    single = dtype == torch.float32
-    crowded = {"queries_backward": single or many, "keys_backward": state > 4096 or (single and many)}
+    width, features = padded(width), padded(features)
+    state, single, many = width * features, dtype == torch.float32, features > 32
+    crowded = {
+        "queries_backward": single or many or width > 64,
+        "keys_backward": width + features > 128 or (single and many),
+    }
     tokens, warps = 32, 4
     if crowded.get(name, False):
-        tokens = 16
+        tokens, warps = 16, 8 if width > 128 else 4
     elif single and name.startswith("keys") and state >= 2048:
         tokens, warps = (32, 8) if state == 2048 else (16, 8)
     elif state > 4096:
