@@ -57,9 +57,9 @@ def candidates(name):
 
 
 def default(name, dtype, width, features):
-    """Parameters without spilled registers on every architecture (``python -m benchmarks.kernel_report --all``).
+    """Parameters that compile without spills for T2T's shape on every architecture, and for most others.
 
-    The larger the (m, E) values that a program holds, and the more there are of them in this pass, the fewer tokens. A
+    ``python -m benchmarks.kernel_report --all`` tells for which. The larger the (m, E) values that a program holds, and the more there are of them in this pass, the fewer tokens. A
     large state may need more shared memory than a card has; the first call's self-test then finds that.
     """
     width, features = padded(width), padded(features)
