@@ -59,8 +59,9 @@ def candidates(name):
 def default(name, dtype, width, features):
     """Parameters that compile without spills for T2T's shape on every architecture, and for most others.
 
-    ``python -m benchmarks.kernel_report --all`` tells for which. The larger the (m, E) values that a program holds, and the more there are of them in this pass, the fewer tokens. A
-    large state may need more shared memory than a card has; the first call's self-test then finds that.
+    The larger the (m, E) values that a program holds, and the more there are of them in this pass, the fewer tokens. A
+    large state may need more shared memory than a card has; the first call's self-test then finds that. ``python -m
+    benchmarks.kernel_report --all`` tells how each shape compiles.
     """
     width, features = padded(width), padded(features)
     state, single, many = width * features, dtype == torch.float32, features > 32
