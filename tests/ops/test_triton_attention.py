@@ -308,6 +308,14 @@ def test_one_graph_under_compile(dynamic, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_a_second_derivative_is_refused():
+    case = case_of(20)
+    q = case.tensors["q"].requires_grad_()
+    out = performer_attention(q, *(case.tensors[name] for name in ("k", "v", "w")), backend="triton")
+    with pytest.raises(RuntimeError, match=r"no second derivative .* use t2t_fast.backend\('reference'\)"):
+        torch.autograd.grad(out.square().sum(), q, create_graph=True)
+
+
 def test_activation_checkpointing():
     expected, gradients = T2T.run_backward("triton")
     leaves = [T2T.tensors[name].clone().requires_grad_() for name in ("q", "k", "v")]
@@ -349,7 +357,7 @@ def broken(*_):
 
 WRONG = {
     "an exception": (broken, "its first run failed with RuntimeError: PTXAS error: no such instruction"),
-    "a wrong result": (lambda q, *rest: q * 0, "its self-test on cpu gave an error of 1.0e+00"),
+    "a wrong result": (lambda q, *rest: q * 0, "its self-test on cpu gave an error of 1.0e+00, 2.0e-05 is allowed"),
     "not a number": (lambda q, *rest: q * torch.nan, "its self-test on cpu gave an error of nan"),
 }
 
@@ -390,6 +398,19 @@ def test_each_kind_of_call_is_tried_once(monkeypatch):
     case_of(5).run_backward()
     case_of(5).cast(torch.float16).run()
     assert runs[1:] == [(torch.float32, 16, 16, True), (torch.float16, 16, 16, False)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_self_test_does_not_depend_on_where_it_is_asked_for(dtype, monkeypatch, matrix_units):
+    """Inside an autocast region, in inference mode, with TF32 allowed, whatever the matrix units round."""
+    for tf32 in (False, True):
+        monkeypatch.setattr(triton_runtime, "_trials", {})
+        monkeypatch.setattr(triton_runtime, "allows_tf32", lambda tf32=tf32: tf32)
+        case = T2T.cast(DTYPES[dtype])
+        for autocast in (False, True):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                case.run("triton")
+        assert set(triton_runtime._trials.values()) == {None}
 
 
 def test_the_self_test_leaves_the_generator_alone_and_sees_real_tensors(monkeypatch):

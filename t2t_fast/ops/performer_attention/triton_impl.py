@@ -236,6 +236,8 @@ def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
             NEED_W=need_w,
             **constants,
         )
+    if splits == 1:
+        return d_lz, d_state, d_w
     return d_lz.sum(1), d_state.sum(1), d_w
 
 
