@@ -1,20 +1,14 @@
 """The CUDA kernels of the soft split, the soft composition and fold-normalise-unfold, on a GPU."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from support import sanitizer
 from t2t_fast import functional
 from t2t_fast.ops import native
 from t2t_fast.testing import CASES, DTYPES, assert_close
 
-ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ("soft_split", "soft_composition", "fused_fold_unfold")
 
 pytestmark = pytest.mark.gpu
@@ -258,18 +252,6 @@ print("ran to the end")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
 def test_compute_sanitizer(tool):
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not found: it is in the CUDA toolkit")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable]
-    found = subprocess.run(
-        [*command, "-c", SANITIZED],
-        cwd=ROOT,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
-    assert "ran to the end" in found.stdout
+    sanitizer.check(tool, SANITIZED)

@@ -1,11 +1,6 @@
 """Performer attention's Triton kernels on a GPU; what tests/ops/test_triton_attention.py holds of them interpreted."""
 
-import os
-import shutil
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +8,12 @@ from torch.utils.checkpoint import checkpoint
 
 import t2t_fast
 from benchmarks import amp
+from support import sanitizer
 from t2t_fast import reference, testing
 from t2t_fast.functional import performer_attention
 from t2t_fast.ops.performer_attention import launch
 from t2t_fast.testing import CASES, DTYPES, assert_close, errors, exact_attention, features, tolerance
 
-ROOT = Path(__file__).resolve().parent.parent
 HALVES = (torch.float16, torch.bfloat16)
 
 pytestmark = pytest.mark.gpu
@@ -299,18 +294,6 @@ print("ran to the end")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
 def test_compute_sanitizer(tool):
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not found: it is in the CUDA toolkit")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable]
-    found = subprocess.run(
-        [*command, "-c", SANITIZED],
-        cwd=ROOT,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
-    assert "ran to the end" in found.stdout
+    sanitizer.check(tool, SANITIZED)
