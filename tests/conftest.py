@@ -53,9 +53,8 @@ def known_state():
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-@pytest.fixture(params=["aten", "native", "triton"])
-def fused(request):
-    """The name of a fused backend that runs the test's ``dtype`` (float32 without one) on this CPU."""
+def _running(request):
+    """The backend that a fixture's parameter names, where it runs the test's ``dtype`` (float32 without one) here."""
     dtype = request.node.callspec.params.get("dtype", torch.float32)
     if not isinstance(dtype, torch.dtype):
         dtype = torch.float32
@@ -67,6 +66,18 @@ def fused(request):
     if reasons.get(request.param) is not None:
         pytest.skip(f"{request.param}: {reasons[request.param]}")
     return request.param
+
+
+@pytest.fixture(params=["aten", "native"])
+def fused(request):
+    """The name of a fused backend that has every operator, on this CPU."""
+    return _running(request)
+
+
+@pytest.fixture(params=["aten", "native", "triton"])
+def attending(request):
+    """The name of a fused backend that has the attention, on this CPU (Triton's interpreted)."""
+    return _running(request)
 
 
 def _fail_if_required(report, config, parameters=()):

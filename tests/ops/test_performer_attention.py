@@ -23,19 +23,19 @@ def inputs(norm, length=256, width=64, m=32, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("norm", [0.0, 1.0, 2.0, 4.0, 5.0, 6.0])
-def test_float32_equals_the_defining_form(norm, fused):
+def test_float32_equals_the_defining_form(norm, attending):
     q, k, v, w = inputs(norm)
     expected = performer_attention(*(t.double() for t in (q, k, v, w)), backend="reference")
-    whole, row = errors(performer_attention(q, k, v, w, backend=fused), expected)
+    whole, row = errors(performer_attention(q, k, v, w, backend=attending), expected)
     assert whole <= 5e-6 and row <= 4e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", [0.0, 1.0, 4.0, 6.0, 8.0, 16.0, 100.0, 1000.0])
-def test_finite_at_any_norm(norm, dtype, fused):
+def test_finite_at_any_norm(norm, dtype, attending):
     """Forward and gradients; the error of v + y (what the layer goes on with) is that of the dtype."""
     q, k, v, w = (t.requires_grad_() for t in inputs(norm, dtype=dtype))
-    y = performer_attention(q, k, v, w, backend=fused)
+    y = performer_attention(q, k, v, w, backend=attending)
     y.float().square().sum().backward()
     assert y.isfinite().all()
     assert all(t.grad.isfinite().all() for t in (q, k, v, w))
@@ -44,7 +44,7 @@ def test_finite_at_any_norm(norm, dtype, fused):
     assert error <= {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
 
 
-def test_half_precision_breaks_the_defining_form(fused):
+def test_half_precision_breaks_the_defining_form(attending):
     """The reason for the log-space form: the defining form in float16 divides 0 by 0, at norm 6 for some tokens."""
     for norm in (6.0, 20.0):
         q, k, v, w = inputs(norm, dtype=torch.float16)
@@ -52,17 +52,17 @@ def test_half_precision_breaks_the_defining_form(fused):
         kp, qp = a.exp() / 32**0.5, (q @ w.T - q.square().sum(-1, keepdim=True) / 2).exp() / 32**0.5
         naive = (qp @ (kp.mT @ v)) / (qp @ kp.sum(1).unsqueeze(-1) + 1e-8)
         assert not naive.isfinite().all()
-        assert performer_attention(q, k, v, w, backend=fused).isfinite().all()
+        assert performer_attention(q, k, v, w, backend=attending).isfinite().all()
 
 
-def test_features_that_would_overflow(fused):
+def test_features_that_would_overflow(attending):
     """A wide w: exp(a) overflows float32 in the defining form (inf / inf), the exact value comes out here."""
     generator = torch.Generator().manual_seed(0)
     w = features(generator, 128, 128)
     k = (w[:8] * 1.0).expand(1, 8, 128).contiguous()
     v = torch.randn(1, 8, 128, generator=generator)
     assert not performer_attention(k, k, v, w, backend="reference").isfinite().all()
-    out = performer_attention(k, k, v, w, backend=fused)
+    out = performer_attention(k, k, v, w, backend=attending)
     assert errors(out, exact_attention(k, k, v, w)[0])[0] <= 1e-4
 
 
@@ -81,28 +81,28 @@ def test_eps_is_a_gate():
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_views_of_one_packed_tensor(dtype, fused):
+def test_views_of_one_packed_tensor(dtype, attending):
     packed = torch.randn(2, 50, 3 * 16).to(dtype) / 2
     k, q, v = packed.chunk(3, dim=-1)
     w = features(torch.Generator().manual_seed(0), 8, 16).to(dtype)
-    expected = performer_attention(q.contiguous(), k.contiguous(), v.contiguous(), w, backend=fused)
-    torch.testing.assert_close(performer_attention(q, k, v, w, backend=fused), expected)
+    expected = performer_attention(q.contiguous(), k.contiguous(), v.contiguous(), w, backend=attending)
+    torch.testing.assert_close(performer_attention(q, k, v, w, backend=attending), expected)
 
 
-def test_heads_are_a_batch_dimension(fused):
+def test_heads_are_a_batch_dimension(attending):
     q, k, v = torch.randn(3, 2, 4, 9, 8).unbind(0)
     w = features(torch.Generator().manual_seed(0), 4, 8)
-    together = performer_attention(q, k, v, w, backend=fused)
+    together = performer_attention(q, k, v, w, backend=attending)
     for head in range(4):
-        alone = performer_attention(q[:, head], k[:, head], v[:, head], w, backend=fused)
+        alone = performer_attention(q[:, head], k[:, head], v[:, head], w, backend=attending)
         torch.testing.assert_close(together[:, head], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_order_of_keys_does_not_matter(fused):
+def test_order_of_keys_does_not_matter(attending):
     q, k, v, w = inputs(3.0)
     order = torch.randperm(k.shape[1])
-    shuffled = performer_attention(q, k[:, order], v[:, order], w, backend=fused)
-    assert errors(shuffled, performer_attention(q, k, v, w, backend=fused))[1] <= 2e-5
+    shuffled = performer_attention(q, k[:, order], v[:, order], w, backend=attending)
+    assert errors(shuffled, performer_attention(q, k, v, w, backend=attending))[1] <= 2e-5
 
 
 def masked_inputs(*shape, share=0.6, m=8, dtype=torch.float32):
