@@ -13,7 +13,7 @@ LAYERS = [
     ["t2t_fast.backends", "t2t_fast.memory"],
     ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox"],
     ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime"],
-    ["t2t_fast.ops.*.kernels", "t2t_fast.ops.*.launch"],
+    ["t2t_fast.ops.*.kernels", "t2t_fast.ops.*.launch", "t2t_fast.ops.*.tail"],
     [f"t2t_fast.ops.*.{name}" for name in ("reference", "composed", "aten_impl", "native_impl", "triton_impl")],
     ["t2t_fast.ops.*.op"],
     ["t2t_fast.functional"],
@@ -118,7 +118,7 @@ def test_optional_packages_are_imported_where_they_are_used(name):
 def test_every_operator_has_the_same_files():
     expected = {"__init__.py", "op.py", "reference.py", "aten_impl.py"}
     kernels = {"native_impl.py", "triton_impl.py", "kernels.py", "launch.py"}
-    own = {"performer_layer": {"composed.py"}}
+    own = {"performer_layer": {"composed.py"}, "token_mlp": {"tail.py"}}
     for folder in (PACKAGE / "ops").iterdir():
         if folder.is_dir() and folder.name != "__pycache__":
             assert {path.name for path in folder.glob("*.py")} - kernels - own.get(folder.name, set()) == expected

@@ -54,6 +54,16 @@ def define(name, signature, implementations, absent, autocast):
     return operator
 
 
+def opaque_obstacle(request, dtypes, kind):
+    """Why opaque kernels of a kind ("native", "Triton") for ``dtypes`` cannot run a :class:`Request`, or ``None``."""
+    if request.dtype not in dtypes:
+        return f"no {kind} kernel for {str(request.dtype).removeprefix('torch.')}"
+    # not is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
+    if getattr(torch.compiler, "_is_exporting_flag", False):
+        return f"an exported program would need the {kind} kernels where it runs"
+    return None
+
+
 def wants_gradient(*tensors):
     """Whether autograd would record an operation on these tensors (``None`` is skipped)."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

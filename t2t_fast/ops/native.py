@@ -7,6 +7,7 @@ import torch
 
 from .. import _extension
 from ..errors import FLOATING
+from .library import opaque_obstacle
 
 _MISSING = _extension.operators_error()
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -37,12 +38,7 @@ def reason(request, kinds, dtypes=FLOATING):
         return f"the native operators are missing: {_MISSING}"
     if request.device not in kinds:
         return f"no native kernel for {request.device} in this build"
-    if request.dtype not in dtypes:
-        return f"no native kernel for {str(request.dtype).removeprefix('torch.')}"
-    # not is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
-    if getattr(torch.compiler, "_is_exporting_flag", False):
-        return "an exported program would need the native operators where it runs"
-    return None
+    return opaque_obstacle(request, dtypes, "native")
 
 
 def fake(name):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import config
 from ..errors import FLOATING
-from .library import accumulation_dtype
+from .library import accumulation_dtype, opaque_obstacle
 
 INTERPRETED = config.triton_interpreted()
 """Whether kernels run on the CPU; Triton decides it when they are defined, so it is asked once."""
@@ -35,12 +35,7 @@ def reason(request, dtypes=FLOATING):
     if request.device not in _DEVICES:
         where = "on the CPU under TRITON_INTERPRET=1 only" if INTERPRETED else "on CUDA devices"
         return f"Triton kernels run {where}"
-    if request.dtype not in dtypes:
-        return f"no Triton kernel for {str(request.dtype).removeprefix('torch.')}"
-    # not is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
-    if getattr(torch.compiler, "_is_exporting_flag", False):
-        return "an exported program would need the Triton kernels where it runs"
-    return None
+    return opaque_obstacle(request, dtypes, "Triton")
 
 
 def passed_over(request):

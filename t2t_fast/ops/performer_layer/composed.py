@@ -9,7 +9,8 @@ import torch
 
 from ..library import first_order, wants_gradient
 from ..soft_split_linear import aten_impl as split
-from ..token_mlp.aten_impl import Options, Tail, run, run_backward
+from ..token_mlp.aten_impl import run, run_backward
+from ..token_mlp.tail import Tail, unpack
 
 
 def compose(attend, rebuild):
@@ -61,23 +62,11 @@ def compose(attend, rebuild):
         dtype,
         w,
         eps,
-        proj_weight,
-        proj_bias,
-        norm_weight,
-        norm_bias,
-        norm_eps,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        proj_drop,
-        mlp_drop,
-        seed,
+        *arguments,
     ):
         kqv = split.forward(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding)
         kqv = kqv.to(dtype)
-        tail = Tail(proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        options = Options(norm_eps, proj_drop, mlp_drop)
+        tail, options, seed = unpack(*arguments)
         if wants_gradient(kqv, w, *tail):
             return PerformerBlock.apply(kqv, w, eps, seed, options, *tail)[0]
         return block(kqv, w, eps, tail, options, seed)[0]

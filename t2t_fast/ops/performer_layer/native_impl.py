@@ -12,6 +12,7 @@ from .. import native
 from ..library import first_order, wants_gradient
 from ..native import fake_gradients, gradient, image_gradient, single
 from ..spec import Window
+from ..token_mlp.tail import unpack
 
 _KINDS = native.devices("performer_layer")
 
@@ -98,22 +99,11 @@ def forward(
     dtype,
     w,
     eps,
-    proj_weight,
-    proj_bias,
-    norm_weight,
-    norm_bias,
-    norm_eps,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    proj_drop,
-    mlp_drop,
-    seed,
+    *arguments,
 ):
-    options = Options(norm1_eps, (kernel, stride, padding), eps, norm_eps, (proj_drop, mlp_drop))
+    tail, (norm_eps, *drops), seed = unpack(*arguments)
+    options = Options(norm1_eps, (kernel, stride, padding), eps, norm_eps, tuple(drops))
     linear = (kqv_weight, kqv_bias, norm1_weight, norm1_bias)
-    tail = (proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if wants_gradient(x, *linear, w, *tail):
         out, _, _ = PerformerLayer.apply(options, x, *linear, w, *tail, seed)
     else:

@@ -7,34 +7,12 @@ Matrix products run in the inputs' dtype; sums, LayerNorm and GELU in float32 (f
 Buffers are reused wherever a value is dead: on a CPU the first touch of fresh memory costs more than the arithmetic.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
 from ..library import accumulation_dtype, first_order, product, wants_gradient
 from ..philox import dropout_, keep_masks
-
-
-class Tail(NamedTuple):
-    """The parameters of the tail; biases and LayerNorm's two may be ``None``."""
-
-    proj_weight: torch.Tensor
-    proj_bias: torch.Tensor | None
-    norm_weight: torch.Tensor | None
-    norm_bias: torch.Tensor | None
-    fc1_weight: torch.Tensor
-    fc1_bias: torch.Tensor | None
-    fc2_weight: torch.Tensor
-    fc2_bias: torch.Tensor | None
-
-
-class Options(NamedTuple):
-    """LayerNorm's eps and the two dropout probabilities."""
-
-    norm_eps: float
-    proj_drop: float
-    mlp_drop: float
+from .tail import Tail, unpack
 
 
 def _linear(x, weight, bias):
@@ -144,24 +122,8 @@ class TokenMlp(torch.autograd.Function):
         return d_y, d_v.to(v.dtype), None, None, *gradients
 
 
-def forward(
-    y,
-    v,
-    proj_weight,
-    proj_bias,
-    norm_weight,
-    norm_bias,
-    norm_eps,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    proj_drop,
-    mlp_drop,
-    seed,
-):
-    tail = Tail(proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    options = Options(norm_eps, proj_drop, mlp_drop)
+def forward(y, v, *arguments):
+    tail, options, seed = unpack(*arguments)
     if wants_gradient(y, v, *tail):
         return TokenMlp.apply(y, v, seed, options, *tail)
     return run(y, v, tail, options, seed)

@@ -8,6 +8,7 @@ import torch
 from .. import native
 from ..library import first_order, wants_gradient
 from ..native import fake_gradients, gradient, single
+from .tail import unpack
 
 _KINDS = native.devices("token_mlp")
 
@@ -55,24 +56,8 @@ class TokenMlp(torch.autograd.Function):
         return d_y, d_v, None, None, *gradients
 
 
-def forward(
-    y,
-    v,
-    proj_weight,
-    proj_bias,
-    norm_weight,
-    norm_bias,
-    norm_eps,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    proj_drop,
-    mlp_drop,
-    seed,
-):
-    tail = (proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    options = (norm_eps, proj_drop, mlp_drop)
+def forward(y, v, *arguments):
+    tail, options, seed = unpack(*arguments)
     if wants_gradient(y, v, *tail):
         return TokenMlp.apply(y, v, seed, options, *tail).to(y.dtype)
     return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, tail, options, seed)).to(y.dtype)
