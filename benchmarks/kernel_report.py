@@ -3,7 +3,8 @@
 For every operator and compiled backend: that it has an implementation, or the registered reason why not. For every
 CUDA kernel in the operators' library (the installed one, or the one given) and every Triton kernel, on every
 architecture: registers, spills, shared memory, matrix instructions, and the widths of its global loads and stores, read
-from the machine code. No GPU is needed. Triton's kernels are compiled for T2T's shape, with ``--all`` for every shape.
+from the machine code. No GPU is needed. Triton's kernels are compiled for T2T's shape, with ``--shape E M`` for
+another, with ``--all`` for every one.
 """
 
 import argparse
@@ -62,12 +63,12 @@ def cuda_lines(kernels):
     return found
 
 
-def triton_rows(every=False, full=False):
+def triton_rows(shapes=(triton_report.T2T,), full=False):
     """The rows of Triton's kernels, with progress on stderr, and why there are none (or ``None``)."""
     reason = triton_report.reason()
     if reason is not None:
         return [], f"No Triton kernels to report: {reason}."
-    cases, found = triton_report.cases(every, full), []
+    cases, found = triton_report.cases(shapes, full), []
     for number, rows in enumerate(triton_report.rows(cases), 1):
         found += rows
         print(f"\r{number} of {len(cases)} calls compiled", end="", file=sys.stderr, flush=True)
@@ -79,21 +80,22 @@ def triton_lines(rows):
     """The report's part on Triton kernels, line by line."""
     import triton
 
-    head = f"{'kernel':24} {'call':13} {'arch':7} {'launch':9} {'registers':>9} {'stack B':>7} {'spills':>6}"
+    head = f"{'kernel':31} {'call':13} {'arch':7} {'launch':9} {'registers':>9} {'stack B':>7} {'spills':>6}"
     found = [
         f"Triton kernels, compiled by Triton {triton.__version__} for calls of E channels and m features; fp32 is",
-        "float32 without TF32, tf32 with it. Launch: tokens of a tile x warps x stages. Matrix instructions, loads and",
-        "stores are those of the main loop; per token: instructions of all warps there, what seldom runs left out.",
+        "float32 without TF32, tf32 with it. Launch: tokens of a tile x warps x stages, and by how many features at a",
+        "time, if not all at once. Matrix instructions, loads and stores are those of the main loop; per token:",
+        "instructions of all warps there, what seldom runs left out.",
         f"{head} {'shared B':>8} {'per token':>9}  matrix | loads | stores",
     ]
     for row in rows:
         case, kernel, loop = row.case, row.kernel, row.kernel.loop
         call = f"{case.dtype} {case.width} {case.features}"
-        launch = f"{row.tokens or '-'}x{row.warps}x{row.stages}"
+        launch = f"{row.tokens or '-'}x{row.warps}x{row.stages}" + (f"/{row.chunk}" if row.chunk else "")
         per_token = "-" if row.instructions_per_token is None else f"{row.instructions_per_token:.1f}"
         matrix = " ".join(f"{kind}:{count}" for kind, count in sorted(loop.matrix.items())) or "none"
         found.append(
-            f"{kernel.name:24} {call:13} {case.architecture:7} {launch:9} {kernel.registers:9} {kernel.stack:7} "
+            f"{kernel.name:31} {call:13} {case.architecture:7} {launch:9} {kernel.registers:9} {kernel.stack:7} "
             f"{kernel.code.spills:6} {kernel.shared:8} {per_token:>9}  "
             f"{matrix} | {machine_code.widths(loop.loads)} | {machine_code.widths(loop.stores)}"
         )
@@ -132,7 +134,9 @@ def _arguments(given):
         "library", nargs="?", type=Path, help="a library with CUDA kernels instead of the installed one"
     )
     parser.add_argument("--triton-only", action="store_true", help="only the Triton kernels")
-    parser.add_argument("--all", action="store_true", help="Triton kernels of every padded shape, not of T2T's alone")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--all", action="store_true", help="Triton kernels of every padded shape, not of T2T's alone")
+    some.add_argument("--shape", type=int, nargs=2, metavar=("E", "M"), help="Triton kernels of this shape instead")
     parser.add_argument("--full", action="store_true", help="Triton kernels with key mask, skip and gradient of w")
     parser.add_argument("--json", type=Path, help="also write all that is known about each kernel to this file")
     found = parser.parse_args(given)
@@ -148,7 +152,8 @@ def main(given=None):
     if not arguments.triton_only:
         cuda, reason = cuda_kernels(arguments.library)
         print("\n".join([*registry_lines(), "", *([reason] if reason else cuda_lines(cuda)), ""]))
-    triton, reason = triton_rows(arguments.all, arguments.full)
+    shapes = triton_report.every_shape() if arguments.all else [tuple(arguments.shape or triton_report.T2T)]
+    triton, reason = triton_rows(shapes, arguments.full)
     print(reason if reason else "\n".join(triton_lines(triton)))
     if arguments.json is not None:
         found = {"cuda": [kernel.plain() for kernel in cuda], "triton": [row.plain() for row in triton]}

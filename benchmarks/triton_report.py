@@ -56,13 +56,18 @@ class Case:
         return f"{self.dtype} E {self.width} m {self.features}{full} on {self.architecture}"
 
 
-def cases(every=False, full=False):
-    """T2T's shape in every dtype on every architecture, or every padded shape that the kernels take."""
+T2T = (64, 32)
+"""E and m of the paper's models."""
 
-    def sizes(largest):
-        return [size for size in (2**power for power in range(4, 20)) if size <= largest]
 
-    shapes = product(sizes(launch.LARGEST_WIDTH), sizes(launch.LARGEST_FEATURES)) if every else [(64, 32)]
+def every_shape():
+    """Every padded width with up to 256 features. Of more, the same kernels take more chunks."""
+    widths = [size for size in (2**power for power in range(4, 20)) if size <= launch.LARGEST_WIDTH]
+    return list(product(widths, (16, 32, 64, 128, 256)))
+
+
+def cases(shapes=(T2T,), full=False):
+    """Calls of some shapes (E, m) in every dtype on every architecture."""
     return [Case(*names, *shape, full) for shape in shapes for names in product(SHARED_LIMITS, DTYPES)]
 
 
@@ -114,15 +119,17 @@ def _products(precision):
 
 
 @contextmanager
-def _compiling(module, case):
+def _compiling(module, case, alternative=None):
     """Inside, a launch of any ``*_kernel`` of a module compiles it; yields a list of (name, arguments, compiled).
 
-    The process can launch nothing afterwards.
+    ``alternative``: a module with ``x_chunked_kernel`` for some ``x_kernel``, one of which a call launches. The process
+    can launch nothing afterwards.
     """
     from triton.runtime import driver
 
     driver.set_active(_Driver(case.architecture))
-    kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
+    modules = [module] if alternative is None else [module, alternative]
+    kernels = {name: kernel for each in modules for name, kernel in vars(each).items() if name.endswith("_kernel")}
     found = []
 
     def instead_of(name, run):
@@ -141,13 +148,14 @@ def _compiling(module, case):
         for name, kernel in kernels.items():
             stack.enter_context(patch.object(kernel, "run", instead_of(name, kernel.run)))
         yield found
-    if missing := kernels.keys() - {name for name, *_ in found}:
+    passes = {name.replace("_chunked", "") for name in kernels}
+    if missing := passes - {name.replace("_chunked", "") for name, *_ in found}:
         raise RuntimeError(f"{module.__name__}: a call with {case.words()} did not launch {', '.join(sorted(missing))}")
 
 
 def _performer_attention(case):
     """A call forward and backward on tensors without memory, as AMP makes it: w stays float32."""
-    from t2t_fast.ops.performer_attention import kernels
+    from t2t_fast.ops.performer_attention import kernels, kernels_chunked
 
     def empty(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -156,7 +164,7 @@ def _performer_attention(case):
     w = empty(case.features, case.width, dtype=torch.float32)
     mask = empty(BATCH, LENGTH, dtype=torch.bool) if case.full else None
     skip = v if case.full else None
-    with _compiling(kernels, case) as found:
+    with _compiling(kernels, case, kernels_chunked) as found:
         _, lz, state = triton_impl._forward(q, k, v, w, 1e-8, mask)
         triton_impl.gradients(grad, q, k, v, w, 1e-8, mask, lz, state, skip, case.full, d_q, d_k, d_v)
     return found
@@ -167,13 +175,17 @@ OPERATORS = {"performer_attention": _performer_attention}
 
 @dataclass
 class Row:
-    """A kernel as one case launches it; ``instructions_per_token`` of all its warps, at least, or ``None``."""
+    """A kernel as one case launches it, by ``chunk`` features at a time or all at once (``None``).
+
+    ``instructions_per_token``: of all its warps, at least; ``None`` where the main loop is no loop over tokens.
+    """
 
     operator: str
     case: Case
     warps: int
     stages: int
     tokens: int | None
+    chunk: int | None
     kernel: machine_code.Kernel
     instructions_per_token: float | None
 
@@ -190,7 +202,7 @@ class Row:
     def plain(self):
         """The row as dictionaries, for JSON."""
         found = {"operator": self.operator, **vars(self.case), "warps": self.warps, "stages": self.stages}
-        found |= {"tokens": self.tokens, "instructions_per_token": self.instructions_per_token}
+        found |= {"tokens": self.tokens, "chunk": self.chunk, "instructions_per_token": self.instructions_per_token}
         return found | self.kernel.plain() | {"faults": self.faults()}
 
 
@@ -210,8 +222,10 @@ def compiled(case) -> list[Row]:
             # what the machine code declares is less: the rest is asked for at the launch
             kernel.name, kernel.architecture, kernel.shared = name, case.architecture, result.metadata.shared
             tokens, warps = arguments.get("TOKENS"), result.metadata.num_warps
-            per_token = kernel.once_round * warps / tokens if tokens else None
-            rows.append(Row(operator, case, warps, result.metadata.num_stages, tokens, kernel, per_token))
+            whole = "_chunked" not in name
+            per_token = kernel.once_round * warps / tokens if tokens and whole else None
+            chunk = arguments.get("FEATURES") if arguments.get("FEATURES", 0) < case.features or not whole else None
+            rows.append(Row(operator, case, warps, result.metadata.num_stages, tokens, chunk, kernel, per_token))
     return rows
 
 

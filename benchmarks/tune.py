@@ -125,7 +125,7 @@ def tune_pass(launch, name, present, problem, timer, rounds):
     """Measure the candidates of a pass. Returns a :class:`Result`."""
     tried, skipped = [present], []
     problem.check(name.endswith("backward"))
-    for parameters in launch.candidates(name):
+    for parameters in launch.candidates(name, present):
         if parameters == present:
             continue
         try:

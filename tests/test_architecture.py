@@ -13,7 +13,7 @@ LAYERS = [
     ["t2t_fast.backends", "t2t_fast.memory"],
     ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox"],
     ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime"],
-    ["t2t_fast.ops.*.kernels", "t2t_fast.ops.*.launch", "t2t_fast.ops.*.tail"],
+    ["t2t_fast.ops.*.kernels", "t2t_fast.ops.*.kernels_chunked", "t2t_fast.ops.*.launch", "t2t_fast.ops.*.tail"],
     [f"t2t_fast.ops.*.{name}" for name in ("reference", "composed", "aten_impl", "native_impl", "triton_impl")],
     ["t2t_fast.ops.*.op"],
     ["t2t_fast.functional"],
@@ -27,7 +27,9 @@ LAYERS = [
 # An operator never imports another one, but for the one that is made of three others.
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
 # Heavy or optional packages may only be imported where they are used, inside functions.
-KERNELS = {"t2t_fast.ops.performer_attention.kernels"}  # imported by what launches them
+KERNELS = {
+    f"t2t_fast.ops.performer_attention.{name}" for name in ("kernels", "kernels_chunked")
+}  # imported by what launches them
 DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves imported inside the demo's functions
 LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
 
@@ -117,7 +119,7 @@ def test_optional_packages_are_imported_where_they_are_used(name):
 
 def test_every_operator_has_the_same_files():
     expected = {"__init__.py", "op.py", "reference.py", "aten_impl.py"}
-    kernels = {"native_impl.py", "triton_impl.py", "kernels.py", "launch.py"}
+    kernels = {"native_impl.py", "triton_impl.py", "kernels.py", "kernels_chunked.py", "launch.py"}
     own = {"performer_layer": {"composed.py"}, "token_mlp": {"tail.py"}}
     for folder in (PACKAGE / "ops").iterdir():
         if folder.is_dir() and folder.name != "__pycache__":

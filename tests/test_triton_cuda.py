@@ -76,7 +76,9 @@ def test_error_against_norm(norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize(("width", "m"), [(16, 8), (32, 16), (64, 64), (96, 40), (128, 32), (128, 128), (256, 128)])
+@pytest.mark.parametrize(
+    ("width", "m"), [(16, 8), (32, 16), (64, 64), (96, 40), (128, 32), (128, 128), (256, 128), (64, 300)]
+)
 def test_widths_and_features(width, m, dtype):
     leaves, w, grad = inputs(2, 333, dtype, width, m, norm=1.0)
     found = run(leaves, w.to(dtype), grad)

@@ -29,10 +29,10 @@ STORING = WITH_PRODUCTS - {"keys_kernel"}
 MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
 
 
-def report(python, folder):
+def report(python, folder, *options):
     """The rows that ``python`` reports, and why there are none (or ``None``)."""
     path = folder / "report.json"
-    command = [str(python), "-m", "benchmarks.kernel_report", "--triton-only", "--json", str(path)]
+    command = [str(python), "-m", "benchmarks.kernel_report", "--triton-only", "--json", str(path), *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -101,6 +101,19 @@ def test_machine_code(rows, check):
 
 
 @pytest.mark.slow
+def test_a_large_state_fits_every_card(tmp_path):
+    """E and m of 128, in chunks; a few registers may spill, of which the report tells."""
+    found, reason = report(sys.executable, tmp_path, "--shape", "128", "128")
+    if reason is not None:
+        pytest.skip(reason)
+    passes = {row["name"] for row in found} - {"merge_kernel"}
+    assert {name.replace("_chunked", "") for name in passes} == WITH_PRODUCTS and len(found) == 5 * len(CASES)
+    assert all(row["chunk"] for row in found if row["name"] in passes)
+    check_shared_memory(found)
+    assert all(row["code"]["spills"] <= row["code"]["instructions"] / 20 for row in found)
+
+
+@pytest.mark.slow
 def test_machine_code_of_another_triton(tmp_path):
     others = [path for path in os.environ.get("T2T_FAST_TEST_PYTHON", "").split(os.pathsep) if path]
     if not others:
@@ -130,9 +143,10 @@ def test_the_report_without_triton(monkeypatch):
 
 
 def test_all_shapes():
-    cases = triton_report.cases(every=True)
+    cases = triton_report.cases(triton_report.every_shape())
     shapes = {(case.width, case.features) for case in cases}
-    assert shapes == {(width, features) for width in (16, 32, 64, 128, 256) for features in (16, 32, 64, 128)}
+    sizes = (16, 32, 64, 128, 256)
+    assert shapes == {(width, features) for width in sizes for features in sizes}
     assert len(cases) == len(set(cases)) == len(shapes) * len(CASES)
 
 
@@ -140,7 +154,7 @@ def row(**changes):
     """A row without faults, but for ``changes`` of its kernel."""
     code = Code(10, loads=Counter({16: 2}), matrix=Counter(HMMA=4))
     facts = dict(name="keys_kernel", architecture="sm_120", registers=128, shared=EVERYWHERE, code=code, loop=code)
-    return Row("performer_attention", Case("sm_120", "fp16"), 4, 2, 64, Kernel(**facts | changes), 0.625)
+    return Row("performer_attention", Case("sm_120", "fp16"), 4, 2, 64, 16, Kernel(**facts | changes), 0.625)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +176,7 @@ def test_faults(changes, fault):
 
 def test_a_line_of_the_report():
     (line,) = [line for line in kernel_report.triton_lines([row()]) if line.startswith("keys_kernel")]
-    assert " ".join(line.split()) == "keys_kernel fp16 64 32 sm_120 64x4x2 128 0 0 101376 0.6 HMMA:4 | 16B:2 | -"
+    assert " ".join(line.split()) == "keys_kernel fp16 64 32 sm_120 64x4x2/16 128 0 0 101376 0.6 HMMA:4 | 16B:2 | -"
 
 
 def test_a_row_as_json():

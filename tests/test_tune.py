@@ -21,7 +21,7 @@ class FakeLaunch:
     def passes(self):
         return tuple(self.current)
 
-    def candidates(self, name):
+    def candidates(self, name, present):
         return [{"tokens": number} for number in (4, 5, 13, 7)]
 
     def chosen(self, name, architecture, dtype, width, features):
@@ -132,11 +132,14 @@ def test_the_tuned_problem_is_checked_against_float64(dtype):
 def test_the_launch_table_has_what_tuning_asks_for():
     sizes = (torch.bfloat16, 64, 32)
     for name in real_launch.passes():
-        candidates = real_launch.candidates(name)
+        present = real_launch.chosen(name, "sm_90", *sizes)
+        candidates = real_launch.candidates(name, present)
         assert len(candidates) > 1
-        assert real_launch.chosen(name, "sm_90", *sizes).keys() == candidates[0].keys()
+        assert present.keys() == candidates[0].keys()
         with real_launch.override(name, candidates[0]):
             assert real_launch.chosen(name, "sm_90", *sizes) == candidates[0]
+    chunked = real_launch.candidates("keys", {"features": 32})
+    assert {each["features"] for each in chunked} == {0, 32} and len(chunked) == 2 * len(candidates)
     json.loads(real_launch.TABLE_PATH.read_text())
     assert isinstance(real_launch.shape_class(*sizes), str)
 
@@ -151,9 +154,9 @@ def test_tuning_without_a_gpu_says_so(capsys):
 def test_tuning_a_pass_on_a_gpu(tmp_path, monkeypatch, capsys):
     table = tmp_path / "launch.json"
     table.write_text("{}")
-    few = real_launch.candidates("keys")[:3]
+    few = real_launch.candidates("keys", {"features": 0})[:3]
     monkeypatch.setattr(real_launch, "TABLE_PATH", table)
-    monkeypatch.setattr(real_launch, "candidates", lambda name: few)
+    monkeypatch.setattr(real_launch, "candidates", lambda name, present: few)
     sizes = ["--length", "300", "--batch", "4", "--rounds", "7"]
     assert tune.main(["--dtypes", "bf16", "--passes", "keys", "queries_backward", *sizes]) == 0
     assert capsys.readouterr().out.count("(present)") == 2

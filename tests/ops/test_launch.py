@@ -5,6 +5,9 @@ import torch
 
 from t2t_fast.ops.performer_attention import launch
 
+ROW = {"tokens": 32, "warps": 8, "stages": 4, "programs": 3}
+"""A row of the table, which may leave out the features of a chunk."""
+
 
 @pytest.mark.parametrize("sequences", [1, 2, 64, 1000])
 @pytest.mark.parametrize("length", [1, 16, 196, 3136, 1_000_000])
@@ -20,10 +23,9 @@ def test_no_tokens():
 
 
 def test_chosen_from_the_table_else_by_default(monkeypatch):
-    row = {"tokens": 32, "warps": 8, "stages": 4, "programs": 3}
-    monkeypatch.setattr(launch, "_table", lambda: {"sm_90": {"keys": {"bf16-E64-m32": row}}})
+    monkeypatch.setattr(launch, "_table", lambda: {"sm_90": {"keys": {"bf16-E64-m32": ROW}}})
     monkeypatch.setattr(launch, "_found", launch._found.__wrapped__)
-    assert launch.chosen("keys", "sm_90", torch.bfloat16, 60, 20) == row
+    assert launch.chosen("keys", "sm_90", torch.bfloat16, 60, 20) == {**ROW, "features": 0}
     for name, architecture, dtype in [
         ("queries", "sm_90", torch.bfloat16),
         ("keys", "sm_80", torch.bfloat16),
@@ -36,7 +38,7 @@ def test_the_committed_table_is_well_formed():
     for architecture, passes in launch._table().items():
         assert architecture.startswith("sm_") and set(passes) <= set(launch.passes())
         for row in (row for rows in passes.values() for row in rows.values()):
-            assert set(row) == {"tokens", "warps", "stages", "programs"}
+            assert set(ROW) <= set(row) <= {*ROW, "features"}
 
 
 def test_override_ends_with_its_block():
@@ -50,5 +52,18 @@ def test_override_ends_with_its_block():
 
 @pytest.mark.parametrize("name", launch.passes())
 def test_candidates_hold_powers_of_two(name):
-    for found in [*launch.candidates(name), launch.default(name, torch.float32, 256, 128)]:
+    for found in [*launch.candidates(name, {"features": 16}), launch.default(name, torch.float32, 256, 128)]:
         assert found["tokens"] >= 16 and all(n & (n - 1) == 0 for n in (found["tokens"], found["warps"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", launch.passes())
+def test_only_states_that_fit_are_held_at_once(name, dtype):
+    """T2T's shape as a whole; from some number of features on in chunks, of what a matrix instruction takes."""
+    assert launch.default(name, dtype, 64, 32)["features"] == 0
+    for width in (16, 32, 64, 128, 256):
+        chunked = [launch.default(name, dtype, width, m)["features"] for m in (16, 32, 64, 128, 256)]
+        most = launch.default(name, dtype, width, launch.ALIKE)
+        assert chunked[-1] > 0 and all(launch.default(name, dtype, width, m) == most for m in (300, 512, 5000))
+        assert all(chunk == 0 or (chunk >= 16 and chunk & (chunk - 1) == 0) for chunk in chunked)
+        assert [chunk > 0 for chunk in chunked] == sorted(chunk > 0 for chunk in chunked)

@@ -156,7 +156,8 @@ def keys_kernel(
 ):
     """The key state of one split: ``lz_i = logsumexp_t a_i(k_t)`` and ``S_i = sum_t softmax_t(a_i(k_t)) v_t``.
 
-    Grid (sequences, splits). Reads k and v once, writes (m) and (m, E) float32 for its split.
+    Grid (sequences, splits, chunks of FEATURES features). Reads k and v once, writes lz and S of its features in
+    float32 for its split.
 
     A running maximum needs every warp's opinion on every tile. With SPECULATE the maximum over the first tile, HEADROOM
     below the top of the operands' range, serves as shift for all; only where the sums show that a weight left the range
@@ -169,7 +170,9 @@ def keys_kernel(
     if MASKED:
         mask += sequence // heads * mask_batch
     rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
-    high, low = _parts(_matrix(w, features, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
+    begin = tl.program_id(2) * FEATURES
+    own = features - begin
+    high, low = _parts(_matrix(w + begin * w_row, own, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))
 
@@ -199,10 +202,10 @@ def keys_kernel(
         running = True
 
     feature = tl.arange(0, FEATURES)
-    place = (sequence * tl.num_programs(1) + split) * features + feature
-    tl.store(lz + place, (shift + tl.log2(total)) * LN2, mask=feature < features)
+    place = (sequence * tl.num_programs(1) + split) * features + begin + feature
+    tl.store(lz + place, (shift + tl.log2(total)) * LN2, mask=feature < own)
     wide = wide * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
-    inside = (feature < features)[None, :] & (columns < width)[:, None]
+    inside = (feature < own)[None, :] & (columns < width)[:, None]
     tl.store(state + place[None, :] * width + columns[:, None], wide, mask=inside)
 
 
@@ -236,11 +239,11 @@ def merge_kernel(lz, state, merged_lz, merged_state, width, features, splits, WI
 
 
 @triton.jit
-def _key_state(lz, state, sequence, width, features, missing, WIDTH: tl.constexpr, FEATURES: tl.constexpr):
-    """A sequence's lz in base 2, ``missing`` for the features beyond m, and S (FEATURES, WIDTH)."""
+def _key_state(lz, state, width, features, missing, WIDTH: tl.constexpr, FEATURES: tl.constexpr):
+    """lz in base 2, ``missing`` beyond the last feature, and S (FEATURES, WIDTH)."""
     feature = tl.arange(0, FEATURES)
-    logs = tl.load(lz + sequence * features + feature, mask=feature < features, other=missing) * LOG2E
-    return logs, _matrix(state + sequence * features * width, features, width, width, 1, FEATURES, WIDTH)
+    logs = tl.load(lz + feature, mask=feature < features, other=missing) * LOG2E
+    return logs, _matrix(state, features, width, width, 1, FEATURES, WIDTH)
 
 
 @triton.jit
@@ -293,7 +296,8 @@ def queries_kernel(
     out = _sequence(out, sequence, heads, out_batch, out_head)
     rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     high, low = _parts(_matrix(w, features, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
-    logs, values = _key_state(lz, state, sequence, width, features, float("-inf"), WIDTH, FEATURES)
+    lz, state = lz + sequence * features, state + sequence * features * width
+    logs, values = _key_state(lz, state, width, features, float("-inf"), WIDTH, FEATURES)
     values = _rounded(values, DTYPE, PRECISION)
     first = split * tiles_per_split
     for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
@@ -366,7 +370,8 @@ def queries_backward_kernel(
     directions = _matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
     high, low = _parts(directions, DTYPE, SPLIT)
     directions = _rounded(directions, GRADIENT, WIDER)
-    logs, values = _key_state(lz, state, sequence, width, features, float("-inf"), WIDTH, FEATURES)
+    lz, state = lz + sequence * features, state + sequence * features * width
+    logs, values = _key_state(lz, state, width, features, float("-inf"), WIDTH, FEATURES)
     values = _rounded(values, DTYPE, PRECISION)
     sums = tl.zeros([TOKENS, FEATURES], tl.float32)
     wide = tl.zeros([WIDTH, FEATURES], tl.float32)
@@ -400,6 +405,65 @@ def queries_backward_kernel(
     tl.store(d_state + offsets, wide, mask=inside)
     if NEED_W:
         tl.store(d_w + offsets, turned, mask=inside)
+
+
+@triton.jit
+def _key_gradients(
+    lz,
+    state,
+    d_lz,
+    d_state,
+    width,
+    features,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """What :func:`_token_gradients` needs of the key state: lz, d_S and its scale, and ``d_S_i . S_i - d_lz_i``."""
+    logs, values = _key_state(lz, state, width, features, float("inf"), WIDTH, FEATURES)
+    logs = tl.where(logs == float("-inf"), float("inf"), logs)  # no key took part
+    slope, d_values = _key_state(d_lz, d_state, width, features, 0.0, WIDTH, FEATURES)
+    if GRADIENT != DTYPE:
+        scale = tl.max(tl.abs(d_values), 1)
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        d_values /= scale[:, None]
+        d_values = d_values.to(DTYPE)
+        shift = scale * tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
+    else:
+        scale = tl.full([FEATURES], 1.0, tl.float32)
+        d_values = _rounded(d_values, DTYPE, PRECISION)
+        shift = tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
+    return logs, d_values, scale, shift
+
+
+@triton.jit
+def _token_gradients(
+    k,
+    v,
+    there,
+    high,
+    low,
+    logs,
+    d_values,
+    scale,
+    shift,
+    GRADIENT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The weights P of a tile's keys, times the scale of d_S, and ``d_a``; both (TOKENS, FEATURES) float32."""
+    DTYPE: tl.constexpr = k.dtype
+    weights = tl.exp2(_key_exponents(k, there, high, low, SPLIT, PRECISION, UPCAST) - logs[None, :])
+    along = _dot(v, tl.trans(d_values), None, PRECISION, UPCAST)
+    if GRADIENT != DTYPE:
+        along *= scale[None, :]
+    d_scores = weights * (along - shift[None, :])
+    if GRADIENT != DTYPE:
+        weights *= scale[None, :]
+    return weights, d_scores
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -480,19 +544,11 @@ def keys_backward_kernel(
     directions = _matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
     high, low = _parts(directions, DTYPE, SPLIT)
     directions = _rounded(directions, GRADIENT, WIDER)
-    logs, values = _key_state(lz, state, sequence, width, features, float("inf"), WIDTH, FEATURES)
-    logs = tl.where(logs == float("-inf"), float("inf"), logs)  # no key took part
-    slope, d_values = _key_state(d_lz, d_state, sequence, width, features, 0.0, WIDTH, FEATURES)
-    if GRADIENT != DTYPE:
-        scale = tl.max(tl.abs(d_values), 1)
-        scale = tl.where(scale > 0.0, scale, 1.0)
-        d_values /= scale[:, None]
-        d_values = d_values.to(DTYPE)
-        shift = scale * tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
-    else:
-        scale = tl.full([FEATURES], 1.0, tl.float32)
-        d_values = _rounded(d_values, DTYPE, PRECISION)
-        shift = tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
+    lz, state = lz + sequence * features, state + sequence * features * width
+    d_lz, d_state = d_lz + sequence * features, d_state + sequence * features * width
+    logs, d_values, scale, shift = _key_gradients(
+        lz, state, d_lz, d_state, width, features, DTYPE, GRADIENT, PRECISION, WIDTH, FEATURES
+    )
     turned = tl.zeros([WIDTH, FEATURES], tl.float32)
     first = split * tiles_per_split
     for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
@@ -500,15 +556,11 @@ def keys_backward_kernel(
         there = _taking_part(start, rows, length, mask, mask_token, MASKED)
         tile = _load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
         skipped = _load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
-        weights = tl.exp2(_key_exponents(tile, there, high, low, SPLIT, PRECISION, UPCAST) - logs[None, :])
-        along = _dot(skipped, tl.trans(d_values), None, PRECISION, UPCAST)
-        if GRADIENT != DTYPE:
-            along *= scale[None, :]
-        d_scores = weights * (along - shift[None, :])
+        weights, d_scores = _token_gradients(
+            tile, skipped, there, high, low, logs, d_values, scale, shift, GRADIENT, SPLIT, PRECISION, UPCAST
+        )
         held = tl.sum(d_scores, 1)
         d_scores = _rounded(d_scores, GRADIENT, WIDER)
-        if GRADIENT != DTYPE:
-            weights *= scale[None, :]
         d_tile = _dot(_rounded(weights, GRADIENT, WIDER), d_values.to(GRADIENT), None, WIDER, UPCAST)
         if SKIP:
             inside = rows < length - start

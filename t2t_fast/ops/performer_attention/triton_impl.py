@@ -1,7 +1,7 @@
-"""Performer attention by Triton kernels (kernels.py): two passes over the tokens forward, two backward.
+"""Performer attention by Triton kernels: two passes over the tokens forward, two backward.
 
-Saved for backward: q, k, v, w, the mask and the key state, m (E + 1) floats a sequence. No float32 tensor of token
-length is ever written.
+The kernels are in kernels.py, those for large states in kernels_chunked.py. Saved for backward: q, k, v, w, the mask
+and the key state, m (E + 1) floats a sequence. No float32 tensor of token length is ever written.
 """
 
 import math
@@ -32,9 +32,10 @@ def supports(request):
     if why is not None:
         return why
     width, features = int(request.sizes.get("width", 64)), int(request.sizes.get("features", 32))
-    if width > launch.LARGEST_WIDTH or features > launch.LARGEST_FEATURES:
-        limits = f"{launch.LARGEST_WIDTH} channels and {launch.LARGEST_FEATURES} features"
-        return f"the Triton kernels take up to {limits}, got {width} and {features}"
+    if width > launch.LARGEST_WIDTH:
+        return f"the Triton kernels take up to {launch.LARGEST_WIDTH} channels, got {width}"
+    # from some number of features on, more of them are more chunks for the same kernels
+    features = min(features, launch.ALIKE)
     sizes = launch.padded(width), launch.padded(features), bool(request.sizes.get("training", False))
     return _trial(request.sizes.get("index"), request.dtype, *sizes)
 
@@ -69,10 +70,12 @@ def _expected(device, dtype, width, features, training):
 
 
 class _Plan(NamedTuple):
-    """A pass over the tokens of a call: how they are cut, and the constants that its kernel takes."""
+    """A pass over the tokens of a call: how it is cut, and the constants that its kernel takes."""
 
     splits: int
     tiles: int
+    chunks: int
+    """Of the features; 0: a program takes all at once."""
     constants: dict
 
 
@@ -84,7 +87,7 @@ def _plan(found, dtype, width, features, length, sequences, processors, whole_w,
     padded = launch.padded(width)
     constants = {
         "WIDTH": padded,
-        "FEATURES": launch.padded(features),
+        "FEATURES": parameters["features"] or launch.padded(features),
         "TOKENS": parameters["tokens"],
         "EVEN": padded == width,
         "SPLIT": not whole_w,
@@ -97,7 +100,8 @@ def _plan(found, dtype, width, features, length, sequences, processors, whole_w,
     if backward:
         constants["GRADIENT"] = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     cut = launch.cut(length, sequences, parameters["tokens"], parameters["programs"] * processors)
-    return _Plan(cut.splits, cut.tiles, constants)
+    chunks = -(-features // parameters["features"]) if parameters["features"] else 0
+    return _Plan(cut.splits, cut.tiles, chunks, constants)
 
 
 class _Call:
@@ -162,10 +166,10 @@ def _key_state(call, k, v, key_mask):
     from . import kernels
 
     length = k.shape[-2]
-    splits, tiles, constants = call.plan("keys", length)
+    splits, tiles, chunks, constants = call.plan("keys", length)
     lz, state = call.key_states(splits)
     if call.sequences:
-        kernels.keys_kernel[call.sequences, splits](
+        kernels.keys_kernel[call.sequences, splits, chunks or 1](
             *_readable(k),
             *_readable(v),
             *call.directions,
@@ -189,13 +193,14 @@ def _key_state(call, k, v, key_mask):
 @operator("performer_read_out(Tensor q, Tensor w, float eps, Tensor lz, Tensor state) -> Tensor")
 def read_out(q, w, eps, lz, state):
     """The pass over the queries, forward: y (..., L, E), contiguous."""
-    from . import kernels
+    from . import kernels, kernels_chunked
 
     call, length = _Call(q, w), q.shape[-2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    splits, tiles, constants = call.plan("queries", length)
+    splits, tiles, chunks, constants = call.plan("queries", length)
+    kernel = kernels_chunked.queries_chunked_kernel if chunks else kernels.queries_kernel
     if out.numel():
-        kernels.queries_kernel[call.sequences, splits](
+        kernel[call.sequences, splits](
             *_readable(q),
             *call.directions,
             lz,
@@ -214,14 +219,15 @@ def _fake_read_out(q, w, eps, lz, state):
 
 
 def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
-    from . import kernels
+    from . import kernels, kernels_chunked
 
     length = q.shape[-2]
-    splits, tiles, constants = call.plan("queries_backward", length)
+    splits, tiles, chunks, constants = call.plan("queries_backward", length)
     d_lz, d_state = call.key_states(splits)
     d_w = torch.empty_like(d_state) if need_w else None
+    kernel = kernels_chunked.queries_backward_chunked_kernel if chunks else kernels.queries_backward_kernel
     if call.sequences:
-        kernels.queries_backward_kernel[call.sequences, splits](
+        kernel[call.sequences, splits, chunks or 1](
             *_readable(grad),
             *_readable(q),
             *call.directions,
@@ -242,13 +248,14 @@ def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
 
 
 def _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w, d_k, d_v):
-    from . import kernels
+    from . import kernels, kernels_chunked
 
     length = k.shape[-2]
-    splits, tiles, constants = call.plan("keys_backward", length)
+    splits, tiles, chunks, constants = call.plan("keys_backward", length)
     d_w = call.key_states(splits)[1] if need_w else None
+    kernel = kernels_chunked.keys_backward_chunked_kernel if chunks else kernels.keys_backward_kernel
     if call.sequences:
-        kernels.keys_backward_kernel[call.sequences, splits](
+        kernel[call.sequences, splits, chunks if chunks and need_w else 1](
             *_readable(k),
             *_readable(v),
             *call.directions,
