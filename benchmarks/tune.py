@@ -168,7 +168,7 @@ def tune(launch, architecture, problem, sizes, passes, timer, rounds, say, write
     """Tune some passes of one problem, one after the other. Returns how many parameters changed.
 
     Args:
-        launch: the module of the launch table; architecture: such as "sm_90"; sizes: (dtype, width, features) as the
+        launch: the operator's launch table; architecture: such as "sm_90"; sizes: (dtype, width, features) as the
             table knows them; write: whether to change the table.
     """
     changed = 0
@@ -183,7 +183,7 @@ def tune(launch, architecture, problem, sizes, passes, timer, rounds, say, write
                 changed += 1
                 taken.enter_context(launch.override(name, result.better))
                 if write:
-                    enter(launch.TABLE_PATH, architecture, name, launch.shape_class(*sizes), result.better)
+                    enter(launch.path, architecture, name, launch.shape_class(*sizes), result.better)
     return changed
 
 
@@ -204,9 +204,9 @@ def parse(argv, names):
 def main(argv=None):
     """Tune on this machine's GPU. Returns 0, or 2 without one."""
     from t2t_fast.ops import triton_runtime
-    from t2t_fast.ops.performer_attention import launch
+    from t2t_fast.ops.performer_attention.launch import TABLE as launch
 
-    arguments = parse(argv, launch.passes())
+    arguments = parse(argv, launch.passes)
     if not torch.cuda.is_available():
         print("python -m benchmarks.tune: needs a GPU, torch.cuda.is_available() is False", file=sys.stderr)
         return 2
@@ -220,7 +220,7 @@ def main(argv=None):
         changed += tune(
             launch, architecture, problem, sizes, arguments.passes, EventTimer(), arguments.rounds, print, write
         )
-    where = "left alone" if arguments.dry_run or not changed else launch.TABLE_PATH.name
+    where = "left alone" if arguments.dry_run or not changed else launch.path.name
     print(f"{torch.cuda.get_device_name()}: {changed} better parameters; table: {where}")
     return 0
 

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "t2t_fast"
 LAYERS = [
     ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
     ["t2t_fast.backends", "t2t_fast.memory"],
-    ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox"],
-    ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime"],
+    ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox", "t2t_fast.ops.launch"],
+    ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime", "t2t_fast.ops.tiles"],
     ["t2t_fast.ops.*.kernels", "t2t_fast.ops.*.kernels_chunked", "t2t_fast.ops.*.launch", "t2t_fast.ops.*.tail"],
     [f"t2t_fast.ops.*.{name}" for name in ("reference", "composed", "aten_impl", "native_impl", "triton_impl")],
     ["t2t_fast.ops.*.op"],
@@ -27,9 +27,8 @@ LAYERS = [
 # An operator never imports another one, but for the one that is made of three others.
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
 # Heavy or optional packages may only be imported where they are used, inside functions.
-KERNELS = {
-    f"t2t_fast.ops.performer_attention.{name}" for name in ("kernels", "kernels_chunked")
-}  # imported by what launches them
+# Kernels are imported by what launches them.
+KERNELS = {"t2t_fast.ops.tiles", *(f"t2t_fast.ops.performer_attention.{n}" for n in ("kernels", "kernels_chunked"))}
 DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves imported inside the demo's functions
 LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
 

@@ -11,7 +11,8 @@ from benchmarks import amp
 from support import sanitizer
 from t2t_fast import reference, testing
 from t2t_fast.functional import performer_attention
-from t2t_fast.ops.performer_attention import launch
+from t2t_fast.ops.launch import cut
+from t2t_fast.ops.performer_attention.launch import TABLE
 from t2t_fast.testing import CASES, DTYPES, assert_close, errors, exact_attention, features, tolerance
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -94,8 +95,8 @@ def test_a_shift_that_does_not_hold(dtype):
     leaves, w, _ = inputs(2, 1000, dtype)
     with torch.no_grad():
         leaves[1][:, :300] *= 10
-    parameters = launch.chosen("keys", "any", dtype, 64, 32)
-    with launch.override("keys", {**parameters, "programs": 0}):  # one split
+    parameters = TABLE.chosen("keys", "any", dtype, 64, 32)
+    with TABLE.override("keys", {**parameters, "programs": 0}):  # one split
         y = performer_attention(*leaves, w)
     exact, _ = exact_attention(*(t.detach().double() for t in leaves), w.double())
     assert errors(y, exact)[0] <= tolerance("performer_attention", "forward", dtype)
@@ -119,7 +120,7 @@ def test_a_key_mask(dtype):
 def test_a_million_tokens():
     """One sequence over the whole card, merged; against float64 of the same numbers."""
     leaves, w, _ = inputs(1, 1_000_000)
-    splits, _ = launch.cut(1_000_000, 1, 64, torch.cuda.get_device_properties(0).multi_processor_count)
+    splits, _ = cut(1_000_000, 1, 64, torch.cuda.get_device_properties(0).multi_processor_count)
     assert splits > 1
     y = performer_attention(*leaves, w)
     exact, _ = exact_attention(*(t.detach().double() for t in leaves), w.double())

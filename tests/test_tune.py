@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from benchmarks import tune
-from t2t_fast.ops.performer_attention import launch as real_launch
+from t2t_fast.ops.performer_attention.launch import TABLE as real_launch
 
 
 class FakeLaunch:
     """A launch table whose parameters are a number, the time that the pass takes; 13 does not compile."""
 
     def __init__(self, path):
-        self.TABLE_PATH = path
+        self.path = path
         self.current = {"keys": 5, "queries": 5, "keys_backward": 5}
         self.seen = []
 
+    @property
     def passes(self):
         return tuple(self.current)
 
@@ -74,7 +75,7 @@ def _tune(tmp_path, noise=0.0, write=True):
     launch, lines = FakeLaunch(path), []
     timer = FakeTimer(launch, noise)
     sizes = ("bf16", 64, 32)
-    changed = tune.tune(launch, "sm_90", FakeProblem(launch), sizes, launch.passes(), timer, 5, lines.append, write)
+    changed = tune.tune(launch, "sm_90", FakeProblem(launch), sizes, launch.passes, timer, 5, lines.append, write)
     return changed, lines, json.loads(path.read_text()), launch
 
 
@@ -131,7 +132,7 @@ def test_the_tuned_problem_is_checked_against_float64(dtype):
 
 def test_the_launch_table_has_what_tuning_asks_for():
     sizes = (torch.bfloat16, 64, 32)
-    for name in real_launch.passes():
+    for name in real_launch.passes:
         present = real_launch.chosen(name, "sm_90", *sizes)
         candidates = real_launch.candidates(name, present)
         assert len(candidates) > 1
@@ -140,7 +141,7 @@ def test_the_launch_table_has_what_tuning_asks_for():
             assert real_launch.chosen(name, "sm_90", *sizes) == candidates[0]
     chunked = real_launch.candidates("keys", {"features": 32})
     assert {each["features"] for each in chunked} == {0, 32} and len(chunked) == 2 * len(candidates)
-    json.loads(real_launch.TABLE_PATH.read_text())
+    json.loads(real_launch.path.read_text())
     assert isinstance(real_launch.shape_class(*sizes), str)
 
 
@@ -155,7 +156,7 @@ def test_tuning_a_pass_on_a_gpu(tmp_path, monkeypatch, capsys):
     table = tmp_path / "launch.json"
     table.write_text("{}")
     few = real_launch.candidates("keys", {"features": 0})[:3]
-    monkeypatch.setattr(real_launch, "TABLE_PATH", table)
+    monkeypatch.setattr(real_launch, "path", table)
     monkeypatch.setattr(real_launch, "candidates", lambda name, present: few)
     sizes = ["--length", "300", "--batch", "4", "--rounds", "7"]
     assert tune.main(["--dtypes", "bf16", "--passes", "keys", "queries_backward", *sizes]) == 0

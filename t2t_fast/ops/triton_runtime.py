@@ -24,6 +24,13 @@ _DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 _library = torch.library.Library("t2t_fast_triton", "DEF")
 _trials: dict[tuple, str | None] = {}
 
+FUSION = {"enable_fp_fusion": True}
+"""Multiply and add round once, in every version of Triton."""
+
+LARGEST_TILE = 256
+OFFSET_LIMIT = 2**31
+"""Offsets inside a tile of at most that many tokens are 32 bits wide."""
+
 ALLOWED = {torch.float32: 2e-5, "tf32": 2e-2, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative errors in a trial; several times what the tests find, and far below what a wrong kernel gives."""
 
@@ -82,6 +89,12 @@ def architecture(device):
 def allows_tf32():
     """Whether torch's setting for matrix products of float32 lets them run in TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def readable(x):
+    """A (..., L, E) tensor, or a copy of it where an offset inside a tile would not fit into 32 bits."""
+    token, column = x.stride()[-2:]
+    return x if LARGEST_TILE * token + x.shape[-1] * column < OFFSET_LIMIT else x.contiguous()
 
 
 def trial(name, run, expected, index, dtype, *sizes):

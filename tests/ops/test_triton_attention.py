@@ -15,7 +15,9 @@ from t2t_fast import backends, functional
 from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import performer_attention
 from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention import aten_impl, launch, triton_impl
+from t2t_fast.ops.launch import cut
+from t2t_fast.ops.performer_attention import aten_impl, triton_impl
+from t2t_fast.ops.performer_attention.launch import TABLE
 from t2t_fast.testing import CASES, DTYPES, Case, assert_close, errors, exact_attention, features, tolerance
 
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
@@ -54,10 +56,10 @@ def small_tiles():
     """Tiles of 16 tokens in many small splits, in every pass."""
     parameters = {"tokens": 16, "warps": 4, "stages": 2, "programs": 8}
     with (
-        launch.override("keys", parameters),
-        launch.override("queries", parameters),
-        launch.override("queries_backward", parameters),
-        launch.override("keys_backward", parameters),
+        TABLE.override("keys", parameters),
+        TABLE.override("queries", parameters),
+        TABLE.override("queries_backward", parameters),
+        TABLE.override("keys_backward", parameters),
     ):
         yield
 
@@ -67,7 +69,7 @@ def small_tiles():
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 97])
 def test_tiles_and_splits(length, dtype):
     """Tiles that end early, one split and several, and a merge; gradients too."""
-    splits, tiles = launch.cut(length, 1, 16, 32)
+    splits, tiles = cut(length, 1, 16, 32)
     assert (splits > 1) == (length > 16) and (splits - 1) * tiles * 16 < length <= splits * tiles * 16
     # one token attends to itself: only a half-open gate gives q, k and w a gradient worth comparing
     check(case_of(length, eps=0.1 if length == 1 else 1e-8), DTYPES[dtype])
@@ -77,9 +79,9 @@ def test_tiles_and_splits(length, dtype):
 def chunks(small_tiles):
     """Besides, features in chunks of 16, in every pass."""
     with ExitStack() as stack:
-        for name in launch.passes():
-            small = launch.chosen(name, "cpu", torch.float32, 16, 16)
-            stack.enter_context(launch.override(name, {**small, "features": 16}))
+        for name in TABLE.passes:
+            small = TABLE.chosen(name, "cpu", torch.float32, 16, 16)
+            stack.enter_context(TABLE.override(name, {**small, "features": 16}))
         yield
 
 
@@ -178,7 +180,7 @@ def test_a_shift_that_does_not_hold(dtype):
     exponents = k @ w.T - k.square().sum(-1, keepdim=True) / 2
     first, later = exponents[0, :16].amax(0), exponents[0, 16:].amax(0)
     assert ((later - first) > 90).any(), "the first tile's maximum must be hopeless, or nothing is tested"
-    with launch.override("keys", {"tokens": 16, "warps": 4, "stages": 2, "programs": 0}):
+    with TABLE.override("keys", {"tokens": 16, "warps": 4, "stages": 2, "programs": 0}):
         out = case.run("triton")
         check(case, dtype)
     exact, _ = exact_attention(q, k, v, w)
@@ -326,7 +328,7 @@ def test_no_wide_tensor_of_token_length_and_what_is_saved(monkeypatch):
 
 def test_strides_beyond_32_bits_are_copied_away(monkeypatch):
     expected, _ = T2T.run_backward("triton")
-    monkeypatch.setattr(triton_impl, "OFFSET_LIMIT", 1000)
+    monkeypatch.setattr(triton_runtime, "OFFSET_LIMIT", 1000)
     out, _ = T2T.run_backward("triton")
     assert torch.equal(out, expected)
 

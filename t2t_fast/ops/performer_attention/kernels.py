@@ -12,6 +12,8 @@ Gradients that may leave the range of float16 go through TF32 (GRADIENT) or carr
 import triton
 import triton.language as tl
 
+from ..tiles import dot, load, matrix, rounded, store
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)
@@ -25,57 +27,9 @@ VARYING = ("heads", "length", "tiles_per_split", "splits")
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """``acc + a b``; UPCAST for the interpreter, which takes the bits of bfloat16 operands for numbers."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """``x`` as a matrix product will see it: in ``DTYPE``, for TF32 rounded to its 10 bits (the hardware cuts them)."""
-    if tl.float32 == DTYPE and PRECISION == "tf32":
-        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def _sequence(pointer, sequence, heads, batch_stride, head_stride):
     """Where a sequence of a (B, heads, L, E) view starts."""
     return pointer + sequence // heads * batch_stride + sequence % heads * head_stride
-
-
-@triton.jit
-def _inside(there, columns, width, EVEN: tl.constexpr):
-    """Mask of a tile; where E fills it (EVEN), of its tokens alone, so that rows are read in whole vectors."""
-    return there[:, None] if EVEN else there[:, None] & (columns < width)[None, :]
-
-
-@triton.jit
-def _load(x, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
-    """A tile from token ``start`` on, zero where there is none. Only the start needs 64 bits: see triton_impl.py."""
-    x += start.to(tl.int64) * token_stride
-    offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
-    return tl.load(x + offsets, mask=_inside(there, columns, width, EVEN), other=0.0)
-
-
-@triton.jit
-def _store(x, value, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
-    """The tile that :func:`_load` would read."""
-    x += start.to(tl.int64) * token_stride
-    offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
-    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=_inside(there, columns, width, EVEN))
-
-
-@triton.jit
-def _matrix(pointer, features, width, row_stride, column_stride, FEATURES: tl.constexpr, WIDTH: tl.constexpr):
-    """An (m, E) matrix in float32, zero beyond its edges."""
-    rows, columns = tl.arange(0, FEATURES), tl.arange(0, WIDTH)
-    inside = (rows < features)[:, None] & (columns < width)[None, :]
-    offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
-    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -89,9 +43,9 @@ def _parts(w, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
 @triton.jit
 def _scores(x, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """``w x`` of a tile (TOKENS, WIDTH): (TOKENS, FEATURES)."""
-    scores = _dot(x, tl.trans(high), None, PRECISION, UPCAST)
+    scores = dot(x, tl.trans(high), None, PRECISION, UPCAST)
     if SPLIT:
-        scores = _dot(x, tl.trans(low), scores, PRECISION, UPCAST)
+        scores = dot(x, tl.trans(low), scores, PRECISION, UPCAST)
     return scores
 
 
@@ -172,7 +126,7 @@ def keys_kernel(
     rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     begin = tl.program_id(2) * FEATURES
     own = features - begin
-    high, low = _parts(_matrix(w + begin * w_row, own, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
+    high, low = _parts(matrix(w + begin * w_row, own, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))
 
@@ -187,16 +141,16 @@ def keys_kernel(
         for index in range(first, last):
             start = index * TOKENS
             there = _taking_part(start, rows, length, mask, mask_token, MASKED)
-            tile = _load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
-            values = _load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
+            tile = load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
+            values = load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
             exponents = _key_exponents(tile, there, high, low, SPLIT, PRECISION, UPCAST)
             if running | (index == first):
                 above = tl.maximum(shift, tl.max(exponents, 0) + HEADROOM)
                 before = tl.exp2(shift - above)[None, :]
                 sums, wide, shift = sums * before, wide * before, above
-            weights = _rounded(tl.exp2(exponents - shift[None, :]), DTYPE, PRECISION)
+            weights = rounded(tl.exp2(exponents - shift[None, :]), DTYPE, PRECISION)
             sums += weights.to(tl.float32)
-            wide = _dot(tl.trans(values), weights, wide, PRECISION, UPCAST)
+            wide = dot(tl.trans(values), weights, wide, PRECISION, UPCAST)
         total = tl.sum(sums, 0)
         again = (not running) & (tl.sum(tl.where(total < TRUSTED, 0, 1), 0) > 0)  # NaN is not below
         running = True
@@ -243,7 +197,7 @@ def _key_state(lz, state, width, features, missing, WIDTH: tl.constexpr, FEATURE
     """lz in base 2, ``missing`` beyond the last feature, and S (FEATURES, WIDTH)."""
     feature = tl.arange(0, FEATURES)
     logs = tl.load(lz + feature, mask=feature < features, other=missing) * LOG2E
-    return logs, _matrix(state, features, width, width, 1, FEATURES, WIDTH)
+    return logs, matrix(state, features, width, width, 1, FEATURES, WIDTH)
 
 
 @triton.jit
@@ -295,21 +249,21 @@ def queries_kernel(
     q = _sequence(q, sequence, heads, q_batch, q_head)
     out = _sequence(out, sequence, heads, out_batch, out_head)
     rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
-    high, low = _parts(_matrix(w, features, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
+    high, low = _parts(matrix(w, features, width, w_row, w_column, FEATURES, WIDTH), DTYPE, SPLIT)
     lz, state = lz + sequence * features, state + sequence * features * width
     logs, values = _key_state(lz, state, width, features, float("-inf"), WIDTH, FEATURES)
-    values = _rounded(values, DTYPE, PRECISION)
+    values = rounded(values, DTYPE, PRECISION)
     first = split * tiles_per_split
     for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
         start = index * TOKENS
         there = rows < length - start
-        tile = _load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
+        tile = load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
         weights, closed = _query_weights(tile, logs, log_eps, high, low, SPLIT, PRECISION, UPCAST)
-        weights = _rounded(weights, DTYPE, PRECISION)
+        weights = rounded(weights, DTYPE, PRECISION)
         total = tl.sum(weights.to(tl.float32), 1)
         scale = tl.where(total == 0.0, 0.0, 1.0 / (total + closed))
-        y = _dot(weights, values, None, PRECISION, UPCAST) * scale[:, None]
-        _store(out, y, start, rows, there, columns, width, out_token, out_column, EVEN)
+        y = dot(weights, values, None, PRECISION, UPCAST) * scale[:, None]
+        store(out, y, start, rows, there, columns, width, out_token, out_column, EVEN)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -367,12 +321,12 @@ def queries_backward_kernel(
     grad = _sequence(grad, sequence, heads, grad_batch, grad_head)
     d_q = _sequence(d_q, sequence, heads, d_q_batch, d_q_head)
     rows, columns, feature = tl.arange(0, TOKENS), tl.arange(0, WIDTH), tl.arange(0, FEATURES)
-    directions = _matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
+    directions = matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
     high, low = _parts(directions, DTYPE, SPLIT)
-    directions = _rounded(directions, GRADIENT, WIDER)
+    directions = rounded(directions, GRADIENT, WIDER)
     lz, state = lz + sequence * features, state + sequence * features * width
     logs, values = _key_state(lz, state, width, features, float("-inf"), WIDTH, FEATURES)
-    values = _rounded(values, DTYPE, PRECISION)
+    values = rounded(values, DTYPE, PRECISION)
     sums = tl.zeros([TOKENS, FEATURES], tl.float32)
     wide = tl.zeros([WIDTH, FEATURES], tl.float32)
     turned = tl.zeros([WIDTH, FEATURES], tl.float32)
@@ -380,24 +334,24 @@ def queries_backward_kernel(
     for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
         start = index * TOKENS
         there = rows < length - start
-        tile = _load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
-        upstream = _load(grad, start, rows, there, columns, width, grad_token, grad_column, EVEN)
+        tile = load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
+        upstream = load(grad, start, rows, there, columns, width, grad_token, grad_column, EVEN)
         weights, closed = _query_weights(tile, logs, log_eps, high, low, SPLIT, PRECISION, UPCAST)
         total = tl.sum(weights, 1)
         gate = tl.where(total == 0.0, 0.0, total / (total + closed))
         weights *= tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-        along = _dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
+        along = dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
         inner = tl.sum(weights * along, 1) * gate
         weights *= gate[:, None]
         d_scores = weights * (along - inner[:, None])
         sums += d_scores
-        d_scores = _rounded(d_scores, GRADIENT, WIDER)
-        wide = _dot(tl.trans(upstream), _rounded(weights, DTYPE, PRECISION), wide, PRECISION, UPCAST)
+        d_scores = rounded(d_scores, GRADIENT, WIDER)
+        wide = dot(tl.trans(upstream), rounded(weights, DTYPE, PRECISION), wide, PRECISION, UPCAST)
         if NEED_W:
-            turned = _dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
-        d_tile = _dot(d_scores, directions, None, WIDER, UPCAST)
+            turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
+        d_tile = dot(d_scores, directions, None, WIDER, UPCAST)
         d_tile -= (inner * (1.0 - gate))[:, None] * tile.to(tl.float32)
-        _store(d_q, d_tile, start, rows, there, columns, width, d_q_token, d_q_column, EVEN)
+        store(d_q, d_tile, start, rows, there, columns, width, d_q_token, d_q_column, EVEN)
     place = (sequence * tl.num_programs(1) + split) * features + feature
     inside = (feature < features)[None, :] & (columns < width)[:, None]
     offsets = place[None, :] * width + columns[:, None]
@@ -433,7 +387,7 @@ def _key_gradients(
         shift = scale * tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
     else:
         scale = tl.full([FEATURES], 1.0, tl.float32)
-        d_values = _rounded(d_values, DTYPE, PRECISION)
+        d_values = rounded(d_values, DTYPE, PRECISION)
         shift = tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
     return logs, d_values, scale, shift
 
@@ -457,7 +411,7 @@ def _token_gradients(
     """The weights P of a tile's keys, times the scale of d_S, and ``d_a``; both (TOKENS, FEATURES) float32."""
     DTYPE: tl.constexpr = k.dtype
     weights = tl.exp2(_key_exponents(k, there, high, low, SPLIT, PRECISION, UPCAST) - logs[None, :])
-    along = _dot(v, tl.trans(d_values), None, PRECISION, UPCAST)
+    along = dot(v, tl.trans(d_values), None, PRECISION, UPCAST)
     if GRADIENT != DTYPE:
         along *= scale[None, :]
     d_scores = weights * (along - shift[None, :])
@@ -541,9 +495,9 @@ def keys_backward_kernel(
     if MASKED:
         mask += sequence // heads * mask_batch
     rows, columns, feature = tl.arange(0, TOKENS), tl.arange(0, WIDTH), tl.arange(0, FEATURES)
-    directions = _matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
+    directions = matrix(w, features, width, w_row, w_column, FEATURES, WIDTH)
     high, low = _parts(directions, DTYPE, SPLIT)
-    directions = _rounded(directions, GRADIENT, WIDER)
+    directions = rounded(directions, GRADIENT, WIDER)
     lz, state = lz + sequence * features, state + sequence * features * width
     d_lz, d_state = d_lz + sequence * features, d_state + sequence * features * width
     logs, d_values, scale, shift = _key_gradients(
@@ -554,23 +508,23 @@ def keys_backward_kernel(
     for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
         start = index * TOKENS
         there = _taking_part(start, rows, length, mask, mask_token, MASKED)
-        tile = _load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
-        skipped = _load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
+        tile = load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
+        skipped = load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
         weights, d_scores = _token_gradients(
             tile, skipped, there, high, low, logs, d_values, scale, shift, GRADIENT, SPLIT, PRECISION, UPCAST
         )
         held = tl.sum(d_scores, 1)
-        d_scores = _rounded(d_scores, GRADIENT, WIDER)
-        d_tile = _dot(_rounded(weights, GRADIENT, WIDER), d_values.to(GRADIENT), None, WIDER, UPCAST)
+        d_scores = rounded(d_scores, GRADIENT, WIDER)
+        d_tile = dot(rounded(weights, GRADIENT, WIDER), d_values.to(GRADIENT), None, WIDER, UPCAST)
         if SKIP:
             inside = rows < length - start
-            d_tile += _load(skip, start, rows, inside, columns, width, skip_token, skip_column, EVEN).to(tl.float32)
+            d_tile += load(skip, start, rows, inside, columns, width, skip_token, skip_column, EVEN).to(tl.float32)
         inside = rows < length - start
-        _store(d_v, d_tile, start, rows, inside, columns, width, d_v_token, d_v_column, EVEN)
+        store(d_v, d_tile, start, rows, inside, columns, width, d_v_token, d_v_column, EVEN)
         if NEED_W:
-            turned = _dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
-        d_tile = _dot(d_scores, directions, None, WIDER, UPCAST) - held[:, None] * tile.to(tl.float32)
-        _store(d_k, d_tile, start, rows, inside, columns, width, d_k_token, d_k_column, EVEN)
+            turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
+        d_tile = dot(d_scores, directions, None, WIDER, UPCAST) - held[:, None] * tile.to(tl.float32)
+        store(d_k, d_tile, start, rows, inside, columns, width, d_k_token, d_k_column, EVEN)
     if NEED_W:
         place = (sequence * tl.num_programs(1) + split) * features + feature
         inside = (feature < features)[None, :] & (columns < width)[:, None]

@@ -9,21 +9,17 @@ start of the sequence, has its gradients written by the program of chunk ``t mod
 import triton
 import triton.language as tl
 
+from ..tiles import dot, load, matrix, rounded, store
 from .kernels import (
     LOG2E,
     LOWEST,
     VARYING,
-    _dot,
     _half_square,
     _key_gradients,
     _key_state,
-    _load,
-    _matrix,
     _parts,
-    _rounded,
     _scores,
     _sequence,
-    _store,
     _taking_part,
     _token_gradients,
 )
@@ -47,10 +43,10 @@ def _query_chunk(
 ):
     """Features ``begin`` onwards as the passes over the queries take them: w, w in two parts, lz in base 2, S."""
     own = features - begin
-    directions = _matrix(w + begin * w_row, own, width, w_row, w_column, FEATURES, WIDTH)
+    directions = matrix(w + begin * w_row, own, width, w_row, w_column, FEATURES, WIDTH)
     high, low = _parts(directions, DTYPE, SPLIT)
     logs, values = _key_state(lz + begin, state + begin * width, width, own, float("-inf"), WIDTH, FEATURES)
-    return directions, high, low, logs, _rounded(values, DTYPE, PRECISION)
+    return directions, high, low, logs, rounded(values, DTYPE, PRECISION)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -95,7 +91,7 @@ def queries_chunked_kernel(
     for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
         start = index * TOKENS
         there = rows < length - start
-        tile = _load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
+        tile = load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
         top = tl.full([TOKENS], LOWEST, tl.float32)
         total = tl.zeros([TOKENS], tl.float32)
         y = tl.zeros([TOKENS, WIDTH], tl.float32)
@@ -106,12 +102,12 @@ def queries_chunked_kernel(
             exponents = _scores(tile, high, low, SPLIT, PRECISION, UPCAST) * LOG2E + logs[None, :]
             above = tl.maximum(top, tl.max(exponents, 1))
             before = tl.exp2(top - above)
-            weights = _rounded(tl.exp2(exponents - above[:, None]), DTYPE, PRECISION)
+            weights = rounded(tl.exp2(exponents - above[:, None]), DTYPE, PRECISION)
             total = total * before + tl.sum(weights.to(tl.float32), 1)
-            y = _dot(weights, values, y * before[:, None], PRECISION, UPCAST)
+            y = dot(weights, values, y * before[:, None], PRECISION, UPCAST)
             top = above
         scale = tl.where(total == 0.0, 0.0, 1.0 / (total + tl.exp2(log_eps + _half_square(tile) - top)))
-        _store(out, y * scale[:, None], start, rows, there, columns, width, out_token, out_column, EVEN)
+        store(out, y * scale[:, None], start, rows, there, columns, width, out_token, out_column, EVEN)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -175,8 +171,8 @@ def queries_backward_chunked_kernel(
     for index in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))):
         start = index * TOKENS
         there = rows < length - start
-        tile = _load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
-        upstream = _load(grad, start, rows, there, columns, width, grad_token, grad_column, EVEN)
+        tile = load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
+        upstream = load(grad, start, rows, there, columns, width, grad_token, grad_column, EVEN)
         top = tl.full([TOKENS], LOWEST, tl.float32)
         total = tl.zeros([TOKENS], tl.float32)
         inner = tl.zeros([TOKENS], tl.float32)
@@ -188,7 +184,7 @@ def queries_backward_chunked_kernel(
             above = tl.maximum(top, tl.max(exponents, 1))
             before = tl.exp2(top - above)
             weights = tl.exp2(exponents - above[:, None])
-            along = _dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
+            along = dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
             total = total * before + tl.sum(weights, 1)
             inner = inner * before + tl.sum(weights * along, 1)
             top = above
@@ -207,17 +203,17 @@ def queries_backward_chunked_kernel(
                 )
                 exponents = _scores(tile, high, low, SPLIT, PRECISION, UPCAST) * LOG2E + logs[None, :]
                 weights = tl.exp2(exponents - top[:, None]) * part[:, None]
-                along = _dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
+                along = dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
                 d_scores = weights * (along - inner[:, None])
-                rounded = _rounded(d_scores, GRADIENT, WIDER)
+                operand = rounded(d_scores, GRADIENT, WIDER)
                 if own:
                     sums += d_scores
-                    wide = _dot(tl.trans(upstream), _rounded(weights, DTYPE, PRECISION), wide, PRECISION, UPCAST)
+                    wide = dot(tl.trans(upstream), rounded(weights, DTYPE, PRECISION), wide, PRECISION, UPCAST)
                     if NEED_W:
-                        turned = _dot(tl.trans(tile.to(GRADIENT)), rounded, turned, WIDER, UPCAST)
-                d_tile = _dot(rounded, _rounded(directions, GRADIENT, WIDER), d_tile, WIDER, UPCAST)
+                        turned = dot(tl.trans(tile.to(GRADIENT)), operand, turned, WIDER, UPCAST)
+                d_tile = dot(operand, rounded(directions, GRADIENT, WIDER), d_tile, WIDER, UPCAST)
         if mine:
-            _store(d_q, d_tile, start, rows, there, columns, width, d_q_token, d_q_column, EVEN)
+            store(d_q, d_tile, start, rows, there, columns, width, d_q_token, d_q_column, EVEN)
     begin = tl.program_id(2) * FEATURES
     place = (sequence * tl.num_programs(1) + split) * features + begin + feature
     there = feature < features - begin
@@ -309,8 +305,8 @@ def keys_backward_chunked_kernel(
         start = index * TOKENS
         inside = rows < length - start
         there = _taking_part(start, rows, length, mask, mask_token, MASKED)
-        tile = _load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
-        tokens = _load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
+        tile = load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
+        tokens = load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
         mine = index % tl.num_programs(2) == tl.program_id(2)
         held = tl.zeros([TOKENS], tl.float32)
         d_key = tl.zeros([TOKENS, WIDTH], tl.float32)
@@ -319,7 +315,7 @@ def keys_backward_chunked_kernel(
             own = begin == tl.program_id(2) * FEATURES
             if mine | (own & NEED_W):
                 count = features - begin
-                directions = _matrix(w + begin * w_row, count, width, w_row, w_column, FEATURES, WIDTH)
+                directions = matrix(w + begin * w_row, count, width, w_row, w_column, FEATURES, WIDTH)
                 high, low = _parts(directions, DTYPE, SPLIT)
                 logs, d_values, scale, shift = _key_gradients(
                     lz + begin,
@@ -338,20 +334,20 @@ def keys_backward_chunked_kernel(
                     tile, tokens, there, high, low, logs, d_values, scale, shift, GRADIENT, SPLIT, PRECISION, UPCAST
                 )
                 held += tl.sum(d_scores, 1)
-                d_scores = _rounded(d_scores, GRADIENT, WIDER)
-                weights = _rounded(weights, GRADIENT, WIDER)
-                d_value = _dot(weights, d_values.to(GRADIENT), d_value, WIDER, UPCAST)
-                d_key = _dot(d_scores, _rounded(directions, GRADIENT, WIDER), d_key, WIDER, UPCAST)
+                d_scores = rounded(d_scores, GRADIENT, WIDER)
+                weights = rounded(weights, GRADIENT, WIDER)
+                d_value = dot(weights, d_values.to(GRADIENT), d_value, WIDER, UPCAST)
+                d_key = dot(d_scores, rounded(directions, GRADIENT, WIDER), d_key, WIDER, UPCAST)
                 if NEED_W:  # noqa: SIM102 - the compiler knows the one, the GPU the other
                     if own:
-                        turned = _dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
+                        turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
         if mine:
             if SKIP:
-                more = _load(skip, start, rows, inside, columns, width, skip_token, skip_column, EVEN)
+                more = load(skip, start, rows, inside, columns, width, skip_token, skip_column, EVEN)
                 d_value += more.to(tl.float32)
             d_key -= held[:, None] * tile.to(tl.float32)
-            _store(d_v, d_value, start, rows, inside, columns, width, d_v_token, d_v_column, EVEN)
-            _store(d_k, d_key, start, rows, inside, columns, width, d_k_token, d_k_column, EVEN)
+            store(d_v, d_value, start, rows, inside, columns, width, d_v_token, d_v_column, EVEN)
+            store(d_k, d_key, start, rows, inside, columns, width, d_k_token, d_k_column, EVEN)
     if NEED_W:
         begin = tl.program_id(2) * FEATURES
         place = (sequence * tl.num_programs(1) + split) * features + begin + feature

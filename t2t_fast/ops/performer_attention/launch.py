@@ -1,26 +1,19 @@
-"""Launch parameters of the Triton kernels: a committed table, its defaults, and how a call is cut into programs.
+"""Launch parameters of Performer attention's Triton kernels: defaults, and candidates for a measurement.
 
-Nothing is tuned at a user's first call. ``python -m benchmarks.tune`` measures the candidates on a card and rewrites
-its part of ``launch.json``: architecture -> pass -> shape class -> parameters.
+``python -m benchmarks.tune`` measures the candidates on a card and rewrites its part of ``launch.json``.
 """
 
-import json
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-TABLE_PATH = Path(__file__).with_name("launch.json")
-LARGEST_WIDTH, LARGEST_TILE = 256, 128
+from ..launch import DTYPES, Table, padded
+
+LARGEST_WIDTH = 256
 ALIKE = 256
 """From this number of features on, defaults differ no more."""
 
-
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_PASSES = ("keys", "queries", "queries_backward", "keys_backward")
-_overrides: dict[str, dict] = {}
+PASSES = ("keys", "queries", "queries_backward", "keys_backward")
 
 _WHOLE = {
     "keys": (2048, 8192, 8192),
@@ -39,26 +32,9 @@ _CHUNK = {
 """E times the features of a chunk, likewise."""
 
 
-class Cut(NamedTuple):
-    """How the tokens of each sequence are divided: into ``splits`` of ``tiles`` tiles (the last may have fewer)."""
-
-    splits: int
-    tiles: int
-
-
-def passes():
-    """The passes that have launch parameters."""
-    return _PASSES
-
-
-def padded(size):
-    """The power of two, at least 16, that a kernel works with instead of ``size``."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def shape_class(dtype, width, features):
     """What the parameters depend on, as words: dtype and padded sizes."""
-    return f"{_NAMES[dtype]}-E{padded(width)}-m{padded(features)}"
+    return f"{DTYPES[dtype]}-E{padded(width)}-m{padded(features)}"
 
 
 def candidates(name, present):
@@ -85,7 +61,7 @@ def default(name, dtype, width, features):
     card has. ``python -m benchmarks.kernel_report --all`` tells how each shape compiles.
     """
     width, features = padded(width), padded(features)
-    single, index = dtype == torch.float32, list(_NAMES).index(dtype)
+    single, index = dtype == torch.float32, list(DTYPES).index(dtype)
     crowded = {
         "queries_backward": single or features > 32 or width > 64,
         "keys_backward": width + features > 128 or (single and features > 32),
@@ -108,41 +84,4 @@ def default(name, dtype, width, features):
     return {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs, "features": chunk}
 
 
-@cache
-def _table():
-    return json.loads(TABLE_PATH.read_text())
-
-
-def chosen(name, architecture, dtype, width, features):
-    """The parameters of a pass: what an override or the table has, the rest by default."""
-    found = _found(name, architecture, dtype, width, features)
-    return {**found, **_overrides[name]} if name in _overrides else found
-
-
-@cache
-def _found(name, architecture, dtype, width, features):
-    row = _table().get(architecture, {}).get(name, {}).get(shape_class(dtype, width, features), {})
-    return {**default(name, dtype, width, features), **row}
-
-
-@contextmanager
-def override(name, parameters):
-    """Every launch of pass ``name`` inside the block takes ``parameters``; for tuning and tests."""
-    if name not in _PASSES:
-        raise ValueError(f"override: name must be one of {', '.join(_PASSES)}, got {name!r}")
-    before = _overrides.get(name)
-    _overrides[name] = dict(parameters)
-    try:
-        yield
-    finally:
-        del _overrides[name]
-        if before is not None:
-            _overrides[name] = before
-
-
-def cut(length, sequences, tokens, programs):
-    """Divide ``length`` tokens so that about ``programs`` programs run in all; by sizes alone, so always the same."""
-    tiles = -(-length // tokens)
-    splits = max(1, min(programs // max(sequences, 1), tiles))
-    each = max(1, -(-tiles // splits))
-    return Cut(max(1, -(-tiles // each)), each)
+TABLE = Table(Path(__file__).with_name("launch.json"), PASSES, shape_class, default, candidates)

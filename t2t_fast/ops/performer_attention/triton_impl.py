@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import triton_runtime as runtime
+from ..launch import cut, padded
 from ..library import first_order, wants_gradient
 from ..triton_runtime import fake, operator
 from . import aten_impl, launch
@@ -18,12 +19,6 @@ from . import aten_impl, launch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADROOM = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 6.0}
 """How far below 1 (in powers of 2) the weights start, so that later ones have room: float16 ends at 2^16."""
-
-FUSION = {"enable_fp_fusion": True}
-"""Multiply and add round once, in every version of Triton."""
-
-OFFSET_LIMIT = 2**31
-"""Offsets inside a tile are 32 bits wide."""
 
 
 def supports(request):
@@ -36,7 +31,7 @@ def supports(request):
         return f"the Triton kernels take up to {launch.LARGEST_WIDTH} channels, got {width}"
     # from some number of features on, more of them are more chunks for the same kernels
     features = min(features, launch.ALIKE)
-    sizes = launch.padded(width), launch.padded(features), bool(request.sizes.get("training", False))
+    sizes = padded(width), padded(features), bool(request.sizes.get("training", False))
     return _trial(request.sizes.get("index"), request.dtype, *sizes)
 
 
@@ -84,24 +79,24 @@ def _plan(found, dtype, width, features, length, sequences, processors, whole_w,
     from triton import language as tl
 
     parameters = dict(found)
-    padded = launch.padded(width)
+    whole = padded(width)
     constants = {
-        "WIDTH": padded,
-        "FEATURES": parameters["features"] or launch.padded(features),
+        "WIDTH": whole,
+        "FEATURES": parameters["features"] or padded(features),
         "TOKENS": parameters["tokens"],
-        "EVEN": padded == width,
+        "EVEN": whole == width,
         "SPLIT": not whole_w,
         "PRECISION": "tf32" if tf32 else "tf32x3",
         "UPCAST": runtime.INTERPRETED and dtype == torch.bfloat16,
         "num_warps": parameters["warps"],
         "num_stages": parameters["stages"],
-        **FUSION,
+        **runtime.FUSION,
     }
     if backward:
         constants["GRADIENT"] = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-    cut = launch.cut(length, sequences, parameters["tokens"], parameters["programs"] * processors)
+    divided = cut(length, sequences, parameters["tokens"], parameters["programs"] * processors)
     chunks = -(-features // parameters["features"]) if parameters["features"] else 0
-    return _Plan(cut.splits, cut.tiles, chunks, constants)
+    return _Plan(divided.splits, divided.tiles, chunks, constants)
 
 
 class _Call:
@@ -118,7 +113,7 @@ class _Call:
     def plan(self, name, length):
         """The :class:`_Plan` of a pass."""
         architecture = runtime.architecture(self.device)
-        found = launch.chosen(name, architecture, self.dtype, self.width, self.features)
+        found = launch.TABLE.chosen(name, architecture, self.dtype, self.width, self.features)
         tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
         return _plan(
             tuple(found.items()),
@@ -152,10 +147,8 @@ def _strided(x):
 
 
 def _readable(x):
-    """:func:`_strided` of an input, or of a copy where an offset inside a tile would not fit into 32 bits."""
-    token, column = x.stride()[-2:]
-    reach = launch.LARGEST_TILE * token + x.shape[-1] * column
-    return _strided(x if reach < OFFSET_LIMIT else x.contiguous())
+    """:func:`_strided` of an input, or of a copy where it must be."""
+    return _strided(runtime.readable(x))
 
 
 def _mask(key_mask):
@@ -185,7 +178,7 @@ def _key_state(call, k, v, key_mask):
     if splits > 1 and call.sequences:
         parts, (lz, state) = (lz, state), call.key_states()
         kernels.merge_kernel[call.sequences, call.features](
-            *parts, lz, state, call.width, call.features, splits, WIDTH=constants["WIDTH"], BLOCK=32, **FUSION
+            *parts, lz, state, call.width, call.features, splits, WIDTH=constants["WIDTH"], BLOCK=32, **runtime.FUSION
         )
     return lz.view(*call.outer, call.features), state.view(*call.outer, call.features, call.width)
 

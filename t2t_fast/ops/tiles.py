@@ -1,0 +1,56 @@
+"""What the Triton kernels of several operators share: tiles of tokens, small matrices, products.
+
+A tile is TOKENS rows of WIDTH columns; WIDTH is a row's length rounded up to what a matrix instruction takes. What is
+beyond a tensor's edges is read as zero and never written.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``acc + a b``; UPCAST for the interpreter, which takes the bits of bfloat16 operands for numbers."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """``x`` as a matrix product will see it: in ``DTYPE``, for TF32 rounded to its 10 bits (the hardware cuts them)."""
+    if tl.float32 == DTYPE and PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def inside(there, columns, width, EVEN: tl.constexpr):
+    """Mask of a tile; where its rows are full (EVEN), of its tokens alone, so that they are read in whole vectors."""
+    return there[:, None] if EVEN else there[:, None] & (columns < width)[None, :]
+
+
+@triton.jit
+def load(x, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
+    """A tile from token ``start`` on, zero where there is none; offsets in it fit 32 bits (triton_runtime.readable)."""
+    x += start.to(tl.int64) * token_stride
+    offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
+    return tl.load(x + offsets, mask=inside(there, columns, width, EVEN), other=0.0)
+
+
+@triton.jit
+def store(x, value, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
+    """The tile that :func:`load` would read."""
+    x += start.to(tl.int64) * token_stride
+    offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
+    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=inside(there, columns, width, EVEN))
+
+
+@triton.jit
+def matrix(pointer, height, width, row_stride, column_stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """A small matrix in float32, zero beyond its edges."""
+    rows, columns = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+    there = (rows < height)[:, None] & (columns < width)[None, :]
+    offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
+    return tl.load(pointer + offsets, mask=there, other=0.0).to(tl.float32)
