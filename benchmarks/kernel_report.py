@@ -63,7 +63,7 @@ def cuda_lines(kernels):
     return found
 
 
-def triton_rows(shapes=(triton_report.T2T,), full=False):
+def triton_rows(shapes=None, full=False):
     """The rows of Triton's kernels, with progress on stderr, and why there are none (or ``None``)."""
     reason = triton_report.reason()
     if reason is not None:
@@ -80,22 +80,22 @@ def triton_lines(rows):
     """The report's part on Triton kernels, line by line."""
     import triton
 
-    head = f"{'kernel':31} {'call':13} {'arch':7} {'launch':9} {'registers':>9} {'stack B':>7} {'spills':>6}"
+    head = f"{'kernel':31} {'call':18} {'arch':7} {'launch':9} {'registers':>9} {'stack B':>7} {'spills':>6}"
     found = [
-        f"Triton kernels, compiled by Triton {triton.__version__} for calls of E channels and m features; fp32 is",
-        "float32 without TF32, tf32 with it. Launch: tokens of a tile x warps x stages, and by how many features at a",
-        "time, if not all at once. Matrix instructions, loads and stores are those of the main loop; per token:",
-        "instructions of all warps there, what seldom runs left out.",
+        f"Triton kernels, compiled by Triton {triton.__version__} for T2T's calls or the sizes asked for; fp32 is",
+        "float32 without TF32, tf32 with it. Launch: tokens (or pixels) of a tile x warps x stages, and by how many",
+        "features or columns at a time, if not all at once. Matrix instructions, loads and stores are those of the",
+        "main loop; per token: instructions of all warps there, what seldom runs left out.",
         f"{head} {'shared B':>8} {'per token':>9}  matrix | loads | stores",
     ]
     for row in rows:
         case, kernel, loop = row.case, row.kernel, row.kernel.loop
-        call = f"{case.dtype} {case.width} {case.features}"
+        call = f"{case.dtype} {' '.join(map(str, case.sizes))}"
         launch = f"{row.tokens or '-'}x{row.warps}x{row.stages}" + (f"/{row.chunk}" if row.chunk else "")
         per_token = "-" if row.instructions_per_token is None else f"{row.instructions_per_token:.1f}"
         matrix = " ".join(f"{kind}:{count}" for kind, count in sorted(loop.matrix.items())) or "none"
         found.append(
-            f"{kernel.name:31} {call:13} {case.architecture:7} {launch:9} {kernel.registers:9} {kernel.stack:7} "
+            f"{kernel.name:31} {call:18} {case.architecture:7} {launch:9} {kernel.registers:9} {kernel.stack:7} "
             f"{kernel.code.spills:6} {kernel.shared:8} {per_token:>9}  "
             f"{matrix} | {machine_code.widths(loop.loads)} | {machine_code.widths(loop.stores)}"
         )
@@ -135,8 +135,10 @@ def _arguments(given):
     )
     parser.add_argument("--triton-only", action="store_true", help="only the Triton kernels")
     some = parser.add_mutually_exclusive_group()
-    some.add_argument("--all", action="store_true", help="Triton kernels of every padded shape, not of T2T's alone")
-    some.add_argument("--shape", type=int, nargs=2, metavar=("E", "M"), help="Triton kernels of this shape instead")
+    some.add_argument(
+        "--all", action="store_true", help="the attention in every padded shape, instead of T2T's kernels"
+    )
+    some.add_argument("--shape", type=int, nargs=2, metavar=("E", "M"), help="the attention in this shape instead")
     parser.add_argument("--full", action="store_true", help="Triton kernels with key mask, skip and gradient of w")
     parser.add_argument("--json", type=Path, help="also write all that is known about each kernel to this file")
     found = parser.parse_args(given)
@@ -152,7 +154,7 @@ def main(given=None):
     if not arguments.triton_only:
         cuda, reason = cuda_kernels(arguments.library)
         print("\n".join([*registry_lines(), "", *([reason] if reason else cuda_lines(cuda)), ""]))
-    shapes = triton_report.every_shape() if arguments.all else [tuple(arguments.shape or triton_report.T2T)]
+    shapes = triton_report.every_shape() if arguments.all else [tuple(arguments.shape)] if arguments.shape else None
     triton, reason = triton_rows(shapes, arguments.full)
     print(reason if reason else "\n".join(triton_lines(triton)))
     if arguments.json is not None:

@@ -7,19 +7,23 @@ and nothing more: every constant, stride and launch parameter is the one of a re
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 
 from t2t_fast.ops import triton_runtime
 from t2t_fast.ops.performer_attention import launch, triton_impl
+from t2t_fast.ops.soft_split_linear import triton_impl as split_impl
+from t2t_fast.ops.spec import square
+from t2t_fast.ops.token_mlp import triton_impl as tail_impl
 
 from . import machine_code
 
@@ -33,42 +37,46 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 188}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 """fp32 is float32 as PyTorch has it by default, tf32 is float32 where PyTorch's setting allows TF32."""
 
+IMAGE = 224
 BATCH, LENGTH = 32, 12544
 """So large that with any launch parameters a sequence is cut into several splits, each of several tiles."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call to compile: tokens of ``width`` channels, ``features`` random features.
+    """One call to compile, forward and backward: of an operator, with its own sizes (:data:`OPERATORS`).
 
-    ``full``: with a key mask, with a gradient for the features, and with one that flows into v from elsewhere.
+    ``full``: the attention with a key mask, with a gradient for the features, and with one that flows into v from
+    elsewhere.
     """
 
     architecture: str
     dtype: str
-    width: int = 64
-    features: int = 32
+    operator: str = "performer_attention"
+    sizes: tuple[int, ...] = (64, 32)
     full: bool = False
 
     def words(self):
         """The case as words."""
+        names = OPERATORS[self.operator].names
+        sizes = " ".join(f"{name} {size}" for name, size in zip(names, self.sizes, strict=True))
         full = " with mask, skip and the gradient of w" if self.full else ""
-        return f"{self.dtype} E {self.width} m {self.features}{full} on {self.architecture}"
-
-
-T2T = (64, 32)
-"""E and m of the paper's models."""
+        return f"{self.operator} in {self.dtype}, {sizes}{full} on {self.architecture}"
 
 
 def every_shape():
-    """Every padded width with up to 256 features. Of more, the same kernels take more chunks."""
+    """E and m of the attention: every padded width with up to 256 features; of more, the kernels take more chunks."""
     widths = [size for size in (2**power for power in range(4, 20)) if size <= launch.LARGEST_WIDTH]
     return list(product(widths, (16, 32, 64, 128, 256)))
 
 
-def cases(shapes=(T2T,), full=False):
-    """Calls of some shapes (E, m) in every dtype on every architecture."""
-    return [Case(*names, *shape, full) for shape in shapes for names in product(SHARED_LIMITS, DTYPES)]
+def cases(shapes=None, full=False):
+    """Calls in every dtype on every architecture: the attention in some shapes (E, m), or T2T's of every operator."""
+    if shapes is None:
+        calls = [(name, sizes) for name, operator in OPERATORS.items() for sizes in operator.usual]
+    else:
+        calls = [("performer_attention", shape) for shape in shapes]
+    return [Case(*names, *call, full) for call in calls for names in product(SHARED_LIMITS, DTYPES)]
 
 
 def reason():
@@ -119,11 +127,11 @@ def _products(precision):
 
 
 @contextmanager
-def _compiling(module, case, alternative=None):
+def _compiling(module, case, alternative=None, unused=()):
     """Inside, a launch of any ``*_kernel`` of a module compiles it; yields a list of (name, arguments, compiled).
 
-    ``alternative``: a module with ``x_chunked_kernel`` for some ``x_kernel``, one of which a call launches. The process
-    can launch nothing afterwards.
+    ``alternative``: a module with ``x_chunked_kernel`` for some ``x_kernel``, one of which a call launches; ``unused``:
+    kernels that this call need not launch. The process can launch nothing afterwards.
     """
     from triton.runtime import driver
 
@@ -148,7 +156,7 @@ def _compiling(module, case, alternative=None):
         for name, kernel in kernels.items():
             stack.enter_context(patch.object(kernel, "run", instead_of(name, kernel.run)))
         yield found
-    passes = {name.replace("_chunked", "") for name in kernels}
+    passes = {name.replace("_chunked", "") for name in kernels} - set(unused)
     if missing := passes - {name.replace("_chunked", "") for name, *_ in found}:
         raise RuntimeError(f"{module.__name__}: a call with {case.words()} did not launch {', '.join(sorted(missing))}")
 
@@ -160,8 +168,9 @@ def _performer_attention(case):
     def empty(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k, v, grad, d_q, d_k, d_v = (empty(BATCH, LENGTH, case.width) for _ in range(7))
-    w = empty(case.features, case.width, dtype=torch.float32)
+    width, features = case.sizes
+    q, k, v, grad, d_q, d_k, d_v = (empty(BATCH, LENGTH, width) for _ in range(7))
+    w = empty(features, width, dtype=torch.float32)
     mask = empty(BATCH, LENGTH, dtype=torch.bool) if case.full else None
     skip = v if case.full else None
     with _compiling(kernels, case, kernels_chunked) as found:
@@ -170,17 +179,95 @@ def _performer_attention(case):
     return found
 
 
-OPERATORS = {"performer_attention": _performer_attention}
+def _soft_split_linear(case):
+    """A call forward and backward, parameters in float32; without LayerNorm if its size for that is 0."""
+    from t2t_fast.ops.soft_split_linear import kernels
+
+    channels, outputs, kernel, stride, padding, normed = case.sizes
+    window = square(kernel, stride, padding)
+    side = IMAGE if channels == 3 else IMAGE // 4
+    x = torch.empty(BATCH, channels, side, side, dtype=DTYPES[case.dtype], device="meta")
+    if channels > 3:  # tokens
+        x = x.to(memory_format=torch.channels_last)
+    columns = channels * window.taps
+    weight, bias, gamma, beta = (
+        torch.empty(shape, device="meta") for shape in ((outputs, columns), outputs, columns, columns)
+    )
+    parameters = (weight, bias, gamma, beta, 1e-5) if normed else (weight, bias, None, None, None)
+    h, w = window.grid(side, side)
+    grad = torch.empty(BATCH, h * w, outputs, dtype=x.dtype, device="meta")
+    unused = () if normed else ("token_scalars_kernel",)
+    with _compiling(kernels, case, unused=unused) as found:
+        y, mean, rstd = split_impl._forward(x, *parameters, *window, x.dtype)
+        split_impl._backward(grad, x, *parameters, *window, y, mean, rstd, True, True)
+    return found
+
+
+def _token_mlp(case):
+    """A call forward and backward on a view of a packed v, parameters in float32, every gradient; dropout unless 0."""
+    from t2t_fast.ops.token_mlp import kernels
+
+    width, hidden, dropout = case.sizes
+    kqv, y, grad = (
+        torch.empty(BATCH, LENGTH, n, dtype=DTYPES[case.dtype], device="meta") for n in (3 * width, width, width)
+    )
+    v = kqv[..., 2 * width :]
+    shapes = ((width, width), width, width, width, (hidden, width), hidden, (width, hidden), width)
+    tail = [torch.empty(shape, device="meta") for shape in shapes]
+    drop = 0.1 if dropout else 0.0
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
+    with _compiling(kernels, case) as found:
+        tail_impl._forward(y, v, seed, [1e-5, drop, drop], tail)
+        tail_impl._backward(grad, y, v, seed, [1e-5, drop, drop], tail, True)
+    return found
+
+
+def _attention_rounds(name, sizes, arguments):
+    return None if "_chunked" in name else 1
+
+
+def _split_rounds(name, sizes, arguments):
+    channels, outputs, kernel, stride, _, _ = sizes
+    parts = -(-outputs // arguments["NARROW"])
+    if name == "token_scalars_kernel":
+        return parts
+    if name == "split_linear_image_kernel":
+        return (-(-kernel // stride)) ** 2 * parts * -(-channels // arguments["BLOCK"])
+    return -(-channels * kernel**2 // arguments["BLOCK"]) * -(-parts // arguments["PARTS"])
+
+
+class Operator(NamedTuple):
+    """How a case is compiled, what its sizes are called, and those of T2T-ViT.
+
+    ``rounds``, of a kernel's name, the sizes and its arguments: how often all programs together run the kernel's main
+    loop for a tile; ``None``: unknown.
+    """
+
+    compile: Callable
+    names: tuple[str, ...]
+    usual: tuple[tuple[int, ...], ...]
+    rounds: Callable
+
+
+OPERATORS = {
+    "performer_attention": Operator(_performer_attention, ("E", "m"), ((64, 32),), _attention_rounds),
+    "soft_split_linear": Operator(
+        _soft_split_linear,
+        ("C", "O", "k", "s", "p", "LayerNorm"),
+        ((3, 192, 7, 4, 2, 1), (64, 192, 3, 2, 1, 1), (64, 384, 3, 2, 1, 0)),
+        _split_rounds,
+    ),
+    "token_mlp": Operator(_token_mlp, ("E", "F", "dropout"), ((64, 64, 1),), lambda *_: 1),
+}
 
 
 @dataclass
 class Row:
-    """A kernel as one case launches it, by ``chunk`` features at a time or all at once (``None``).
+    """A kernel as one case launches it, by ``chunk`` features or columns at a time or all at once (``None``).
 
-    ``instructions_per_token``: of all its warps, at least; ``None`` where the main loop is no loop over tokens.
+    ``instructions_per_token``: of all warps of all programs, at least; for an image's gradient, per pixel.
     """
 
-    operator: str
     case: Case
     warps: int
     stages: int
@@ -201,7 +288,7 @@ class Row:
 
     def plain(self):
         """The row as dictionaries, for JSON."""
-        found = {"operator": self.operator, **vars(self.case), "warps": self.warps, "stages": self.stages}
+        found = {**vars(self.case), "warps": self.warps, "stages": self.stages}
         found |= {"tokens": self.tokens, "chunk": self.chunk, "instructions_per_token": self.instructions_per_token}
         return found | self.kernel.plain() | {"faults": self.faults()}
 
@@ -213,19 +300,20 @@ def compiled(case) -> list[Row]:
         RuntimeError: the call did not launch every kernel of its operator.
     """
     rows = []
-    for operator, call in OPERATORS.items():
-        for name, arguments, result in call(case):
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(result.asm["cubin"])
-                file.flush()
-                (kernel,) = machine_code.read(file.name, _tool())
-            # what the machine code declares is less: the rest is asked for at the launch
-            kernel.name, kernel.architecture, kernel.shared = name, case.architecture, result.metadata.shared
-            tokens, warps = arguments.get("TOKENS"), result.metadata.num_warps
-            whole = "_chunked" not in name
-            per_token = kernel.once_round * warps / tokens if tokens and whole else None
-            chunk = arguments.get("FEATURES") if arguments.get("FEATURES", 0) < case.features or not whole else None
-            rows.append(Row(operator, case, warps, result.metadata.num_stages, tokens, chunk, kernel, per_token))
+    for name, arguments, result in OPERATORS[case.operator].compile(case):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(result.asm["cubin"])
+            file.flush()
+            (kernel,) = machine_code.read(file.name, _tool())
+        # what the machine code declares is less: the rest is asked for at the launch
+        kernel.name, kernel.architecture, kernel.shared = name, case.architecture, result.metadata.shared
+        tokens, warps = arguments.get("TOKENS", arguments.get("PIXELS")), result.metadata.num_warps
+        rounds = OPERATORS[case.operator].rounds(name, case.sizes, arguments) if tokens else None
+        per_token = None if rounds is None else kernel.once_round * warps / tokens * rounds
+        chunk = arguments.get("FEATURES", arguments.get("BLOCK")) if tokens else None
+        if rounds == 1 and "FEATURES" in arguments and arguments["FEATURES"] >= case.sizes[1]:
+            chunk = None
+        rows.append(Row(case, warps, result.metadata.num_stages, tokens, chunk, kernel, per_token))
     return rows
 
 

@@ -28,7 +28,8 @@ LAYERS = [
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
 # Heavy or optional packages may only be imported where they are used, inside functions.
 # Kernels are imported by what launches them.
-KERNELS = {"t2t_fast.ops.tiles", *(f"t2t_fast.ops.performer_attention.{n}" for n in ("kernels", "kernels_chunked"))}
+_PATHS = ("performer_attention.kernels", "performer_attention.kernels_chunked", "soft_split_linear.kernels")
+KERNELS = {"t2t_fast.ops.tiles", "t2t_fast.ops.token_mlp.kernels", *(f"t2t_fast.ops.{path}" for path in _PATHS)}
 DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves imported inside the demo's functions
 LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
 

@@ -1,4 +1,4 @@
-"""Performer attention's Triton kernels on a GPU; what tests/ops/test_triton_attention.py holds of them interpreted."""
+"""The Triton kernels on a GPU: every operator's parity, and of the attention what is tested interpreted elsewhere."""
 
 from copy import deepcopy
 
@@ -16,6 +16,7 @@ from t2t_fast.ops.performer_attention.launch import TABLE
 from t2t_fast.testing import CASES, DTYPES, assert_close, errors, exact_attention, features, tolerance
 
 HALVES = (torch.float16, torch.bfloat16)
+OPERATORS = ("performer_attention", "performer_layer", "soft_split_linear", "token_mlp")
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +39,7 @@ def run(leaves, w, grad, eps=1e-8, **options):
 
 
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "fp64"])
-@pytest.mark.parametrize("op", ["performer_attention", "performer_layer"])
+@pytest.mark.parametrize("op", OPERATORS)
 def test_against_float64(op, dtype):
     """Forward and gradient of every shared case, against the reference in float64 on the CPU."""
     dtype = DTYPES[dtype]
@@ -53,7 +54,7 @@ def test_against_float64(op, dtype):
 
 def test_auto_takes_it():
     for dtype in (torch.float32, *HALVES):
-        for op in ("performer_attention", "performer_layer"):
+        for op in OPERATORS:
             assert t2t_fast.explain(op, device="cuda", dtype=dtype).chosen(op) == "triton"
 
 

@@ -24,8 +24,11 @@ KIB = 1024
 EVERYWHERE = 99 * KIB
 """Shared memory that a block may have on every architecture from sm_80 on: that of sm_86, sm_89 and sm_120."""
 
-WITH_PRODUCTS = {"keys_kernel", "queries_kernel", "queries_backward_kernel", "keys_backward_kernel"}
-STORING = WITH_PRODUCTS - {"keys_kernel"}
+ATTENTION = {"keys_kernel", "queries_kernel", "queries_backward_kernel", "keys_backward_kernel"}
+SPLIT = {"split_linear_kernel", "split_linear_weight_kernel", "split_linear_image_kernel"}
+TAIL = {"tail_kernel", "tail_backward_kernel"}
+WITH_PRODUCTS = ATTENTION | SPLIT | TAIL
+STORING = ATTENTION - {"keys_kernel"}
 MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
 
 
@@ -46,12 +49,26 @@ def where(row):
 
 def check_completeness(rows):
     found = Counter((row["architecture"], row["dtype"], row["name"]) for row in rows)
-    names = WITH_PRODUCTS | {"merge_kernel"}
-    assert found == {(*case, name): 1 for case in CASES for name in names}
+    times = {
+        "merge_kernel": 1,
+        "token_scalars_kernel": 2,
+        **dict.fromkeys(ATTENTION | TAIL, 1),
+        **dict.fromkeys(SPLIT, 3),
+    }
+    assert found == {(*case, name): count for case in CASES for name, count in times.items()}
 
 
 def check_registers(rows):
-    assert not [f"{where(row)}: {row['faults']}" for row in rows if row["code"]["spills"] or row["stack"]]
+    """None spills but, a little, the tail backward in float32, with its three weight gradients, and splits in TF32."""
+
+    def may(row):
+        single = row["dtype"] in ("fp32", "tf32")
+        return (single and row["name"] == "tail_backward_kernel") or (row["dtype"] == "tf32" and row["name"] in SPLIT)
+
+    crowded = [row for row in rows if may(row)]
+    assert all(row["code"]["spills"] <= row["code"]["instructions"] / 20 for row in crowded)
+    others = [row for row in rows if row not in crowded]
+    assert not [f"{where(row)}: {row['faults']}" for row in others if row["code"]["spills"] or row["stack"]]
 
 
 def check_shared_memory(rows):
@@ -65,7 +82,8 @@ def check_matrix_instructions(rows):
             assert not kinds, where(row)
             continue
         assert kinds and kinds <= MATRIX[row["architecture"]], (where(row), kinds)
-        if row["architecture"] == "sm_90" and row["dtype"] in ("bf16", "fp16"):
+        gathered = row["name"] == "split_linear_weight_kernel" and row["sizes"][0] == 3  # too few columns at a time
+        if row["architecture"] == "sm_90" and row["dtype"] in ("bf16", "fp16") and not gathered:
             assert "HGMMA" in kinds, (where(row), kinds)
 
 
@@ -73,10 +91,16 @@ def check_accesses(rows):
     """Tokens are read and written 16 bytes at a time; float32 operands are partly fetched 4 bytes at a time."""
     for row in rows:
         loads, stores = ({int(width) for width in row["loop"][kind]} for kind in ("loads", "stores"))
-        if row["name"] in WITH_PRODUCTS:
+        if row["name"] in TAIL:  # a tile of 16 tokens has 8 bytes for each thread of 8 warps
+            assert min(loads) >= 8 or row["dtype"] in ("fp32", "tf32"), (where(row), loads)
+        if row["name"] in ATTENTION:
             allowed = {16} if row["dtype"] in ("bf16", "fp16") else {4, 16}
             assert {16} <= loads <= allowed, (where(row), loads)
             assert stores == ({16} if row["name"] in STORING else set()), (where(row), stores)
+        if row["name"] == "split_linear_kernel" and row["sizes"][0] == 64:
+            assert loads == {16}, (where(row), loads)
+        if row["name"] in SPLIT:
+            continue  # windows of an image are gathered value by value, and of tokens their centre
         everything = {int(width) for kind in ("loads", "stores") for width in row["code"][kind]}
         assert min(everything) >= 4, (where(row), everything)
 
@@ -107,7 +131,7 @@ def test_a_large_state_fits_every_card(tmp_path):
     if reason is not None:
         pytest.skip(reason)
     passes = {row["name"] for row in found} - {"merge_kernel"}
-    assert {name.replace("_chunked", "") for name in passes} == WITH_PRODUCTS and len(found) == 5 * len(CASES)
+    assert {name.replace("_chunked", "") for name in passes} == ATTENTION and len(found) == 5 * len(CASES)
     assert all(row["chunk"] for row in found if row["name"] in passes)
     check_shared_memory(found)
     assert all(row["code"]["spills"] <= row["code"]["instructions"] / 20 for row in found)
@@ -144,7 +168,7 @@ def test_the_report_without_triton(monkeypatch):
 
 def test_all_shapes():
     cases = triton_report.cases(triton_report.every_shape())
-    shapes = {(case.width, case.features) for case in cases}
+    shapes = {case.sizes for case in cases}
     sizes = (16, 32, 64, 128, 256)
     assert shapes == {(width, features) for width in sizes for features in sizes}
     assert len(cases) == len(set(cases)) == len(shapes) * len(CASES)
@@ -154,7 +178,7 @@ def row(**changes):
     """A row without faults, but for ``changes`` of its kernel."""
     code = Code(10, loads=Counter({16: 2}), matrix=Counter(HMMA=4))
     facts = dict(name="keys_kernel", architecture="sm_120", registers=128, shared=EVERYWHERE, code=code, loop=code)
-    return Row("performer_attention", Case("sm_120", "fp16"), 4, 2, 64, 16, Kernel(**facts | changes), 0.625)
+    return Row(Case("sm_120", "fp16"), 4, 2, 64, 16, Kernel(**facts | changes), 0.625)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +194,11 @@ def test_faults(changes, fault):
     found = row(**changes)
     assert found.faults() == ([] if fault is None else [fault])
     last = kernel_report.triton_lines([found])[-1]
-    words = "1 kernels, none at fault." if fault is None else f"keys_kernel of fp16 E 64 m 32 on sm_120: {fault}"
+    words = (
+        "1 kernels, none at fault."
+        if fault is None
+        else f"keys_kernel of performer_attention in fp16, E 64 m 32 on sm_120: {fault}"
+    )
     assert last == words
 
 
@@ -201,7 +229,8 @@ def test_a_kernel_that_no_call_launches(monkeypatch):
             return SimpleNamespace(asm={})
 
     module = SimpleNamespace(__name__="kernels", first_kernel=Kernel(), second_kernel=Kernel())
-    with pytest.raises(RuntimeError, match="a call with fp32 E 64 m 32 on sm_90 did not launch second_kernel"):  # noqa: SIM117
+    words = "a call with performer_attention in fp32, E 64 m 32 on sm_90 did not launch second_kernel"
+    with pytest.raises(RuntimeError, match=words):  # noqa: SIM117
         with triton_report._compiling(module, Case("sm_90", "fp32")) as found:
             module.first_kernel.run(grid=(1,), warmup=False, TOKENS=64)
     assert [(name, arguments) for name, arguments, _ in found] == [("first_kernel", {"TOKENS": 64})]

@@ -177,7 +177,16 @@ def token_mlp(
     }
     _check_tail(function, y, y.shape[-1], tail, norm_eps, proj_drop, mlp_drop)
     seed = _seed_for(function, y, seed, proj_drop, mlp_drop)
-    chosen = choose(function, y, backend, width=y.shape[-1], hidden=fc1_weight.shape[0])
+    chosen = choose(
+        function,
+        y,
+        backend,
+        dtype=running_dtype(y),
+        width=y.shape[-1],
+        hidden=fc1_weight.shape[0],
+        training=wants_gradient(y, v, *tail.values()),
+        index=y.device.index,
+    )
     return _token_mlp(
         y,
         v,
@@ -284,9 +293,12 @@ def performer_layer(
         x,
         backend,
         dtype=running_dtype(x),
-        kernel=win.kernel,
+        channels=x.shape[1],
+        window=win,
+        outputs=3 * width,
         width=width,
         features=w.shape[0],
+        hidden=fc1_weight.shape[0],
         training=wants_gradient(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *tail.values()),
         index=x.device.index,
     )

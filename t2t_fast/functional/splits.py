@@ -2,10 +2,11 @@
 
 from ..errors import check_pair, check_shape, check_tensor, check_together
 from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
+from ..ops.library import wants_gradient
 from ..ops.soft_composition.op import soft_composition as _soft_composition
 from ..ops.soft_split.op import soft_split as _soft_split
 from ..ops.soft_split_linear.op import soft_split_linear as _soft_split_linear
-from .arguments import as_image, check_window, choose, same_dtype, window
+from .arguments import as_image, check_window, choose, running_dtype, same_dtype, window
 
 
 def soft_split(x, kernel_size, stride=1, padding=0, *, grid=None, backend="auto"):
@@ -163,5 +164,16 @@ def soft_split_linear(
     ):
         if value is not None:
             check_shape(function, name, value, shape, meaning)
-    chosen = choose(function, x, backend, kernel=win.kernel, out=weight.shape[0])
-    return _soft_split_linear(x, weight, bias, norm_weight, norm_bias, norm_eps, *win, chosen)
+    chosen = choose(
+        function,
+        x,
+        backend,
+        dtype=running_dtype(x),
+        channels=x.shape[1],
+        window=win,
+        outputs=weight.shape[0],
+        normed=norm_eps is not None,
+        training=wants_gradient(x, weight, bias, norm_weight, norm_bias),
+        index=x.device.index,
+    )
+    return _soft_split_linear(x, weight, bias, norm_weight, norm_bias, norm_eps, *win, x.dtype, chosen)

@@ -7,13 +7,28 @@ beyond a tensor's edges is read as zero and never written.
 import triton
 import triton.language as tl
 
+from ..config import triton_interpreted
+
+INTERPRETED = tl.constexpr(triton_interpreted())
+"""The interpreter takes the bits of bfloat16 operands for numbers, and cuts bfloat16 off where a GPU rounds."""
+
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """``acc + a b``; UPCAST for the interpreter, which takes the bits of bfloat16 operands for numbers."""
-    if UPCAST:
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a b``."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """``x`` in ``DTYPE``, rounded to the nearest."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -22,7 +37,7 @@ def rounded(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     if tl.float32 == DTYPE and PRECISION == "tf32":
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+    return narrowed(x, DTYPE)
 
 
 @triton.jit
@@ -44,7 +59,7 @@ def store(x, value, start, rows, there, columns, width, token_stride, column_str
     """The tile that :func:`load` would read."""
     x += start.to(tl.int64) * token_stride
     offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
-    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=inside(there, columns, width, EVEN))
+    tl.store(x + offsets, narrowed(value, x.dtype.element_ty), mask=inside(there, columns, width, EVEN))
 
 
 @triton.jit

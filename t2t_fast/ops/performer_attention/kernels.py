@@ -12,7 +12,7 @@ Gradients that may leave the range of float16 go through TF32 (GRADIENT) or carr
 import triton
 import triton.language as tl
 
-from ..tiles import dot, load, matrix, rounded, store
+from ..tiles import dot, load, matrix, narrowed, rounded, store
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -35,17 +35,17 @@ def _sequence(pointer, sequence, heads, batch_stride, head_stride):
 @triton.jit
 def _parts(w, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
     """The features as operands: rounded, and with SPLIT what the rounding lost."""
-    high = w.to(DTYPE)
-    low = (w - high.to(tl.float32)).to(DTYPE) if SPLIT else high
+    high = narrowed(w, DTYPE)
+    low = narrowed(w - high.to(tl.float32), DTYPE) if SPLIT else high
     return high, low
 
 
 @triton.jit
-def _scores(x, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _scores(x, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """``w x`` of a tile (TOKENS, WIDTH): (TOKENS, FEATURES)."""
-    scores = dot(x, tl.trans(high), None, PRECISION, UPCAST)
+    scores = dot(x, tl.trans(high), None, PRECISION)
     if SPLIT:
-        scores = dot(x, tl.trans(low), scores, PRECISION, UPCAST)
+        scores = dot(x, tl.trans(low), scores, PRECISION)
     return scores
 
 
@@ -66,10 +66,10 @@ def _taking_part(start, rows, length, mask, mask_stride, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _key_exponents(k, taking_part, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _key_exponents(k, taking_part, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """``a(k)`` in base 2, minus infinity for tokens that take no part."""
     half = tl.where(taking_part, _half_square(k), float("inf"))
-    return _scores(k, high, low, SPLIT, PRECISION, UPCAST) * LOG2E - half[:, None]
+    return _scores(k, high, low, SPLIT, PRECISION) * LOG2E - half[:, None]
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -106,7 +106,6 @@ def keys_kernel(
     HEADROOM: tl.constexpr,
     SPECULATE: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """The key state of one split: ``lz_i = logsumexp_t a_i(k_t)`` and ``S_i = sum_t softmax_t(a_i(k_t)) v_t``.
 
@@ -143,14 +142,14 @@ def keys_kernel(
             there = _taking_part(start, rows, length, mask, mask_token, MASKED)
             tile = load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
             values = load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
-            exponents = _key_exponents(tile, there, high, low, SPLIT, PRECISION, UPCAST)
+            exponents = _key_exponents(tile, there, high, low, SPLIT, PRECISION)
             if running | (index == first):
                 above = tl.maximum(shift, tl.max(exponents, 0) + HEADROOM)
                 before = tl.exp2(shift - above)[None, :]
                 sums, wide, shift = sums * before, wide * before, above
             weights = rounded(tl.exp2(exponents - shift[None, :]), DTYPE, PRECISION)
             sums += weights.to(tl.float32)
-            wide = dot(tl.trans(values), weights, wide, PRECISION, UPCAST)
+            wide = dot(tl.trans(values), weights, wide, PRECISION)
         total = tl.sum(sums, 0)
         again = (not running) & (tl.sum(tl.where(total < TRUSTED, 0, 1), 0) > 0)  # NaN is not below
         running = True
@@ -201,13 +200,13 @@ def _key_state(lz, state, width, features, missing, WIDTH: tl.constexpr, FEATURE
 
 
 @triton.jit
-def _query_weights(q, logs, log_eps, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _query_weights(q, logs, log_eps, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Softmax weights over the features before their division, and what the closed part of the gate adds to their sum.
 
     ``log_eps = log2(m eps)``. With T the sum of the weights and c the second value, ``gate / T = 1 / (T + c)``; where
     the gate is shut c is infinite.
     """
-    exponents = _scores(q, high, low, SPLIT, PRECISION, UPCAST) * LOG2E + logs[None, :]
+    exponents = _scores(q, high, low, SPLIT, PRECISION) * LOG2E + logs[None, :]
     top = tl.maximum(tl.max(exponents, 1), LOWEST)
     return tl.exp2(exponents - top[:, None]), tl.exp2(log_eps + _half_square(q) - top)
 
@@ -241,7 +240,6 @@ def queries_kernel(
     EVEN: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """``y_t = gate_t softmax_i(w_i q_t + lz_i) S``. Grid (sequences, splits); reads q once, writes y once."""
     DTYPE: tl.constexpr = q.dtype.element_ty
@@ -258,11 +256,11 @@ def queries_kernel(
         start = index * TOKENS
         there = rows < length - start
         tile = load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
-        weights, closed = _query_weights(tile, logs, log_eps, high, low, SPLIT, PRECISION, UPCAST)
+        weights, closed = _query_weights(tile, logs, log_eps, high, low, SPLIT, PRECISION)
         weights = rounded(weights, DTYPE, PRECISION)
         total = tl.sum(weights.to(tl.float32), 1)
         scale = tl.where(total == 0.0, 0.0, 1.0 / (total + closed))
-        y = dot(weights, values, None, PRECISION, UPCAST) * scale[:, None]
+        y = dot(weights, values, None, PRECISION) * scale[:, None]
         store(out, y, start, rows, there, columns, width, out_token, out_column, EVEN)
 
 
@@ -305,7 +303,6 @@ def queries_backward_kernel(
     PRECISION: tl.constexpr,
     GRADIENT: tl.constexpr,
     NEED_W: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """d_q, and this split's share of the gradients of lz, S (and w); with p the softmax weights and g the gate
 
@@ -336,20 +333,20 @@ def queries_backward_kernel(
         there = rows < length - start
         tile = load(q, start, rows, there, columns, width, q_token, q_column, EVEN)
         upstream = load(grad, start, rows, there, columns, width, grad_token, grad_column, EVEN)
-        weights, closed = _query_weights(tile, logs, log_eps, high, low, SPLIT, PRECISION, UPCAST)
+        weights, closed = _query_weights(tile, logs, log_eps, high, low, SPLIT, PRECISION)
         total = tl.sum(weights, 1)
         gate = tl.where(total == 0.0, 0.0, total / (total + closed))
         weights *= tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-        along = dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
+        along = dot(upstream, tl.trans(values), None, PRECISION)
         inner = tl.sum(weights * along, 1) * gate
         weights *= gate[:, None]
         d_scores = weights * (along - inner[:, None])
         sums += d_scores
         d_scores = rounded(d_scores, GRADIENT, WIDER)
-        wide = dot(tl.trans(upstream), rounded(weights, DTYPE, PRECISION), wide, PRECISION, UPCAST)
+        wide = dot(tl.trans(upstream), rounded(weights, DTYPE, PRECISION), wide, PRECISION)
         if NEED_W:
-            turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
-        d_tile = dot(d_scores, directions, None, WIDER, UPCAST)
+            turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER)
+        d_tile = dot(d_scores, directions, None, WIDER)
         d_tile -= (inner * (1.0 - gate))[:, None] * tile.to(tl.float32)
         store(d_q, d_tile, start, rows, there, columns, width, d_q_token, d_q_column, EVEN)
     place = (sequence * tl.num_programs(1) + split) * features + feature
@@ -383,7 +380,7 @@ def _key_gradients(
         scale = tl.max(tl.abs(d_values), 1)
         scale = tl.where(scale > 0.0, scale, 1.0)
         d_values /= scale[:, None]
-        d_values = d_values.to(DTYPE)
+        d_values = narrowed(d_values, DTYPE)
         shift = scale * tl.sum(d_values.to(tl.float32) * values, 1) - slope * LN2
     else:
         scale = tl.full([FEATURES], 1.0, tl.float32)
@@ -406,12 +403,11 @@ def _token_gradients(
     GRADIENT: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """The weights P of a tile's keys, times the scale of d_S, and ``d_a``; both (TOKENS, FEATURES) float32."""
     DTYPE: tl.constexpr = k.dtype
-    weights = tl.exp2(_key_exponents(k, there, high, low, SPLIT, PRECISION, UPCAST) - logs[None, :])
-    along = dot(v, tl.trans(d_values), None, PRECISION, UPCAST)
+    weights = tl.exp2(_key_exponents(k, there, high, low, SPLIT, PRECISION) - logs[None, :])
+    along = dot(v, tl.trans(d_values), None, PRECISION)
     if GRADIENT != DTYPE:
         along *= scale[None, :]
     d_scores = weights * (along - shift[None, :])
@@ -473,7 +469,6 @@ def keys_backward_kernel(
     PRECISION: tl.constexpr,
     GRADIENT: tl.constexpr,
     NEED_W: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """d_k and d_v (and this split's share of d_w); with P the softmax weights over tokens
 
@@ -511,19 +506,19 @@ def keys_backward_kernel(
         tile = load(k, start, rows, there, columns, width, k_token, k_column, EVEN)
         skipped = load(v, start, rows, there, columns, width, v_token, v_column, EVEN)
         weights, d_scores = _token_gradients(
-            tile, skipped, there, high, low, logs, d_values, scale, shift, GRADIENT, SPLIT, PRECISION, UPCAST
+            tile, skipped, there, high, low, logs, d_values, scale, shift, GRADIENT, SPLIT, PRECISION
         )
         held = tl.sum(d_scores, 1)
         d_scores = rounded(d_scores, GRADIENT, WIDER)
-        d_tile = dot(rounded(weights, GRADIENT, WIDER), d_values.to(GRADIENT), None, WIDER, UPCAST)
+        d_tile = dot(rounded(weights, GRADIENT, WIDER), d_values.to(GRADIENT), None, WIDER)
         if SKIP:
             inside = rows < length - start
             d_tile += load(skip, start, rows, inside, columns, width, skip_token, skip_column, EVEN).to(tl.float32)
         inside = rows < length - start
         store(d_v, d_tile, start, rows, inside, columns, width, d_v_token, d_v_column, EVEN)
         if NEED_W:
-            turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
-        d_tile = dot(d_scores, directions, None, WIDER, UPCAST) - held[:, None] * tile.to(tl.float32)
+            turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER)
+        d_tile = dot(d_scores, directions, None, WIDER) - held[:, None] * tile.to(tl.float32)
         store(d_k, d_tile, start, rows, inside, columns, width, d_k_token, d_k_column, EVEN)
     if NEED_W:
         place = (sequence * tl.num_programs(1) + split) * features + feature

@@ -78,7 +78,6 @@ def queries_chunked_kernel(
     EVEN: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """``y_t = gate_t softmax_i(w_i q_t + lz_i) S``. Grid (sequences, splits); reads q once, writes y once."""
     DTYPE: tl.constexpr = q.dtype.element_ty
@@ -99,12 +98,12 @@ def queries_chunked_kernel(
             _, high, low, logs, values = _query_chunk(
                 w, w_row, w_column, lz, state, begin, width, features, DTYPE, SPLIT, PRECISION, WIDTH, FEATURES
             )
-            exponents = _scores(tile, high, low, SPLIT, PRECISION, UPCAST) * LOG2E + logs[None, :]
+            exponents = _scores(tile, high, low, SPLIT, PRECISION) * LOG2E + logs[None, :]
             above = tl.maximum(top, tl.max(exponents, 1))
             before = tl.exp2(top - above)
             weights = rounded(tl.exp2(exponents - above[:, None]), DTYPE, PRECISION)
             total = total * before + tl.sum(weights.to(tl.float32), 1)
-            y = dot(weights, values, y * before[:, None], PRECISION, UPCAST)
+            y = dot(weights, values, y * before[:, None], PRECISION)
             top = above
         scale = tl.where(total == 0.0, 0.0, 1.0 / (total + tl.exp2(log_eps + _half_square(tile) - top)))
         store(out, y * scale[:, None], start, rows, there, columns, width, out_token, out_column, EVEN)
@@ -149,7 +148,6 @@ def queries_backward_chunked_kernel(
     PRECISION: tl.constexpr,
     GRADIENT: tl.constexpr,
     NEED_W: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """The gradients of ``queries_backward_kernel``, which has the formulas.
 
@@ -180,11 +178,11 @@ def queries_backward_chunked_kernel(
             _, high, low, logs, values = _query_chunk(
                 w, w_row, w_column, lz, state, begin, width, features, DTYPE, SPLIT, PRECISION, WIDTH, FEATURES
             )
-            exponents = _scores(tile, high, low, SPLIT, PRECISION, UPCAST) * LOG2E + logs[None, :]
+            exponents = _scores(tile, high, low, SPLIT, PRECISION) * LOG2E + logs[None, :]
             above = tl.maximum(top, tl.max(exponents, 1))
             before = tl.exp2(top - above)
             weights = tl.exp2(exponents - above[:, None])
-            along = dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
+            along = dot(upstream, tl.trans(values), None, PRECISION)
             total = total * before + tl.sum(weights, 1)
             inner = inner * before + tl.sum(weights * along, 1)
             top = above
@@ -201,17 +199,17 @@ def queries_backward_chunked_kernel(
                 directions, high, low, logs, values = _query_chunk(
                     w, w_row, w_column, lz, state, begin, width, features, DTYPE, SPLIT, PRECISION, WIDTH, FEATURES
                 )
-                exponents = _scores(tile, high, low, SPLIT, PRECISION, UPCAST) * LOG2E + logs[None, :]
+                exponents = _scores(tile, high, low, SPLIT, PRECISION) * LOG2E + logs[None, :]
                 weights = tl.exp2(exponents - top[:, None]) * part[:, None]
-                along = dot(upstream, tl.trans(values), None, PRECISION, UPCAST)
+                along = dot(upstream, tl.trans(values), None, PRECISION)
                 d_scores = weights * (along - inner[:, None])
                 operand = rounded(d_scores, GRADIENT, WIDER)
                 if own:
                     sums += d_scores
-                    wide = dot(tl.trans(upstream), rounded(weights, DTYPE, PRECISION), wide, PRECISION, UPCAST)
+                    wide = dot(tl.trans(upstream), rounded(weights, DTYPE, PRECISION), wide, PRECISION)
                     if NEED_W:
-                        turned = dot(tl.trans(tile.to(GRADIENT)), operand, turned, WIDER, UPCAST)
-                d_tile = dot(operand, rounded(directions, GRADIENT, WIDER), d_tile, WIDER, UPCAST)
+                        turned = dot(tl.trans(tile.to(GRADIENT)), operand, turned, WIDER)
+                d_tile = dot(operand, rounded(directions, GRADIENT, WIDER), d_tile, WIDER)
         if mine:
             store(d_q, d_tile, start, rows, there, columns, width, d_q_token, d_q_column, EVEN)
     begin = tl.program_id(2) * FEATURES
@@ -278,7 +276,6 @@ def keys_backward_chunked_kernel(
     PRECISION: tl.constexpr,
     GRADIENT: tl.constexpr,
     NEED_W: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """The gradients of ``keys_backward_kernel``, which has the formulas.
 
@@ -331,16 +328,16 @@ def keys_backward_chunked_kernel(
                     FEATURES,
                 )
                 weights, d_scores = _token_gradients(
-                    tile, tokens, there, high, low, logs, d_values, scale, shift, GRADIENT, SPLIT, PRECISION, UPCAST
+                    tile, tokens, there, high, low, logs, d_values, scale, shift, GRADIENT, SPLIT, PRECISION
                 )
                 held += tl.sum(d_scores, 1)
                 d_scores = rounded(d_scores, GRADIENT, WIDER)
                 weights = rounded(weights, GRADIENT, WIDER)
-                d_value = dot(weights, d_values.to(GRADIENT), d_value, WIDER, UPCAST)
-                d_key = dot(d_scores, rounded(directions, GRADIENT, WIDER), d_key, WIDER, UPCAST)
-                if NEED_W:  # noqa: SIM102 - the compiler knows the one, the GPU the other
+                d_value = dot(weights, d_values.to(GRADIENT), d_value, WIDER)
+                d_key = dot(d_scores, rounded(directions, GRADIENT, WIDER), d_key, WIDER)
+                if NEED_W:
                     if own:
-                        turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER, UPCAST)
+                        turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER)
         if mine:
             if SKIP:
                 more = load(skip, start, rows, inside, columns, width, skip_token, skip_column, EVEN)

@@ -7,6 +7,8 @@ import torch
 
 from ..library import accumulation_dtype
 from ..performer_attention import aten_impl as attention
+from ..soft_split_linear import aten_impl as split
+from ..token_mlp import aten_impl as tail
 from .composed import compose
 
 
@@ -41,4 +43,4 @@ def _rebuild(kqv, w, eps, lz, state):
     return y.to(kqv.dtype), v, finish
 
 
-forward = compose(_attend, _rebuild)
+forward = compose(split.forward, _attend, _rebuild, tail.run, tail.run_backward)

@@ -8,15 +8,15 @@ parameters.
 import torch
 
 from ..library import first_order, wants_gradient
-from ..soft_split_linear import aten_impl as split
-from ..token_mlp.aten_impl import run, run_backward
 from ..token_mlp.tail import Tail, unpack
 
 
-def compose(attend, rebuild):
-    """The layer's forward with one way to attend.
+def compose(split, attend, rebuild, run_tail, run_tail_backward):
+    """The layer's forward, made of one implementation of each operator.
 
     Args:
+        split: soft_split_linear's forward.
+        run_tail, run_tail_backward: token_mlp's ``run`` and ``run_backward``.
         attend: (kqv, w, eps) -> y in kqv's dtype, v, lz, state.
         rebuild: (kqv, w, eps, lz, state) -> y, v as above, and a function (d_y, d_skip, need_w) -> d_kqv, d_w (``None``
             if not needed), each in its tensor's dtype, where d_skip is what flows into v beside the attention.
@@ -24,7 +24,7 @@ def compose(attend, rebuild):
 
     def block(kqv, w, eps, tail, options, seed):
         y, v, lz, state = attend(kqv, w, eps)
-        return run(y, v, tail, options, seed), lz, state
+        return run_tail(y, v, tail, options, seed), lz, state
 
     class PerformerBlock(torch.autograd.Function):
         """Gradients for kqv, the tail's parameters, and w where it is asked for."""
@@ -46,7 +46,7 @@ def compose(attend, rebuild):
             kqv, w, seed, lz, state, *tail = ctx.saved_tensors
             y, v, finish = rebuild(kqv, w, ctx.eps, lz, state)
             needed = ctx.needs_input_grad[5:]
-            d_y, d_skip, gradients = run_backward(grad, y, v, Tail(*tail), ctx.options, seed, needed)
+            d_y, d_skip, gradients = run_tail_backward(grad, y, v, Tail(*tail), ctx.options, seed, needed)
             return *finish(d_y, d_skip, ctx.needs_input_grad[1]), None, None, None, *gradients
 
     def forward(
@@ -64,8 +64,7 @@ def compose(attend, rebuild):
         eps,
         *arguments,
     ):
-        kqv = split.forward(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding)
-        kqv = kqv.to(dtype)
+        kqv = split(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding, dtype)
         tail, options, seed = unpack(*arguments)
         if wants_gradient(kqv, w, *tail):
             return PerformerBlock.apply(kqv, w, eps, seed, options, *tail)[0]

@@ -21,6 +21,6 @@ def forward(
     *tail_arguments,
 ):
     """(B, C, H, W) -> (B, L, E), in ``dtype``, as kqv."""
-    kqv = split.forward(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding)
-    k, q, v = kqv.to(dtype).chunk(3, dim=-1)
+    kqv = split.forward(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding, dtype)
+    k, q, v = kqv.chunk(3, dim=-1)
     return tail.forward(attention.forward(q, k, v, w, eps), v, *tail_arguments)

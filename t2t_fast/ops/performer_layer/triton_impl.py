@@ -1,4 +1,4 @@
-"""A Performer layer with its attention in Triton; the soft split with Linear and the tail are PyTorch operations.
+"""A Performer layer of Triton kernels: the soft split with Linear, the attention, the tail.
 
 The gradients of k, q and v, the skip's share of v's among them, are written side by side into one tensor.
 """
@@ -6,10 +6,15 @@ The gradients of k, q and v, the skip's share of v's among them, are written sid
 import torch
 
 from ..performer_attention import triton_impl as attention
+from ..soft_split_linear import triton_impl as split
+from ..token_mlp import triton_impl as tail
 from ..triton_runtime import fake, operator
 from .composed import compose
 
-supports = attention.supports
+
+def supports(request):
+    """Why one of the kernels cannot run a call, or ``None``."""
+    return attention.supports(request) or split.supports(request) or tail.supports(request)
 
 
 @operator(
@@ -45,4 +50,4 @@ def _rebuild(kqv, w, eps, lz, state):
     return torch.ops.t2t_fast_triton.performer_read_out(q, w, eps, lz, state), v, finish
 
 
-forward = compose(_attend, _rebuild)
+forward = compose(split.forward, _attend, _rebuild, tail.run, tail.run_backward)

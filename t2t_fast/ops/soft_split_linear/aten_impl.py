@@ -217,10 +217,10 @@ class Plain(torch.autograd.Function):
         return d_x, d_weight, d_bias, None
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding):
+def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype):
     window = Window(tuple(kernel), tuple(stride), tuple(padding))
     record = wants_gradient(x, weight, bias, norm_weight, norm_bias)
     if norm_eps is None:
-        return Plain.apply(x, weight, bias, window) if record else plain(x, weight, bias, window)
+        return (Plain.apply if record else plain)(x, weight, bias, window).to(dtype)
     run = Normed.apply if record else normed
-    return run(x, weight, bias, norm_weight, norm_bias, norm_eps, window)[0]
+    return run(x, weight, bias, norm_weight, norm_bias, norm_eps, window)[0].to(dtype)

@@ -56,9 +56,9 @@ class SoftSplitLinear(torch.autograd.Function):
         return None if d_x is None else d_x.to(tensors[0].dtype), *gradients, None, None
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding):
+def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype):
     window = (kernel, stride, padding)
     tensors = (x, weight, bias, norm_weight, norm_bias)
     if wants_gradient(*tensors):
-        return SoftSplitLinear.apply(*tensors, norm_eps, window).to(x.dtype)
-    return torch.ops.t2t_fast_native.soft_split_linear(*single(*tensors), norm_eps, *window).to(x.dtype)
+        return SoftSplitLinear.apply(*tensors, norm_eps, window).to(dtype)
+    return torch.ops.t2t_fast_native.soft_split_linear(*single(*tensors), norm_eps, *window).to(dtype)

@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from ..library import accumulation_dtype
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding):
-    """(B, C, H, W) -> (B, L, O); LayerNorm over the C*kh*kw columns unless ``norm_eps`` is ``None``."""
+def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype):
+    """(B, C, H, W) -> (B, L, O) in ``dtype``; LayerNorm over the C*kh*kw columns unless ``norm_eps`` is ``None``."""
     tokens = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)
     if norm_eps is None:
-        return F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
     wide = accumulation_dtype(x.dtype)
     gamma = None if norm_weight is None else norm_weight.to(wide)
     beta = None if norm_bias is None else norm_bias.to(wide)
     tokens = F.layer_norm(tokens.to(wide), tokens.shape[-1:], gamma, beta, norm_eps).to(x.dtype)
-    return F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)

@@ -1,0 +1,55 @@
+"""Launch parameters of the tail's Triton kernels: defaults, and candidates for a measurement."""
+
+from pathlib import Path
+
+import torch
+
+from ..launch import DTYPES, Table, padded
+
+LARGEST = 128
+"""Channels and hidden units that the kernels take."""
+
+PASSES = ("tail", "tail_backward")
+
+
+def shape_class(dtype, width, hidden):
+    """What the parameters depend on, as words: dtype and padded sizes."""
+    return f"{DTYPES[dtype]}-E{padded(width)}-F{padded(hidden)}"
+
+
+def candidates(name, present):
+    """Parameters worth a measurement, whatever is in use at ``present``.
+
+    tokens: of a tile; warps: of a program; stages: tiles on their way; programs: wanted on a multiprocessor; keep: 1
+    where a program keeps the weights, 0 where it reads them again for every tile; split: 1 where backward is two
+    launches.
+    """
+    backward = name == "tail_backward"
+    return [
+        {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs, "keep": keep, "split": split}
+        for split in ((0, 1) if backward else (0,))
+        for tokens, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 4), (128, 8))
+        for stages, keep in ((1, 0), (1, 1), (2, 1))
+        for programs in ((1, 2) if backward else (2, 3, 4))
+    ]
+
+
+def default(name, dtype, width, hidden):
+    """Parameters that compile without spills for T2T's shape on every architecture; backward in float32 has some.
+
+    Weights in float32, kept, would not fit into the 99 KiB of shared memory that every card has; nor would large ones.
+    """
+    single, backward = dtype == torch.float32, name == "tail_backward"
+    large = max(padded(width), padded(hidden)) > 64
+    tokens = 16 if backward or (single and large) else 32
+    return {
+        "tokens": tokens,
+        "warps": 8 if backward or single or large else 4,
+        "stages": 1 if backward or single or large else 2,
+        "programs": 1 if backward else 2,
+        "keep": int(not single and not large),
+        "split": 0,
+    }
+
+
+TABLE = Table(Path(__file__).with_name("launch.json"), PASSES, shape_class, default, candidates)

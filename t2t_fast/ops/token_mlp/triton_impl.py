@@ -1,0 +1,277 @@
+"""The tail of a token layer by Triton kernels: one pass over the tokens forward, one backward.
+
+Saved for backward: y, v, the dropout seed and the parameters; everything else is computed again. Nothing of token
+length but the results is written.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+
+from .. import triton_runtime as runtime
+from ..launch import cut, padded
+from ..library import first_order, wants_gradient
+from ..triton_runtime import fake, operator
+from . import aten_impl, launch
+from .tail import Options, Tail, unpack
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_ORDER = (
+    "proj_weight",
+    "proj_bias",
+    "fc1_weight",
+    "norm_weight",
+    "norm_bias",
+    "fc1_bias",
+    "fc2_weight",
+    "fc2_bias",
+)
+"""How the backward kernel lays the parameters' gradients one behind the other."""
+
+
+def supports(request):
+    """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
+    why = runtime.reason(request, DTYPES)
+    if why is not None:
+        return why
+    width = int(request.sizes.get("width", 64))
+    hidden = int(request.sizes.get("hidden", width))
+    for size, of in ((width, "channels"), (hidden, "hidden units")):
+        if not 1 <= size <= launch.LARGEST:
+            return f"the Triton kernels of the tail take 1 to {launch.LARGEST} {of}, got {size}"
+    sizes = padded(width), padded(hidden), bool(request.sizes.get("training", True))
+    return _trial(request.sizes.get("index"), request.dtype, *sizes)
+
+
+def _trial(index, dtype, width, hidden, training):
+    return runtime.trial("token_mlp", _run, _expected, index, dtype, width, hidden, training)
+
+
+# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+_trial._dynamo_marked_constant = True
+
+
+def _problem(device, dtype, width, hidden):
+    """Two sequences longer than a tile, an upstream gradient, parameters in float32 and a seed."""
+    generator = torch.Generator().manual_seed(0)
+    grad, y, v = (torch.randn(2, 150, width, generator=generator).to(device, dtype) for _ in range(3))
+    shapes = Tail((width, width), width, width, width, (hidden, width), hidden, (width, hidden), width)
+    drawn = [torch.randn(shape, generator=generator) * width**-0.5 for shape in shapes]
+    drawn[Tail._fields.index("norm_weight")] += 1
+    tail = Tail(*(t.to(device) for t in drawn))
+    return grad, y, v, tail, Options(1e-5, 0.1, 0.2), torch.tensor(-(2**40) - 1, device=device)
+
+
+def _both(forward, backward, grad, arguments, training):
+    out = forward(*arguments)
+    if not training:
+        return (out,)
+    d_y, d_v, gradients = backward(grad, *arguments, [True] * len(Tail._fields))
+    return out, d_y, d_v, *gradients
+
+
+def _run(device, dtype, width, hidden, training):
+    grad, *arguments = _problem(device, dtype, width, hidden)
+    return _both(run, run_backward, grad, arguments, training)
+
+
+def _expected(device, dtype, width, hidden, training):
+    grad, y, v, *arguments = _problem(device, dtype, width, hidden)
+    return _both(aten_impl.run, aten_impl.run_backward, grad.float(), [y.float(), v.float(), *arguments], training)
+
+
+@lru_cache(maxsize=1024)
+def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
+    """Grid, what a kernel takes behind its tensors, whether backward is two launches, and a kernel's constants."""
+    parameters = dict(found)
+    tokens = parameters["tokens"]
+    tiles = -(-length // tokens)
+    programs, own = cut(sequences * tiles * tokens, 1, tokens, parameters["programs"] * processors)
+    constants = {
+        "WIDTH": padded(width),
+        "HIDDEN": padded(hidden),
+        "TOKENS": tokens,
+        "EVEN": padded(width) == width,
+        "OCTETS": width % 8 == 0,
+        "KEEP": bool(parameters["keep"]),
+        "PRECISION": "tf32" if tf32 else "tf32x3",
+        "num_warps": parameters["warps"],
+        "num_stages": parameters["stages"],
+        **runtime.FUSION,
+    }
+    sizes = length, width, hidden, tiles, sequences * tiles, own
+    return programs, sizes, bool(parameters["split"]), constants
+
+
+def _planned(name, y, tail, sequences):
+    length, width = y.shape[-2:]
+    hidden = tail.fc1_weight.shape[0]
+    found = launch.TABLE.chosen(name, runtime.architecture(y.device), y.dtype, width, hidden)
+    tf32 = y.dtype == torch.float32 and runtime.allows_tf32()
+    return _plan(
+        tuple(found.items()),
+        y.dtype,
+        width,
+        hidden,
+        sequences,
+        length,
+        runtime.multiprocessors(y.device),
+        tf32,
+    )
+
+
+def _strided(x):
+    """A (..., L, E) tensor as a kernel takes it: itself, and strides of sequence, token and column."""
+    x = runtime.readable(x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
+    return x, *x.stride()
+
+
+def _dropout(options, seed):
+    """The arguments that decide the masks (philox.py), and the constants that go with them."""
+    p1, p2 = options.proj_drop, options.mlp_drop
+    a, b = round(65536 * p1), round(65536 * p2)
+    begin = a - round(a * b / 65536)
+    numbers = seed, a, 1.0 / (1.0 - p1), begin, b, 1.0 / (1.0 - p2)
+    return numbers, {"DROP_PROJ": p1 > 0, "DROP_MLP": p2 > 0}
+
+
+@operator("token_mlp(Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] tail) -> Tensor")
+def _forward(y, v, seed, options, tail):
+    from . import kernels
+
+    tail, options = Tail(*tail), Options(*options)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if not out.numel():
+        return out
+    programs, sizes, _, constants = _planned("tail", y, tail, math.prod(y.shape[:-2]))
+    numbers, drops = _dropout(options, seed)
+    parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
+    kernels.tail_kernel[(programs,)](
+        *_strided(y),
+        *_strided(v),
+        *parameters,
+        options.norm_eps,
+        *numbers,
+        out,
+        *sizes,
+        **drops,
+        **constants,
+    )
+    return out
+
+
+@fake("token_mlp")
+def _fake(y, v, seed, options, tail):
+    return y.new_empty(y.shape)
+
+
+def _lengths(tail):
+    """How many values each gradient of :data:`_ORDER` has, whether or not the parameter is there."""
+    hidden, width = tail.fc1_weight.shape
+    return width * width, width, width * hidden, width, width, hidden, width * hidden, width
+
+
+@operator(
+    "token_mlp_backward(Tensor grad, Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] tail, "
+    "bool need_tail) -> (Tensor, Tensor, Tensor)"
+)
+def _backward(grad, y, v, seed, options, tail, need_tail):
+    from . import kernels
+
+    tail, options = Tail(*tail), Options(*options)
+    d_y, d_v = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for _ in range(2))
+    length = sum(_lengths(tail)) if need_tail else 0
+    if not y.numel():
+        return d_y, d_v, torch.zeros(length, dtype=torch.float32, device=y.device)
+    programs, sizes, split, constants = _planned("tail_backward", y, tail, math.prod(y.shape[:-2]))
+    shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
+    numbers, drops = _dropout(options, seed)
+    *parameters, _ = (None if t is None else t.contiguous() for t in tail)
+    # what a launch computes: d_y and d_v, the projection's gradients, those behind it
+    parts = [(True, need_tail, need_tail)]
+    if split and need_tail:
+        parts = [(True, True, False), (False, False, True)]
+    for need_inputs, need_proj, need_mlp in parts:
+        kernels.tail_backward_kernel[(programs,)](
+            *_strided(grad),
+            *_strided(y),
+            *_strided(v),
+            *parameters,
+            options.norm_eps,
+            *numbers,
+            d_y,
+            d_v,
+            shares,
+            *sizes,
+            NEED_INPUTS=need_inputs,
+            NEED_PROJ=need_proj,
+            NEED_MLP=need_mlp,
+            SCALED=y.dtype == torch.float16,
+            **drops,
+            **constants,
+        )
+    return d_y, d_v, shares.sum(0)
+
+
+@fake("token_mlp_backward")
+def _fake_backward(grad, y, v, seed, options, tail, need_tail):
+    length = sum(_lengths(Tail(*tail))) if need_tail else 0
+    return y.new_empty(y.shape), y.new_empty(y.shape), y.new_empty(length, dtype=torch.float32)
+
+
+def run(y, v, tail, options, seed):
+    """Forward without autograd."""
+    return torch.ops.t2t_fast_triton.token_mlp(y, v, seed, list(options), list(tail))
+
+
+def run_backward(grad, y, v, tail, options, seed, needed):
+    """All gradients, everything recomputed.
+
+    Args:
+        grad: (..., L, E) of the output.
+        needed: which of ``tail``'s parameters want a gradient.
+
+    Returns:
+        d_y, d_v (the skip's share, in y's dtype), and a list along ``tail`` with ``None`` where not needed.
+    """
+    d_y, d_v, flat = torch.ops.t2t_fast_triton.token_mlp_backward(
+        grad, y, v, seed, list(options), list(tail), any(needed)
+    )
+    if not any(needed):
+        return d_y, d_v, [None] * len(tail)
+    found = dict(zip(_ORDER, flat.split(_lengths(tail)), strict=True))
+    gradients = [
+        found[name].view(parameter.shape).to(parameter.dtype) if wanted and parameter is not None else None
+        for name, parameter, wanted in zip(Tail._fields, tail, needed, strict=True)
+    ]
+    return d_y, d_v, gradients
+
+
+class TokenMlp(torch.autograd.Function):
+    """Gradients for y, v and every parameter."""
+
+    @staticmethod
+    def forward(y, v, seed, options, *tail):
+        return run(y, v, Tail(*tail), options, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, v, seed, ctx.options, *tail = inputs
+        ctx.save_for_backward(y, v, seed, *tail)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        y, v, seed, *tail = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        d_y, d_v, gradients = run_backward(grad, y, v, Tail(*tail), ctx.options, seed, needed)
+        return d_y, d_v, None, None, *gradients
+
+
+def forward(y, v, *arguments):
+    tail, options, seed = unpack(*arguments)
+    if wants_gradient(y, v, *tail):
+        return TokenMlp.apply(y, v, seed, options, *tail)
+    return run(y, v, tail, options, seed)

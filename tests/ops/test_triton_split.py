@@ -1,0 +1,266 @@
+"""The Triton kernels of soft_split_linear, interpreted: tiles, blocks, strides, roundings, self-test, compilation."""
+
+import warnings
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import t2t_fast
+from t2t_fast import backends
+from t2t_fast.functional import soft_split_linear
+from t2t_fast.ops import triton_runtime
+from t2t_fast.ops.soft_split_linear import launch, triton_impl
+from t2t_fast.testing import CASES, DTYPES, Case, assert_close, errors, tolerance
+
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
+pytest.importorskip("t2t_fast.ops.soft_split_linear.kernels", reason="triton is not installed")
+pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
+
+
+def case_of(channels=16, size=(9, 7), outputs=20, kernel=3, stride=2, padding=1, batch=2, normed=True, offset=0.0):
+    """An image, a Linear and its LayerNorm, every tensor wanting a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    columns = channels * kernel**2
+    tensors = {
+        "x": torch.randn(batch, channels, *size, generator=generator) + offset,
+        "weight": torch.randn(outputs, columns, generator=generator) / columns**0.5,
+        "bias": torch.randn(outputs, generator=generator),
+    }
+    options = {"kernel_size": kernel, "stride": stride, "padding": padding}
+    if normed:
+        tensors["norm_weight"] = 1 + 0.1 * torch.randn(columns, generator=generator)
+        tensors["norm_bias"] = 0.1 * torch.randn(columns, generator=generator)
+        options["norm_eps"] = 1e-5
+    return Case("soft_split_linear", "made up", tensors, options, tuple(tensors))
+
+
+def check(case, dtype, label=""):
+    """Forward and every gradient against the reference in float64."""
+    rounded = case.cast(dtype)
+    expected, expected_gradients = rounded.cast(torch.float64).run_backward("reference", dtype)
+    out, gradients = rounded.run_backward("triton")
+    assert_close(out, expected, case.op, "forward", dtype, label)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name], case.op, "backward", dtype, f"{label} {name}")
+
+
+@pytest.fixture
+def small_tiles():
+    """Tiles of 16 tokens, many splits, one group of outputs a program, in every pass."""
+    with ExitStack() as stack:
+        for name in launch.PASSES:
+            small = {"tokens": 16, "warps": 4, "stages": 2, "block": 16, "parts": 1, "programs": 8}
+            stack.enter_context(launch.TABLE.override(name, small))
+        yield
+
+
+SIZES = {
+    "a partial tile": case_of(),
+    "one token": case_of(size=(3, 3), padding=0, batch=1),
+    "several blocks of channels": case_of(channels=32, size=(5, 6)),
+    "channels that fill no block": case_of(channels=5, size=(6, 6)),
+    "several groups of outputs": case_of(outputs=130, size=(5, 5)),
+    "outputs that fill a group": case_of(outputs=64, size=(5, 5)),
+    "an image": case_of(channels=3, size=(21, 18), kernel=7, stride=4, padding=2, batch=1),
+    "stride 1": case_of(size=(4, 5), stride=1, batch=1),
+    "gaps between windows": case_of(size=(11, 8), kernel=2, stride=3, padding=0),
+    "without LayerNorm": case_of(normed=False),
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", list(SIZES))
+def test_tiles_and_blocks(name, dtype):
+    check(SIZES[name], DTYPES[dtype], name)
+
+
+@pytest.mark.parametrize("name", ["a partial tile", "an image", "several groups of outputs"])
+def test_default_tiles(name):
+    check(SIZES[name], torch.float32, name)
+
+
+@pytest.mark.parametrize("layout", ["channels last", "tokens", "sliced", "turned", "packed"])
+def test_any_strides(layout):
+    """The same values wherever they lie, read in place; the image's gradient too."""
+    case = case_of(size=(8, 8))
+    x = case.tensors["x"]
+    views = {
+        "channels last": lambda: x.contiguous(memory_format=torch.channels_last),
+        "tokens": lambda: x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, (8, 8)),
+        "sliced": lambda: torch.cat([x, x], 3).to(memory_format=torch.channels_last)[..., 8:],
+        "turned": lambda: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "packed": lambda: torch.stack([x, x], 2)[:, :, 1],
+    }
+    expected, gradients = case.run_backward("triton")
+    view = views[layout]().requires_grad_()
+    others = [case.tensors[name] for name in ("weight", "bias")]
+    out = soft_split_linear(
+        view,
+        *others,
+        3,
+        2,
+        1,
+        norm_weight=case.tensors["norm_weight"],
+        norm_bias=case.tensors["norm_bias"],
+        norm_eps=1e-5,
+        backend="triton",
+    )
+    assert_close(out, expected.double(), case.op, "forward", torch.float32)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (found,) = torch.autograd.grad(out, view, upstream.to(out))
+    assert_close(found, gradients["x"].double(), case.op, "backward", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+def test_autocast_of_a_bright_image(offset, dtype):
+    """A float32 image enters the product less its centre: rounding it costs no more than rounding normalised values."""
+    case = case_of(channels=3, size=(19, 19), kernel=7, stride=4, padding=0, offset=offset)
+    expected, _ = case.cast(torch.float64).run_backward("reference")
+    with torch.autocast("cpu", dtype):
+        out = case.run("triton")
+    assert out.dtype == dtype
+    assert errors(out, expected)[0] <= tolerance(case.op, "forward", dtype)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+def test_statistics_survive_an_offset(offset):
+    """Window means and deviations against float64: no offset of the image reaches them."""
+    case = case_of(channels=16, padding=0, offset=offset)
+    x, weight, bias, gamma, beta = case.tensors.values()
+    window = triton_impl.Window((3, 3), (2, 2), (0, 0))
+    _, mean, rstd = triton_impl._forward(x, weight, bias, gamma, beta, 1e-5, *window, torch.float32)
+    patches = torch.nn.functional.unfold(x.double(), 3, stride=2)
+    exact = (patches.var(1, correction=0) + 1e-5).rsqrt()
+    assert errors(rstd.flatten(1), exact)[0] <= 1e-6
+    assert errors(mean.flatten(1), patches.mean(1))[0] <= 1e-6
+
+
+def test_packing_is_undone():
+    weight = torch.randn(20, 5 * 9)
+    packed = triton_impl.pack(weight, 5, 32, 64)
+    assert packed.shape == (64, 64)
+    assert torch.equal(triton_impl.unpack(packed, 5, 45, 20), weight)
+    assert torch.equal(packed[:45, :20], weight.view(20, 5, 9).permute(2, 1, 0).reshape(45, 20))
+    assert not packed[45:].any() and not packed[:, 20:].any()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_two_runs_are_equal_bit_by_bit():
+    case = case_of(size=(12, 12))
+    first, second = (case.run_backward("triton") for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many values the largest new tensor has."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.values = max([self.values, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_nothing_of_unfolded_width_is_formed():
+    case = case_of(channels=64, size=(32, 32), outputs=16)
+    with Largest() as largest:
+        case.run_backward("triton")
+    assert largest.values <= max(t.numel() for t in case.tensors.values()) < 2 * 16 * 16 * 64 * 9
+
+
+def test_an_image_that_wants_no_gradient():
+    """Nothing is computed for it, and nothing kept: the output is not saved."""
+    case = case_of(channels=3, size=(15, 15), kernel=7, stride=4, padding=2)
+    frozen = Case(case.op, case.name, case.tensors, case.options, ("weight", "bias", "norm_weight", "norm_bias"))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _, gradients = frozen.run_backward("triton")
+    assert set(gradients) == set(frozen.wants_gradient)
+    tokens = 2 * 4 * 4
+    own = {t.shape for t in case.tensors.values()}
+    assert sum(t.numel() for t in kept if t.shape not in own) == 2 * tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph_under_compile(dynamic, monkeypatch):
+    """Opaque to the compiler, self-test included, forward and backward, without a break; the same bits as eager."""
+    monkeypatch.setattr(triton_runtime, "_trials", {})
+    torch._dynamo.reset()
+    case = case_of()
+    tensors = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
+
+    def step(x):
+        rest = {name: t for name, t in tensors.items() if name != "x"}
+        return soft_split_linear(x * 1, **rest, **case.options, backend="triton").sin()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((9, 7), (8, 6)):
+        x = tensors["x"][..., : size[0], : size[1]].detach().clone().requires_grad_()
+        out = compiled(x)
+        found = torch.autograd.grad(out.sum(), [x, tensors["weight"]])
+        wanted = step(x)
+        assert torch.equal(out, wanted)
+        for value, expected in zip(found, torch.autograd.grad(wanted.sum(), [x, tensors["weight"]]), strict=True):
+            assert torch.equal(value, expected)
+    torch._dynamo.reset()
+
+
+def test_a_second_derivative_is_refused():
+    case = case_of(size=(5, 5))
+    x = case.tensors["x"].clone().requires_grad_()
+    out = soft_split_linear(x, case.tensors["weight"], None, 3, 2, 1, norm_eps=1e-5, backend="triton")
+    with pytest.raises(RuntimeError, match=r"no second derivative .* use t2t_fast.backend\('reference'\)"):
+        torch.autograd.grad(out.square().sum(), x, create_graph=True)
+
+
+def test_a_kernel_that_fails_is_left_with_a_warning(monkeypatch):
+    """``auto`` goes on with the next backend, an explicit choice raises, and both say why; each kind is tried once."""
+    monkeypatch.setattr(triton_runtime, "_trials", {})
+    table = backends._tables["soft_split_linear"]
+    monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
+    case = case_of()
+    right = case.run("aten")
+    monkeypatch.setattr(triton_impl, "_run", lambda *sizes: [t * 2 for t in triton_impl._expected(*sizes)])
+    with pytest.warns(RuntimeWarning, match="soft_split_linear leaves its Triton kernel: its self-test on cpu gave"):
+        out = case.run()
+    assert_close(out, right.double(), case.op, "forward", torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.run()
+        with pytest.raises(backends.BackendUnavailable, match="self-test on cpu"):
+            case.run("triton")
+    assert len(triton_runtime._trials) == 1
+
+
+def test_a_layer_runs_on_it():
+    """Every operator of a Performer layer by Triton, from the image on."""
+    layer = t2t_fast.modules.T2TModule(img_size=32).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with t2t_fast.backend("reference"):
+        expected = layer.double()(x.double())
+    layer.float()
+    with t2t_fast.backend("triton", "performer_layer"), t2t_fast.backend("triton", "soft_split_linear"):
+        out = layer(x)
+    assert_close(out, expected, "performer_layer", "forward", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", ["stage2, LayerNorm", "non-square window, LayerNorm", "batch 0, LayerNorm"])
+def test_shared_cases(name, dtype):
+    check(next(case for case in CASES["soft_split_linear"]() if case.name == name), DTYPES[dtype], name)
+
+
+def test_the_dtype_it_has_no_kernel_for():
+    with pytest.raises(backends.BackendUnavailable, match="no Triton kernel for float64"):
+        case_of().cast(torch.float64).run("triton")

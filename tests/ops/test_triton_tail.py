@@ -1,0 +1,283 @@
+"""The Triton kernels of the tail of a token layer, interpreted: tiles, cuts, masks, scales, self-test, compilation."""
+
+import warnings
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from t2t_fast import backends
+from t2t_fast.errors import BackendUnavailable
+from t2t_fast.functional import token_mlp
+from t2t_fast.ops import triton_runtime
+from t2t_fast.ops.philox import _lanes, keep_masks
+from t2t_fast.ops.token_mlp import aten_impl, triton_impl
+from t2t_fast.ops.token_mlp.launch import TABLE
+from t2t_fast.ops.token_mlp.tail import Options, Tail
+from t2t_fast.testing import CASES, DTYPES, ROW_FACTOR, Case, errors, tail_parameters, tolerance
+
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
+triton = pytest.importorskip("triton", reason="triton is not installed")
+kernels = pytest.importorskip("t2t_fast.ops.token_mlp.kernels", reason="triton is not installed")
+pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
+
+SHARED = CASES["token_mlp"]()
+DROPOUT = next(case for case in SHARED if case.name == "dropout")
+
+
+def case_of(length, width=16, hidden=16, batch=1, drops=(0.0, 0.0), missing=()):
+    """Every tensor wanting a gradient."""
+    generator = torch.Generator().manual_seed(length)
+    tensors = {name: torch.randn(batch, length, width, generator=generator) for name in ("y", "v")}
+    tensors |= tail_parameters(generator, width, hidden)
+    wants = tuple(name for name in tensors if name not in missing)
+    tensors |= dict.fromkeys(missing)
+    seed = {"seed": torch.tensor(-1234567890123)}
+    return Case("token_mlp", "made up", tensors | seed, {"proj_drop": drops[0], "mlp_drop": drops[1]}, wants)
+
+
+def cast(case, dtype):
+    """As :meth:`Case.cast`, where a parameter may be absent."""
+    tensors = {name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in case.tensors.items()}
+    return Case(case.op, case.name, tensors, case.options, case.wants_gradient)
+
+
+def run_backward(case, backend, round_to=None):
+    """As :meth:`Case.run_backward`, likewise."""
+    tensors = {name: t.detach().requires_grad_() for name, t in case.tensors.items() if name in case.wants_gradient}
+    out = case.call(**case.tensors | tensors, **case.options, backend=backend)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out.backward(upstream.to(round_to or out.dtype).to(out))
+    return out.detach(), {name: t.grad for name, t in tensors.items()}
+
+
+def check(case, dtype):
+    """Forward and every gradient against the reference in float64."""
+    rounded = cast(case, dtype)
+    expected, expected_gradients = run_backward(cast(rounded, torch.float64), "reference", dtype)
+    out, gradients = run_backward(rounded, "triton")
+    wanted = {"forward": expected, **expected_gradients}
+    for name, value in {"forward": out, **gradients}.items():
+        whole, row = errors(value, wanted[name])
+        allowed = tolerance(case.op, "forward" if name == "forward" else "backward", dtype)
+        assert whole <= allowed and row <= ROW_FACTOR * allowed, (name, whole, row, allowed)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+def test_shared_cases(case, dtype):
+    check(case, DTYPES[dtype])
+
+
+@pytest.fixture(params=[(1, 0), (0, 0), (0, 1)], ids=["weights kept", "weights read again", "two launches"])
+def small_tiles(request):
+    """Tiles of 16 tokens, several programs that each have some."""
+    keep, split = request.param
+    with ExitStack() as stack:
+        for name in TABLE.passes:
+            small = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "keep": keep, "split": split}
+            stack.enter_context(TABLE.override(name, small))
+        yield
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(("length", "batch"), [(1, 1), (16, 1), (17, 3), (97, 2)])
+def test_tiles_and_programs(length, batch, dtype):
+    """Tiles that end early; programs with one tile, several, and those of two sequences."""
+    check(case_of(length, batch=batch, drops=(0.3, 0.2)), DTYPES[dtype])
+
+
+SIZES = [(20, 60, (0.0, 0.0)), (60, 20, (0.3, 0.4)), (24, 24, (0.4, 0.0)), (7, 1, (0.0, 0.5)), (128, 128, (0.1, 0.1))]
+
+
+@pytest.mark.parametrize(("width", "hidden", "drops"), SIZES)
+def test_widths(width, hidden, drops):
+    """What is padded; rows that are no whole groups of eight; one dropout of two."""
+    check(case_of(20, width, hidden, drops=drops), torch.float32)
+
+
+MISSING = ("proj_bias", "norm_weight", "norm_bias", "fc1_bias", "fc2_bias")
+
+
+@pytest.mark.parametrize("missing", [MISSING, *((name,) for name in MISSING)], ids=lambda names: "+".join(names))
+def test_absent_parameters(missing):
+    check(case_of(20, 24, 16, missing=missing), torch.float32)
+
+
+@pytest.mark.parametrize("width", [8, 24, 12, 7])
+def test_masks_are_those_of_every_backend(width):
+    """Weights of 0 and biases of 1: the output is the masks themselves."""
+    shape, (p, q), seed = (3, 37, width), (0.3, 0.25), torch.tensor(-(2**62) - 12345)
+    zero, one = torch.zeros(width, width), torch.ones(width)
+    tokens = torch.zeros(shape)
+    first, second = keep_masks(seed, shape, p, q)
+    tail = Tail(zero, one, None, None, zero, None, zero, 16 * one)
+    out = token_mlp(tokens, tokens, *tail, proj_drop=p, mlp_drop=q, seed=seed, backend="triton")
+    assert torch.equal(out > 10, second)
+    assert torch.equal(out - second * 16 / (1 - q) > 1, first)
+
+
+@pytest.mark.parametrize("octets", [True, False])
+def test_masks_beyond_32_bits(octets):
+    """The counter's high word, with the carry out of the low one inside a tile of 16 tokens of 16 elements."""
+    found, token = torch.zeros(16, 16, dtype=torch.int32), torch.tensor(2**31 - 3)
+    lanes_kernel[(1,)](torch.tensor(7), token, found, octets)
+    expected = torch.stack(_lanes(2**32 - 6, 2**32 + 26, torch.tensor(7)), dim=-1)
+    assert torch.equal(found.flatten(), expected.flatten().int())
+
+
+@triton.jit
+def lanes_kernel(seed, token, out, OCTETS: triton.language.constexpr):
+    lanes = kernels._lanes(triton.language.load(seed), triton.language.load(token), 16, 16, 16, OCTETS)
+    row = triton.language.arange(0, 16)
+    triton.language.store(out + row[:, None] * 16 + row[None, :], lanes.to(triton.language.int32))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+def test_gradients_of_any_size_in_float16(size):
+    """A loss scale too large or too small by far: what is representable in the end is right."""
+    case = case_of(70, 64, 64, batch=2, drops=(0.1, 0.1)).cast(torch.float16)
+    y, v, *tail, seed = case.tensors.values()
+    tail, options = Tail(*(t.float() for t in tail)), Options(1e-5, 0.1, 0.1)
+    grad = (size * torch.randn(y.shape)).clamp(-6e4, 6e4).half()
+    *_, found = triton_impl.run_backward(grad, y, v, tail, options, seed, [True] * 8)
+    wide = Tail(*(t.double() for t in tail))
+    *_, wanted = aten_impl.run_backward(grad.double(), y.double(), v.double(), wide, options, seed, [True] * 8)
+    for name, value, expected in zip(Tail._fields, found, wanted, strict=True):
+        assert errors(value, expected)[0] <= tolerance("token_mlp", "backward", torch.float16), name
+
+
+def test_packed_views_are_read_in_place():
+    case = case_of(30, batch=2, drops=(0.1, 0.1))
+    packed = torch.randn(2, 30, 3 * 16)
+    y, _, v = packed.chunk(3, dim=-1)
+    assert triton_impl._strided(v)[0] is v
+    case.tensors |= {"y": y.contiguous(), "v": v.contiguous()}
+    expected = case.run("triton")
+    case.tensors |= {"y": y, "v": v}
+    assert torch.equal(case.run("triton"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_programs_change_nothing_but_the_order_of_sums(dtype):
+    """The same bits twice; out, d_y and d_v whatever the number of programs."""
+    case = DROPOUT.cast(DTYPES[dtype])
+    found = []
+    for programs in (1, 1, 4):
+        with ExitStack() as stack:
+            for name in TABLE.passes:
+                small = {"tokens": 16, "warps": 4, "stages": 1, "programs": programs, "keep": 1, "split": 0}
+                stack.enter_context(TABLE.override(name, small))
+            out, gradients = case.run_backward("triton")
+        found.append({"out": out, **gradients})
+    first, again, other = found
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], other[name]) for name in ("out", "y", "v"))
+
+
+def test_only_what_is_needed():
+    """Without a gradient for the parameters d_y and d_v are the same bits, and nothing else is summed."""
+    _, every = DROPOUT.run_backward("triton")
+    frozen = Case(DROPOUT.op, DROPOUT.name, DROPOUT.tensors, DROPOUT.options, ("y", "v"))
+    _, fewer = frozen.run_backward("triton")
+    assert set(fewer) == {"y", "v"} and all(torch.equal(every[name], fewer[name]) for name in fewer)
+    y, v, *tail, seed = DROPOUT.tensors.values()
+    *_, flat = triton_impl._backward(torch.ones_like(y), y, v, seed, [1e-5, 0.1, 0.1], tail, False)
+    assert flat.numel() == 0
+
+
+def test_autocast_runs_the_kernels_in_its_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        out = DROPOUT.run("triton")
+    y, v, *tail, seed = DROPOUT.tensors.values()
+    expected = triton_impl.run(y.bfloat16(), v.bfloat16(), Tail(*tail), Options(1e-5, 0.1, 0.1), seed)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+@pytest.mark.slow
+def test_one_graph_under_compile(monkeypatch):
+    """Opaque to the compiler, self-test included, forward and backward, without a break; the same bits as eager."""
+    monkeypatch.setattr(triton_runtime, "_trials", {})
+    torch._dynamo.reset()
+    tensors = {name: t for name, t in DROPOUT.tensors.items() if name not in ("y", "v", "proj_weight")}
+
+    def step(y, v, weight):
+        return token_mlp(y * 1, v, weight, **tensors, **DROPOUT.options, backend="triton").sin()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    inputs = [DROPOUT.tensors[name].clone().requires_grad_() for name in ("y", "v", "proj_weight")]
+    out, expected = compiled(*inputs), step(*inputs)
+    assert torch.equal(out, expected)
+    found, wanted = (torch.autograd.grad(t.sum(), inputs) for t in (out, expected))
+    assert all(torch.equal(gradient, other) for gradient, other in zip(found, wanted, strict=True))
+    torch._dynamo.reset()
+
+
+def test_activation_checkpointing_draws_the_same_masks():
+    tensors = {name: t for name, t in DROPOUT.tensors.items() if name not in ("y", "seed")}
+    found = []
+    for kept in (True, False):
+        torch.manual_seed(5)
+        y = DROPOUT.tensors["y"].clone().requires_grad_()
+
+        def call(y):
+            return token_mlp(y, **tensors, **DROPOUT.options, backend="triton")
+
+        out = call(y) if kept else checkpoint(call, y, use_reentrant=False)
+        out.square().sum().backward()
+        found.append((out, y.grad))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_second_derivative_is_refused():
+    tensors = {**DROPOUT.tensors, "y": DROPOUT.tensors["y"].clone().requires_grad_()}
+    out = token_mlp(**tensors, **DROPOUT.options, backend="triton")
+    with pytest.raises(RuntimeError, match=r"no second derivative .* use t2t_fast.backend\('reference'\)"):
+        torch.autograd.grad(out.square().sum(), tensors["y"], create_graph=True)
+
+
+def broken(*_):
+    raise RuntimeError("first line\nPTXAS error: no such instruction")
+
+
+WRONG = {
+    "an exception": (broken, "its first run failed with RuntimeError: PTXAS error: no such instruction"),
+    "a wrong result": (lambda y, *rest: y * 0, "its self-test on cpu gave an error of 1.0e+00, 2.0e-05 is allowed"),
+    "not a number": (lambda y, *rest: y * torch.nan, "its self-test on cpu gave an error of nan"),
+}
+
+
+@pytest.mark.parametrize("how", list(WRONG))
+def test_a_kernel_that_fails_is_left_once_with_a_warning(how, monkeypatch):
+    """``auto`` goes on with the next backend, an explicit choice raises, and both say why."""
+    run, words = WRONG[how]
+    monkeypatch.setattr(triton_runtime, "_trials", {})
+    table = backends._tables["token_mlp"]
+    monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
+    monkeypatch.setattr(triton_impl, "run", run)
+    with pytest.warns(RuntimeWarning, match="token_mlp leaves its Triton kernel: its") as caught:
+        out = DROPOUT.run()
+    (warning,) = [each for each in caught if each.category is RuntimeWarning]
+    assert words in str(warning.message)
+    torch.testing.assert_close(out, DROPOUT.run("aten"), rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DROPOUT.run()
+        with pytest.raises(BackendUnavailable, match=r"first run failed|self-test on cpu"):
+            DROPOUT.run("triton")
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (case_of(4, width=129), "take 1 to 128 channels, got 129"),
+        (case_of(4, hidden=200), "take 1 to 128 hidden units, got 200"),
+        (case_of(4).cast(torch.float64), "no Triton kernel for float64"),
+    ],
+)
+def test_what_it_cannot_run(case, words):
+    with pytest.raises(BackendUnavailable, match=words):
+        case.run("triton")
+    case.run()
