@@ -281,3 +281,19 @@ def test_what_it_cannot_run(case, words):
     with pytest.raises(BackendUnavailable, match=words):
         case.run("triton")
     case.run()
+
+
+def test_an_infinite_gradient_stays_in_its_token():
+    """As a loss scale that is too large makes them in float16: what the other tokens get is as without it."""
+    case = cast(case_of(20, width=16, hidden=16, batch=2), torch.float16)
+    y, v = case.tensors["y"], case.tensors["v"]
+    tail, grad = Tail(*(case.tensors[name] for name in Tail._fields)), torch.randn(2, 20, 16).half()
+    needed = [False] * len(tail)
+    expected = triton_impl.run_backward(grad, y, v, tail, Options(1e-5, 0.0, 0.0), None, needed)
+    grad[0, 3, 5] = torch.inf
+    found = triton_impl.run_backward(grad, y, v, tail, Options(1e-5, 0.0, 0.0), None, needed)
+    others = torch.ones(2, 20, dtype=torch.bool)
+    others[0, 3] = False
+    for value, wanted in zip(found[:2], expected[:2], strict=True):
+        assert not value[0, 3].isfinite().all()
+        assert errors(value[others], wanted[others].double())[0] <= tolerance("token_mlp", "backward", torch.float16)

@@ -74,7 +74,7 @@ def _shifted_bias(fc1, fc1_bias, beta, width, hidden, WIDTH: tl.constexpr, HIDDE
 
 @triton.jit
 def _lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, OCTETS: tl.constexpr):
-    """The 16 random bits of each element of a tile whose first token is ``token`` (philox.py): (TOKENS, WIDTH) uint32.
+    """The 16 random bits of each element of a tile from ``token`` on, as philox.py has them: (TOKENS, WIDTH) uint32.
 
     OCTETS: rows are whole groups of 8 elements, of which each takes one call.
     """
@@ -219,9 +219,9 @@ def tail_kernel(
 
 @triton.jit
 def _power(value):
-    """The power of two at most ``value`` > 0, by its bits; 1 for 0."""
+    """The power of two at most ``value`` > 0, by its bits; 1 for 0, and for infinity, which is left to where it is."""
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(value > 0.0, power, 1.0)
+    return tl.where((value > 0.0) & (value < float("inf")), power, 1.0)
 
 
 @triton.jit
