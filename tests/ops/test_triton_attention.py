@@ -194,36 +194,6 @@ def test_weights_are_summed_as_rounded():
     assert (case.run("triton") == 1).all()
 
 
-def cut_off(x, bits):
-    """float32 with its last mantissa bits cut off, as matrix units read TF32 (13 bits less)."""
-    return (x.view("int32") & -(1 << bits)).view("float32")
-
-
-@pytest.fixture
-def matrix_units(monkeypatch):
-    """Products of float32 as the matrix units make them: TF32 operands cut to 10 bits; "tf32x3" from three of those."""
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    original, seen = builder.create_dot, set()
-
-    def create_dot(self, a, b, d, precision, *rest):
-        name = str(precision).rpartition(".")[-1].lower()
-        if a.data.dtype != "float32":
-            seen.add(str(a.data.dtype))
-            return original(self, a, b, d, precision, *rest)
-        seen.add(name)
-        assert name in ("tf32", "tf32x3"), name
-        high_a, high_b = cut_off(a.data, 13), cut_off(b.data, 13)
-        product = high_a @ high_b
-        if name == "tf32x3":
-            product = high_a @ cut_off(b.data - high_b, 13) + cut_off(a.data - high_a, 13) @ high_b + product
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(builder, "create_dot", create_dot)
-    return seen
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["T2T stage 3", "norm 4", "one token"])
 def test_float32_in_three_tf32_products(name, dtype, matrix_units):

@@ -264,3 +264,21 @@ def test_shared_cases(name, dtype):
 def test_the_dtype_it_has_no_kernel_for():
     with pytest.raises(backends.BackendUnavailable, match="no Triton kernel for float64"):
         case_of().cast(torch.float64).run("triton")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["a partial tile", "an image"])
+def test_float32_in_three_tf32_products(name, dtype, matrix_units):
+    """What runs in TF32 stays within the table's tolerance: float32 by three products, ``r G`` of float16 by one."""
+    check(SIZES[name], DTYPES[dtype], name)
+    assert matrix_units == ({"tf32x3"} if dtype == "fp32" else {"float16", "tf32"})
+
+
+def test_tf32_where_torch_allows_it(matrix_units, monkeypatch):
+    """Within the error analysis' 5e-3, far above 1e-5."""
+    monkeypatch.setattr(triton_runtime, "allows_tf32", lambda: True)
+    case = case_of()
+    expected, expected_gradients = case.cast(torch.float64).run_backward("reference", torch.float32)
+    out, gradients = case.run_backward("triton")
+    found = [errors(out, expected)[0], *(errors(gradients[n], e)[0] for n, e in expected_gradients.items())]
+    assert matrix_units == {"tf32"} and 1e-5 < max(found) <= 5e-3

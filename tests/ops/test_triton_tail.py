@@ -297,3 +297,10 @@ def test_an_infinite_gradient_stays_in_its_token():
     for value, wanted in zip(found[:2], expected[:2], strict=True):
         assert not value[0, 3].isfinite().all()
         assert errors(value[others], wanted[others].double())[0] <= tolerance("token_mlp", "backward", torch.float16)
+
+
+@pytest.mark.parametrize("name", ["T2T stage 3", "dropout"])
+def test_float32_in_three_tf32_products(name, matrix_units):
+    """Products from operands cut to TF32, three of them: within the table's tolerance."""
+    check(next(case for case in SHARED if case.name == name), torch.float32)
+    assert matrix_units == {"tf32x3"}
