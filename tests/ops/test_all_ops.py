@@ -1,7 +1,7 @@
 """What holds for every operator: parity, registration, gradients, determinism, layout, memory."""
 
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -10,10 +10,26 @@ from torch.utils._pytree import tree_leaves
 
 from t2t_fast import backends, testing
 from t2t_fast.errors import BackendUnavailable
+from t2t_fast.ops import triton_runtime
+from t2t_fast.ops.performer_attention.launch import TABLE as ATTENTION
+from t2t_fast.ops.soft_split_linear.launch import TABLE as SPLIT
+from t2t_fast.ops.token_mlp.launch import TABLE as TAIL
 from t2t_fast.testing import CASES, DTYPES, assert_close
 
 OPS = list(CASES)
 ALL_CASES = [pytest.param(case, id=f"{op}: {case.name}") for op in OPS for case in CASES[op]()]
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """The interpreter takes as long for a small tile as for a large one. The kernels' own tests have small tiles, and
+    the self-tests, which would double the time here."""
+    monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
+    with ExitStack() as stack:
+        for table in (ATTENTION, SPLIT, TAIL):
+            for name in table.passes:
+                stack.enter_context(table.override(name, {"tokens": 256}))
+        yield
 
 
 def backends_of(op):
@@ -30,13 +46,23 @@ def running(backend):
         pytest.skip(next(line.strip() for line in str(error).splitlines() if line.startswith(f"  {backend}: ")))
 
 
+INTERPRETED_VALUES = 2**13
+
+
+def quick(case, backend):
+    """Whether a case is worth its time here: large ones take seconds in Triton's interpreter; its kernels have tests of
+    their own with them."""
+    largest = next(iter(case.tensors.values())).numel()
+    return backend != "triton" or case.op == "performer_attention" or largest <= INTERPRETED_VALUES
+
+
 def with_backends(cases, without=()):
     """(case, backend) for every backend that the case's operator has."""
     return [
         pytest.param(case, name, id=f"{case.op}: {case.name}-{name}")
         for case in (param.values[0] for param in cases)
         for name in backends_of(case.op)
-        if name not in without
+        if name not in without and quick(case, name)
     ]
 
 
