@@ -10,9 +10,9 @@ Buffers are reused wherever a value is dead: on a CPU the first touch of fresh m
 import torch
 import torch.nn.functional as F
 
-from ..library import accumulation_dtype, first_order, product, wants_gradient
+from ..library import accumulation_dtype, product
 from ..philox import dropout_, keep_masks
-from .tail import Tail, unpack
+from .tail import Tail, differentiable
 
 
 def _linear(x, weight, bias):
@@ -42,16 +42,7 @@ def _weight_gradient(grad, x):
 
 
 def run_backward(grad, y, v, tail, options, seed, needed):
-    """All gradients, everything recomputed.
-
-    Args:
-        grad: (..., L, E) of the output.
-        needed: which of ``tail``'s parameters want a gradient.
-
-    Returns:
-        d_y, d_v (the skip's share, a new tensor in the accumulation dtype), and a list along ``tail`` with ``None``
-        where not needed.
-    """
+    """All gradients; d_v is a new tensor in the accumulation dtype."""
     dtype, wide = y.dtype, accumulation_dtype(y.dtype)
     width = y.shape[-1]
     gradients = Tail(*[None] * 8)._asdict()
@@ -101,29 +92,4 @@ def run_backward(grad, y, v, tail, options, seed, needed):
     return product(d_p, tail.proj_weight.to(dtype), into=xhat), d_t, list(gradients.values())
 
 
-class TokenMlp(torch.autograd.Function):
-    """Saves y, v and the parameters."""
-
-    @staticmethod
-    def forward(y, v, seed, options, *tail):
-        return run(y, v, Tail(*tail), options, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        y, v, seed, ctx.options, *tail = inputs
-        ctx.save_for_backward(y, v, seed, *tail)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad):
-        y, v, seed, *tail = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
-        d_y, d_v, gradients = run_backward(grad, y, v, Tail(*tail), ctx.options, seed, needed)
-        return d_y, d_v.to(v.dtype), None, None, *gradients
-
-
-def forward(y, v, *arguments):
-    tail, options, seed = unpack(*arguments)
-    if wants_gradient(y, v, *tail):
-        return TokenMlp.apply(y, v, seed, options, *tail)
-    return run(y, v, tail, options, seed)
+forward = differentiable(run, run_backward)

@@ -6,9 +6,8 @@ Saved for backward: y, v, the dropout seed and the parameters; everything else i
 import torch
 
 from .. import native
-from ..library import first_order, wants_gradient
 from ..native import fake_gradients, gradient, single
-from .tail import unpack
+from .tail import differentiable
 
 _KINDS = native.devices("token_mlp")
 
@@ -34,30 +33,17 @@ def _arguments(y, v, tail, options, seed):
     return y, v, proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, *mlp, *drops, seed
 
 
-class TokenMlp(torch.autograd.Function):
-    """Gradients for y, v and every parameter."""
-
-    @staticmethod
-    def forward(y, v, seed, options, *tail):
-        return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, tail, options, seed))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        y, v, seed, ctx.options, *tail = inputs
-        ctx.save_for_backward(y, v, seed, *tail)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad):
-        y, v, seed, *tail = ctx.saved_tensors
-        arguments = _arguments(y, v, tail, ctx.options, seed)
-        found = torch.ops.t2t_fast_native.token_mlp_backward(grad.to(torch.float32), *arguments)
-        d_y, d_v, *gradients = (gradient(value, tensor) for value, tensor in zip(found, (y, v, *tail), strict=True))
-        return d_y, d_v, None, None, *gradients
-
-
-def forward(y, v, *arguments):
-    tail, options, seed = unpack(*arguments)
-    if wants_gradient(y, v, *tail):
-        return TokenMlp.apply(y, v, seed, options, *tail).to(y.dtype)
+def run(y, v, tail, options, seed):
+    """Forward without autograd."""
     return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, tail, options, seed)).to(y.dtype)
+
+
+def run_backward(grad, y, v, tail, options, seed, needed):
+    """All gradients, each in its tensor's dtype, whether or not they are needed."""
+    arguments = _arguments(y, v, tail, options, seed)
+    found = torch.ops.t2t_fast_native.token_mlp_backward(grad.to(torch.float32), *arguments)
+    d_y, d_v, *gradients = (gradient(value, tensor) for value, tensor in zip(found, (y, v, *tail), strict=True))
+    return d_y, d_v, gradients
+
+
+forward = differentiable(run, run_backward)

@@ -11,10 +11,9 @@ import torch
 
 from .. import triton_runtime as runtime
 from ..launch import cut, padded
-from ..library import first_order, wants_gradient
 from ..triton_runtime import fake, operator
 from . import aten_impl, launch
-from .tail import Options, Tail, unpack
+from .tail import Options, Tail, differentiable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -101,7 +100,7 @@ def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
         "num_stages": parameters["stages"],
         **runtime.FUSION,
     }
-    sizes = length, width, hidden, tiles, sequences * tiles, own
+    sizes = length, width, hidden, sequences * tiles, own
     return programs, sizes, bool(parameters["split"]), constants
 
 
@@ -123,18 +122,19 @@ def _planned(name, y, tail, sequences):
 
 
 def _strided(x):
-    """A (..., L, E) tensor as a kernel takes it: itself, and strides of sequence, token and column."""
+    """A (..., L, E) tensor as the kernels take it: itself, and strides of sequence, token and column."""
     x = runtime.readable(x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
     return x, *x.stride()
 
 
 def _dropout(options, seed):
-    """The arguments that decide the masks (philox.py), and the constants that go with them."""
+    """The seed and what the masks of projection and MLP are made by (philox.py), ``None`` where there is no dropout."""
     p1, p2 = options.proj_drop, options.mlp_drop
     a, b = round(65536 * p1), round(65536 * p2)
     begin = a - round(a * b / 65536)
-    numbers = seed, a, 1.0 / (1.0 - p1), begin, b, 1.0 / (1.0 - p2)
-    return numbers, {"DROP_PROJ": p1 > 0, "DROP_MLP": p2 > 0}
+    proj = None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)
+    mlp = float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2)
+    return seed if p1 > 0 or p2 > 0 else None, proj, mlp
 
 
 @operator("token_mlp(Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] tail) -> Tensor")
@@ -146,18 +146,9 @@ def _forward(y, v, seed, options, tail):
     if not out.numel():
         return out
     programs, sizes, _, constants = _planned("tail", y, tail, math.prod(y.shape[:-2]))
-    numbers, drops = _dropout(options, seed)
     parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
     kernels.tail_kernel[(programs,)](
-        *_strided(y),
-        *_strided(v),
-        *parameters,
-        options.norm_eps,
-        *numbers,
-        out,
-        *sizes,
-        **drops,
-        **constants,
+        _strided(y), _strided(v), out, parameters, options.norm_eps, *_dropout(options, seed), *sizes, **constants
     )
     return out
 
@@ -178,7 +169,7 @@ def _lengths(tail):
     "bool need_tail) -> (Tensor, Tensor, Tensor)"
 )
 def _backward(grad, y, v, seed, options, tail, need_tail):
-    from . import kernels
+    from . import kernels_backward
 
     tail, options = Tail(*tail), Options(*options)
     d_y, d_v = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for _ in range(2))
@@ -187,29 +178,27 @@ def _backward(grad, y, v, seed, options, tail, need_tail):
         return d_y, d_v, torch.zeros(length, dtype=torch.float32, device=y.device)
     programs, sizes, split, constants = _planned("tail_backward", y, tail, math.prod(y.shape[:-2]))
     shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
-    numbers, drops = _dropout(options, seed)
-    *parameters, _ = (None if t is None else t.contiguous() for t in tail)
+    parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
     # what a launch computes: d_y and d_v, the projection's gradients, those behind it
     parts = [(True, need_tail, need_tail)]
     if split and need_tail:
         parts = [(True, True, False), (False, False, True)]
     for need_inputs, need_proj, need_mlp in parts:
-        kernels.tail_backward_kernel[(programs,)](
-            *_strided(grad),
-            *_strided(y),
-            *_strided(v),
-            *parameters,
-            options.norm_eps,
-            *numbers,
+        kernels_backward.tail_backward_kernel[(programs,)](
+            _strided(grad),
+            _strided(y),
+            _strided(v),
             d_y,
             d_v,
             shares,
+            parameters,
+            options.norm_eps,
+            *_dropout(options, seed),
             *sizes,
             NEED_INPUTS=need_inputs,
             NEED_PROJ=need_proj,
             NEED_MLP=need_mlp,
             SCALED=y.dtype == torch.float16,
-            **drops,
             **constants,
         )
     return d_y, d_v, shares.sum(0)
@@ -227,15 +216,7 @@ def run(y, v, tail, options, seed):
 
 
 def run_backward(grad, y, v, tail, options, seed, needed):
-    """All gradients, everything recomputed.
-
-    Args:
-        grad: (..., L, E) of the output.
-        needed: which of ``tail``'s parameters want a gradient.
-
-    Returns:
-        d_y, d_v (the skip's share, in y's dtype), and a list along ``tail`` with ``None`` where not needed.
-    """
+    """All gradients, those of y and v in y's dtype."""
     d_y, d_v, flat = torch.ops.t2t_fast_triton.token_mlp_backward(
         grad, y, v, seed, list(options), list(tail), any(needed)
     )
@@ -249,29 +230,4 @@ def run_backward(grad, y, v, tail, options, seed, needed):
     return d_y, d_v, gradients
 
 
-class TokenMlp(torch.autograd.Function):
-    """Gradients for y, v and every parameter."""
-
-    @staticmethod
-    def forward(y, v, seed, options, *tail):
-        return run(y, v, Tail(*tail), options, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        y, v, seed, ctx.options, *tail = inputs
-        ctx.save_for_backward(y, v, seed, *tail)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad):
-        y, v, seed, *tail = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
-        d_y, d_v, gradients = run_backward(grad, y, v, Tail(*tail), ctx.options, seed, needed)
-        return d_y, d_v, None, None, *gradients
-
-
-def forward(y, v, *arguments):
-    tail, options, seed = unpack(*arguments)
-    if wants_gradient(y, v, *tail):
-        return TokenMlp.apply(y, v, seed, options, *tail)
-    return run(y, v, tail, options, seed)
+forward = differentiable(run, run_backward)
