@@ -1,7 +1,8 @@
 """Performer attention by Triton kernels: two passes over the tokens forward, two backward.
 
-The kernels are in kernels.py, those for large states in kernels_chunked.py. Saved for backward: q, k, v, w, the mask
-and the key state, m (E + 1) floats a sequence. No float32 tensor of token length is ever written.
+The kernels are in kernels.py and kernels_backward.py, those for large states in kernels_chunked.py. Saved for
+backward: q, k, v, w, the mask and the key state, m (E + 1) floats a sequence. No float32 tensor of token length is ever
+written.
 """
 
 import math
@@ -75,7 +76,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(found, dtype, width, features, length, sequences, processors, whole_w, tf32, backward):
+def _plan(found, dtype, width, features, length, sequences, processors, tf32, backward):
     from triton import language as tl
 
     parameters = dict(found)
@@ -85,7 +86,6 @@ def _plan(found, dtype, width, features, length, sequences, processors, whole_w,
         "FEATURES": parameters["features"] or padded(features),
         "TOKENS": parameters["tokens"],
         "EVEN": whole == width,
-        "SPLIT": not whole_w,
         "PRECISION": "tf32" if tf32 else "tf32x3",
         "num_warps": parameters["warps"],
         "num_stages": parameters["stages"],
@@ -98,7 +98,7 @@ def _plan(found, dtype, width, features, length, sequences, processors, whole_w,
     return _Plan(divided.splits, divided.tiles, chunks, constants)
 
 
-class _Call:
+class Call:
     """What the passes of one call share, like the shape of its sequences."""
 
     def __init__(self, like, w):
@@ -122,7 +122,6 @@ class _Call:
             length,
             self.sequences,
             runtime.multiprocessors(self.device),
-            self.w.dtype == self.dtype,
             tf32,
             name.endswith("backward"),
         )
@@ -139,22 +138,22 @@ class _Call:
         return lz, lz.new_empty((*lz.shape, self.width))
 
 
-def _strided(x):
-    """A (B, L, E) or (B, heads, L, E) tensor as a kernel takes it: itself and four strides."""
+def strided(x):
+    """A (B, L, E) or (B, heads, L, E) tensor as a kernel takes it: with four strides."""
     strides = x.stride()
     return (x, strides[0], 0, *strides[1:]) if len(strides) == 3 else (x, *strides)
 
 
-def _readable(x):
-    """:func:`_strided` of an input, or of a copy where it must be."""
-    return _strided(runtime.readable(x))
+def readable(x):
+    """:func:`strided` of an input, or of a copy where it must be."""
+    return strided(runtime.readable(x))
 
 
 def _mask(key_mask):
-    return (None, 0, 0) if key_mask is None else (key_mask, *key_mask.stride())
+    return None if key_mask is None else (key_mask, *key_mask.stride())
 
 
-def _key_state(call, k, v, key_mask):
+def key_state(call, k, v, key_mask):
     from . import kernels
 
     length = k.shape[-2]
@@ -162,14 +161,13 @@ def _key_state(call, k, v, key_mask):
     lz, state = call.key_states(splits)
     if call.sequences:
         kernels.keys_kernel[call.sequences, splits, chunks or 1](
-            *_readable(k),
-            *_readable(v),
-            *call.directions,
-            *_mask(key_mask),
+            readable(k),
+            readable(v),
+            call.directions,
+            _mask(key_mask),
             lz,
             state,
             *call.sizes(length, tiles),
-            MASKED=key_mask is not None,
             HEADROOM=HEADROOM[call.dtype],
             SPECULATE=call.dtype != torch.float32,  # there it costs the registers that products in three parts need
             **constants,
@@ -187,18 +185,18 @@ def read_out(q, w, eps, lz, state):
     """The pass over the queries, forward: y (..., L, E), contiguous."""
     from . import kernels, kernels_chunked
 
-    call, length = _Call(q, w), q.shape[-2]
+    call, length = Call(q, w), q.shape[-2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     splits, tiles, chunks, constants = call.plan("queries", length)
     kernel = kernels_chunked.queries_chunked_kernel if chunks else kernels.queries_kernel
     if out.numel():
         kernel[call.sequences, splits](
-            *_readable(q),
-            *call.directions,
+            readable(q),
+            call.directions,
             lz,
             state,
             call.log_eps(eps),
-            *_strided(out),
+            strided(out),
             *call.sizes(length, tiles),
             **constants,
         )
@@ -211,27 +209,26 @@ def _fake_read_out(q, w, eps, lz, state):
 
 
 def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
-    from . import kernels, kernels_chunked
+    from . import kernels_backward, kernels_chunked
 
     length = q.shape[-2]
     splits, tiles, chunks, constants = call.plan("queries_backward", length)
     d_lz, d_state = call.key_states(splits)
     d_w = torch.empty_like(d_state) if need_w else None
-    kernel = kernels_chunked.queries_backward_chunked_kernel if chunks else kernels.queries_backward_kernel
+    kernel = kernels_chunked.queries_backward_chunked_kernel if chunks else kernels_backward.queries_backward_kernel
     if call.sequences:
         kernel[call.sequences, splits, chunks or 1](
-            *_readable(grad),
-            *_readable(q),
-            *call.directions,
+            readable(grad),
+            readable(q),
+            call.directions,
             lz,
             state,
             call.log_eps(eps),
-            *_strided(d_q),
+            strided(d_q),
             d_lz,
             d_state,
             d_w,
             *call.sizes(length, tiles),
-            NEED_W=need_w,
             **constants,
         )
     if splits == 1:
@@ -240,30 +237,27 @@ def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
 
 
 def _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w, d_k, d_v):
-    from . import kernels, kernels_chunked
+    from . import kernels_backward, kernels_chunked
 
     length = k.shape[-2]
     splits, tiles, chunks, constants = call.plan("keys_backward", length)
     d_w = call.key_states(splits)[1] if need_w else None
-    kernel = kernels_chunked.keys_backward_chunked_kernel if chunks else kernels.keys_backward_kernel
+    kernel = kernels_chunked.keys_backward_chunked_kernel if chunks else kernels_backward.keys_backward_kernel
     if call.sequences:
         kernel[call.sequences, splits, chunks if chunks and need_w else 1](
-            *_readable(k),
-            *_readable(v),
-            *call.directions,
-            *_mask(key_mask),
+            readable(k),
+            readable(v),
+            call.directions,
+            _mask(key_mask),
             lz,
             state,
             d_lz,
             d_state,
-            *((None, 0, 0, 0, 0) if skip is None else _readable(skip)),
-            *_strided(d_k),
-            *_strided(d_v),
+            None if skip is None else readable(skip),
+            strided(d_k),
+            strided(d_v),
             d_w,
             *call.sizes(length, tiles),
-            MASKED=key_mask is not None,
-            SKIP=skip is not None,
-            NEED_W=need_w,
             **constants,
         )
     return d_w
@@ -271,7 +265,7 @@ def _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w,
 
 def gradients(grad, q, k, v, w, eps, key_mask, lz, state, skip, need_w, d_q, d_k, d_v):
     """Write d_q, d_k and d_v (any strides; ``skip`` is added to d_v). Returns d_w (m, E) float32, or ``None``."""
-    call = _Call(q, w)
+    call = Call(q, w)
     d_lz, d_state, from_queries = _queries_backward(call, grad, q, eps, lz, state, need_w, d_q)
     from_keys = _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w, d_k, d_v)
     return from_queries.sum((0, 1)) + from_keys.sum((0, 1)) if need_w else None
@@ -282,7 +276,7 @@ def gradients(grad, q, k, v, w, eps, key_mask, lz, state, skip, need_w, d_q, d_k
     "-> (Tensor, Tensor, Tensor)"
 )
 def _forward(q, k, v, w, eps, key_mask):
-    lz, state = _key_state(_Call(q, w), k, v, key_mask)
+    lz, state = key_state(Call(q, w), k, v, key_mask)
     return read_out(q, w, eps, lz, state), lz, state
 
 
