@@ -7,29 +7,27 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "t2t_fast"
 
+KERNELS = ("kernels", "kernels_backward", "kernels_chunked", "kernels_image")
 # Lowest layer first; a module may import its own layer's package and anything below.
 LAYERS = [
     ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
     ["t2t_fast.backends", "t2t_fast.memory"],
-    ["t2t_fast.ops.spec", "t2t_fast.ops.library", "t2t_fast.ops.windows", "t2t_fast.ops.philox", "t2t_fast.ops.launch"],
+    [f"t2t_fast.ops.{name}" for name in ("spec", "library", "windows", "philox", "pixels", "launch", "kept")],
     ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime", "t2t_fast.ops.tiles"],
-    ["t2t_fast.ops.*.kernels", "t2t_fast.ops.*.kernels_chunked", "t2t_fast.ops.*.launch", "t2t_fast.ops.*.tail"],
+    [f"t2t_fast.ops.*.{name}" for name in (*KERNELS, "launch", "layout", "gradient", "tail")],
     [f"t2t_fast.ops.*.{name}" for name in ("reference", "composed", "aten_impl", "native_impl", "triton_impl")],
     ["t2t_fast.ops.*.op"],
     ["t2t_fast.functional"],
     ["t2t_fast.modules"],
     ["t2t_fast.models"],
     ["t2t_fast.interop"],
-    ["t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification"],
+    ["t2t_fast.capture", "t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification"],
     ["t2t_fast"],
     ["t2t_fast.cli", "t2t_fast.__main__"],
 ]
 # An operator never imports another one, but for the one that is made of three others.
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
 # Heavy or optional packages may only be imported where they are used, inside functions.
-# Kernels are imported by what launches them.
-_PATHS = ("performer_attention.kernels", "performer_attention.kernels_chunked", "soft_split_linear.kernels")
-KERNELS = {"t2t_fast.ops.tiles", "t2t_fast.ops.token_mlp.kernels", *(f"t2t_fast.ops.{path}" for path in _PATHS)}
 DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves imported inside the demo's functions
 LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
 
@@ -42,6 +40,8 @@ def modules():
 
 MODULES = dict(modules())
 IDS = list(MODULES)
+# Kernels are imported by what launches them.
+TRITON = {"t2t_fast.ops.tiles", *(name for name in MODULES if name.rpartition(".")[2] in KERNELS)}
 
 
 def imports(name, top_level_only=False):
@@ -111,7 +111,7 @@ def test_the_oracle_stands_alone(name):
         assert own or root in ("torch", "numpy", "math", "functools", "collections"), f"{name} imports {target}"
 
 
-@pytest.mark.parametrize("name", [n for n in IDS if n not in DRAWING | KERNELS])
+@pytest.mark.parametrize("name", [n for n in IDS if n not in DRAWING | TRITON])
 def test_optional_packages_are_imported_where_they_are_used(name):
     for target in imports(name, top_level_only=True):
         assert target.split(".")[0] not in LAZY, f"{name} imports {target} at the top"
@@ -119,8 +119,12 @@ def test_optional_packages_are_imported_where_they_are_used(name):
 
 def test_every_operator_has_the_same_files():
     expected = {"__init__.py", "op.py", "reference.py", "aten_impl.py"}
-    kernels = {"native_impl.py", "triton_impl.py", "kernels.py", "kernels_chunked.py", "launch.py"}
-    own = {"performer_layer": {"composed.py"}, "token_mlp": {"tail.py"}}
+    kernels = {"native_impl.py", "triton_impl.py", "launch.py", *(f"{name}.py" for name in KERNELS)}
+    own = {
+        "performer_layer": {"composed.py"},
+        "soft_split_linear": {"gradient.py", "layout.py"},
+        "token_mlp": {"tail.py"},
+    }
     for folder in (PACKAGE / "ops").iterdir():
         if folder.is_dir() and folder.name != "__pycache__":
             assert {path.name for path in folder.glob("*.py")} - kernels - own.get(folder.name, set()) == expected

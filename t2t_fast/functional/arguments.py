@@ -3,8 +3,9 @@
 import torch
 
 from ..backends import Request, resolve
-from ..errors import check_pair, check_tensor
+from ..errors import FLOATING, check_pair, check_tensor
 from ..ops.library import AUTOCAST_DEVICES
+from ..ops.pixels import normalisation, values
 from ..ops.spec import Window
 
 
@@ -23,9 +24,9 @@ def same_dtype(x):
     return not (kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind))
 
 
-def as_image(function, x, grid):
+def as_image(function, x, grid, *, dtypes=FLOATING):
     """(B, C, H, W) view of an image, or of tokens (B, L, C) with a grid."""
-    check_tensor(function, "x", x, ndim=(3, 4))
+    check_tensor(function, "x", x, ndim=(3, 4), dtypes=dtypes)
     if x.ndim == 4:
         if grid is not None:
             raise ValueError(f"{function}: grid is for tokens (3-D), but x is 4-D of shape {tuple(x.shape)}")
@@ -38,6 +39,35 @@ def as_image(function, x, grid):
     return x.transpose(1, 2).unflatten(2, (h, w))
 
 
+def check_pixels(function, x, pixel_norm):
+    """What makes values of an image of bytes (``ops/pixels.py``); empty for an image that holds values."""
+    if x.dtype != torch.uint8:
+        if pixel_norm is not None:
+            raise ValueError(f"{function}: pixel_norm is for images of uint8, but x is {x.dtype}")
+        return []
+    if pixel_norm is None:
+        raise ValueError(f"{function}: x is an image of uint8, so pixel_norm=(mean, std) is needed")
+    channels = x.shape[1]
+    if len(pixel_norm) != 2 or any(len(each) != channels for each in pixel_norm):
+        raise ValueError(
+            f"{function}: pixel_norm must be (mean, std), each with the {channels} channels of x, got {pixel_norm!r}"
+        )
+    if not all(s > 0 for s in pixel_norm[1]):
+        raise ValueError(f"{function}: pixel_norm's std must be above 0, got {pixel_norm[1]!r}")
+    return normalisation(*pixel_norm)
+
+
+def image_values(x, pixel_norm, dtype):
+    """The values of an image of bytes: ``(x / 255 - mean) / std`` in ``dtype``; an image of values as it is.
+
+    Args:
+        x: (B, C, H, W), uint8 or floating; pixel_norm: (mean, std), each with C numbers, for uint8.
+    """
+    if x.dtype != torch.uint8:
+        return x
+    return values(x, check_pixels("image_values", x, pixel_norm), dtype)
+
+
 def check_window(function, win, height, width):
     """The token grid of an image, which must have at least one token."""
     h, w = win.grid(height, width)
@@ -48,6 +78,10 @@ def check_window(function, win, height, width):
             f"got {height + 2 * ph} x {width + 2 * pw}"
         )
     return h, w
+
+
+IMAGES = (*FLOATING, torch.uint8)
+"""What an image may hold where its values are made on the way."""
 
 
 def choose(op, x, backend, *, dtype=None, **sizes):

@@ -1,12 +1,14 @@
 """Soft split, soft composition, and what is fused with them."""
 
+import torch
+
 from ..errors import check_pair, check_shape, check_tensor, check_together
 from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
 from ..ops.library import wants_gradient
 from ..ops.soft_composition.op import soft_composition as _soft_composition
 from ..ops.soft_split.op import soft_split as _soft_split
 from ..ops.soft_split_linear.op import soft_split_linear as _soft_split_linear
-from .arguments import as_image, check_window, choose, running_dtype, same_dtype, window
+from .arguments import IMAGES, as_image, check_pixels, check_window, choose, running_dtype, same_dtype, window
 
 
 def soft_split(x, kernel_size, stride=1, padding=0, *, grid=None, backend="auto"):
@@ -110,6 +112,7 @@ def soft_split_linear(
     norm_weight=None,
     norm_bias=None,
     norm_eps=None,
+    pixel_norm=None,
     grid=None,
     backend="auto",
 ):
@@ -124,10 +127,13 @@ def soft_split_linear(
         kernel_size, stride, padding: int or (height, width) pair.
         norm_weight, norm_bias: (C*k*k) LayerNorm parameters or ``None``; need ``norm_eps``.
         norm_eps: LayerNorm's eps; ``None`` leaves LayerNorm out.
+        pixel_norm: (mean, std) for an image of uint8, each with C numbers: ``x / 255`` less the mean over the std is
+            what enters; the Triton kernels read the bytes themselves, others make the values first.
         grid: the image size of tokens.
 
     Returns:
-        (B, h*w, O) contiguous tokens in ``x``'s dtype (under autocast: autocast's).
+        (B, h*w, O) contiguous tokens in ``weight``'s dtype (under autocast: autocast's), which is ``x``'s unless that
+        is uint8.
 
     Numerics:
         statistics, sums and the normalisation in float32 (float64 for float64), also for half inputs; they survive a
@@ -137,7 +143,8 @@ def soft_split_linear(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
     """
     function = "soft_split_linear"
-    x = as_image(function, x, grid)
+    x = as_image(function, x, grid, dtypes=IMAGES)
+    pixels = check_pixels(function, x, pixel_norm)
     win = window(kernel_size, stride, padding, function=function)
     check_window(function, win, *x.shape[2:])
     check_tensor(function, "weight", weight, ndim=2)
@@ -147,16 +154,10 @@ def soft_split_linear(
         raise ValueError(f"{function}: norm_weight and norm_bias need norm_eps, got norm_eps=None")
     if norm_eps is not None and not norm_eps > 0:
         raise ValueError(f"{function}: norm_eps must be above 0, got {norm_eps!r}")
-    check_together(
-        function,
-        "x",
-        x,
-        same_dtype=same_dtype(x),
-        weight=weight,
-        bias=bias,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-    )
+    parameters = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    name, leader = ("weight", weight) if pixels else ("x", x)
+    check_together(function, "x", x, same_dtype=False, weight=weight)
+    check_together(function, name, leader, same_dtype=same_dtype(x), **parameters)
     for name, value, shape, meaning in (
         ("bias", bias, (weight.shape[0],), "weight's rows"),
         ("norm_weight", norm_weight, (columns,), "channels * window pixels"),
@@ -168,12 +169,13 @@ def soft_split_linear(
         function,
         x,
         backend,
-        dtype=running_dtype(x),
+        dtype=running_dtype(leader),
         channels=x.shape[1],
+        bytes=x.dtype == torch.uint8,
         window=win,
         outputs=weight.shape[0],
         normed=norm_eps is not None,
         training=wants_gradient(x, weight, bias, norm_weight, norm_bias),
         index=x.device.index,
     )
-    return _soft_split_linear(x, weight, bias, norm_weight, norm_bias, norm_eps, *win, x.dtype, chosen)
+    return _soft_split_linear(x, weight, bias, norm_weight, norm_bias, norm_eps, *win, leader.dtype, pixels, chosen)

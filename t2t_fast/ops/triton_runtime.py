@@ -91,6 +91,11 @@ def allows_tf32():
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def fixed(size):
+    """A size as a constant: ``torch.compile`` compiles anew for another one (a range cannot be symbolic)."""
+    return len(range(size))
+
+
 def readable(x):
     """A (..., L, E) tensor, or a copy of it where an offset inside a tile would not fit into 32 bits."""
     token, column = x.stride()[-2:]

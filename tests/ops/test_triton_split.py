@@ -9,10 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import t2t_fast
-from t2t_fast import backends
+from t2t_fast import backends, functional
 from t2t_fast.functional import soft_split_linear
 from t2t_fast.ops import triton_runtime
 from t2t_fast.ops.soft_split_linear import launch, triton_impl
+from t2t_fast.ops.soft_split_linear.layout import layout
+from t2t_fast.ops.spec import Window, square
 from t2t_fast.testing import CASES, DTYPES, Case, assert_close, errors, tolerance
 
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
@@ -23,7 +25,7 @@ pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reas
 def case_of(channels=16, size=(9, 7), outputs=20, kernel=3, stride=2, padding=1, batch=2, normed=True, offset=0.0):
     """An image, a Linear and its LayerNorm, every tensor wanting a gradient."""
     generator = torch.Generator().manual_seed(0)
-    columns = channels * kernel**2
+    columns = channels * functional.window(kernel).taps
     tensors = {
         "x": torch.randn(batch, channels, *size, generator=generator) + offset,
         "weight": torch.randn(outputs, columns, generator=generator) / columns**0.5,
@@ -65,21 +67,27 @@ SIZES = {
     "channels that fill no block": case_of(channels=5, size=(6, 6)),
     "several groups of outputs": case_of(outputs=130, size=(5, 5)),
     "outputs that fill a group": case_of(outputs=64, size=(5, 5)),
-    "an image": case_of(channels=3, size=(21, 18), kernel=7, stride=4, padding=2, batch=1),
+    "an image in cells": case_of(channels=3, size=(14, 11), kernel=7, stride=4, padding=2),
+    "an image gathered": case_of(channels=3, size=(9, 8), batch=1),
     "stride 1": case_of(size=(4, 5), stride=1, batch=1),
     "gaps between windows": case_of(size=(11, 8), kernel=2, stride=3, padding=0),
     "without LayerNorm": case_of(normed=False),
 }
 
 
+HALF = ("a partial tile", "an image in cells", "an image gathered", "without LayerNorm")
+
+
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "fp32") for name in SIZES] + [(name, dtype) for name in HALF for dtype in ("fp16", "bf16")],
+)
 def test_tiles_and_blocks(name, dtype):
     check(SIZES[name], DTYPES[dtype], name)
 
 
-@pytest.mark.parametrize("name", ["a partial tile", "an image", "several groups of outputs"])
+@pytest.mark.parametrize("name", ["a partial tile", "an image in cells", "several groups of outputs"])
 def test_default_tiles(name):
     check(SIZES[name], torch.float32, name)
 
@@ -133,21 +141,41 @@ def test_statistics_survive_an_offset(offset):
     """Window means and deviations against float64: no offset of the image reaches them."""
     case = case_of(channels=16, padding=0, offset=offset)
     x, weight, bias, gamma, beta = case.tensors.values()
-    window = triton_impl.Window((3, 3), (2, 2), (0, 0))
-    _, mean, rstd = triton_impl._forward(x, weight, bias, gamma, beta, 1e-5, *window, torch.float32)
+    _, mean, rstd = triton_impl.run(x, weight, bias, gamma, beta, 1e-5, square(3, 2, 0), torch.float32)
     patches = torch.nn.functional.unfold(x.double(), 3, stride=2)
     exact = (patches.var(1, correction=0) + 1e-5).rsqrt()
     assert errors(rstd.flatten(1), exact)[0] <= 1e-6
     assert errors(mean.flatten(1), patches.mean(1))[0] <= 1e-6
 
 
-def test_packing_is_undone():
-    weight = torch.randn(20, 5 * 9)
-    packed = triton_impl.pack(weight, 5, 32, 64)
-    assert packed.shape == (64, 64)
-    assert torch.equal(triton_impl.unpack(packed, 5, 45, 20), weight)
-    assert torch.equal(packed[:45, :20], weight.view(20, 5, 9).permute(2, 1, 0).reshape(45, 20))
-    assert not packed[45:].any() and not packed[:, 20:].any()
+LAYOUTS = {
+    "tokens": (32, ((3, 3), (2, 2), (1, 1))),
+    "cells": (3, ((7, 7), (4, 4), (2, 2))),
+    "cells of another height": (4, ((6, 3), (4, 2), (1, 0))),
+    "gathered": (5, ((3, 3), (2, 2), (1, 1))),
+}
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_packing_is_undone(name):
+    """Every value of the weight has one place, everything else is zero, and the blocks are whole."""
+    channels, window = LAYOUTS[name]
+    window = Window(*window)
+    found = layout(channels, window)
+    assert (found.cell is None, found.gather) == (not name.startswith("cells"), name == "gathered")
+    weight = 1 + torch.rand(20, channels * window.taps)
+    packed = found.pack(weight)
+    assert packed.shape[0] % found.block(64) == 0 and packed.shape[1] == 64
+    assert torch.equal(found.unpack(packed, 20), weight)
+    assert packed.count_nonzero() == weight.numel()
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_a_layouts_columns_are_the_windows_values(name):
+    """Cells times the packed weight is the convolution, whatever lies in the spare columns."""
+    channels, window = LAYOUTS[name]
+    case = case_of(channels, (13, 12), 20, *(pair for pair in window), normed=False)
+    check(case, torch.float32, name)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -172,10 +200,10 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_of_unfolded_width_is_formed():
-    case = case_of(channels=64, size=(32, 32), outputs=16)
+    case = case_of(channels=32, size=(24, 24), outputs=16)
     with Largest() as largest:
         case.run_backward("triton")
-    assert largest.values <= max(t.numel() for t in case.tensors.values()) < 2 * 16 * 16 * 64 * 9
+    assert largest.values <= max(t.numel() for t in case.tensors.values()) < 2 * 12 * 12 * 32 * 9
 
 
 def test_an_image_that_wants_no_gradient():
@@ -245,8 +273,8 @@ def test_a_kernel_that_fails_is_left_with_a_warning(monkeypatch):
 
 def test_a_layer_runs_on_it():
     """Every operator of a Performer layer by Triton, from the image on."""
-    layer = t2t_fast.modules.T2TModule(img_size=32).eval()
-    x = torch.randn(1, 3, 32, 32)
+    layer = t2t_fast.modules.T2TModule(token_dim=16, embed_dim=24).eval()
+    x = torch.randn(1, 3, 24, 20)
     with t2t_fast.backend("reference"):
         expected = layer.double()(x.double())
     layer.float()
@@ -267,7 +295,7 @@ def test_the_dtype_it_has_no_kernel_for():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["a partial tile", "an image"])
+@pytest.mark.parametrize("name", ["a partial tile", "an image in cells"])
 def test_float32_in_three_tf32_products(name, dtype, matrix_units):
     """What runs in TF32 stays within the table's tolerance: float32 by three products, ``r G`` of float16 by one."""
     check(SIZES[name], DTYPES[dtype], name)

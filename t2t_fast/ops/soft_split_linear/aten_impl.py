@@ -15,9 +15,10 @@ Saved for backward: the image, ``mu`` and ``r`` (8 bytes a token), and, where th
 import torch
 import torch.nn.functional as F
 
-from ..library import accumulation_dtype, first_order, matmul_precision, wants_gradient
-from ..spec import Window
+from ..library import accumulation_dtype, matmul_precision
+from ..pixels import values
 from ..windows import cover_sum, merge_statistics
+from .gradient import differentiable, parameter_gradients
 
 
 def patch_statistics(x, window, eps):
@@ -56,19 +57,18 @@ def _convolve(x, weight, bias, window):
     return y.permute(0, 2, 3, 1).contiguous()
 
 
-def plain(x, weight, bias, window):
-    """Without LayerNorm: a convolution, flattened to tokens (B, L, O)."""
-    bias = None if bias is None else bias.to(x.dtype)
-    return _convolve(x, weight.to(x.dtype), bias, window).flatten(1, 2)
-
-
-def normed(x, weight, bias, norm_weight, norm_bias, eps, window):
-    """With LayerNorm. Returns the tokens (B, L, O) and the statistics (B, h, w) that backward needs."""
-    mean, rstd = patch_statistics(x, window, eps)
+def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
+    """Forward without autograd (:func:`gradient.differentiable`)."""
+    x = values(x, pixels, accumulation_dtype(dtype) if norm_eps is not None else dtype)
+    if norm_eps is None:
+        bias = None if bias is None else bias.to(x.dtype)
+        y = _convolve(x, weight.to(x.dtype), bias, window)
+        return y.flatten(1, 2).to(dtype), *(y.new_empty(0) for _ in range(2))
+    mean, rstd = patch_statistics(x, window, norm_eps)
     centred, rows, offset = fold_norm(weight, bias, norm_weight, norm_bias, x.dtype)
     y = _convolve(x, centred, None, window).to(mean.dtype)
     y.addcmul_(mean.unsqueeze(-1), -rows).mul_(rstd.unsqueeze(-1)).add_(offset)
-    return y.flatten(1, 2).to(x.dtype), mean, rstd
+    return y.flatten(1, 2).to(dtype), mean, rstd
 
 
 def _convolution_backward(grad, x, weight, window, need_x, need_weight):
@@ -125,102 +125,41 @@ def _centred_backward(grad, x, weight, window, need_x, need_products):
     return d_x, (within + across.unsqueeze(1)).flatten(1)
 
 
-class Normed(torch.autograd.Function):
-    """Gradients of :func:`normed` (derivation: docs/math.md, section 1).
+def _normed_backward(grad, x, centred, offset, window, y, mean, rstd, need_x, need_products):
+    """Gradients of the image and of the centred windows' product, ``None`` unless needed.
 
     LayerNorm's two row means need neither the unfolded tokens nor their gradient: the mean of ``Wg^T G`` vanishes with
     centred weights, and the mean of ``Wg^T G * xhat`` is ``G . (y - b') / K``.
     """
+    # In the accumulation dtype: rstd reaches 316 and could overflow float16.
+    scaled = grad * rstd.unsqueeze(-1)
+    d_image, products = _centred_backward(scaled, x, centred, window, need_x, need_products)
+    if not need_x:
+        return None, products
+    y = y.to(grad.dtype).unflatten(1, mean.shape[1:])
+    alpha = rstd.square() * (grad * (y - offset)).sum(-1) / (x.shape[1] * window.taps)
+    size = x.shape[2:]
+    scale, shift = (cover_sum(value, size, window).unsqueeze(1) for value in (alpha, alpha * mean))
+    return d_image - x * scale + shift, products
 
-    @staticmethod
-    def forward(x, weight, bias, norm_weight, norm_bias, eps, window):
-        return normed(x, weight, bias, norm_weight, norm_bias, eps, window)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, norm_weight, norm_bias, _, ctx.window = inputs
-        y, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(
-            x, weight, bias, norm_weight, norm_bias, mean, rstd, y if ctx.needs_input_grad[0] else None
-        )
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad, _mean, _rstd):
-        x, weight, bias, norm_weight, norm_bias, mean, rstd, y = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
-        window = ctx.window
-        wide = mean.dtype
+def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels=()):
+    """Gradients of the image and every parameter (:func:`gradient.differentiable`)."""
+    x = values(x, pixels, mean.dtype if norm_eps is not None else grad.dtype)
+    need_x, need_weight, _, need_gamma, _ = needed
+    # A weight gradient sums over every token, which can overflow float16.
+    unnormed = torch.float32 if x.dtype == torch.float16 else x.dtype
+    grad = grad.to(unnormed if norm_eps is None else mean.dtype).unflatten(1, window.grid(*x.shape[2:]))
+    d_x = products = None
+    if norm_eps is not None:
         centred, _, offset = fold_norm(weight, bias, norm_weight, norm_bias, x.dtype)
-        grad = grad.to(wide).unflatten(1, mean.shape[1:])
-        # In the accumulation dtype: rstd reaches 316 and could overflow float16.
-        scaled = grad * rstd.unsqueeze(-1)
-        # products: sum over tokens of G xhat^T, (O, K)
-        d_image, products = _centred_backward(scaled, x, centred, window, need_x, need_weight or need_gamma)
-
-        d_x = d_weight = d_bias = d_gamma = d_beta = None
-        total = grad.sum((0, 1, 2)) if need_weight or need_bias or need_beta else None
-        weight_wide = weight.to(wide)
-        if need_weight:
-            d_weight = products if norm_weight is None else products * norm_weight.to(wide)
-            if norm_bias is not None:
-                d_weight = torch.addcmul(d_weight, total.unsqueeze(1), norm_bias.to(wide))
-            d_weight = d_weight.to(weight.dtype)
-        if need_gamma:
-            d_gamma = (weight_wide * products).sum(0).to(norm_weight.dtype)
-        if need_bias:
-            d_bias = total.to(bias.dtype)
-        if need_beta:
-            d_beta = (total @ weight_wide).to(norm_bias.dtype)
-        if need_x:
-            columns = x.shape[1] * window.taps
-            y = y.to(wide).unflatten(1, mean.shape[1:])
-            correlation = (grad * (y - offset)).sum(-1) / columns
-            alpha = rstd.square() * correlation
-            size = x.shape[2:]
-            scale = cover_sum(alpha, size, window).unsqueeze(1)
-            shift = cover_sum(alpha * mean, size, window).unsqueeze(1)
-            d_x = (d_image - x * scale + shift).to(x.dtype)
-        return d_x, d_weight, d_bias, d_gamma, d_beta, None, None
+        need_products = need_weight or need_gamma
+        d_x, products = _normed_backward(grad, x, centred, offset, window, y, mean, rstd, need_x, need_products)
+    elif need_x or need_weight:
+        d_x, products = _convolution_backward(grad, x, weight.to(x.dtype), window, need_x, need_weight)
+        products = products.flatten(1) if need_weight else None
+    gradients = parameter_gradients(products, grad, weight, bias, norm_weight, norm_bias, needed[1:])
+    return d_x.to(x.dtype) if need_x else None, *gradients
 
 
-class Plain(torch.autograd.Function):
-    """Gradients of :func:`plain`; keeps float16 sums in float32 and returns each gradient in its input's dtype."""
-
-    @staticmethod
-    def forward(x, weight, bias, window):
-        return plain(x, weight, bias, window)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.window = inputs
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        window = ctx.window
-        # A weight gradient sums over every token, which can overflow float16.
-        wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-        grad_image = grad.to(wide).unflatten(1, window.grid(*x.shape[2:]))
-        d_x = d_weight = d_bias = None
-        if need_x or need_weight:
-            d_x, d_weight = _convolution_backward(grad_image, x, weight.to(x.dtype), window, need_x, need_weight)
-            d_x = d_x.to(x.dtype) if need_x else None
-            d_weight = d_weight.flatten(1).to(weight.dtype) if need_weight else None
-        if need_bias:
-            d_bias = grad.sum((0, 1), dtype=accumulation_dtype(grad.dtype)).to(ctx.bias_dtype)
-        return d_x, d_weight, d_bias, None
-
-
-def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype):
-    window = Window(tuple(kernel), tuple(stride), tuple(padding))
-    record = wants_gradient(x, weight, bias, norm_weight, norm_bias)
-    if norm_eps is None:
-        return (Plain.apply if record else plain)(x, weight, bias, window).to(dtype)
-    run = Normed.apply if record else normed
-    return run(x, weight, bias, norm_weight, norm_bias, norm_eps, window)[0].to(dtype)
+forward = differentiable(run, run_backward)

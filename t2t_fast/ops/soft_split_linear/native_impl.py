@@ -8,6 +8,7 @@ import torch
 from .. import native
 from ..library import first_order, wants_gradient
 from ..native import fake_gradients, gradient, image_gradient, single
+from ..pixels import values
 from ..spec import Window
 
 _KINDS = native.devices("soft_split_linear")
@@ -56,8 +57,9 @@ class SoftSplitLinear(torch.autograd.Function):
         return None if d_x is None else d_x.to(tensors[0].dtype), *gradients, None, None
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype):
+def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):
     window = (kernel, stride, padding)
+    x = values(x, pixels, torch.float32)
     tensors = (x, weight, bias, norm_weight, norm_bias)
     if wants_gradient(*tensors):
         return SoftSplitLinear.apply(*tensors, norm_eps, window).to(dtype)

@@ -6,21 +6,21 @@ from ..library import define
 from . import aten_impl, native_impl, reference, triton_impl
 
 
-def _autocast(call, dtype, x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, _dtype):
+def _autocast(call, dtype, x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, _dtype, pixels):
     """The output, and the image if nothing is normalised, take autocast's dtype.
 
     A float32 image that will be normalised stays float32: LayerNorm magnifies the rounding of a bright flat region up
     to 316 times, and upstream's autocast, too, rounds only after LayerNorm.
     """
-    if norm_eps is None:
+    if norm_eps is None and not pixels:
         x = x.to(dtype)
-    return call(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype)
+    return call(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels)
 
 
 soft_split_linear = define(
     "soft_split_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, "
-    "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype",
+    "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype, float[] pixels",
     implementations={
         "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
         "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),

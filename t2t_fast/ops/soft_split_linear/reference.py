@@ -3,10 +3,12 @@
 import torch.nn.functional as F
 
 from ..library import accumulation_dtype
+from ..pixels import values
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype):
+def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):
     """(B, C, H, W) -> (B, L, O) in ``dtype``; LayerNorm over the C*kh*kw columns unless ``norm_eps`` is ``None``."""
+    x = values(x, pixels, accumulation_dtype(dtype))
     tokens = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)
     if norm_eps is None:
         return F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)

@@ -1,0 +1,153 @@
+"""What inference keeps of parameters: the same while they are unchanged, made anew after any change that is counted."""
+
+import gc
+
+import pytest
+import torch
+
+from t2t_fast import backends
+from t2t_fast.functional import soft_split_linear
+from t2t_fast.ops import kept, triton_runtime
+from t2t_fast.ops.soft_split_linear import triton_impl
+from t2t_fast.testing import assert_close
+
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
+
+
+class Counted:
+    """Makes a copy of a tensor and counts how often."""
+
+    def __init__(self, tensor):
+        self.tensor, self.calls = tensor, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.tensor.detach().clone()
+
+
+CHANGES = {
+    "in place": lambda p: p.detach().mul_(2),
+    "an optimiser's step": lambda p: (p.sum().backward(), torch.optim.SGD([p], lr=0.1).step()),
+    "copied into": lambda p: p.detach().copy_(torch.zeros(3)),
+    "another storage": lambda p: setattr(p, "data", torch.full((3,), 7.0)),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_a_change_is_seen(change):
+    parameter, store = torch.nn.Parameter(torch.ones(3)), kept.Kept()
+    make = Counted(parameter)
+    first = store.get((parameter, None), "key", make)
+    assert store.get((parameter, None), "key", make) is first and make.calls == 1
+    CHANGES[change](parameter)
+    assert torch.equal(store.get((parameter, None), "key", make), parameter.detach()) and make.calls == 2
+
+
+def test_other_keys_tensors_and_views_are_others():
+    parameter, store = torch.randn(2, 3), kept.Kept()
+    makes = [Counted(t) for t in (parameter, parameter, parameter[0], parameter[1], parameter.t())]
+    for make, key in zip(makes, "abaaa", strict=True):
+        assert torch.equal(store.get((make.tensor,), key, make), make.tensor)
+    assert [make.calls for make in makes] == [1] * 5 and len(store) == 5
+
+
+def test_nothing_outlives_its_tensor():
+    """Neither a tensor that took the old one's place in memory gets the old value, nor is memory kept."""
+    store = kept.Kept()
+    for value in range(20):
+        parameter = torch.full((1000,), float(value))
+        assert store.get((parameter,), "key", parameter.clone)[0] == value
+        del parameter
+        gc.collect()
+    assert len(store) == 1
+
+
+def test_the_oldest_goes_first(monkeypatch):
+    monkeypatch.setattr(kept, "_SIZE", 2)
+    store, tensors = kept.Kept(), [torch.ones(1) for _ in range(3)]
+    makes = [Counted(t) for t in tensors]
+    for index in (0, 1, 0, 2, 0, 1):
+        store.get((tensors[index],), "key", makes[index])
+    assert len(store) == 2 and [make.calls for make in makes] == [1, 2, 1]
+
+
+def _subclass(tensor):
+    class Other(torch.Tensor):
+        pass
+
+    return tensor.as_subclass(Other)
+
+
+def _inference(tensor):
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("made", [_subclass, _inference], ids=["subclass", "inference tensor"])
+def test_what_counts_no_changes_is_not_kept(made):
+    tensor, store = made(torch.ones(3)), kept.Kept()
+    make = Counted(tensor)
+    for _ in range(2):
+        store.get((tensor,), "key", make)
+    assert make.calls == 2 and not len(store)
+
+
+def test_nothing_is_kept_where_parameters_are_gathered(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert "FSDP" in kept.obstacle([torch.ones(1)])
+
+
+def test_training_forgets_and_a_hidden_write_needs_clear():
+    """``.data`` hides a write from the version counter: the documented exception."""
+    parameter, store = torch.nn.Parameter(torch.ones(3)), kept.Kept()
+    make = Counted(parameter)
+    store.get((parameter,), "key", make)
+    parameter.data.mul_(2)
+    assert store.get((parameter,), "key", make)[0] == 1
+    store.forget(parameter)
+    assert store.get((parameter,), "key", make)[0] == 2
+    parameter.data.mul_(2)
+    store.clear()
+    assert store.get((parameter,), "key", make)[0] == 4
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")
+class TestFoldedWeights:
+    """The operator itself, by its Triton kernels."""
+
+    def setup_method(self):
+        kept.FOLDED.clear()
+        self.x = torch.randn(1, 16, 5, 5)
+        columns = 16 * 9
+        self.parameters = {
+            "weight": torch.nn.Parameter(torch.randn(8, columns)),
+            "bias": torch.nn.Parameter(torch.randn(8)),
+            "norm_weight": torch.nn.Parameter(torch.rand(columns)),
+            "norm_bias": torch.nn.Parameter(torch.randn(columns)),
+        }
+
+    def call(self, backend="triton"):
+        return soft_split_linear(
+            self.x, **self.parameters, kernel_size=3, stride=2, padding=1, norm_eps=1e-5, backend=backend
+        )
+
+    @pytest.mark.parametrize("name", ["weight", "bias", "norm_weight", "norm_bias"])
+    def test_never_stale(self, name):
+        with torch.no_grad():
+            for _ in range(2):
+                self.call()
+            assert len(kept.FOLDED) == 1
+            self.parameters[name].add_(1)
+            assert_close(self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32)
+
+    def test_one_step_of_training_forgets(self):
+        """Also if the optimiser writes through ``.data``, as old ones do."""
+        with torch.no_grad():
+            self.call()
+        self.call().sum().backward()
+        assert not len(kept.FOLDED)
+        for parameter in self.parameters.values():
+            parameter.data.sub_(0.1 * parameter.grad)
+        with torch.no_grad():
+            assert_close(self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32)
