@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from . import functional, models
 from .backends import backend, explain
+from .capture import CapturedModel, capture
 from .errors import BackendUnavailable, CheckpointError, NothingToSwap
 from .interop import (
     LoadReport,
@@ -25,6 +26,7 @@ from .verification import VerifyReport, verify
 
 __all__ = [
     "BackendUnavailable",
+    "CapturedModel",
     "CheckpointError",
     "FusedFoldUnfold",
     "LoadReport",
@@ -39,6 +41,7 @@ __all__ = [
     "TokenTransformer",
     "VerifyReport",
     "backend",
+    "capture",
     "create_model",
     "explain",
     "export_model",

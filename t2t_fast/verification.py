@@ -146,8 +146,8 @@ def verify(model_or_op=None, x=None, *, dtypes=None, backends=None, device=None,
             as :func:`swap` would make it; only copies of it are run, in eval mode.
         x: the module's input, (B, C, H, W); made up from the module's image size if ``None``.
         dtypes: names ("fp32", "fp16", "bf16", "fp64") or ``torch.dtype``; all four by default.
-        backends: names. By default every one for operators (what cannot run is a note) and "auto" for models. A
-            backend asked for by name that runs nothing of what was asked is a failure.
+        backends: names. By default every one for operators (what cannot run, or what ``auto`` passes over, is a
+            note) and "auto" for models. A backend asked for by name that runs nothing of what was asked is a failure.
         device: by default the module's, else "cuda" if there is one.
         progress: called as ``progress(done, total, what)``.
 
@@ -164,9 +164,7 @@ def verify(model_or_op=None, x=None, *, dtypes=None, backends=None, device=None,
     names = _checked_backends(backends) if asked else None
     device = torch.device(_default_device(model_or_op) if device is None else device)
     ops, subjects = _subjects(model_or_op, x)
-    # interpreted kernels take minutes: only who asks for them by name gets them
-    usual = [name for name in ORDER if name != "triton" or not config.triton_interpreted()]
-    jobs = [(f"{op}, {dtype}", _op_rows, op, dtype, names or usual) for op in ops for dtype in dtypes]
+    jobs = [(f"{op}, {dtype}", _op_rows, op, dtype, names) for op in ops for dtype in dtypes]
     jobs += [(f"{s.what}, {dtype}", _model_rows, s, dtype, names or ["auto"]) for s in subjects for dtype in dtypes]
     started, rows = time.perf_counter(), []
     with _full_float32():
@@ -245,19 +243,21 @@ def _raised(error):
     return f"raised {type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _obstacle(op, name, device, dtype):
-    """Why backend ``name`` cannot run ``op``, or ``None``."""
+def _obstacle(op, name, device, dtype, asked=True):
+    """Why backend ``name`` cannot run ``op``, or, unless it was asked for, why ``auto`` passes it over; or ``None``."""
     if name == "auto":
         return None
     rows = explain(op, device=device, dtype=dtype).rows
     verdict = next(verdict for _, candidate, verdict in rows if candidate == name)
-    return None if verdict.startswith(("chosen", "available")) else verdict
+    runs = verdict in ("chosen", "available") or (asked and verdict.startswith("available"))
+    return None if runs else verdict
 
 
 def _op_rows(op, dtype_name, names, device):
+    """``names`` is ``None`` where no backend was asked for: then all that ``auto`` does not pass over."""
     dtype = testing.DTYPES[dtype_name]
-    for name in names:
-        reason = _obstacle(op, name, device, dtype)
+    for name in ORDER if names is None else names:
+        reason = _obstacle(op, name, device, dtype, asked=names is not None)
         if reason is not None:
             yield VerifyRow(op, name, dtype_name, "", note=reason)
             continue

@@ -10,6 +10,7 @@ from t2t_fast import backends, reference, testing
 from t2t_fast.errors import NothingToSwap
 from t2t_fast.interop.swap import swap
 from t2t_fast.models import build_model
+from t2t_fast.ops import triton_runtime
 from t2t_fast.verification import MODEL, VerifyReport, VerifyRow, verify
 
 OPS = list(testing.CASES)
@@ -133,6 +134,38 @@ class TestUnavailable:
         report = verify(dtypes="fp32", backends="native", device="cpu")
         assert report.ok, str(report)
         assert {row.what for row in report.checked} >= {"soft_split", "soft_composition"}
+
+
+class TestPassedOver:
+    """What ``auto`` leaves to a faster backend, as on a CPU without AVX2."""
+
+    @pytest.fixture(autouse=True)
+    def slow_native(self, monkeypatch):
+        sound = backends.implementation("soft_split", "aten")
+        slow = sound._replace(passed_over=lambda request: f"slow on {request.device}")
+        monkeypatch.setitem(backends._tables["soft_split"], "native", slow)
+
+    def test_is_a_note_by_default(self):
+        report = verify("soft_split", dtypes="fp32", device="cpu")
+        assert report.ok and "native" not in {row.backend for row in report.checked}
+        assert "native: available, passed over by auto: slow on cpu (soft_split)" in str(report)
+
+    def test_is_compared_if_asked_for(self):
+        report = verify("soft_split", dtypes="fp32", backends="native", device="cpu")
+        assert report.ok and {row.backend for row in report.checked} == {"native"}
+
+    def test_is_compared_if_it_was_chosen(self):
+        with backends.backend("native", "soft_split"):
+            report = verify("soft_split", dtypes="fp32", device="cpu")
+        assert report.ok and "native" in {row.backend for row in report.checked}
+
+
+def test_interpreted_kernels_are_a_note_by_default():
+    """They take minutes."""
+    if not triton_runtime.INTERPRETED:
+        pytest.skip("triton: its kernels are not interpreted here")
+    report = verify("token_mlp", dtypes="fp32", device="cpu")
+    assert report.ok and "triton: available, passed over by auto: Triton's interpreter is for tests" in str(report)
 
 
 class TestModules:

@@ -8,7 +8,7 @@ from ..ops.performer_attention.op import performer_attention as _performer_atten
 from ..ops.performer_layer.op import performer_layer as _performer_layer
 from ..ops.philox import fresh_seed
 from ..ops.token_mlp.op import token_mlp as _token_mlp
-from .arguments import as_image, check_window, choose, running_dtype, same_dtype, window
+from .arguments import IMAGES, as_image, check_pixels, check_window, choose, running_dtype, same_dtype, window
 
 
 def performer_attention(q, k, v, w, eps=1e-8, *, key_mask=None, backend="auto"):
@@ -107,6 +107,16 @@ def _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop):
         raise ValueError(f"{function}: norm_eps must be above 0, got {norm_eps!r}")
     check_probability(function, "proj_drop", proj_drop)
     check_probability(function, "mlp_drop", mlp_drop)
+
+
+MEMORY = ("fast", "low")
+"""What :func:`performer_layer` keeps for backward."""
+
+
+def check_memory(function, memory):
+    """Raise unless ``memory`` is one of :data:`MEMORY`."""
+    if memory not in MEMORY:
+        raise ValueError(f"{function}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
 
 
 def _seed_for(function, x, seed, proj_drop, mlp_drop):
@@ -231,29 +241,36 @@ def performer_layer(
     proj_drop=0.0,
     mlp_drop=0.0,
     seed=None,
+    pixel_norm=None,
     grid=None,
+    memory="fast",
     backend="auto",
 ):
     """A whole Performer layer on the soft split of ``x``: LayerNorm, ``kqv``, :func:`performer_attention`, the tail.
 
     Upstream: ``Token_performer.forward`` of the unfolded, transposed image. In one operator, because then neither the
-    unfolded tokens nor, for backward, k, q, v or the attention's output need be kept.
+    unfolded tokens nor the attention's output need be kept for backward, nor k, q and v.
 
     Args:
         x: (B, C, H, W) image with any strides, or (B, H*W, C) tokens with ``grid=(H, W)``.
         kqv_weight: (3E, C*k*k), rows in upstream's order k, q, v; kqv_bias: (3E) or ``None``.
         w: (m, E) random features; eps: the attention's.
         norm1_weight, norm1_bias, norm1_eps: LayerNorm over the unfolded tokens, parameters (C*k*k) or ``None``.
+        pixel_norm: (mean, std) for an image of uint8, as :func:`soft_split_linear` takes it.
+        memory: "fast" keeps k, q and v for backward, "low" computes them again from ``x``: the same numbers for less
+            memory (6E bytes a token in half precision, 12E in float32) and more time. The "native" backend always does
+            the latter, "reference" keeps everything that it computes.
         others: as :func:`soft_split_linear` and :func:`token_mlp`.
 
     Returns:
-        (B, h*w, E) in ``x``'s dtype (under autocast: autocast's).
+        (B, h*w, E) in ``kqv_weight``'s dtype (under autocast: autocast's), which is ``x``'s unless that is uint8.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
     """
     function = "performer_layer"
-    x = as_image(function, x, grid)
+    x = as_image(function, x, grid, dtypes=IMAGES)
+    pixels = check_pixels(function, x, pixel_norm)
     win = window(kernel_size, stride, padding, function=function)
     check_window(function, win, *x.shape[2:])
     check_tensor(function, "kqv_weight", kqv_weight, ndim=2)
@@ -275,25 +292,27 @@ def performer_layer(
         "norm1_weight": (norm1_weight, (columns,), "channels * window pixels"),
         "norm1_bias": (norm1_bias, (columns,), "channels * window pixels"),
     }
-    check_together(
-        function, "x", x, same_dtype=same_dtype(x), **{name: value for name, (value, _, _) in linear.items()}
-    )
-    check_together(function, "x", x, same_dtype=False, w=w)
+    leader_name, leader = ("kqv_weight", kqv_weight) if pixels else ("x", x)
+    check_together(function, "x", x, same_dtype=False, kqv_weight=kqv_weight, w=w)
+    parameters = {name: value for name, (value, _, _) in linear.items()}
+    check_together(function, leader_name, leader, same_dtype=same_dtype(x), **parameters)
     for name, (value, shape, meaning) in linear.items():
         if value is not None:
             check_shape(function, name, value, shape, meaning)
     if not norm1_eps > 0:
         raise ValueError(f"{function}: norm1_eps must be above 0, got {norm1_eps!r}")
-    _check_features(function, w, width, x.dtype)
+    _check_features(function, w, width, leader.dtype)
     _check_eps(function, eps)
-    _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop)
+    _check_tail(function, leader, width, tail, norm_eps, proj_drop, mlp_drop)
+    check_memory(function, memory)
     seed = _seed_for(function, x, seed, proj_drop, mlp_drop)
     chosen = choose(
         function,
         x,
         backend,
-        dtype=running_dtype(x),
+        dtype=running_dtype(leader),
         channels=x.shape[1],
+        bytes=x.dtype == torch.uint8,
         window=win,
         outputs=3 * width,
         width=width,
@@ -310,7 +329,8 @@ def performer_layer(
         norm1_bias,
         norm1_eps,
         *win,
-        x.dtype,
+        leader.dtype,
+        pixels,
         w,
         eps,
         proj_weight,
@@ -325,5 +345,6 @@ def performer_layer(
         proj_drop,
         mlp_drop,
         seed,
+        memory == "low",
         chosen,
     )

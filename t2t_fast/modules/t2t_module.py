@@ -1,9 +1,11 @@
 """The tokens-to-token module, with upstream's parameter names, for any image size."""
 
+import torch
 from torch import nn
 
-from ..functional import soft_split_linear
+from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
+from ..functional.layers import check_memory
 from ..ops.spec import T2T_WINDOWS
 from .fusion import is_plain, is_watched
 from .soft_split import SoftSplit
@@ -18,12 +20,18 @@ def as_pair(img_size):
     return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
-def walk(x, splits, layers, project):
+def _values(x, pixel_norm, module):
+    """An image of bytes as values, in the dtype of the module that takes them next."""
+    return image_values(x, pixel_norm, next(module.parameters()).dtype) if x.dtype == torch.uint8 else x
+
+
+def walk(x, splits, layers, project, pixel_norm=None):
     """Soft split and layer, again and again, then soft split and projection, each pair fused where nothing forbids it.
 
     Args:
         x: image (B, C, H, W).
         splits: :class:`SoftSplit` modules; layers: one for each but the last; project: the last one's ``nn.Linear``.
+        pixel_norm: (mean, std) for an image of uint8.
 
     Returns:
         a list of (tokens, grid), one a stage.
@@ -32,9 +40,9 @@ def walk(x, splits, layers, project):
     for split, layer in zip(splits, layers, strict=False):
         size = x.shape[2:] if grid is None else grid
         if is_plain(split, SoftSplit) and hasattr(layer, "forward_window") and not is_watched(layer):
-            x = layer.forward_window(x, split.window, grid)
+            x = layer.forward_window(x, split.window, grid, pixel_norm if x.dtype == torch.uint8 else None)
         else:
-            x = layer(split(x, grid))
+            x = layer(split(_values(x, pixel_norm, layer), grid))
         grid = split.window.grid(*size)
         stages.append((x, grid))
     split = splits[-1]
@@ -58,6 +66,14 @@ class T2TModule(nn.Module):
         tokens_type: "performer", "transformer" or "convolution" (the paper's comparison: three convolutions).
         in_chans, embed_dim, token_dim: channels of the image, width of the outgoing and of the inner tokens.
         windows: three (kernel, stride, padding); the paper's by default.
+        memory: see :attr:`memory`; pixel_norm: see :attr:`pixel_norm`.
+    """
+
+    pixel_norm = None
+    """(mean, std) of the channels, for images of uint8: they are read as they are and normalised on the way.
+
+    As torchvision's ``Normalize`` takes them, of pixels from 0 to 1. May be set at any time, also on a swapped model;
+    images of floating dtype are taken for normalised.
     """
 
     def __init__(
@@ -68,6 +84,8 @@ class T2TModule(nn.Module):
         embed_dim=768,
         token_dim=64,
         windows=T2T_WINDOWS,
+        memory="fast",
+        pixel_norm=None,
     ):
         super().__init__()
         if tokens_type not in TOKENS_TYPES:
@@ -90,6 +108,31 @@ class T2TModule(nn.Module):
             self.attention1 = layer(dim=in_chans * first.taps, in_dim=token_dim)
             self.attention2 = layer(dim=token_dim * second.taps, in_dim=token_dim)
             self.project = nn.Linear(token_dim * third.taps, embed_dim)
+        self.memory = memory
+        self.pixel_norm = pixel_norm
+
+    @property
+    def memory(self):
+        """What the two Performer layers keep for backward: "fast", or "low" for less memory and more time.
+
+        May be set at any time, also on a swapped model; see :func:`t2t_fast.functional.performer_layer`. Only "fast"
+        for the other token types, whose attention is PyTorch's.
+        """
+        layers = self._performers()
+        return layers[0].memory if layers else "fast"
+
+    @memory.setter
+    def memory(self, memory):
+        check_memory("T2TModule", memory)
+        layers = self._performers()
+        if memory != "fast" and not layers:
+            raise ValueError(f"T2TModule: memory must be 'fast' without a Performer layer of t2t_fast, got {memory!r}")
+        for layer in layers:
+            layer.memory = memory
+
+    def _performers(self):
+        layers = (getattr(self, name, None) for name in ("attention1", "attention2"))
+        return [layer for layer in layers if isinstance(layer, TokenPerformer)]
 
     @property
     def grid_size(self):
@@ -119,10 +162,10 @@ class T2TModule(nn.Module):
     def forward_stages(self, x):
         """Tokens and grid after each of the three stages: a list of three ((B, L, C), (h, w))."""
         if self.tokens_type == "convolution":
-            stages = []
+            stages, x = [], _values(x, self.pixel_norm, self)
             for convolution in (self.soft_split0, self.soft_split1, self.project):
                 x = convolution(x)
                 stages.append((x.flatten(2).transpose(1, 2), tuple(x.shape[2:])))
             return stages
         splits = (self.soft_split0, self.soft_split1, self.soft_split2)
-        return walk(x, splits, (self.attention1, self.attention2), self.project)
+        return walk(x, splits, (self.attention1, self.attention2), self.project, self.pixel_norm)

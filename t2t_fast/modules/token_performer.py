@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..functional import performer_attention, performer_layer, soft_split
+from ..functional import image_values, performer_attention, performer_layer, soft_split
 from ..ops.spec import square
 from .fusion import is_exact_gelu, obstacle
 
@@ -38,6 +38,9 @@ class TokenPerformer(nn.Module):
         dp1, dp2: dropout after the projection and after the MLP in training mode; 0.1 both, as upstream.
     """
 
+    memory = "fast"
+    """What is kept for backward, "fast" or "low" (see :func:`performer_layer`); without effect in an unfused layer."""
+
     def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
         super().__init__()
         self.emb = in_dim * head_cnt
@@ -68,17 +71,19 @@ class TokenPerformer(nn.Module):
         """(B, T, dim) -> (B, T, in_dim * head_cnt)."""
         return self.forward_window(x, _SINGLE, grid=(1, x.shape[1]))
 
-    def forward_window(self, x, window, grid=None):
+    def forward_window(self, x, window, grid=None, pixel_norm=None):
         """The layer on the soft split of ``x`` by ``window``, without forming it.
 
         Args:
             x: image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``; ``dim = C * k * k``.
             window: a :class:`Window`.
+            pixel_norm: (mean, std) for an image of uint8 (:func:`soft_split_linear`).
 
         Returns:
             (B, h*w, in_dim * head_cnt).
         """
         if self.obstacle() is not None:
+            x = image_values(x, pixel_norm, self.kqv.weight.dtype)
             return self._unfused(soft_split(x, *window, grid=grid))
         return performer_layer(
             x,
@@ -101,7 +106,9 @@ class TokenPerformer(nn.Module):
             norm_eps=self.norm2.eps,
             proj_drop=self.dp.p if self.dp.training else 0.0,
             mlp_drop=self.mlp[3].p if self.mlp[3].training else 0.0,
+            pixel_norm=pixel_norm,
             grid=grid,
+            memory=self.memory,
         )
 
     def _unfused(self, x):

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from ..functional import soft_split, soft_split_linear, token_mlp
+from ..functional import image_values, soft_split, soft_split_linear, token_mlp
 from ..ops.spec import square
 from .drop_path import DropPath
 from .fusion import is_exact_gelu, obstacle
@@ -131,17 +131,19 @@ class TokenTransformer(nn.Module):
         """(B, T, dim) -> (B, T, in_dim)."""
         return self.forward_window(x, _SINGLE, grid=(1, x.shape[1]))
 
-    def forward_window(self, x, window, grid=None):
+    def forward_window(self, x, window, grid=None, pixel_norm=None):
         """The layer on the soft split of ``x`` by ``window``, without forming it.
 
         Args:
             x: image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``; ``dim = C * k * k``.
             window: a :class:`Window`.
+            pixel_norm: (mean, std) for an image of uint8 (:func:`soft_split_linear`).
 
         Returns:
             (B, h*w, in_dim).
         """
         if self.obstacle() is not None:
+            x = image_values(x, pixel_norm, self.attn.qkv.weight.dtype)
             return self._unfused(soft_split(x, *window, grid=grid))
         qkv = soft_split_linear(
             x,
@@ -151,6 +153,7 @@ class TokenTransformer(nn.Module):
             norm_weight=self.norm1.weight,
             norm_bias=self.norm1.bias,
             norm_eps=self.norm1.eps,
+            pixel_norm=pixel_norm,
             grid=grid,
         )
         y, v = self.attn.mix(qkv)

@@ -16,12 +16,13 @@ def _parts(kqv, dtype):
     return (part.to(dtype) for part in kqv.chunk(3, dim=-1))
 
 
-def _attend(kqv, w, eps):
+def _block(kqv, w, eps, parameters, options, seed):
     wide = accumulation_dtype(kqv.dtype)
     k, q, v = _parts(kqv, wide)
     w = w.to(wide)
     lz, state = attention.key_state(k, v, w)
-    return attention.read_out(q, lz, state, w, eps)[0].to(kqv.dtype), v, lz, state
+    y, _, _ = attention.read_out(q, lz, state, w, eps)
+    return tail.run(y.to(kqv.dtype), v, parameters, options, seed), lz, state
 
 
 def _rebuild(kqv, w, eps, lz, state):
@@ -43,4 +44,4 @@ def _rebuild(kqv, w, eps, lz, state):
     return y.to(kqv.dtype), v, finish
 
 
-forward = compose(split.forward, _attend, _rebuild, tail.run, tail.run_backward)
+forward = compose(split, _block, _rebuild, tail.run_backward)

@@ -1,7 +1,8 @@
 """A Performer layer as one native operator (``csrc/cpu``): kqv of one image at a time, never a tensor of its own.
 
 Saved for backward: the image or tokens, the key state (m (E + 1) floats a sample), the dropout seed, the parameters.
-Backward computes kqv again, overwrites it with its gradient and makes the weight's and the image's gradients of that.
+Backward computes kqv again, overwrites it with its gradient and makes the weight's and the image's gradients of that:
+low memory is all that it has.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from .. import native
 from ..library import first_order, wants_gradient
 from ..native import fake_gradients, gradient, image_gradient, single
+from ..pixels import values
 from ..spec import Window
 from ..token_mlp.tail import unpack
 
@@ -97,11 +99,14 @@ def forward(
     stride,
     padding,
     dtype,
+    pixels,
     w,
     eps,
     *arguments,
 ):
-    tail, (norm_eps, *drops), seed = unpack(*arguments)
+    *tail_arguments, _ = arguments
+    x = values(x, pixels, torch.float32)
+    tail, (norm_eps, *drops), seed = unpack(*tail_arguments)
     options = Options(norm1_eps, (kernel, stride, padding), eps, norm_eps, tuple(drops))
     linear = (kqv_weight, kqv_bias, norm1_weight, norm1_bias)
     if wants_gradient(x, *linear, w, *tail):

@@ -21,7 +21,8 @@ def _autocast(call, dtype, *args):
 performer_layer = define(
     "performer_layer",
     "Tensor x, Tensor kqv_weight, Tensor? kqv_bias, Tensor? norm1_weight, Tensor? norm1_bias, float norm1_eps, "
-    "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype, Tensor w, float eps, " + SIGNATURE,
+    "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype, float[] pixels, "
+    f"Tensor w, float eps, {SIGNATURE}, bool low_memory",
     implementations={
         "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
         "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),

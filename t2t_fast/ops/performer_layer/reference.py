@@ -16,11 +16,14 @@ def forward(
     stride,
     padding,
     dtype,
+    pixels,
     w,
     eps,
-    *tail_arguments,
+    *arguments,
 ):
-    """(B, C, H, W) -> (B, L, E), in ``dtype``, as kqv."""
-    kqv = split.forward(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding, dtype)
+    """(B, C, H, W) -> (B, L, E), in ``dtype``, as kqv. Everything is kept for backward, also in low memory."""
+    *tail_arguments, _ = arguments
+    linear = (kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps)
+    kqv = split.forward(x, *linear, kernel, stride, padding, dtype, pixels)
     k, q, v = kqv.chunk(3, dim=-1)
     return tail.forward(attention.forward(q, k, v, w, eps), v, *tail_arguments)

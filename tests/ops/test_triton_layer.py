@@ -1,0 +1,249 @@
+"""A whole Performer layer of Triton kernels, interpreted: its gradients, and the queries and the tail in one launch."""
+
+import warnings
+
+import pytest
+import torch
+
+from t2t_fast import backends
+from t2t_fast.ops import triton_runtime
+from t2t_fast.ops.performer_attention import aten_impl as aten_attention
+from t2t_fast.ops.performer_attention import triton_impl as attention
+from t2t_fast.ops.performer_layer import launch, triton_impl
+from t2t_fast.ops.performer_layer.launch import TABLE
+from t2t_fast.ops.token_mlp import aten_impl as aten_tail
+from t2t_fast.ops.token_mlp.tail import Options, Tail
+from t2t_fast.testing import DTYPES, Case, assert_close, errors, features, natural_images, tail_parameters
+
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), attention.DTYPES)
+kernels = pytest.importorskip("t2t_fast.ops.performer_layer.kernels", reason="triton is not installed")
+pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
+
+
+def case_of(shape=(2, 8, 9, 7), kernel=3, stride=2, padding=1, width=16, m=8, hidden=16, drops=(0.3, 0.2), eps=1e-8):
+    """Every tensor wanting a gradient; k and q of norm 2 or so."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    columns = shape[1] * kernel**2
+    tensors = {
+        "x": natural_images(*shape, seed=1),
+        "kqv_weight": torch.randn(3 * width, columns, generator=generator) * 2 / (columns * width) ** 0.5,
+        "kqv_bias": torch.randn(3 * width, generator=generator) * 0.05,
+        "norm1_weight": 1 + 0.1 * torch.randn(columns, generator=generator),
+        "norm1_bias": 0.1 * torch.randn(columns, generator=generator),
+        "w": features(generator, m, width),
+        **tail_parameters(generator, width, hidden),
+    }
+    wants = tuple(tensors)
+    options = {"kernel_size": kernel, "stride": stride, "padding": padding, "eps": eps}
+    options |= {"proj_drop": drops[0], "mlp_drop": drops[1]}
+    return Case("performer_layer", "made up", tensors | {"seed": torch.tensor(-987654321)}, options, wants)
+
+
+def check(case, dtype):
+    """Forward and every gradient against the reference in float64, with the same masks."""
+    rounded = case.cast(dtype)
+    expected, expected_gradients = rounded.cast(torch.float64).run_backward("reference", dtype)
+    out, gradients = rounded.run_backward("triton", dtype)
+    assert_close(out, expected, case.op, "forward", dtype)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name], case.op, "backward", dtype, name)
+
+
+@pytest.fixture(autouse=True)
+def known_to_work(monkeypatch):
+    """The self-tests of the single operators have tests of their own; here they would take most of the time."""
+    monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
+
+
+SMALL = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "keep": 1}
+
+
+@pytest.fixture
+def small_tiles():
+    """The queries and the tail by one launch, in tiles of 16 tokens."""
+    with TABLE.override("read_out_tail", {**SMALL, "fused": 1}):
+        yield
+
+
+@pytest.mark.parametrize("fused", [1, 0], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_gradients(dtype, fused):
+    """Dropout in both places; the gradients can only be right if backward draws forward's masks again."""
+    with TABLE.override("read_out_tail", {**SMALL, "fused": fused}):
+        check(case_of(), DTYPES[dtype])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"shape": (1, 16, 9, 7)}, id="batch 1"),
+        pytest.param({"shape": (2, 3, 7, 7), "kernel": 7, "stride": 4, "padding": 0, "eps": 0.1}, id="one token"),
+        pytest.param({"shape": (1, 5, 9, 8), "width": 20, "m": 11, "hidden": 28, "drops": (0.0, 0.4)}, id="odd sizes"),
+    ],
+)
+def test_sizes(sizes, dtype):
+    """One token attends to itself: only a half-open gate gives k, q and w a gradient worth comparing."""
+    check(case_of(**sizes), DTYPES[dtype])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_no_sample():
+    out, gradients = case_of((0, 8, 9, 7)).run_backward("triton")
+    assert out.shape == (0, 20, 16) and gradients["x"].shape == (0, 8, 9, 7)
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("layout", ["channels_last", "every other column", "tokens"])
+def test_layouts_of_the_input(layout):
+    """Read through its strides: the same numbers as of a contiguous copy, its gradient too."""
+    case = case_of()
+    x = case.tensors["x"]
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "every other column":
+        x = torch.stack([x, torch.full_like(x, torch.nan)], dim=-1).flatten(3)[..., ::2]
+    else:
+        x = x.flatten(2).mT
+        case.options["grid"] = (9, 7)
+    expected, expected_gradients = case_of().cast(torch.float64).run_backward("reference", torch.float32)
+    case.tensors["x"] = x
+    out, gradients = case.run_backward("triton")
+    assert_close(out, expected, case.op, "forward", torch.float32)
+    d_x = gradients["x"].mT.unflatten(2, (9, 7)) if layout == "tokens" else gradients["x"]
+    assert_close(d_x, expected_gradients["x"], case.op, "backward", torch.float32)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_same_bits_twice(dtype):
+    first, second = (case_of().cast(DTYPES[dtype]).run_backward("triton") for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
+
+
+def block_of(length, width=16, m=8, hidden=16, drops=(0.3, 0.2), batch=2, dtype=torch.float32):
+    """What lies behind kqv: its arguments in their order."""
+    generator = torch.Generator().manual_seed(length)
+    kqv = torch.randn(batch, length, 3 * width, generator=generator)
+    kqv[..., : 2 * width] *= 2 * width**-0.5
+    w, tail = features(generator, m, width), Tail(**tail_parameters(generator, width, hidden))
+    return kqv.to(dtype), w, 1e-8, tail, Options(1e-5, *drops), torch.tensor(2**40 + 7)
+
+
+def run(arguments, fused, **parameters):
+    with TABLE.override("read_out_tail", {**SMALL, "fused": fused, **parameters}):
+        return triton_impl._block(*arguments)
+
+
+ONE_LAUNCH = [
+    pytest.param(97, {"batch": 1}, {}, id="a tile that ends early"),
+    pytest.param(33, {"batch": 3}, {"programs": 4}, id="several splits"),
+    pytest.param(16, {"drops": (0.0, 0.3)}, {"keep": 0}, id="weights read again"),
+    pytest.param(20, {"width": 32, "m": 11, "hidden": 28, "drops": (0.4, 0.0)}, {}, id="odd sizes"),
+    pytest.param(20, {"width": 64, "m": 64, "hidden": 64, "drops": (0.0, 0.0)}, {}, id="the largest"),
+    pytest.param(1, {"width": 16, "m": 1, "hidden": 3}, {}, id="the smallest"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("length", "sizes", "parameters"), ONE_LAUNCH)
+def test_one_launch_is_two(length, sizes, parameters, dtype, monkeypatch):
+    """The same numbers within the rounding of one result, the same key state, and nothing of the other launches."""
+    arguments = block_of(length, dtype=DTYPES[dtype], **sizes)
+    expected, *state = run(arguments, fused=0)
+    for module, name in ((attention, "read_out"), (triton_impl.tail, "run")):
+        monkeypatch.setattr(module, name, None)
+    out, *own_state = run(arguments, fused=1, **parameters)
+    assert all(torch.equal(*pair) for pair in zip(own_state, state, strict=True))
+    # an element near the middle of two values may round to either
+    assert errors(out, expected)[0] <= torch.finfo(out.dtype).eps
+
+
+@pytest.mark.parametrize(("name", "size"), [("width", 128), ("width", 24), ("m", 65), ("hidden", 65)])
+def test_what_does_not_fit_takes_two_launches(name, size, monkeypatch):
+    monkeypatch.setattr(kernels, "read_out_tail_kernel", None)
+    sizes = {"width": 16, "m": 8, "hidden": 16}
+    assert launch.fits(*sizes.values()) and not launch.fits(*(sizes | {name: size}).values())
+    out, _, _ = run(block_of(5, **sizes | {name: size}), fused=1)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("sm_90", "bf16"), ("cpu", "fp32")])
+def test_the_table_decides(architecture, dtype):
+    found = TABLE.chosen("read_out_tail", architecture, DTYPES[dtype], 64, 32, 64)
+    assert set(found) == {*SMALL, "fused"}
+    kinds = [set(each) for each in launch.candidates("read_out_tail", found)]
+    assert all(kind == set(found) for kind in kinds) and launch.candidates("read_out_tail", found)[-1]["fused"] == 0
+
+
+def test_a_fused_kernel_that_fails_is_left_for_two_launches(monkeypatch):
+    """With a warning, once; the layer stays with its other Triton kernels."""
+    monkeypatch.undo()
+    monkeypatch.setattr(triton_runtime, "_trials", {})
+    monkeypatch.setattr(triton_impl, "_run", lambda *sizes: [2 * t for t in triton_impl._expected(*sizes)])
+    arguments = block_of(5)
+    with pytest.warns(RuntimeWarning, match="performer_layer leaves its Triton kernel: its self-test on cpu"):
+        out, *_ = run(arguments, fused=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert torch.equal(run(arguments, fused=1)[0], out)
+    assert torch.equal(run(arguments, fused=0)[0], out)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_its_own_self_test(dtype, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(triton_runtime, "_trials", {})
+    assert triton_impl._trial(None, DTYPES[dtype], 16, 16, 16) is None
+
+
+def test_float32_in_three_tf32_products(matrix_units):
+    """The layer's tolerance holds if every product is made of three in TF32."""
+    check(case_of(), torch.float32)
+    assert matrix_units == {"tf32x3"}
+
+
+def test_tf32_where_torch_allows_it(matrix_units, monkeypatch):
+    """y is rounded before it is multiplied, rather than cut: within the error analysis' 2e-3, far above 1e-5."""
+    arguments = block_of(40, width=64, m=32, hidden=64)
+    kqv, w, eps, tail, options, seed = arguments
+    k, q, v = kqv.double().chunk(3, dim=-1)
+    y, _, _ = aten_attention.attend(q, k, v, w.double(), eps, None)
+    exact = aten_tail.run(y, v, Tail(*(t.double() for t in tail)), options, seed)
+    monkeypatch.setattr(triton_runtime, "allows_tf32", lambda: True)
+    out, _, _ = run(arguments, fused=1)
+    assert matrix_units == {"tf32"} and 1e-5 < errors(out, exact)[0] <= 2e-3
+
+
+def test_what_is_saved_for_backward():
+    """kqv and the key state; neither y nor anything else of token length."""
+    case, kept = case_of(), {}
+    tensors = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in case.tensors.items()}
+    inputs = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    hook = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), id)
+    with hook:
+        case.call(**tensors, **case.options, backend="triton")
+    shapes = sorted(tuple(t.shape) for place, t in kept.items() if place not in inputs)
+    assert shapes == sorted([(2, 20, 48), (2, 8), (2, 8, 16), (2, 5, 4), (2, 5, 4)])
+
+
+@pytest.mark.slow
+def test_one_graph_under_compile():
+    """Opaque to the compiler, forward and backward, without a break; the same bits as eager."""
+    torch._dynamo.reset()
+    case = case_of()
+    tensors = {name: t for name, t in case.tensors.items() if name not in ("x", "kqv_weight")}
+
+    def step(x, weight):
+        return case.call(x * 1, weight, **tensors, **case.options, backend="triton").sin()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    inputs = [case.tensors[name].clone().requires_grad_() for name in ("x", "kqv_weight")]
+    out, expected = compiled(*inputs), step(*inputs)
+    assert torch.equal(out, expected)
+    found, wanted = (torch.autograd.grad(t.sum(), inputs) for t in (out, expected))
+    assert all(torch.equal(gradient, other) for gradient, other in zip(found, wanted, strict=True))
+    torch._dynamo.reset()
