@@ -1,8 +1,8 @@
 """Everything that a GPU machine can tell, offline, in under ten minutes: ``python -m benchmarks.gpu --out DIR``.
 
 Builds in place, runs the gpu-marked tests that are not slow, ``t2t-fast verify``, the half-precision comparison,
-attention's error against norm, the kernel report, the headline rows of the suites, and as many of the other rows as fit
-into what is left of the time. Every part has a time
+attention's error against norm, the kernel report, a short training run of a swapped model beside upstream's, the
+headline rows of the suites, and as many of the other rows as fit into what is left of the time. Every part has a time
 limit, a log of its own, and its line in ``summary.json`` as soon as it ends, so a run that is cut off leaves what it
 had. Without a GPU: one line that says why, exit code 1.
 """
@@ -87,6 +87,7 @@ def plan(out, quick):
 
         return command
 
+    neutrality = ("-m", "benchmarks.neutrality", "--device", "cuda", "--steps", "50", "--out", str(out / "neutrality"))
     parts = [
         Part("build", 180, python("setup.py", "build_ext", "--inplace")),
         Part("tests", 150, python("-m", "pytest", "-m", "gpu and not slow", "-q")),
@@ -94,6 +95,7 @@ def plan(out, quick):
         Part("half-precision", 45, python("-m", "benchmarks.amp", "--device", "cuda", "--json")),
         Part("stability", 30, python("-m", "benchmarks.stability", "--device", "cuda")),
         Part("kernels", 60, python("-m", "benchmarks.kernel_report")),
+        Part("neutrality", 44, python(*neutrality)),
         Part("headline", None, suites("headline", "--quick")),
     ]
     return parts if quick else [*parts, Part("suites", None, suites("suites"))]

@@ -92,6 +92,9 @@ REPLAY = Replay()
 def _forward(subject, provider, implementation, device):
     """A function of an input set's index that computes the output."""
     function = compiled(implementation.function, device) if provider.compiled else implementation.function
+    if provider.captured:
+        with subject.autocast:
+            function = t2t_fast.capture(implementation.module, implementation.inputs[0]["x"])
     cudagraphs = provider.compiled and device == "cuda"
     backend = partial(t2t_fast.backend, "aten") if provider.source == "aten" else nullcontext
 
@@ -197,7 +200,7 @@ def measure_memory(subject, provider, participant, device):
         saved = memory.saved_bytes(lambda: participant.forward(0), parameters)
     peak = None
     # under CUDA graphs a call allocates nothing: its pool was filled when the graph was captured
-    if not (provider.compiled and device == "cuda"):
+    if not (provider.captured or (provider.compiled and device == "cuda")):
         implementation.clear()
         peak = memory.peak_bytes(participant.step, device)
     implementation.clear()

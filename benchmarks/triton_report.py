@@ -21,9 +21,13 @@ import torch
 
 from t2t_fast.ops import triton_runtime
 from t2t_fast.ops.performer_attention import launch, triton_impl
+from t2t_fast.ops.performer_layer import triton_impl as layer_impl
+from t2t_fast.ops.pixels import normalisation
 from t2t_fast.ops.soft_split_linear import triton_impl as split_impl
+from t2t_fast.ops.soft_split_linear.layout import layout
 from t2t_fast.ops.spec import square
 from t2t_fast.ops.token_mlp import triton_impl as tail_impl
+from t2t_fast.ops.token_mlp.tail import Options, Tail
 
 from . import machine_code
 
@@ -127,17 +131,18 @@ def _products(precision):
 
 
 @contextmanager
-def _compiling(module, case, alternative=None, unused=()):
-    """Inside, a launch of any ``*_kernel`` of a module compiles it; yields a list of (name, arguments, compiled).
+def _compiling(module, case, *others, unused=()):
+    """Inside, a launch of any ``*_kernel`` of some modules compiles it; yields a list of (name, arguments, compiled).
 
-    ``alternative``: a module with ``x_chunked_kernel`` for some ``x_kernel``, one of which a call launches; ``unused``:
-    kernels that this call need not launch. The process can launch nothing afterwards.
+    Of ``x_kernel`` and ``x_chunked_kernel`` a call launches one; ``unused``: kernels that this call need not launch.
+    The process can launch nothing afterwards.
     """
     from triton.runtime import driver
 
     driver.set_active(_Driver(case.architecture))
-    modules = [module] if alternative is None else [module, alternative]
-    kernels = {name: kernel for each in modules for name, kernel in vars(each).items() if name.endswith("_kernel")}
+    kernels = {
+        name: kernel for each in (module, *others) for name, kernel in vars(each).items() if name.endswith("_kernel")
+    }
     found = []
 
     def instead_of(name, run):
@@ -163,7 +168,7 @@ def _compiling(module, case, alternative=None, unused=()):
 
 def _performer_attention(case):
     """A call forward and backward on tensors without memory, as AMP makes it: w stays float32."""
-    from t2t_fast.ops.performer_attention import kernels, kernels_chunked
+    from t2t_fast.ops.performer_attention import kernels, kernels_backward, kernels_chunked
 
     def empty(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -173,20 +178,25 @@ def _performer_attention(case):
     w = empty(features, width, dtype=torch.float32)
     mask = empty(BATCH, LENGTH, dtype=torch.bool) if case.full else None
     skip = v if case.full else None
-    with _compiling(kernels, case, kernels_chunked) as found:
+    with _compiling(kernels, case, kernels_backward, kernels_chunked) as found:
         _, lz, state = triton_impl._forward(q, k, v, w, 1e-8, mask)
         triton_impl.gradients(grad, q, k, v, w, 1e-8, mask, lz, state, skip, case.full, d_q, d_k, d_v)
     return found
 
 
 def _soft_split_linear(case):
-    """A call forward and backward, parameters in float32; without LayerNorm if its size for that is 0."""
-    from t2t_fast.ops.soft_split_linear import kernels
+    """A call forward and backward, parameters in float32; without LayerNorm or bytes where its size for that is 0.
 
-    channels, outputs, kernel, stride, padding, normed = case.sizes
+    The gradient of an image of bytes is none.
+    """
+    from t2t_fast.ops.soft_split_linear import kernels, kernels_image
+
+    channels, outputs, kernel, stride, padding, normed, as_bytes = case.sizes
     window = square(kernel, stride, padding)
     side = IMAGE if channels == 3 else IMAGE // 4
-    x = torch.empty(BATCH, channels, side, side, dtype=DTYPES[case.dtype], device="meta")
+    dtype = DTYPES[case.dtype]
+    x = torch.empty(BATCH, channels, side, side, dtype=torch.uint8 if as_bytes else dtype, device="meta")
+    pixels = normalisation([0.5] * channels, [0.25] * channels) if as_bytes else ()
     if channels > 3:  # tokens
         x = x.to(memory_format=torch.channels_last)
     columns = channels * window.taps
@@ -195,17 +205,28 @@ def _soft_split_linear(case):
     )
     parameters = (weight, bias, gamma, beta, 1e-5) if normed else (weight, bias, None, None, None)
     h, w = window.grid(side, side)
-    grad = torch.empty(BATCH, h * w, outputs, dtype=x.dtype, device="meta")
-    unused = () if normed else ("token_scalars_kernel",)
-    with _compiling(kernels, case, unused=unused) as found:
-        y, mean, rstd = split_impl._forward(x, *parameters, *window, x.dtype)
-        split_impl._backward(grad, x, *parameters, *window, y, mean, rstd, True, True)
+    grad = torch.empty(BATCH, h * w, outputs, dtype=dtype, device="meta")
+    unused = [] if normed and not as_bytes else ["token_scalars_kernel"]
+    if as_bytes:
+        unused.append("split_linear_image_kernel")
+    if channels % 16 == 0:
+        unused.append("cells_kernel")
+    rest = channels, window, dtype
+    pixels = split_impl.pixel_columns(pixels, weight, channels, window)
+    with _compiling(kernels, case, kernels_image, unused=unused) as found:
+        y, mean, rstd = split_impl._forward(
+            x, *split_impl.packed(*parameters, *rest), outputs, parameters[-1], *window, dtype, pixels
+        )
+        split_impl._products(x, grad, mean, rstd, bool(normed), *window, pixels)
+        if not as_bytes:
+            taps = split_impl.packed_taps(*parameters, channels, dtype)
+            split_impl._image_gradient(grad, x, *taps, y, mean, rstd, *window)
     return found
 
 
 def _token_mlp(case):
     """A call forward and backward on a view of a packed v, parameters in float32, every gradient; dropout unless 0."""
-    from t2t_fast.ops.token_mlp import kernels
+    from t2t_fast.ops.token_mlp import kernels, kernels_backward
 
     width, hidden, dropout = case.sizes
     kqv, y, grad = (
@@ -216,9 +237,27 @@ def _token_mlp(case):
     tail = [torch.empty(shape, device="meta") for shape in shapes]
     drop = 0.1 if dropout else 0.0
     seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
-    with _compiling(kernels, case) as found:
+    with _compiling(kernels, case, kernels_backward) as found:
         tail_impl._forward(y, v, seed, [1e-5, drop, drop], tail)
         tail_impl._backward(grad, y, v, seed, [1e-5, drop, drop], tail, True)
+    return found
+
+
+def _performer_layer(case):
+    """The launch of the pass over the queries with the tail, on views of a packed kqv, parameters in float32."""
+    from t2t_fast.ops.performer_layer import kernels
+
+    width, features, hidden, dropout = case.sizes
+    kqv = torch.empty(BATCH, LENGTH, 3 * width, dtype=DTYPES[case.dtype], device="meta")
+    w, lz, state = (
+        torch.empty(shape, device="meta") for shape in ((features, width), (BATCH, features), (BATCH, features, width))
+    )
+    shapes = ((width, width), width, width, width, (hidden, width), hidden, (width, hidden), width)
+    tail = Tail(*(torch.empty(shape, device="meta") for shape in shapes))
+    drop = 0.1 if dropout else 0.0
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
+    with _compiling(kernels, case) as found:
+        layer_impl.read_out_tail(kqv, w, 1e-8, lz, state, tail, Options(1e-5, drop, drop), seed)
     return found
 
 
@@ -227,13 +266,14 @@ def _attention_rounds(name, sizes, arguments):
 
 
 def _split_rounds(name, sizes, arguments):
-    channels, outputs, kernel, stride, _, _ = sizes
+    channels, outputs, kernel, stride, padding, *_ = sizes
     parts = -(-outputs // arguments["NARROW"])
     if name == "token_scalars_kernel":
         return parts
     if name == "split_linear_image_kernel":
         return (-(-kernel // stride)) ** 2 * parts * -(-channels // arguments["BLOCK"])
-    return -(-channels * kernel**2 // arguments["BLOCK"]) * -(-parts // arguments["PARTS"])
+    columns = layout(channels, square(kernel, stride, padding)).columns
+    return -(-columns // arguments["BLOCK"]) * -(-parts // arguments["PARTS"])
 
 
 class Operator(NamedTuple):
@@ -253,11 +293,12 @@ OPERATORS = {
     "performer_attention": Operator(_performer_attention, ("E", "m"), ((64, 32),), _attention_rounds),
     "soft_split_linear": Operator(
         _soft_split_linear,
-        ("C", "O", "k", "s", "p", "LayerNorm"),
-        ((3, 192, 7, 4, 2, 1), (64, 192, 3, 2, 1, 1), (64, 384, 3, 2, 1, 0)),
+        ("C", "O", "k", "s", "p", "LayerNorm", "bytes"),
+        ((3, 192, 7, 4, 2, 1, 0), (3, 192, 7, 4, 2, 1, 1), (64, 192, 3, 2, 1, 1, 0), (64, 384, 3, 2, 1, 0, 0)),
         _split_rounds,
     ),
     "token_mlp": Operator(_token_mlp, ("E", "F", "dropout"), ((64, 64, 1),), lambda *_: 1),
+    "performer_layer": Operator(_performer_layer, ("E", "m", "F", "dropout"), ((64, 32, 64, 1),), lambda *_: 1),
 }
 
 

@@ -35,7 +35,9 @@ def _tensors(tokens=77, batch=2, norm=None):
 def _run(subject, source):
     """The errors of output and worst gradient after the harness's own check."""
     implementation = subject.make(source)
-    forward = harness._forward(subject, SimpleNamespace(compiled=False, source=source), implementation, "cpu")
+    forward = harness._forward(
+        subject, SimpleNamespace(compiled=False, captured=False, source=source), implementation, "cpu"
+    )
     out = forward(0)
     subject.backward(out, implementation)(out)
     return subject.check(out.detach(), implementation.gradients(0), implementation)

@@ -230,13 +230,29 @@ def test_every_group_has_its_peers(level, device):
         assert {"t2t_fast", "t2t_fast-compiled"} <= set(names)
 
 
+@pytest.mark.parametrize(
+    ("change", "there"),
+    [
+        ({}, True),
+        ({"batch": 32}, False),
+        ({"mode": "training"}, False),
+        ({"level": "op", "subject": "soft_split"}, False),
+    ],
+    ids=["one image", "a batch", "training", "an operator"],
+)
+def test_graphs_are_for_the_latency_of_one_image(change, there):
+    group = Group("model", "t2t_vit_7", 224, 1, "bf16", "inference")._replace(**change)
+    assert ("t2t_fast-graph" in {provider.name for provider in providers(group, "cuda")}) == there
+    assert "t2t_fast-graph" not in {provider.name for provider in providers(group, "cpu")}
+
+
 def test_goals_name_rows_that_exist():
     rows = {
         (group.id, provider.name)
         for device in ("cpu", "cuda")
         for level in ("op", "module", "model")
         for group in groups.groups(level, device, quick=False)
-        for provider in providers(group, "cpu")
+        for provider in providers(group, device)
     }
     for goal in GOALS:
         names = {goal.ours, goal.against} - {None}
@@ -250,7 +266,9 @@ def test_every_way_to_compute_an_operator_agrees_with_float64(name):
     # optional packages have tests of their own
     for source in sorted({provider.source for provider in providers(subject.group, "cpu") if not provider.package}):
         implementation = subject.make(source)
-        forward = harness._forward(subject, SimpleNamespace(compiled=False, source=source), implementation, "cpu")
+        forward = harness._forward(
+            subject, SimpleNamespace(compiled=False, captured=False, source=source), implementation, "cpu"
+        )
         out = forward(0)
         subject.backward(out, implementation)(out)
         error, _ = subject.check(out.detach(), implementation.gradients(0), implementation)

@@ -99,9 +99,9 @@ def test_gpu_run_puts_the_goals_into_its_summary(tmp_path):
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "default"])
 def test_gpu_plan(tmp_path, quick):
     parts = gpu.plan(tmp_path, quick)
-    fixed = ["build", "tests", "verify", "half-precision", "stability", "kernels", "headline"]
+    fixed = ["build", "tests", "verify", "half-precision", "stability", "kernels", "neutrality", "headline"]
     assert [part.name for part in parts] == fixed + ([] if quick else ["suites"])
-    headline = parts[6].command(300.0)
+    headline = parts[7].command(300.0)
     assert headline[1:5] == ["-m", "benchmarks", "--device", "cuda"]
     assert headline[-3:] == ["--max-seconds", "225", "--quick"]
     assert sum(part.seconds or 0 for part in parts) < gpu.TOTAL_SECONDS < 600

@@ -26,7 +26,7 @@ EVERYWHERE = 99 * KIB
 
 ATTENTION = {"keys_kernel", "queries_kernel", "queries_backward_kernel", "keys_backward_kernel"}
 SPLIT = {"split_linear_kernel", "split_linear_weight_kernel", "split_linear_image_kernel"}
-TAIL = {"tail_kernel", "tail_backward_kernel"}
+TAIL = {"tail_kernel", "tail_backward_kernel", "read_out_tail_kernel"}
 WITH_PRODUCTS = ATTENTION | SPLIT | TAIL
 STORING = ATTENTION - {"keys_kernel"}
 MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
