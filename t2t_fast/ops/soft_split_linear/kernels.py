@@ -29,7 +29,7 @@ VARYING = (
 """Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def cells_kernel(
     x,
     x_strides,
@@ -43,32 +43,34 @@ def cells_kernel(
     PADDING: tl.constexpr,
     BYTES: tl.constexpr,
     TILE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """An image cut into cells of a window's stride, (cells of all images, height x width x channels of a cell).
+    """An image cut into cells of a window's stride, (cells of all images, channels x height x width of a cell).
 
-    Grid (tiles of TILE cells). Pixels of the padding are 0, among BYTES -1.
+    Grid (tiles of TILE cells), BLOCK values of each at a time. Pixels of the padding are 0, among BYTES -1.
     """
     x_batch, x_channel, x_row, x_column = x_strides
     HIGH: tl.constexpr = CELL[0]
     WIDE: tl.constexpr = CELL[1]
-    CHANNELS: tl.constexpr = CELL[2]
+    SIZE: tl.constexpr = HIGH * WIDE * CELL[2]
     number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     image, index = number // (cell_rows * cell_columns), number % (cell_rows * cell_columns)
     top = (index // cell_columns).to(tl.int32) * HIGH - PADDING[0]
     left = (index % cell_columns).to(tl.int32) * WIDE - PADDING[1]
-    column = tl.arange(0, WIDTH)
-    down, right, channel = column // (WIDE * CHANNELS), column // CHANNELS % WIDE, column % CHANNELS
     start = image * x_batch + top.to(tl.int64) * x_row + left.to(tl.int64) * x_column
-    offset = down.to(tl.int64) * x_row + right.to(tl.int64) * x_column + channel.to(tl.int64) * x_channel
-    row, place = top[:, None] + down[None, :], left[:, None] + right[None, :]
-    there = (number < cells)[:, None] & (column < HIGH * WIDE * CHANNELS)[None, :]
-    mask = there & (row >= 0) & (row < height) & (place >= 0) & (place < image_width)
-    values = tl.load(x + start[:, None] + offset[None, :], mask=mask, other=0)
-    if BYTES:
-        values = tl.where(mask, values.to(tl.float32), -1.0)
-    target = out + number[:, None] * (HIGH * WIDE * CHANNELS) + column[None, :]
-    tl.store(target, narrowed(values, out.dtype.element_ty), mask=there)
+    # below 0 is as far outside as beyond 2^31
+    heights, widths = height.to(tl.uint32), image_width.to(tl.uint32)
+    there = (number < cells)[:, None]
+    for begin in tl.static_range(0, SIZE, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        channel, down, right = column // (HIGH * WIDE), column // WIDE % HIGH, column % WIDE
+        offset = channel.to(tl.int64) * x_channel + down.to(tl.int64) * x_row + right.to(tl.int64) * x_column
+        row, place = top[:, None] + down[None, :], left[:, None] + right[None, :]
+        mask = there & (row.to(tl.uint32) < heights) & (place.to(tl.uint32) < widths)
+        values = tl.load(x + start[:, None] + offset[None, :], mask=mask, other=0)
+        if BYTES:
+            values = tl.where(mask, values.to(tl.float32), -1.0)
+        tl.store(out + number[:, None] * SIZE + column[None, :], narrowed(values, out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -195,7 +197,7 @@ def split_linear_kernel(
         else:
             down: tl.constexpr = CELL[3] // 2
             right: tl.constexpr = CELL[4] // 2
-            within: tl.constexpr = (down % CELL[0] * CELL[1] + right % CELL[1]) * CELL[2]
+            within: tl.constexpr = down % CELL[0] * CELL[1] + right % CELL[1]
             centred = there
             centre = start + down // CELL[0] * x_row + right // CELL[1] * x_column + within
         shift = tl.load(x + centre, mask=centred, other=0).to(tl.float32)

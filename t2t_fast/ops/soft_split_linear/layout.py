@@ -54,7 +54,7 @@ class Layout(NamedTuple):
             packed = weight.reshape(outputs, self.channels, -1).permute(2, 1, 0)
         else:
             packed = F.pad(weight.reshape(outputs, *self._taps()), self._margin()).reshape(outputs, *self._cells())
-            packed = packed.permute(2, 4, 3, 5, 1, 0)
+            packed = packed.permute(2, 4, 1, 3, 5, 0)
         packed = packed.reshape(-1, outputs)
         return F.pad(packed, (0, -outputs % NARROW, 0, columns - packed.shape[0])).contiguous()
 
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
         if self.cell is None:
             return packed.view(-1, self.channels, outputs).permute(2, 1, 0).reshape(outputs, -1)
         channels, down, high, right, wide = self._cells()
-        found = packed.reshape(down, right, high, wide, channels, outputs).permute(5, 4, 0, 2, 1, 3)
+        found = packed.reshape(down, right, channels, high, wide, outputs).permute(5, 2, 0, 3, 1, 4)
         _, kh, kw = self._taps()
         return found.reshape(outputs, channels, down * high, right * wide)[..., :kh, :kw].reshape(outputs, -1)
 

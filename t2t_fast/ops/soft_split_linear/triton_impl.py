@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_IMAGE = 4
 """Channels of an image of bytes."""
 
-CELLS = 32
+CELLS = 64
 """Of a tile of ``cells_kernel``."""
 
 T2T = {"channels": 64, "window": Window((3, 3), (2, 2), (1, 1)), "outputs": 192, "normed": True, "training": False}
@@ -168,7 +168,7 @@ class _Call:
             PADDING=self.window.padding,
             BYTES=self.pixels is not None,
             TILE=CELLS,
-            WIDTH=1 << (size - 1).bit_length(),
+            BLOCK=16,
             num_warps=4,
             **runtime.FUSION,
         )
