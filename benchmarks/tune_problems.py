@@ -20,7 +20,7 @@ STAGES = {
 }
 """The stages whose calls differ in more than their number of tokens, which no table asks for."""
 
-DROPOUT = {"token_mlp": {"proj_drop": 0.1, "mlp_drop": 0.1}}
+DROPOUT = {op: {"proj_drop": 0.1, "mlp_drop": 0.1} for op in ("token_mlp", "performer_layer")}
 """As upstream trains; with it the kernels draw random numbers."""
 
 

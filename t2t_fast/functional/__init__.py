@@ -8,13 +8,14 @@ An image is (B, C, H, W) with any strides. Tokens (B, L, C) with a grid *are* an
 
 from .arguments import image_values, window
 from .layers import performer_attention, performer_layer, token_mlp
-from .splits import fused_fold_unfold, soft_composition, soft_split, soft_split_linear
+from .splits import fused_fold_unfold, refold, soft_composition, soft_split, soft_split_linear
 
 __all__ = [
     "fused_fold_unfold",
     "image_values",
     "performer_attention",
     "performer_layer",
+    "refold",
     "soft_composition",
     "soft_split",
     "soft_split_linear",

@@ -4,6 +4,7 @@ import torch
 
 from ..errors import check_pair, check_shape, check_tensor, check_together
 from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
+from ..ops.kept import FOLDED
 from ..ops.library import wants_gradient
 from ..ops.soft_composition.op import soft_composition as _soft_composition
 from ..ops.soft_split.op import soft_split as _soft_split
@@ -99,6 +100,15 @@ def _composition(function, tokens, output_size, kernel_size, stride, padding):
             f"{function}: the token width must be a multiple of the window's {win.taps} pixels, got {tokens.shape[2]}"
         )
     return size, win
+
+
+def refold():
+    """Forget the folded weights that the Triton kernels keep between calls of inference.
+
+    They are made anew whenever a parameter changes, as far as its version counter tells: all that autograd notices.
+    Only a write through ``parameter.data`` is hidden from it; call this after one that no step of training follows.
+    """
+    FOLDED.clear()
 
 
 def soft_split_linear(

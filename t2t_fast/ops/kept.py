@@ -36,7 +36,7 @@ class Kept:
     """Values made of tensors, kept while those are the same and unchanged.
 
     Unchanged says a tensor's version counter, which every in-place operation moves but one: a write through ``.data``
-    is hidden from it. Whoever does that calls :meth:`clear`.
+    is hidden from it. Whoever does that calls :func:`functional.refold`.
     """
 
     def __init__(self):

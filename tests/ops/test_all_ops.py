@@ -12,6 +12,7 @@ from t2t_fast import backends, testing
 from t2t_fast.errors import BackendUnavailable
 from t2t_fast.ops import triton_runtime
 from t2t_fast.ops.performer_attention.launch import TABLE as ATTENTION
+from t2t_fast.ops.performer_layer.launch import TABLE as LAYER
 from t2t_fast.ops.soft_split_linear.launch import TABLE as SPLIT
 from t2t_fast.ops.token_mlp.launch import TABLE as TAIL
 from t2t_fast.testing import CASES, DTYPES, assert_close
@@ -26,7 +27,7 @@ def large_tiles(monkeypatch):
     the self-tests, which would double the time here."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
     with ExitStack() as stack:
-        for table in (ATTENTION, SPLIT, TAIL):
+        for table in (ATTENTION, LAYER, SPLIT, TAIL):
             for name in table.passes:
                 stack.enter_context(table.override(name, {"tokens": 256}))
         yield

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2t_fast import backends
-from t2t_fast.functional import soft_split_linear
+from t2t_fast.functional import refold, soft_split_linear
 from t2t_fast.ops import kept, triton_runtime
 from t2t_fast.ops.soft_split_linear import triton_impl
 from t2t_fast.testing import assert_close
@@ -150,4 +150,12 @@ class TestFoldedWeights:
         for parameter in self.parameters.values():
             parameter.data.sub_(0.1 * parameter.grad)
         with torch.no_grad():
+            assert_close(self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32)
+
+    def test_refold_after_a_hidden_write(self):
+        with torch.no_grad():
+            before = self.call()
+            self.parameters["weight"].data.mul_(2)
+            assert torch.equal(self.call(), before)
+            refold()
             assert_close(self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32)

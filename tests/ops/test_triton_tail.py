@@ -152,7 +152,7 @@ def test_masks_beyond_32_bits(octets):
 
 @triton.jit
 def lanes_kernel(seed, token, out, OCTETS: tl.constexpr):
-    lanes = kernels._lanes(tl.load(seed), tl.load(token), 16, 16, 16, OCTETS)
+    lanes = kernels.random_lanes(tl.load(seed), tl.load(token), 16, 16, 16, OCTETS)
     row = tl.arange(0, 16)
     tl.store(out + row[:, None] * 16 + row[None, :], lanes.to(tl.int32))
 

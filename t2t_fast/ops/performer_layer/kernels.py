@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..performer_attention.kernels import features_of, load_tile, own_tiles, read_out, sequence_of, state_of, store_tile
 from ..tiles import rounded
-from ..token_mlp.kernels import _lanes, kept_weights, tail_of
+from ..token_mlp.kernels import kept_weights, random_lanes, tail_of
 
 VARYING = ("length", "tiles_per_split", "seed")
 """Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
@@ -61,7 +61,7 @@ def read_out_tail_kernel(
         y = rounded(read_out(tile, logs, values, log_eps, parts, PRECISION), DTYPE, PRECISION)
         lanes = 0
         if seed is not None:
-            lanes = _lanes(seed, sequence * length + start, WIDTH, TOKENS, WIDTH, True)
+            lanes = random_lanes(seed, sequence * length + start, WIDTH, TOKENS, WIDTH, True)
         found = tail_of(
             y, skip, lanes, tail, kept, norm_eps, drop_proj, drop_mlp, WIDTH, hidden, WIDTH, HIDDEN, True, PRECISION
         )

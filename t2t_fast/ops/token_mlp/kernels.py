@@ -90,7 +90,7 @@ def store_tile(pointer, value, place, length, width, TOKENS: tl.constexpr, WIDTH
 
 
 @triton.jit
-def _lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, OCTETS: tl.constexpr):
+def random_lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, OCTETS: tl.constexpr):
     """The 16 random bits of each element of a tile from ``token`` on, as philox.py has them: (TOKENS, WIDTH) uint32.
 
     OCTETS: rows are whole groups of 8 elements, of which each takes one call.
@@ -188,7 +188,7 @@ def tail_of(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tail of one tile in float32. lanes: :func:`_lanes`; kept: :func:`kept_weights`."""
+    """The tail of one tile in float32. lanes: :func:`random_lanes`; kept: :func:`kept_weights`."""
     DTYPE: tl.constexpr = y.dtype
     weights, proj_bias, shift, fc2_bias = kept
     proj = proj_of(tail, width, WIDTH, DTYPE, PRECISION) if len(weights) == 0 else weights[0]
@@ -244,7 +244,7 @@ def tail_kernel(
         skip = load_tile(v, place, width, TOKENS, WIDTH, EVEN)
         lanes = 0
         if seed is not None:
-            lanes = _lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS)
+            lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS)
         found = tail_of(
             tile, skip, lanes, tail, kept, norm_eps, drop_proj, drop_mlp, width, hidden, WIDTH, HIDDEN, EVEN, PRECISION
         )

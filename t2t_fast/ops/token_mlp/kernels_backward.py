@@ -9,7 +9,6 @@ import triton.language as tl
 from ..tiles import dot, matrix, rounded
 from .kernels import (
     VARYING,
-    _lanes,
     cdf_of,
     dropped,
     fc1_of,
@@ -19,6 +18,7 @@ from .kernels import (
     normalised,
     place_of,
     proj_of,
+    random_lanes,
     row_of,
     store_tile,
 )
@@ -154,7 +154,7 @@ def tail_backward_kernel(
             upstream *= down
         lanes = 0
         if seed is not None:
-            lanes = _lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS)
+            lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS)
         proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
         t = dot(tile, tl.trans(proj), None, PRECISION) + proj_bias[None, :]
         t = dropped(t, lanes, drop_proj) + skip.to(tl.float32)
