@@ -7,6 +7,7 @@ COLORS = {
     "aten-compiled": "#4285f4",
     "t2t_fast": "#f2a65a",
     "t2t_fast-compiled": "#d9541e",
+    "t2t_fast-low": "#c9733a",
     "t2t_fast-graph": "#a83a12",
     "unfold": "#b39ddb",
     "convolution": "#81c784",

@@ -92,6 +92,8 @@ REPLAY = Replay()
 def _forward(subject, provider, implementation, device):
     """A function of an input set's index that computes the output."""
     function = compiled(implementation.function, device) if provider.compiled else implementation.function
+    if provider.memory == "low":
+        implementation.module.memory = "low"
     if provider.captured:
         with subject.autocast:
             function = t2t_fast.capture(implementation.module, implementation.inputs[0]["x"])

@@ -18,7 +18,8 @@ class Provider(NamedTuple):
 
     ``source`` says which implementation of a subject it runs (see ``subjects.py``); ``another`` that it computes
     another function, so that it is a yardstick and no replacement; ``package`` that it is somebody else's optional
-    package, whose failure leaves its row out and fails no run; ``captured`` that it replays a CUDA graph.
+    package, whose failure leaves its row out and fails no run; ``captured`` that it replays a CUDA graph; ``memory``
+    what its Performer layers keep for backward.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Provider(NamedTuple):
     another: bool = False
     package: bool = False
     captured: bool = False
+    memory: str = "fast"
 
 
 PROVIDERS = (
@@ -37,6 +39,7 @@ PROVIDERS = (
     Provider("aten-compiled", "t2t_fast aten, torch.compile", "aten", compiled=True),
     Provider("t2t_fast", "t2t_fast, eager", "t2t_fast"),
     Provider("t2t_fast-compiled", "t2t_fast, torch.compile", "t2t_fast", compiled=True),
+    Provider("t2t_fast-low", "t2t_fast, low memory", "t2t_fast", memory="low"),
     Provider("t2t_fast-graph", "t2t_fast, CUDA graph", "t2t_fast", captured=True),
     Provider("unfold", "F.unfold alone, tokens not contiguous", "unfold"),
     Provider("convolution", "convolution of the same shape, no LayerNorm", "convolution", another=True),
@@ -85,12 +88,15 @@ def providers(group, device):
     """The providers of a group, in the table's order."""
     sources = _sources(group, device)
     latency = device == "cuda" and group.level != "op" and group.batch == 1 and group.mode == "inference"
+    # on a CPU the native layers keep little by themselves
+    keeping = device == "cuda" and (group.level, group.subject, group.mode) == ("module", "performer", "training")
     return [
         provider
         for provider in PROVIDERS
         if provider.source in sources
         and (group.compiled or not provider.compiled)
         and (latency or not provider.captured)
+        and (keeping or provider.memory == "fast")
     ]
 
 

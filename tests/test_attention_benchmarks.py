@@ -11,7 +11,7 @@ import torch
 from benchmarks import attention, costs, crossover, groups, harness, operators, report, rows, subjects
 from benchmarks.goals import judge
 from benchmarks.groups import Group, LeftOut
-from benchmarks.providers import BY_NAME, PROVIDERS, providers
+from benchmarks.providers import BY_NAME, PROVIDERS, Provider, providers
 from support.rows import ENVIRONMENT, made_row
 from t2t_fast import functional
 from t2t_fast.testing import DTYPES, errors, tolerance
@@ -35,9 +35,7 @@ def _tensors(tokens=77, batch=2, norm=None):
 def _run(subject, source):
     """The errors of output and worst gradient after the harness's own check."""
     implementation = subject.make(source)
-    forward = harness._forward(
-        subject, SimpleNamespace(compiled=False, captured=False, source=source), implementation, "cpu"
-    )
+    forward = harness._forward(subject, Provider("made up", "", source), implementation, "cpu")
     out = forward(0)
     subject.backward(out, implementation)(out)
     return subject.check(out.detach(), implementation.gradients(0), implementation)

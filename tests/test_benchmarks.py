@@ -18,7 +18,7 @@ from benchmarks import costs, groups, harness, report, session, subjects
 from benchmarks.clocks import CpuClock, CudaClock
 from benchmarks.goals import GOALS, judge
 from benchmarks.groups import Group
-from benchmarks.providers import providers
+from benchmarks.providers import Provider, providers
 from benchmarks.statistics import percentile, ratios, summary
 from support.rows import ENVIRONMENT, made_run
 from t2t_fast import memory
@@ -246,6 +246,17 @@ def test_graphs_are_for_the_latency_of_one_image(change, there):
     assert "t2t_fast-graph" not in {provider.name for provider in providers(group, "cpu")}
 
 
+def test_low_memory_is_a_row_of_the_performers_training():
+    group = Group("module", "performer", 224, 256, "bf16", "training")
+    for each, device, there in (
+        (group, "cuda", True),
+        (group, "cpu", False),
+        (group._replace(mode="inference"), "cuda", False),
+        (group._replace(subject="transformer"), "cuda", False),
+    ):
+        assert ("t2t_fast-low" in {provider.name for provider in providers(each, device)}) == there
+
+
 def test_goals_name_rows_that_exist():
     rows = {
         (group.id, provider.name)
@@ -266,9 +277,7 @@ def test_every_way_to_compute_an_operator_agrees_with_float64(name):
     # optional packages have tests of their own
     for source in sorted({provider.source for provider in providers(subject.group, "cpu") if not provider.package}):
         implementation = subject.make(source)
-        forward = harness._forward(
-            subject, SimpleNamespace(compiled=False, captured=False, source=source), implementation, "cpu"
-        )
+        forward = harness._forward(subject, Provider("made up", "", source), implementation, "cpu")
         out = forward(0)
         subject.backward(out, implementation)(out)
         error, _ = subject.check(out.detach(), implementation.gradients(0), implementation)

@@ -256,7 +256,7 @@ def test_auto_leaves_the_interpreter_to_tests():
 
 def test_gradients_of_the_portable_form_agree():
     """What the self-test compares with is itself the reference's gradient."""
-    q, k, v, w, grad = (t.double() for t in triton_impl._problem("cpu", torch.float32, 16, 16))
+    q, k, v, w, grad = (t.double() for t in triton_impl.problem("cpu", torch.float32, 16, 16))
     _, lz, state = aten_impl.attend(q, k, v, w, 1e-8, None)
     found = aten_impl.gradients(grad, q, k, v, w, 1e-8, None, lz, state, True)
     leaves = [t.requires_grad_() for t in (q, k, v, w)]

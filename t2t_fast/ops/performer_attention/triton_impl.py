@@ -44,7 +44,7 @@ def _trial(index, dtype, width, features, training):
 _trial._dynamo_marked_constant = True
 
 
-def _problem(device, dtype, width, features):
+def problem(device, dtype, width, features):
     """Two sequences of norm 2, longer than a tile, and an upstream gradient."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(2, 150, width, generator=generator) for _ in range(4))
@@ -54,13 +54,13 @@ def _problem(device, dtype, width, features):
 
 
 def _run(device, dtype, width, features, training):
-    *tensors, grad = _problem(device, dtype, width, features)
+    *tensors, grad = problem(device, dtype, width, features)
     y, lz, state = _forward(*tensors, 1e-8, None)
     return (y, *_backward(grad, *tensors, 1e-8, None, lz, state, True)) if training else (y,)
 
 
 def _expected(device, dtype, width, features, training):
-    *tensors, grad = (t.float() for t in _problem(device, dtype, width, features))
+    *tensors, grad = (t.float() for t in problem(device, dtype, width, features))
     y, lz, state = aten_impl.attend(*tensors, 1e-8, None)
     return (y, *aten_impl.gradients(grad, *tensors, 1e-8, None, lz, state, True)) if training else (y,)
 

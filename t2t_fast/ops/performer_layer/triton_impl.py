@@ -96,7 +96,7 @@ def read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
         attention.strided(out),
         Tail(*(None if t is None else t.contiguous() for t in parameters)),
         options.norm_eps,
-        *tail._dropout(options, seed),
+        *tail.dropout(options, seed),
         *sizes,
         **constants,
     )
@@ -109,8 +109,8 @@ def _trial(index, dtype, width, features, hidden):
 
 def _problem(device, dtype, width, features, hidden):
     """Two sequences longer than a tile, whose keys and queries have norm 2."""
-    *_, parameters, options, seed = tail._problem(device, dtype, width, hidden)
-    k, q, v, w, _ = attention._problem(device, dtype, width, features)
+    *_, parameters, options, seed = tail.problem(device, dtype, width, hidden)
+    k, q, v, w, _ = attention.problem(device, dtype, width, features)
     return torch.cat([k, q, v], dim=-1), w, 1e-8, parameters, options, seed
 
 

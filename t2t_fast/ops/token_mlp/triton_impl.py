@@ -52,7 +52,7 @@ def _trial(index, dtype, width, hidden, training):
 _trial._dynamo_marked_constant = True
 
 
-def _problem(device, dtype, width, hidden):
+def problem(device, dtype, width, hidden):
     """Two sequences longer than a tile, an upstream gradient, parameters in float32 and a seed."""
     generator = torch.Generator().manual_seed(0)
     grad, y, v = (torch.randn(2, 150, width, generator=generator).to(device, dtype) for _ in range(3))
@@ -72,12 +72,12 @@ def _both(forward, backward, grad, arguments, training):
 
 
 def _run(device, dtype, width, hidden, training):
-    grad, *arguments = _problem(device, dtype, width, hidden)
+    grad, *arguments = problem(device, dtype, width, hidden)
     return _both(run, run_backward, grad, arguments, training)
 
 
 def _expected(device, dtype, width, hidden, training):
-    grad, y, v, *arguments = _problem(device, dtype, width, hidden)
+    grad, y, v, *arguments = problem(device, dtype, width, hidden)
     return _both(aten_impl.run, aten_impl.run_backward, grad.float(), [y.float(), v.float(), *arguments], training)
 
 
@@ -127,7 +127,7 @@ def _strided(x):
     return x, *x.stride()
 
 
-def _dropout(options, seed):
+def dropout(options, seed):
     """The seed and what the masks of projection and MLP are made by (philox.py), ``None`` where there is no dropout."""
     p1, p2 = options.proj_drop, options.mlp_drop
     a, b = round(65536 * p1), round(65536 * p2)
@@ -148,7 +148,7 @@ def _forward(y, v, seed, options, tail):
     programs, sizes, _, constants = _planned("tail", y, tail, math.prod(y.shape[:-2]))
     parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
     kernels.tail_kernel[(programs,)](
-        _strided(y), _strided(v), out, parameters, options.norm_eps, *_dropout(options, seed), *sizes, **constants
+        _strided(y), _strided(v), out, parameters, options.norm_eps, *dropout(options, seed), *sizes, **constants
     )
     return out
 
@@ -193,7 +193,7 @@ def _backward(grad, y, v, seed, options, tail, need_tail):
             shares,
             parameters,
             options.norm_eps,
-            *_dropout(options, seed),
+            *dropout(options, seed),
             *sizes,
             NEED_INPUTS=need_inputs,
             NEED_PROJ=need_proj,
