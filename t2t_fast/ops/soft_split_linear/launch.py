@@ -26,7 +26,7 @@ def default(name, dtype, channels, outputs):
         warps, stages = 8 if name == "scalars" else 4, 2 if name == "forward" else 1
         return found | {"tokens": 32, "warps": warps, "stages": stages, "parts": 1}
     if name == "forward" and channels % 64:  # cells, or gathered values
-        found |= {"tokens": 32 if channels % 16 else 64, "warps": 4}
+        found |= {"tokens": 32, "warps": 4}
     if name == "image" and dtype == torch.bfloat16:  # in float16, it multiplies in TF32
         found["block"] = 64
     return found | {"parts": min(-(-outputs // NARROW), 3)}
