@@ -35,8 +35,9 @@ def obstacle(tensors):
 class Kept:
     """Values made of tensors, kept while those are the same and unchanged.
 
-    Unchanged says a tensor's version counter, which every in-place operation moves but one: a write through ``.data``
-    is hidden from it. Whoever does that calls :func:`functional.refold`.
+    Unchanged says a tensor's version counter, which every in-place operation moves but one: a write through ``.data``,
+    as some optimizers and moving averages of weights do it, is hidden from it. Those follow a backward pass, so any
+    backward pass clears everything; who writes so without one calls :func:`functional.refold`.
     """
 
     def __init__(self):
@@ -65,15 +66,6 @@ class Kept:
             while len(self._entries) > _SIZE:
                 self._entries.popitem(last=False)
         return value
-
-    def forget(self, tensor):
-        """Drop what was made of a tensor's storage: it is being trained."""
-        if torch.compiler.is_compiling() or not self._entries:
-            return
-        place = tensor.untyped_storage()._cdata
-        with self._lock:
-            for old in [name for name, (_, held, _) in self._entries.items() if any(r.cdata == place for r in held)]:
-                del self._entries[old]
 
     def clear(self):
         """Drop everything."""

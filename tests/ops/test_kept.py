@@ -97,18 +97,15 @@ def test_nothing_is_kept_where_parameters_are_gathered(monkeypatch):
     assert "FSDP" in kept.obstacle([torch.ones(1)])
 
 
-def test_training_forgets_and_a_hidden_write_needs_clear():
+def test_a_hidden_write_needs_clear():
     """``.data`` hides a write from the version counter: the documented exception."""
     parameter, store = torch.nn.Parameter(torch.ones(3)), kept.Kept()
     make = Counted(parameter)
     store.get((parameter,), "key", make)
     parameter.data.mul_(2)
     assert store.get((parameter,), "key", make)[0] == 1
-    store.forget(parameter)
-    assert store.get((parameter,), "key", make)[0] == 2
-    parameter.data.mul_(2)
     store.clear()
-    assert store.get((parameter,), "key", make)[0] == 4
+    assert store.get((parameter,), "key", make)[0] == 2
 
 
 @pytest.mark.interpret
@@ -141,16 +138,24 @@ class TestFoldedWeights:
             self.parameters[name].add_(1)
             assert_close(self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32)
 
-    def test_one_step_of_training_forgets(self):
-        """Also if the optimiser writes through ``.data``, as old ones do."""
-        with torch.no_grad():
-            self.call()
-        self.call().sum().backward()
-        assert not len(kept.FOLDED)
-        for parameter in self.parameters.values():
-            parameter.data.sub_(0.1 * parameter.grad)
-        with torch.no_grad():
-            assert_close(self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32)
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    def test_a_backward_pass_forgets(self, compiled):
+        """A teacher that follows its student's weights through ``.data``, as moving averages often do."""
+        student = {name: parameter.detach().clone().requires_grad_() for name, parameter in self.parameters.items()}
+        teacher = self.parameters
+        for _ in range(2):
+            with torch.no_grad():
+                assert_close(
+                    self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32
+                )
+            assert len(kept.FOLDED) == 1
+            self.parameters = student
+            call = torch.compile(self.call, backend="aot_eager") if compiled else self.call
+            call().sum().backward()
+            self.parameters = teacher
+            assert not len(kept.FOLDED)
+            for name, parameter in teacher.items():
+                parameter.data.mul_(0.5).add_(student[name].data - student[name].grad, alpha=0.5)
 
     def test_refold_after_a_hidden_write(self):
         with torch.no_grad():

@@ -250,6 +250,7 @@ def _products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
     """``sum_t xhat_t G_t^T`` as (O, K) float32."""
     from . import kernels
 
+    FOLDED.clear()  # somebody is training, and may write where no version counter sees it
     call = _Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
     if not grad.numel():
         return grad.new_zeros((call.outputs, call.values), dtype=torch.float32)
@@ -412,7 +413,6 @@ def _launch(x, found, pixels, weight, norm_eps, window, dtype):
 
 def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
     """Forward without autograd (:func:`gradient.differentiable`)."""
-    FOLDED.forget(weight)
     channels = runtime.fixed(x.shape[1])
     found = packed(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype)
     return _launch(x, found, pixel_columns(pixels, weight, channels, window), weight, norm_eps, window, dtype)
