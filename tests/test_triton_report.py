@@ -51,9 +51,11 @@ def check_completeness(rows):
     found = Counter((row["architecture"], row["dtype"], row["name"]) for row in rows)
     times = {
         "merge_kernel": 1,
-        "token_scalars_kernel": 2,
         **dict.fromkeys(ATTENTION | TAIL, 1),
-        **dict.fromkeys(SPLIT, 3),
+        **dict.fromkeys(SPLIT, 4),
+        "split_linear_image_kernel": 3,  # not of bytes
+        "token_scalars_kernel": 2,  # nor without LayerNorm
+        "cells_kernel": 4,  # of two images, forward and backward
     }
     assert found == {(*case, name): count for case in CASES for name, count in times.items()}
 
@@ -82,8 +84,8 @@ def check_matrix_instructions(rows):
             assert not kinds, where(row)
             continue
         assert kinds and kinds <= MATRIX[row["architecture"]], (where(row), kinds)
-        gathered = row["name"] == "split_linear_weight_kernel" and row["sizes"][0] == 3  # too few columns at a time
-        if row["architecture"] == "sm_90" and row["dtype"] in ("bf16", "fp16") and not gathered:
+        narrow = row["name"] == "split_linear_weight_kernel" and row["sizes"][0] == 3  # too few columns at a time
+        if row["architecture"] == "sm_90" and row["dtype"] in ("bf16", "fp16") and not narrow:
             assert "HGMMA" in kinds, (where(row), kinds)
 
 
@@ -99,8 +101,14 @@ def check_accesses(rows):
             assert stores == ({16} if row["name"] in STORING else set()), (where(row), stores)
         if row["name"] == "split_linear_kernel" and row["sizes"][0] == 64:
             assert loads == {16}, (where(row), loads)
-        if row["name"] in SPLIT:
-            continue  # windows of an image are gathered value by value, and of tokens their centre
+        if (
+            row["name"] == "split_linear_kernel" and row["sizes"][0] == 3
+        ):  # cells; 4 bytes: the vectors of their columns
+            assert {16} <= loads and min(loads) >= 4, (where(row), loads)
+        if row["name"] == "cells_kernel":  # pixels are read one by one, and cells written whole
+            assert {int(width) for width in row["code"]["stores"]} == {16}, where(row)
+        if row["name"] in SPLIT | {"cells_kernel"}:
+            continue  # of windows the centre is one value
         everything = {int(width) for kind in ("loads", "stores") for width in row["code"][kind]}
         assert min(everything) >= 4, (where(row), everything)
 

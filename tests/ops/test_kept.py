@@ -1,7 +1,5 @@
 """What inference keeps of parameters: the same while they are unchanged, made anew after any change that is counted."""
 
-import gc
-
 import pytest
 import torch
 
@@ -58,7 +56,6 @@ def test_nothing_outlives_its_tensor():
         parameter = torch.full((1000,), float(value))
         assert store.get((parameter,), "key", parameter.clone)[0] == value
         del parameter
-        gc.collect()
     assert len(store) == 1
 
 

@@ -69,6 +69,7 @@ SIZES = {
     "outputs that fill a group": case_of(outputs=64, size=(5, 5)),
     "an image in cells": case_of(channels=3, size=(14, 11), kernel=7, stride=4, padding=2),
     "an image gathered": case_of(channels=3, size=(9, 8), batch=1),
+    "a large window": case_of(channels=1, size=(13, 11), kernel=9, stride=5, padding=2, batch=1),
     "stride 1": case_of(size=(4, 5), stride=1, batch=1),
     "gaps between windows": case_of(size=(11, 8), kernel=2, stride=3, padding=0),
     "without LayerNorm": case_of(normed=False),
