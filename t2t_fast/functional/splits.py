@@ -106,8 +106,8 @@ def refold():
     """Forget the folded weights that the Triton kernels keep between calls of inference.
 
     They are made anew whenever a parameter changes, as far as its version counter tells: all that autograd notices.
-    Only a write through ``parameter.data`` is hidden from it. A backward pass between two calls forgets everything, too;
-    call this after such a write without one.
+    Only a write through ``parameter.data`` is hidden from it. A backward pass between two calls forgets everything,
+    too: call this after such a write without one.
     """
     FOLDED.clear()
 

@@ -33,13 +33,16 @@ def default(name, dtype, channels, outputs):
 
 
 def candidates(name, present):
-    """Parameters worth a measurement where ``present`` is in use."""
+    """Parameters worth a measurement where ``present`` is in use; the rest means nothing to the pass."""
+    tiles = ((32, 4), (64, 4), (64, 8), (128, 8))
+    if name == "scalars":
+        return [{**present, "tokens": tokens, "warps": warps} for tokens, warps in tiles]
     return [
         {**present, "tokens": tokens, "warps": warps, "stages": stages, "block": block, "parts": parts}
-        for tokens, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
+        for tokens, warps in tiles
         for stages in (2, 3, 4)
         for block in (32, 64)
-        for parts in sorted({1, present["parts"]})
+        for parts in sorted({1 if name != "image" else present["parts"], present["parts"]})
     ]
 
 
