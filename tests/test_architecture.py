@@ -14,7 +14,7 @@ LAYERS = [
     ["t2t_fast.backends", "t2t_fast.memory"],
     [f"t2t_fast.ops.{name}" for name in ("spec", "library", "windows", "philox", "pixels", "launch", "kept")],
     ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime", "t2t_fast.ops.tiles"],
-    [f"t2t_fast.ops.*.{name}" for name in (*KERNELS, "launch", "layout", "gradient", "tail")],
+    [f"t2t_fast.ops.*.{name}" for name in (*KERNELS, "launch", "layout", "call", "gradient", "tail")],
     [f"t2t_fast.ops.*.{name}" for name in ("reference", "composed", "aten_impl", "native_impl", "triton_impl")],
     ["t2t_fast.ops.*.op"],
     ["t2t_fast.functional"],
@@ -122,7 +122,7 @@ def test_every_operator_has_the_same_files():
     kernels = {"native_impl.py", "triton_impl.py", "launch.py", *(f"{name}.py" for name in KERNELS)}
     own = {
         "performer_layer": {"composed.py"},
-        "soft_split_linear": {"gradient.py", "layout.py"},
+        "soft_split_linear": {"call.py", "gradient.py", "layout.py"},
         "token_mlp": {"tail.py"},
     }
     for folder in (PACKAGE / "ops").iterdir():

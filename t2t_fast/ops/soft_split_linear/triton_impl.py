@@ -11,17 +11,15 @@ from ..kept import FOLDED
 from ..launch import cut
 from ..spec import Window
 from ..triton_runtime import fake, operator
-from . import aten_impl, launch
+from . import aten_impl
 from .aten_impl import fold_norm
+from .call import Call, triton_dtype
 from .gradient import differentiable, parameter_gradients
 from .layout import NARROW, layout, pack_taps, pad_outputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_IMAGE = 4
 """Channels of an image of bytes."""
-
-CELLS = 64
-"""Of a tile of ``cells_kernel``."""
 
 T2T = {"channels": 64, "window": Window((3, 3), (2, 2), (1, 1)), "outputs": 192, "normed": True, "training": False}
 """Stage 2 of T2T-ViT: what is asked about where a question names no sizes."""
@@ -86,105 +84,6 @@ def _expected(device, dtype, channels, window, outputs, normed, training):
     return _both(aten_impl.run, aten_impl.run_backward, torch.float32, tensors, grad, window, normed, training)
 
 
-class _Call:
-    """What the kernels of one call share.
-
-    Args:
-        x: (B, C, H, W), any strides; dtype: of the operands of products; window, outputs: the call's.
-        pixels: :func:`pixel_columns`.
-    """
-
-    def __init__(self, x, dtype, window, outputs, pixels=None):
-        self.x, self.dtype, self.outputs = x, dtype, outputs
-        self.window = Window(*(tuple(pair) for pair in window))
-        self.layout = layout(x.shape[1], self.window)
-        self.grid = self.window.grid(*x.shape[2:])
-        self.length = self.grid[0] * self.grid[1]
-        self.tokens = x.shape[0] * self.length
-        self.pixels = pixels
-
-    @property
-    def values(self):
-        """K."""
-        return self.x.shape[1] * self.window.taps
-
-    def parameters(self, name):
-        architecture = runtime.architecture(self.x.device)
-        return launch.TABLE.chosen(name, architecture, self.dtype, self.layout.channels, self.outputs)
-
-    def constants(self, parameters):
-        """Compile-time constants that several kernels have."""
-        tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
-        return {
-            "OPERAND": _triton_dtype(self.dtype),
-            "NARROW": NARROW,
-            "EVEN": self.outputs % NARROW == 0,
-            "PRECISION": "tf32" if tf32 else "tf32x3",
-            "num_warps": parameters["warps"],
-            "num_stages": parameters["stages"],
-            **runtime.FUSION,
-        }
-
-    def windows(self):
-        """The image as the kernels read windows of it: a tensor, its strides, and the constants that say how."""
-        x = self.x
-        if self.layout.cell is not None:
-            x, strides = self._cells()
-        else:
-            if not self.layout.gather and x.stride(1) != 1:
-                x = x.contiguous(memory_format=torch.channels_last)
-            strides = x.stride()
-        found = {
-            "CHANNELS": self.layout.channels,
-            "WINDOW": tuple(self.layout.window),
-            "CELL": self.layout.cell,
-            "GATHER": self.layout.gather,
-        }
-        return x, strides, found
-
-    def _cells(self):
-        """Cells of the image, and strides of the windows over them: a tap is a row of cells, one value after another.
-
-        Bytes stay bytes, in the operands' dtype, which has them all.
-        """
-        from . import kernels
-
-        height, width, *_ = self.layout.cell
-        rows = self.grid[0] + self.layout.window.kernel[0] - 1
-        size = self.layout.cell_size
-        columns = self.grid[1] + self.layout.channels // size - 1
-        cells = self.x.shape[0] * rows * columns
-        dtype = self.x.dtype if self.pixels is None else self.dtype
-        out = torch.empty(cells, size, dtype=dtype, device=self.x.device)
-        kernels.cells_kernel[(-(-cells // CELLS),)](
-            self.x,
-            self.x.stride(),
-            out,
-            *self.x.shape[2:],
-            rows,
-            columns,
-            cells,
-            CELL=(height, width, self.x.shape[1]),
-            PADDING=self.window.padding,
-            BYTES=self.pixels is not None,
-            TILE=CELLS,
-            BLOCK=16,
-            num_warps=4,
-            **runtime.FUSION,
-        )
-        return out, (rows * columns * size, 1, columns * size, size)
-
-    def singles(self):
-        """An empty float32 value for each token, (B, h, w)."""
-        return torch.empty((self.x.shape[0], *self.grid), dtype=torch.float32, device=self.x.device)
-
-
-def _triton_dtype(dtype):
-    from triton import language as tl
-
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
-
-
 def _groups(outputs, parts):
     """How many groups of ``parts`` x NARROW outputs there are."""
     return -(-outputs // (NARROW * parts))
@@ -198,7 +97,7 @@ def _groups(outputs, parts):
 def _forward(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, stride, padding, dtype, pixels):
     from . import kernels
 
-    call = _Call(x, dtype, (kernel, stride, padding), outputs, pixels)
+    call = Call(x, dtype, (kernel, stride, padding), outputs, pixels)
     parameters = call.parameters("forward")
     out = torch.empty((x.shape[0], call.length, outputs), dtype=dtype, device=x.device)
     mean, rstd = (offset.new_empty(0) if norm_eps is None else call.singles() for _ in range(2))
@@ -251,7 +150,7 @@ def _products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
     from . import kernels
 
     FOLDED.clear()  # somebody is training, and may write where no version counter sees it
-    call = _Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
+    call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
     if not grad.numel():
         return grad.new_zeros((call.outputs, call.values), dtype=torch.float32)
     parameters = call.parameters("weight")
@@ -299,7 +198,7 @@ def _image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padd
     """d_x (B, C, H, W) in x's dtype, channels last; ``offset`` where there is a LayerNorm."""
     from . import kernels_image as kernels
 
-    call = _Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2])
+    call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2])
     grad, norm = grad.contiguous(), offset is not None
     alpha = kappa = None
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -331,7 +230,7 @@ def _image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padd
     phase = x.shape[0] * -(-height // down) * -(-width // right)
     constants = call.constants(parameters)
     if norm and call.dtype == torch.float16:  # r G may leave its range
-        constants |= {"OPERAND": _triton_dtype(torch.float32), "PRECISION": "tf32"}
+        constants |= {"OPERAND": triton_dtype(torch.float32), "PRECISION": "tf32"}
     kernels.split_linear_image_kernel[-(-phase // pixels), down * right, -(-x.shape[1] // block)](
         grad,
         weight,

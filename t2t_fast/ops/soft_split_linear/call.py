@@ -1,0 +1,110 @@
+"""What the Triton kernels of one call share: sizes, launch parameters, constants, and the image as they read it."""
+
+import torch
+
+from .. import triton_runtime as runtime
+from ..spec import Window
+from . import launch
+from .layout import NARROW, layout
+
+CELLS = 64
+"""Of a tile of ``cells_kernel``."""
+
+
+class Call:
+    """What the kernels of one call share.
+
+    Args:
+        x: (B, C, H, W), any strides; dtype: of the operands of products; window, outputs: the call's.
+        pixels: :func:`triton_impl.pixel_columns`.
+    """
+
+    def __init__(self, x, dtype, window, outputs, pixels=None):
+        self.x, self.dtype, self.outputs = x, dtype, outputs
+        self.window = Window(*(tuple(pair) for pair in window))
+        self.layout = layout(x.shape[1], self.window)
+        self.grid = self.window.grid(*x.shape[2:])
+        self.length = self.grid[0] * self.grid[1]
+        self.tokens = x.shape[0] * self.length
+        self.pixels = pixels
+
+    @property
+    def values(self):
+        """K."""
+        return self.x.shape[1] * self.window.taps
+
+    def parameters(self, name):
+        architecture = runtime.architecture(self.x.device)
+        return launch.TABLE.chosen(name, architecture, self.dtype, self.layout.channels, self.outputs)
+
+    def constants(self, parameters):
+        """Compile-time constants that several kernels have."""
+        tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
+        return {
+            "OPERAND": triton_dtype(self.dtype),
+            "NARROW": NARROW,
+            "EVEN": self.outputs % NARROW == 0,
+            "PRECISION": "tf32" if tf32 else "tf32x3",
+            "num_warps": parameters["warps"],
+            "num_stages": parameters["stages"],
+            **runtime.FUSION,
+        }
+
+    def windows(self):
+        """The image as the kernels read windows of it: a tensor, its strides, and the constants that say how."""
+        x = self.x
+        if self.layout.cell is not None:
+            x, strides = self._cells()
+        else:
+            if not self.layout.gather and x.stride(1) != 1:
+                x = x.contiguous(memory_format=torch.channels_last)
+            strides = x.stride()
+        found = {
+            "CHANNELS": self.layout.channels,
+            "WINDOW": tuple(self.layout.window),
+            "CELL": self.layout.cell,
+            "GATHER": self.layout.gather,
+        }
+        return x, strides, found
+
+    def _cells(self):
+        """Cells of the image, and strides of the windows over them: a tap is a row of cells, one value after another.
+
+        Bytes stay bytes, in the operands' dtype, which has them all.
+        """
+        from . import kernels
+
+        height, width, *_ = self.layout.cell
+        rows = self.grid[0] + self.layout.window.kernel[0] - 1
+        size = self.layout.cell_size
+        columns = self.grid[1] + self.layout.channels // size - 1
+        cells = self.x.shape[0] * rows * columns
+        dtype = self.x.dtype if self.pixels is None else self.dtype
+        out = torch.empty(cells, size, dtype=dtype, device=self.x.device)
+        kernels.cells_kernel[(-(-cells // CELLS),)](
+            self.x,
+            self.x.stride(),
+            out,
+            *self.x.shape[2:],
+            rows,
+            columns,
+            cells,
+            CELL=(height, width, self.x.shape[1]),
+            PADDING=self.window.padding,
+            BYTES=self.pixels is not None,
+            TILE=CELLS,
+            BLOCK=16,
+            num_warps=4,
+            **runtime.FUSION,
+        )
+        return out, (rows * columns * size, 1, columns * size, size)
+
+    def singles(self):
+        """An empty float32 value for each token, (B, h, w)."""
+        return torch.empty((self.x.shape[0], *self.grid), dtype=torch.float32, device=self.x.device)
+
+
+def triton_dtype(dtype):
+    from triton import language as tl
+
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
