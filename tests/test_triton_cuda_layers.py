@@ -19,11 +19,7 @@ OPERATORS = ("soft_split_linear", "performer_attention", "token_mlp", "performer
 MODULE = "t2t_module"
 
 # (operator, case); of the module: whether its dropout is on
-LINEAR, TAIL, LAYER = (
-    ("soft_split_linear", "stage2, LayerNorm"),
-    ("token_mlp", "dropout"),
-    ("performer_layer", "dropout"),
-)
+TAIL, LAYER = ("token_mlp", "dropout"), ("performer_layer", "dropout")
 EVAL, TRAINING = (MODULE, "eval"), (MODULE, "training")
 IMAGE, LINEAR, PROJECTION = (
     ("soft_split_linear", name) for name in ("stage1, LayerNorm", "stage2, LayerNorm", "stage2, Linear")

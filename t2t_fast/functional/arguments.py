@@ -3,10 +3,13 @@
 import torch
 
 from ..backends import Request, resolve
-from ..errors import FLOATING, check_pair, check_tensor
+from ..errors import FLOATING, check_pair, check_tensor, check_together
 from ..ops.library import AUTOCAST_DEVICES
 from ..ops.pixels import normalisation, values
 from ..ops.spec import Window
+
+IMAGES = (*FLOATING, torch.uint8)
+"""What an image may hold where its values are made on the way."""
 
 
 def window(kernel_size, stride=1, padding=0, *, function="window"):
@@ -40,7 +43,11 @@ def as_image(function, x, grid, *, dtypes=FLOATING):
 
 
 def check_pixels(function, x, pixel_norm):
-    """What makes values of an image of bytes (``ops/pixels.py``); empty for an image that holds values."""
+    """What makes values of an image of bytes (``ops/pixels.py``); empty for an image that holds values.
+
+    Args:
+        x: (B, C, H, W), uint8 or floating; pixel_norm: (mean, std), each with C numbers, for uint8; else ``None``.
+    """
     if x.dtype != torch.uint8:
         if pixel_norm is not None:
             raise ValueError(f"{function}: pixel_norm is for images of uint8, but x is {x.dtype}")
@@ -55,6 +62,19 @@ def check_pixels(function, x, pixel_norm):
     if not all(s > 0 for s in pixel_norm[1]):
         raise ValueError(f"{function}: pixel_norm's std must be above 0, got {pixel_norm[1]!r}")
     return normalisation(*pixel_norm)
+
+
+def check_parameters(function, x, pixels, parameters):
+    """The tensor in whose dtype the call runs: ``x``, or the first parameter where ``x`` is an image of bytes.
+
+    Args:
+        pixels: of :func:`check_pixels`; parameters: by name, on x's device and in that dtype, or ``None``.
+    """
+    first = next(iter(parameters))
+    name, leader = (first, parameters[first]) if pixels else ("x", x)
+    check_together(function, "x", x, same_dtype=False, **parameters)
+    check_together(function, name, leader, same_dtype=same_dtype(x), **parameters)
+    return leader
 
 
 def image_values(x, pixel_norm, dtype):
@@ -78,10 +98,6 @@ def check_window(function, win, height, width):
             f"got {height + 2 * ph} x {width + 2 * pw}"
         )
     return h, w
-
-
-IMAGES = (*FLOATING, torch.uint8)
-"""What an image may hold where its values are made on the way."""
 
 
 def choose(op, x, backend, *, dtype=None, **sizes):

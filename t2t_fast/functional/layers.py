@@ -8,7 +8,17 @@ from ..ops.performer_attention.op import performer_attention as _performer_atten
 from ..ops.performer_layer.op import performer_layer as _performer_layer
 from ..ops.philox import fresh_seed
 from ..ops.token_mlp.op import token_mlp as _token_mlp
-from .arguments import IMAGES, as_image, check_pixels, check_window, choose, running_dtype, same_dtype, window
+from .arguments import (
+    IMAGES,
+    as_image,
+    check_parameters,
+    check_pixels,
+    check_window,
+    choose,
+    running_dtype,
+    same_dtype,
+    window,
+)
 
 
 def performer_attention(q, k, v, w, eps=1e-8, *, key_mask=None, backend="auto"):
@@ -292,10 +302,8 @@ def performer_layer(
         "norm1_weight": (norm1_weight, (columns,), "channels * window pixels"),
         "norm1_bias": (norm1_bias, (columns,), "channels * window pixels"),
     }
-    leader_name, leader = ("kqv_weight", kqv_weight) if pixels else ("x", x)
-    check_together(function, "x", x, same_dtype=False, kqv_weight=kqv_weight, w=w)
-    parameters = {name: value for name, (value, _, _) in linear.items()}
-    check_together(function, leader_name, leader, same_dtype=same_dtype(x), **parameters)
+    leader = check_parameters(function, x, pixels, {name: value for name, (value, _, _) in linear.items()})
+    check_together(function, "x", x, same_dtype=False, w=w)
     for name, (value, shape, meaning) in linear.items():
         if value is not None:
             check_shape(function, name, value, shape, meaning)

@@ -2,14 +2,23 @@
 
 import torch
 
-from ..errors import check_pair, check_shape, check_tensor, check_together
+from ..errors import check_pair, check_shape, check_tensor
 from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
 from ..ops.kept import FOLDED
 from ..ops.library import wants_gradient
 from ..ops.soft_composition.op import soft_composition as _soft_composition
 from ..ops.soft_split.op import soft_split as _soft_split
 from ..ops.soft_split_linear.op import soft_split_linear as _soft_split_linear
-from .arguments import IMAGES, as_image, check_pixels, check_window, choose, running_dtype, same_dtype, window
+from .arguments import (
+    IMAGES,
+    as_image,
+    check_parameters,
+    check_pixels,
+    check_window,
+    choose,
+    running_dtype,
+    window,
+)
 
 
 def soft_split(x, kernel_size, stride=1, padding=0, *, grid=None, backend="auto"):
@@ -166,9 +175,7 @@ def soft_split_linear(
     if norm_eps is not None and not norm_eps > 0:
         raise ValueError(f"{function}: norm_eps must be above 0, got {norm_eps!r}")
     parameters = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    name, leader = ("weight", weight) if pixels else ("x", x)
-    check_together(function, "x", x, same_dtype=False, weight=weight)
-    check_together(function, name, leader, same_dtype=same_dtype(x), **parameters)
+    leader = check_parameters(function, x, pixels, parameters)
     for name, value, shape, meaning in (
         ("bias", bias, (weight.shape[0],), "weight's rows"),
         ("norm_weight", norm_weight, (columns,), "channels * window pixels"),

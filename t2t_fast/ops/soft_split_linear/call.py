@@ -105,6 +105,7 @@ class Call:
 
 
 def triton_dtype(dtype):
+    """Triton's name of a torch dtype."""
     from triton import language as tl
 
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]

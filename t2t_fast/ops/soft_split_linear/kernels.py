@@ -65,8 +65,8 @@ def cells_kernel(
         column = begin + tl.arange(0, BLOCK)
         channel, down, right = column // (HIGH * WIDE), column // WIDE % HIGH, column % WIDE
         offset = channel.to(tl.int64) * x_channel + down.to(tl.int64) * x_row + right.to(tl.int64) * x_column
-        row, place = top[:, None] + down[None, :], left[:, None] + right[None, :]
-        mask = there & (row.to(tl.uint32) < heights) & (place.to(tl.uint32) < widths)
+        pixel_row, pixel_column = top[:, None] + down[None, :], left[:, None] + right[None, :]
+        mask = there & (pixel_row.to(tl.uint32) < heights) & (pixel_column.to(tl.uint32) < widths)
         values = tl.load(x + start[:, None] + offset[None, :], mask=mask, other=0)
         if BYTES:
             values = tl.where(mask, values.to(tl.float32), -1.0)
@@ -115,16 +115,16 @@ def _tile(
     if GATHER:
         tap, channel = column // CHANNELS, column % CHANNELS
         down, right = (tap // wide)[None, :], (tap % wide)[None, :]
-        row, place = top[:, None] + down, left[:, None] + right
+        pixel_row, pixel_column = top[:, None] + down, left[:, None] + right
         mask = there[:, None] & (column < CHANNELS * WINDOW[0][0] * wide)[None, :]
     else:
         tap = begin // CHANNELS
         down, right = tap // wide, tap % wide
         channel = tl.max_contiguous(tl.multiple_of(begin % CHANNELS + tl.arange(0, BLOCK), BLOCK), BLOCK)
-        row, place = (top + down)[:, None], (left + right)[:, None]
+        pixel_row, pixel_column = (top + down)[:, None], (left + right)[:, None]
         mask = there[:, None]
     if WINDOW[2][0] + WINDOW[2][1] > 0:  # without padding, windows lie inside
-        mask &= (row >= 0) & (row < height) & (place >= 0) & (place < image_width)
+        mask &= (pixel_row >= 0) & (pixel_row < height) & (pixel_column >= 0) & (pixel_column < image_width)
     offset = down.to(tl.int64) * x_row + right.to(tl.int64) * x_column
     if GATHER:
         offset += channel[None, :].to(tl.int64) * x_channel
@@ -191,8 +191,10 @@ def split_linear_kernel(
         if CELL is None:
             down: tl.constexpr = WINDOW[0][0] // 2
             right: tl.constexpr = WINDOW[0][1] // 2
-            row, place = top + down, left + right
-            centred = there & (row >= 0) & (row < height) & (place >= 0) & (place < image_width)
+            pixel_row, pixel_column = top + down, left + right
+            centred = (
+                there & (pixel_row >= 0) & (pixel_row < height) & (pixel_column >= 0) & (pixel_column < image_width)
+            )
             centre = start + down * x_row + right * x_column
         else:
             down: tl.constexpr = CELL[3] // 2
