@@ -25,7 +25,7 @@ from t2t_fast.ops.performer_layer import triton_impl as layer_impl
 from t2t_fast.ops.pixels import normalisation
 from t2t_fast.ops.soft_split_linear import triton_impl as split_impl
 from t2t_fast.ops.soft_split_linear.layout import layout
-from t2t_fast.ops.spec import square
+from t2t_fast.ops.spec import T2T_WINDOWS, square
 from t2t_fast.ops.token_mlp import triton_impl as tail_impl
 from t2t_fast.ops.token_mlp.tail import Options, Tail
 
@@ -244,21 +244,34 @@ def _token_mlp(case):
 
 
 def _performer_layer(case):
-    """The launch of the pass over the queries with the tail, on views of a packed kqv, parameters in float32."""
+    """Both launches of a layer forward, in training, on T2T's first stage or its second; parameters in float32."""
+    from t2t_fast.ops.performer_attention import kernels as attention_kernels
     from t2t_fast.ops.performer_layer import kernels
+    from t2t_fast.ops.soft_split_linear import kernels as split_kernels
 
-    width, features, hidden, dropout = case.sizes
-    kqv = torch.empty(BATCH, LENGTH, 3 * width, dtype=DTYPES[case.dtype], device="meta")
-    w, lz, state = (
-        torch.empty(shape, device="meta") for shape in ((features, width), (BATCH, features), (BATCH, features, width))
+    channels, width, features, hidden, dropout = case.sizes
+    window = T2T_WINDOWS[0 if channels == 3 else 1]
+    side, dtype = IMAGE if channels == 3 else IMAGE // 4, DTYPES[case.dtype]
+    x = torch.empty(BATCH, channels, side, side, dtype=dtype, device="meta")
+    if channels > 3:  # tokens
+        x = x.to(memory_format=torch.channels_last)
+    columns = channels * window.taps
+    weight, bias, gamma, beta, w = (
+        torch.empty(shape, device="meta")
+        for shape in ((3 * width, columns), 3 * width, columns, columns, (features, width))
     )
     shapes = ((width, width), width, width, width, (hidden, width), hidden, (width, hidden), width)
     tail = Tail(*(torch.empty(shape, device="meta") for shape in shapes))
     drop = 0.1 if dropout else 0.0
     seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
-    with _compiling(kernels, case) as found:
+    # of the single operators, their own cases tell
+    others = attention_kernels, split_kernels
+    unused = [name for each in others for name in vars(each) if name.endswith("_kernel")]
+    with _compiling(kernels, case, *others, unused=unused) as found:
+        packed, _ = split_impl.operands(x, weight, bias, gamma, beta, 1e-5, window, dtype, (), False)
+        kqv, _, _, lz, state = layer_impl.split_keys(x, *packed, w, 1e-5, window, dtype, None, bool(dropout))
         layer_impl.read_out_tail(kqv, w, 1e-8, lz, state, tail, Options(1e-5, drop, drop), seed)
-    return found
+    return [each for each in found if each[0] not in unused]
 
 
 def _attention_rounds(name, sizes, arguments):
@@ -274,6 +287,14 @@ def _split_rounds(name, sizes, arguments):
         return (-(-kernel // stride)) ** 2 * parts * -(-channels // arguments["BLOCK"])
     columns = layout(channels, square(kernel, stride, padding)).columns
     return -(-columns // arguments["BLOCK"]) * -(-parts // arguments["PARTS"])
+
+
+def _layer_rounds(name, sizes, arguments):
+    if name != "split_keys_kernel":
+        return 1
+    channels = sizes[0]
+    columns = layout(channels, T2T_WINDOWS[0 if channels == 3 else 1]).columns
+    return -(-columns // arguments["BLOCK"])
 
 
 class Operator(NamedTuple):
@@ -298,7 +319,12 @@ OPERATORS = {
         _split_rounds,
     ),
     "token_mlp": Operator(_token_mlp, ("E", "F", "dropout"), ((64, 64, 1),), lambda *_: 1),
-    "performer_layer": Operator(_performer_layer, ("E", "m", "F", "dropout"), ((64, 32, 64, 1),), lambda *_: 1),
+    "performer_layer": Operator(
+        _performer_layer,
+        ("C", "E", "m", "F", "dropout"),
+        ((3, 64, 32, 64, 1), (64, 64, 32, 64, 1)),
+        _layer_rounds,
+    ),
 }
 
 

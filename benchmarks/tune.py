@@ -138,7 +138,7 @@ def tune(table, problem, timer, rounds, say, write, only=None, deadline=float("i
                 changed += 1
                 taken.enter_context(table.override(name, result.better))
                 if write:
-                    enter(table.path, architecture, name, table.shape_class(*sizes), result.better)
+                    enter(table.path, architecture, name, table.shape_class(name, *sizes), result.better)
     return changed
 
 

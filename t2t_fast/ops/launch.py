@@ -41,7 +41,7 @@ class Table:
     Args:
         path: of its ``launch.json``.
         passes: their names.
-        shape_class: function of (dtype, *sizes): what the parameters depend on, as words.
+        shape_class: function of (pass, dtype, *sizes): what the parameters depend on, as words.
         default: function of (pass, dtype, *sizes): all parameters where the table has none.
         candidates: function of (pass, present parameters): those worth a measurement.
     """
@@ -60,7 +60,7 @@ class Table:
         """The parameters of a pass: what an override or the table has, the rest by default."""
         key = (name, architecture, dtype, *sizes)
         if key not in self._found:
-            row = self.rows.get(architecture, {}).get(name, {}).get(self.shape_class(dtype, *sizes), {})
+            row = self.rows.get(architecture, {}).get(name, {}).get(self.shape_class(name, dtype, *sizes), {})
             self._found[key] = {**self.default(name, dtype, *sizes), **row}
         found = self._found[key]
         return {**found, **self._overrides[name]} if name in self._overrides else found

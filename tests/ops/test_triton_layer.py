@@ -1,6 +1,10 @@
-"""A whole Performer layer of Triton kernels, interpreted: its gradients, and the queries and the tail in one launch."""
+"""A whole Performer layer of Triton kernels, interpreted: its gradients, and two steps in one launch.
+
+Those are the soft split and the pass over the keys, and the pass over the queries and the tail.
+"""
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +14,10 @@ from t2t_fast.ops import triton_runtime
 from t2t_fast.ops.performer_attention import aten_impl as aten_attention
 from t2t_fast.ops.performer_attention import triton_impl as attention
 from t2t_fast.ops.performer_layer import launch, triton_impl
+from t2t_fast.ops.performer_layer.composed import Layer
 from t2t_fast.ops.performer_layer.launch import TABLE
+from t2t_fast.ops.pixels import normalisation
+from t2t_fast.ops.spec import Window
 from t2t_fast.ops.token_mlp import aten_impl as aten_tail
 from t2t_fast.ops.token_mlp.tail import Options, Tail
 from t2t_fast.testing import DTYPES, Case, assert_close, errors, features, natural_images, tail_parameters
@@ -56,12 +63,23 @@ def known_to_work(monkeypatch):
 
 
 SMALL = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "keep": 1}
+SMALL_SPLIT = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "block": 16}
+
+
+@contextmanager
+def launches(fused):
+    """Every pair of steps by one launch (fused 1) or by two (0), in tiles of 16 tokens."""
+    with (
+        TABLE.override("read_out_tail", {**SMALL, "fused": fused}),
+        TABLE.override("split_keys", {**SMALL_SPLIT, "fused": fused}),
+    ):
+        yield
 
 
 @pytest.fixture
 def small_tiles():
-    """The queries and the tail by one launch, in tiles of 16 tokens."""
-    with TABLE.override("read_out_tail", {**SMALL, "fused": 1}):
+    """One launch for two steps."""
+    with launches(1):
         yield
 
 
@@ -69,7 +87,7 @@ def small_tiles():
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_gradients(dtype, fused):
     """Dropout in both places; the gradients can only be right if backward draws forward's masks again."""
-    with TABLE.override("read_out_tail", {**SMALL, "fused": fused}):
+    with launches(fused):
         check(case_of(), DTYPES[dtype])
 
 
@@ -134,8 +152,18 @@ def block_of(length, width=16, m=8, hidden=16, drops=(0.3, 0.2), batch=2, dtype=
 
 
 def run(arguments, fused, **parameters):
+    kqv, w, eps, *rest = arguments
+    k, q, v = kqv.chunk(3, dim=-1)
+    lz, state = attention.key_state(attention.Call(q, w), k, v, None)
     with TABLE.override("read_out_tail", {**SMALL, "fused": fused, **parameters}):
-        return triton_impl._block(*arguments)
+        return triton_impl._finish(kqv, w, eps, lz, state, *rest)
+
+
+def same(dtype):
+    """How far apart the same numbers may be: one near the middle of two values may round to either, and the
+    interpreter's float32 products add their terms in an order that their sizes and the processor decide.
+    """
+    return max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps)
 
 
 ONE_LAUNCH = [
@@ -151,15 +179,80 @@ ONE_LAUNCH = [
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("length", "sizes", "parameters"), ONE_LAUNCH)
 def test_one_launch_is_two(length, sizes, parameters, dtype, monkeypatch):
-    """The same numbers within the rounding of one result, the same key state, and nothing of the other launches."""
+    """The same numbers within the rounding of one result, and nothing of the other launches."""
     arguments = block_of(length, dtype=DTYPES[dtype], **sizes)
-    expected, *state = run(arguments, fused=0)
+    expected = run(arguments, fused=0)
     for module, name in ((attention, "read_out"), (triton_impl.tail, "run")):
         monkeypatch.setattr(module, name, None)
-    out, *own_state = run(arguments, fused=1, **parameters)
-    assert all(torch.equal(*pair) for pair in zip(own_state, state, strict=True))
-    # an element near the middle of two values may round to either
-    assert errors(out, expected)[0] <= torch.finfo(out.dtype).eps
+    out = run(arguments, fused=1, **parameters)
+    assert errors(out, expected)[0] <= same(out.dtype)
+
+
+def projection_of(shape, kernel, stride, padding, width=16, m=8, dtype=torch.float32, pixels=()):
+    """What comes before the key state: image, Linear, w and the layer's constants."""
+    case = case_of(shape, kernel, stride, padding, width, m).cast(dtype)
+    names = ("kqv_weight", "kqv_bias", "norm1_weight", "norm1_bias")
+    linear = tuple(case.tensors[name] for name in names)
+    x = case.tensors["x"]
+    if pixels:
+        x = (60 * x + 128).clamp(0, 255).to(torch.uint8)
+    window = Window((kernel, kernel), (stride, stride), (padding, padding))
+    layer = Layer(1e-5, window, dtype, list(pixels), 1e-8, Options(1e-5, 0.0, 0.0), False)
+    return x, linear, case.tensors["w"], layer
+
+
+def project(arguments, fused, whole=True, **parameters):
+    with TABLE.override("split_keys", {**SMALL_SPLIT, "fused": fused, **parameters}):
+        return triton_impl._project(*arguments, whole, False)
+
+
+CELLS = {"shape": (2, 3, 23, 30), "kernel": 7, "stride": 4, "padding": 2}
+TOKENS = {"shape": (2, 16, 9, 7), "kernel": 3, "stride": 2, "padding": 1}
+PROJECTIONS = [
+    pytest.param(CELLS, {}, id="cells"),
+    pytest.param(CELLS, {"block": 32, "programs": 8}, id="cells, several splits"),
+    pytest.param(CELLS | {"pixels": normalisation((0.5,) * 3, (0.25,) * 3)}, {}, id="bytes"),
+    pytest.param(TOKENS, {}, id="tokens"),
+    pytest.param(TOKENS | {"shape": (1, 32, 20, 9), "width": 32, "m": 11}, {"programs": 8}, id="odd features"),
+    pytest.param(TOKENS | {"shape": (3, 5, 9, 7), "m": 1}, {}, id="gathered"),
+    pytest.param(TOKENS | {"width": 64, "m": 64}, {"tokens": 32}, id="the largest"),
+    pytest.param(CELLS | {"shape": (2, 3, 7, 7), "padding": 0}, {}, id="one token"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("sizes", "parameters"), PROJECTIONS)
+def test_one_launch_for_split_and_keys_is_two(sizes, parameters, dtype, monkeypatch):
+    """kqv, statistics and key state within rounding, q and v alone the same bits, and nothing of the other launches."""
+    arguments = projection_of(dtype=DTYPES[dtype], **sizes)
+    expected = project(arguments, fused=0)
+    for module, name in ((attention, "key_state"), (triton_impl.split, "_forward")):
+        monkeypatch.setattr(module, name, None)
+    found = project(arguments, fused=1, **parameters)
+    for value, other in zip(found, expected, strict=True):
+        assert value.shape == other.shape and value.dtype == other.dtype
+        assert errors(value, other)[0] <= 2 * same(DTYPES[dtype])
+    narrow, *statistics, lz, state = project(arguments, fused=1, whole=False, **parameters)
+    width = arguments[2].shape[1]
+    assert torch.equal(narrow, found[0][..., width:]) and not any(t.numel() for t in statistics)
+    assert torch.equal(lz, found[3]) and torch.equal(state, found[4])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_keys_that_outgrow_the_speculated_shift(dtype):
+    """Long keys first, then short ones: their weights leave the range under the first tile's shift, and the tokens run
+    again. Where an image is flat, LayerNorm leaves nothing but its bias, here 0."""
+    arguments = projection_of((1, 16, 20, 20), 3, 2, 1, dtype=DTYPES[dtype])
+    x, (weight, _, _, norm_bias), _, _ = arguments
+    x[:, :, 10:], weight[:16] = 0.5, 8 * weight[:16]
+    norm_bias.zero_()
+    found, expected = (project(arguments, fused) for fused in (1, 0))
+    k = found[0][..., :16].double()
+    exponents = k @ arguments[2].double().T - k.square().sum(-1, keepdim=True) / 2
+    ahead = exponents[:, 16:].amax(1) - exponents[:, :16].amax(1)
+    assert ahead.max() > 60, "else this tests nothing"
+    for value, other in zip(found[3:], expected[3:], strict=True):
+        assert value.isfinite().all() and errors(value, other)[0] <= 2 * same(DTYPES[dtype])
 
 
 @pytest.mark.parametrize(("name", "size"), [("width", 128), ("width", 24), ("m", 65), ("hidden", 65)])
@@ -167,16 +260,25 @@ def test_what_does_not_fit_takes_two_launches(name, size, monkeypatch):
     monkeypatch.setattr(kernels, "read_out_tail_kernel", None)
     sizes = {"width": 16, "m": 8, "hidden": 16}
     assert launch.fits(*sizes.values()) and not launch.fits(*(sizes | {name: size}).values())
-    out, _, _ = run(block_of(5, **sizes | {name: size}), fused=1)
+    out = run(block_of(5, **sizes | {name: size}), fused=1)
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("sizes", [{"width": 24}, {"m": 65}])
+def test_a_projection_that_does_not_fit_takes_two_launches(sizes, monkeypatch):
+    monkeypatch.setattr(kernels, "split_keys_kernel", None)
+    kqv, *_, state = project(projection_of(**TOKENS | sizes), fused=1, whole=False)
+    width = sizes.get("width", 16)
+    assert kqv.shape[-1] == 3 * width and state.isfinite().all()
+
+
 @pytest.mark.parametrize(("architecture", "dtype"), [("sm_90", "bf16"), ("cpu", "fp32")])
-def test_the_table_decides(architecture, dtype):
-    found = TABLE.chosen("read_out_tail", architecture, DTYPES[dtype], 64, 32, 64)
-    assert set(found) == {*SMALL, "fused"}
-    kinds = [set(each) for each in launch.candidates("read_out_tail", found)]
-    assert all(kind == set(found) for kind in kinds) and launch.candidates("read_out_tail", found)[-1]["fused"] == 0
+@pytest.mark.parametrize(("name", "small", "last"), [("read_out_tail", SMALL, 64), ("split_keys", SMALL_SPLIT, 96)])
+def test_the_table_decides(architecture, dtype, name, small, last):
+    found = TABLE.chosen(name, architecture, DTYPES[dtype], 64, 32, last)
+    assert set(found) == {*small, "fused"}
+    candidates = launch.candidates(name, found)
+    assert all(set(each) == set(found) for each in candidates) and candidates[-1]["fused"] == 0
 
 
 def test_a_fused_kernel_that_fails_is_left_for_two_launches(monkeypatch):
@@ -186,18 +288,31 @@ def test_a_fused_kernel_that_fails_is_left_for_two_launches(monkeypatch):
     monkeypatch.setattr(triton_impl, "_run", lambda *sizes: [2 * t for t in triton_impl._expected(*sizes)])
     arguments = block_of(5)
     with pytest.warns(RuntimeWarning, match="performer_layer leaves its Triton kernel: its self-test on cpu"):
-        out, *_ = run(arguments, fused=1)
+        out = run(arguments, fused=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert torch.equal(run(arguments, fused=1)[0], out)
-    assert torch.equal(run(arguments, fused=0)[0], out)
+        assert torch.equal(run(arguments, fused=1), out)
+    assert torch.equal(run(arguments, fused=0), out)
+
+
+def test_a_fused_projection_that_fails_is_left_for_two_launches(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(triton_runtime, "_trials", {})
+    wrong = triton_impl._expected_keys
+    monkeypatch.setattr(triton_impl, "_tried_keys", lambda *sizes: [2 * t for t in wrong(*sizes)])
+    arguments = projection_of(**TOKENS)
+    with pytest.warns(RuntimeWarning, match="performer_layer leaves its Triton kernel: its self-test on cpu"):
+        found = project(arguments, fused=1)
+    assert all(torch.equal(*pair) for pair in zip(found, project(arguments, fused=0), strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_its_own_self_test(dtype, monkeypatch):
+def test_its_own_self_tests(dtype, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
     assert triton_impl._trial(None, DTYPES[dtype], 16, 16, 16) is None
+    for channels, window in ((3, Window((7, 7), (4, 4), (2, 2))), (16, Window((3, 3), (2, 2), (1, 1)))):
+        assert triton_impl._keys_trial(None, DTYPES[dtype], channels, window, 16, 16) is None
 
 
 def test_float32_in_three_tf32_products(matrix_units):
@@ -214,7 +329,7 @@ def test_tf32_where_torch_allows_it(matrix_units, monkeypatch):
     y, _, _ = aten_attention.attend(q, k, v, w.double(), eps, None)
     exact = aten_tail.run(y, v, Tail(*(t.double() for t in tail)), options, seed)
     monkeypatch.setattr(triton_runtime, "allows_tf32", lambda: True)
-    out, _, _ = run(arguments, fused=1)
+    out = run(arguments, fused=1)
     assert matrix_units == {"tf32"} and 1e-5 < errors(out, exact)[0] <= 2e-3
 
 

@@ -112,6 +112,40 @@ def store_features(pointer, value, place, there, columns, width):
     tl.store(pointer + place[None, :] * width + columns[:, None], value, mask=inside)
 
 
+@triton.jit
+def gathered(
+    exponents, values, sums, wide, shift, follow, HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The sums over a tile's keys added to those of the tiles before: weights, S^T before its division, and the shift.
+
+    follow: whether the shift follows this tile's maximum. HEADROOM: :func:`keys_kernel`.
+    """
+    if follow:
+        above = tl.maximum(shift, tl.max(exponents, 0) + HEADROOM)
+        before = tl.exp2(shift - above)[None, :]
+        sums, wide, shift = sums * before, wide * before, above
+    weights = rounded(tl.exp2(exponents - shift[None, :]), DTYPE, PRECISION)
+    return sums + weights.to(tl.float32), dot(tl.trans(values), weights, wide, PRECISION), shift
+
+
+@triton.jit
+def overflown(total):
+    """Whether a weight left the range, by the sums of weights."""
+    return tl.sum(tl.where(total < TRUSTED, 0, 1), 0) > 0  # NaN is not below
+
+
+@triton.jit
+def store_key_state(lz, state, place, total, wide, shift, begin, features, width):
+    """lz and S of features ``begin`` onwards, at row ``place`` of contiguous (..., m) and (..., m, E) tensors."""
+    FEATURES: tl.constexpr = wide.shape[1]
+    WIDTH: tl.constexpr = wide.shape[0]
+    feature, columns = tl.arange(0, FEATURES), tl.arange(0, WIDTH)
+    place, there = place * features + begin + feature, feature < features - begin
+    tl.store(lz + place, (shift + tl.log2(total)) * LN2, mask=there)
+    wide = wide * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
+    store_features(state, wide, place, there, columns, width)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def keys_kernel(
     k,
@@ -166,22 +200,13 @@ def keys_kernel(
             tile = load_tile(k, start, rows, there, columns, width, EVEN)
             values = load_tile(v, start, rows, there, columns, width, EVEN)
             exponents = key_exponents(tile, there, parts, PRECISION)
-            if running | (index == first):
-                above = tl.maximum(shift, tl.max(exponents, 0) + HEADROOM)
-                before = tl.exp2(shift - above)[None, :]
-                sums, wide, shift = sums * before, wide * before, above
-            weights = rounded(tl.exp2(exponents - shift[None, :]), DTYPE, PRECISION)
-            sums += weights.to(tl.float32)
-            wide = dot(tl.trans(values), weights, wide, PRECISION)
+            follow = running | (index == first)
+            sums, wide, shift = gathered(exponents, values, sums, wide, shift, follow, HEADROOM, DTYPE, PRECISION)
         total = tl.sum(sums, 0)
-        again = (not running) & (tl.sum(tl.where(total < TRUSTED, 0, 1), 0) > 0)  # NaN is not below
+        again = (not running) & overflown(total)
         running = True
-
-    feature = tl.arange(0, FEATURES)
-    place, there = (sequence * tl.num_programs(1) + split) * features + begin + feature, feature < features - begin
-    tl.store(lz + place, (shift + tl.log2(total)) * LN2, mask=there)
-    wide = wide * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
-    store_features(state, wide, place, there, columns, width)
+    place = sequence * tl.num_programs(1) + split
+    store_key_state(lz, state, place, total, wide, shift, begin, features, width)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -32,7 +32,7 @@ _CHUNK = {
 """E times the features of a chunk, likewise."""
 
 
-def shape_class(dtype, width, features):
+def shape_class(name, dtype, width, features):
     """What the parameters depend on, as words: dtype and padded sizes."""
     return f"{DTYPES[dtype]}-E{padded(width)}-m{padded(features)}"
 

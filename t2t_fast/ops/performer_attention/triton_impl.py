@@ -172,10 +172,26 @@ def key_state(call, k, v, key_mask):
             SPECULATE=call.dtype != torch.float32,  # there it costs the registers that products in three parts need
             **constants,
         )
+    return merged(call, lz, state)
+
+
+def merged(call, lz, state):
+    """One key state of several splits' ``lz`` (sequences, splits, m) and ``state`` (sequences, splits, m, E)."""
+    from . import kernels
+
+    splits = lz.shape[1]
     if splits > 1 and call.sequences:
         parts, (lz, state) = (lz, state), call.key_states()
         kernels.merge_kernel[call.sequences, call.features](
-            *parts, lz, state, call.width, call.features, splits, WIDTH=constants["WIDTH"], BLOCK=32, **runtime.FUSION
+            *parts,
+            lz,
+            state,
+            call.width,
+            call.features,
+            splits,
+            WIDTH=padded(call.width),
+            BLOCK=32,
+            **runtime.FUSION,
         )
     return lz.view(*call.outer, call.features), state.view(*call.outer, call.features, call.width)
 

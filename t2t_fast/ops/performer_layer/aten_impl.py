@@ -16,13 +16,18 @@ def _parts(kqv, dtype):
     return (part.to(dtype) for part in kqv.chunk(3, dim=-1))
 
 
-def _block(kqv, w, eps, parameters, options, seed):
+def _project(x, linear, w, layer, whole, keep):
+    kqv, mean, rstd = split.run(x, *linear, layer.norm1_eps, layer.window, layer.dtype, layer.pixels)
     wide = accumulation_dtype(kqv.dtype)
-    k, q, v = _parts(kqv, wide)
-    w = w.to(wide)
-    lz, state = attention.key_state(k, v, w)
-    y, _, _ = attention.read_out(q, lz, state, w, eps)
-    return tail.run(y.to(kqv.dtype), v, parameters, options, seed), lz, state
+    k, _, v = _parts(kqv, wide)
+    return kqv, mean, rstd, *attention.key_state(k, v, w.to(wide))
+
+
+def _finish(kqv, w, eps, lz, state, parameters, options, seed):
+    wide = lz.dtype
+    _, q, v = _parts(kqv, wide)
+    y, _, _ = attention.read_out(q, lz, state, w.to(wide), eps)
+    return tail.run(y.to(kqv.dtype), v, parameters, options, seed)
 
 
 def _rebuild(kqv, w, eps, lz, state):
@@ -44,4 +49,4 @@ def _rebuild(kqv, w, eps, lz, state):
     return y.to(kqv.dtype), v, finish
 
 
-forward = compose(split, _block, _rebuild, tail.run_backward)
+forward = compose(split, _project, _finish, _rebuild, tail.run_backward)

@@ -1,14 +1,154 @@
-"""Triton kernel of a Performer layer: the attention's pass over the queries and the tail in one."""
+"""Triton kernels of a Performer layer, each two steps in one: the soft split with Linear and the attention's pass over
+the keys; the pass over the queries and the tail.
+
+Letters, padding and precision as in the kernels of the single operators.
+"""
 
 import triton
 import triton.language as tl
 
-from ..performer_attention.kernels import features_of, load_tile, own_tiles, read_out, sequence_of, state_of, store_tile
-from ..tiles import rounded
+from ..performer_attention.kernels import (
+    LOWEST,
+    features_of,
+    gathered,
+    key_exponents,
+    load_tile,
+    overflown,
+    own_tiles,
+    read_out,
+    sequence_of,
+    state_of,
+    store_key_state,
+    store_tile,
+)
+from ..soft_split_linear.kernels import outputs_of, places_of, products_of
+from ..tiles import narrowed, rounded
 from ..token_mlp.kernels import kept_weights, random_lanes, tail_of
 
-VARYING = ("length", "tiles_per_split", "seed")
+VARYING = ("height", "image_width", "grid_width", "length", "tiles_per_split", "seed")
 """Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+
+
+@triton.jit
+def _store_part(out, value, place, there, part, OUTPUTS: tl.constexpr):
+    """A tile of a row's part ``part`` of E values; rows have OUTPUTS, and ``place`` is the tile's first."""
+    TOKENS: tl.constexpr = value.shape[0]
+    WIDTH: tl.constexpr = value.shape[1]
+    out += place * OUTPUTS + part * WIDTH
+    offsets = tl.arange(0, TOKENS)[:, None] * OUTPUTS + tl.arange(0, WIDTH)[None, :]
+    tl.store(out + offsets, value, mask=there[:, None])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def split_keys_kernel(
+    x,
+    x_strides,
+    pixels,
+    weight,
+    used,
+    row_sums,
+    offset,
+    norm_eps,
+    out,
+    mean,
+    rstd,
+    w,
+    lz,
+    state,
+    height,
+    image_width,
+    grid_width,
+    length,
+    features,
+    tiles_per_split,
+    CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CELL: tl.constexpr,
+    GATHER: tl.constexpr,
+    VALUES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    HEADROOM: tl.constexpr,
+    SPECULATE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """k, q and v of the windows as ``split_linear_kernel`` computes them, and one split's key state as ``keys_kernel``.
+
+    Grid (images, splits); a program owns the tokens of one split, reads their windows once (twice where the speculated
+    shift fails), and never reads k or v. WHOLE, for training: ``out`` gets k, q and v, and ``mean`` and ``rstd`` are
+    saved; else ``out`` gets q and v alone. PACKED: outputs of the packed weight, ``split_linear_kernel``'s WIDTH; the
+    other arguments are those of the two kernels; WIDTH channels exactly.
+    """
+    OUTPUTS: tl.constexpr = 3 * WIDTH if WHOLE else 2 * WIDTH
+    image, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    _, parts = features_of(w, 0, features, WIDTH, OPERAND, WIDTH, FEATURES)
+    first, last = own_tiles(split, tiles_per_split, length, TOKENS)
+    shift = tl.full([FEATURES], LOWEST, tl.float32)
+    total = tl.zeros([FEATURES], tl.float32)
+    wide = tl.zeros([WIDTH, FEATURES], tl.float32)
+    running, again = not SPECULATE, True
+    while again:
+        shift = tl.full([FEATURES], LOWEST, tl.float32)
+        sums = tl.zeros([TOKENS, FEATURES], tl.float32)
+        wide = tl.zeros([WIDTH, FEATURES], tl.float32)
+        for index in range(first, last):
+            start = index * TOKENS
+            token, there = image * length + start, tl.arange(0, TOKENS) < length - start
+            offsets, top, left = places_of(image, start + tl.arange(0, TOKENS), grid_width, x_strides, WINDOW)
+            products, average, inside, scale = products_of(
+                x,
+                x_strides,
+                pixels,
+                weight,
+                used,
+                norm_eps,
+                (offsets, top, left, there),
+                height,
+                image_width,
+                0,
+                CHANNELS,
+                WINDOW,
+                CELL,
+                GATHER,
+                VALUES,
+                True,
+                SHIFT,
+                OPERAND,
+                TOKENS,
+                BLOCK,
+                WIDTH,
+                3,
+                PACKED,
+                PRECISION,
+            )
+            if WHOLE:
+                rows = token + tl.arange(0, TOKENS)
+                tl.store(mean + rows, average, mask=there)
+                tl.store(rstd + rows, scale, mask=there)
+            column = tl.arange(0, WIDTH)
+            q = outputs_of(products[1], inside, scale, row_sums, offset, WIDTH + column, PACKED, True)
+            _store_part(out, narrowed(q, OPERAND), token, there, 1 if WHOLE else 0, OUTPUTS)
+            k = outputs_of(products[0], inside, scale, row_sums, offset, column, PACKED, True)
+            k = narrowed(k, OPERAND)
+            if WHOLE:
+                _store_part(out, k, token, there, 0, OUTPUTS)
+            v = outputs_of(products[2], inside, scale, row_sums, offset, 2 * WIDTH + column, PACKED, True)
+            v = narrowed(v, OPERAND)
+            _store_part(out, v, token, there, 2 if WHOLE else 1, OUTPUTS)
+            exponents = key_exponents(k, there, parts, PRECISION)
+            follow = running | (index == first)
+            sums, wide, shift = gathered(exponents, v, sums, wide, shift, follow, HEADROOM, OPERAND, PRECISION)
+        total = tl.sum(sums, 0)
+        again = (not running) & overflown(total)
+        running = True
+    place = image * tl.num_programs(1) + split
+    store_key_state(lz, state, place, total, wide, shift, 0, features, WIDTH)
 
 
 @triton.jit(do_not_specialize=VARYING)

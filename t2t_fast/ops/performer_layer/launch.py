@@ -1,4 +1,4 @@
-"""Launch parameters of the Performer layer's Triton kernel: defaults, and candidates for a measurement."""
+"""Launch parameters of the Performer layer's Triton kernels: defaults, and candidates for a measurement."""
 
 from pathlib import Path
 
@@ -9,45 +9,58 @@ from ..launch import DTYPES, Table, padded
 LARGEST = 64
 """Channels, features and hidden units that one program holds at once."""
 
-PASSES = ("read_out_tail",)
+PASSES = ("split_keys", "read_out_tail")
 
 
-def fits(width, features, hidden):
-    """Whether the pass over the queries and the tail can be one launch; else they are two.
+def fits(width, *others):
+    """Whether a launch can do two steps for these channels, features (and hidden units); else they are two launches.
 
     Rows that are not as long as the matrix instructions' would take too many registers.
     """
-    return width == padded(width) and max(width, features, hidden) <= LARGEST
+    return width == padded(width) and max(width, *others) <= LARGEST
 
 
-def shape_class(dtype, width, features, hidden):
-    """What the parameters depend on, as words: dtype and padded sizes."""
-    return f"{DTYPES[dtype]}-E{padded(width)}-m{padded(features)}-F{padded(hidden)}"
+def shape_class(name, dtype, width, features, other):
+    """What the parameters depend on, as words: dtype, padded sizes, and for the split the values of a tap (layout.py).
+
+    other: values of a tap, or hidden units.
+    """
+    last = f"C{other}" if name == "split_keys" else f"F{padded(other)}"
+    return f"{DTYPES[dtype]}-E{padded(width)}-m{padded(features)}-{last}"
 
 
 def candidates(name, present):
     """Parameters worth a measurement, whatever is in use at ``present``.
 
     fused: 1 for one launch, 0 for two, to which the others mean nothing; tokens: of a tile; warps: of a program;
-    stages: tiles on their way; programs: wanted on a multiprocessor; keep: 1 where a program keeps the tail's weights,
-    0 where it reads them again for every tile.
+    stages: tiles on their way; programs: wanted on a multiprocessor; block: columns of a product, at most; keep: 1
+    where a program keeps the tail's weights, 0 where it reads them again for every tile.
     """
+    if name == "split_keys":
+        special = [{"block": block} for block in (32, 64)]
+        shapes, depths = ((32, 4), (64, 4), (64, 8), (128, 8)), (2, 3)
+    else:
+        special = [{"keep": 1}]
+        shapes, depths = ((32, 4), (64, 4), (64, 8), (128, 8)), (1, 2)
     fused = [
-        {"fused": 1, "tokens": tokens, "warps": warps, "stages": stages, "programs": programs, "keep": 1}
-        for tokens, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
-        for stages in (1, 2)
+        {"fused": 1, "tokens": tokens, "warps": warps, "stages": stages, "programs": programs, **rest}
+        for tokens, warps in shapes
+        for stages in depths
         for programs in (2, 3, 4)
+        for rest in special
     ]
     return [*fused, {**fused[0], "fused": 0}]
 
 
-def default(name, dtype, width, features, hidden):
+def default(name, dtype, width, features, other):
     """Parameters that compile without spills for T2T's shape on every architecture.
 
-    In 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest cards' multiprocessors; the
-    tail's weights in float32, kept, would take more.
+    The queries and the tail in 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
+    cards' multiprocessors; the tail's weights in float32, kept, would take more.
     """
     single = dtype == torch.float32
+    if name == "split_keys":
+        return {"fused": int(not single), "tokens": 64, "warps": 8, "stages": 2, "programs": 2, "block": 32}
     return {"fused": 1, "tokens": 32, "warps": 8 if single else 4, "stages": 1, "programs": 2, "keep": int(not single)}
 
 

@@ -1,7 +1,8 @@
 """A Performer layer of Triton kernels: the soft split with Linear, the attention, the tail.
 
-Forward, the pass over the queries and the tail are one launch where launch.py says so, and y never reaches memory.
-The gradients of k, q and v, the skip's share of v's among them, are written side by side into one tensor.
+Forward, the soft split and the pass over the keys are one launch where launch.py says so, and k is written for backward
+alone; so are the pass over the queries and the tail, and y never reaches memory. The gradients of k, q and v, the
+skip's share of v's among them, are written side by side into one tensor.
 """
 
 from functools import lru_cache
@@ -12,7 +13,11 @@ from .. import triton_runtime as runtime
 from ..launch import cut, padded
 from ..performer_attention import aten_impl as plain_attention
 from ..performer_attention import triton_impl as attention
+from ..soft_split_linear import aten_impl as plain_split
 from ..soft_split_linear import triton_impl as split
+from ..soft_split_linear.call import Call
+from ..soft_split_linear.layout import layout
+from ..spec import Window
 from ..token_mlp import aten_impl as plain_tail
 from ..token_mlp import triton_impl as tail
 from ..token_mlp.tail import Options, Tail
@@ -43,6 +48,141 @@ def _fake_kqv_backward(grad, kqv, w, eps, lz, state, skip, need_w):
     return kqv.new_empty(kqv.shape), lz.new_empty(w.shape if need_w else 0)
 
 
+def split_keys(x, weight, used, row_sums, offset, w, norm_eps, window, dtype, pixels, whole):
+    """kqv (of which q and v alone unless ``whole``), the windows' statistics (empty then), and the key state.
+
+    By one launch, for sizes that fit (launch.py). weight, used, row_sums, offset, pixels: ``soft_split_linear``'s
+    ``operands``.
+    """
+    from . import kernels
+
+    features, width = w.shape
+    call = Call(x, dtype, window, 3 * width, pixels)
+    found = launch.TABLE.chosen(
+        "split_keys", runtime.architecture(x.device), dtype, width, features, call.layout.channels
+    )
+    wanted = found["programs"] * runtime.multiprocessors(x.device)
+    splits, tiles = cut(call.length, x.shape[0], found["tokens"], wanted)
+    out = torch.empty(x.shape[0], call.length, (3 if whole else 2) * width, dtype=dtype, device=x.device)
+    mean, rstd = (call.singles() if whole else None for _ in range(2))
+    sequences = attention.Call(out[..., :width], w)
+    lz, state = sequences.key_states(splits)
+    if sequences.sequences:
+        image, strides, windows = call.windows()
+        kernels.split_keys_kernel[x.shape[0], splits](
+            image,
+            strides,
+            None if pixels is None else tuple(pixels),
+            weight,
+            used,
+            row_sums,
+            offset,
+            norm_eps,
+            out,
+            mean,
+            rstd,
+            sequences.directions,
+            lz,
+            state,
+            *x.shape[2:],
+            call.grid[1],
+            call.length,
+            features,
+            tiles,
+            VALUES=call.values,
+            SHIFT=x.dtype == torch.float32 or x.dtype != dtype,
+            TOKENS=found["tokens"],
+            BLOCK=call.layout.block(found["block"]),
+            PACKED=weight.shape[1],
+            WIDTH=width,
+            FEATURES=padded(features),
+            HEADROOM=attention.HEADROOM[dtype],
+            SPECULATE=dtype != torch.float32,
+            WHOLE=whole,
+            **windows,
+            **call.products(found),
+        )
+    statistics = (mean, rstd) if whole else (lz.new_empty(0), lz.new_empty(0))
+    return out, *statistics, *attention.merged(sequences, lz, state)
+
+
+def _keys_trial(index, dtype, channels, window, width, features):
+    return runtime.trial(
+        "performer_layer", _tried_keys, _expected_keys, index, dtype, channels, window, width, features
+    )
+
+
+def _keys_problem(device, dtype, channels, window, width, features):
+    tensors, _ = split.problem(device, dtype, channels, window, 3 * width, True)
+    *_, w, _ = attention.problem(device, dtype, width, features)
+    return tensors, w
+
+
+def _tried_keys(device, dtype, channels, window, width, features):
+    (x, *linear), w = _keys_problem(device, dtype, channels, window, width, features)
+    found, _ = split.operands(x, *linear, 1e-5, window, dtype, (), False)
+    return split_keys(x, *found, w, 1e-5, window, dtype, None, True)
+
+
+def _expected_keys(device, dtype, channels, window, width, features):
+    (x, *linear), w = _keys_problem(device, dtype, channels, window, width, features)
+    kqv, mean, rstd = plain_split.run(x.float(), *(t.float() for t in linear), 1e-5, window, torch.float32)
+    k, _, v = kqv.chunk(3, dim=-1)
+    lz, state = plain_attention.key_state(k, v, w.float())
+    return kqv, mean, rstd, lz.squeeze(-1), state
+
+
+def _keys_fused(index, dtype, channels, kh, kw, sh, sw, ph, pw, width, features):
+    """Whether the soft split and the pass over the keys are one launch: by sizes and table, if it works there."""
+    if not launch.fits(width, features):
+        return False
+    window = Window((kh, kw), (sh, sw), (ph, pw))
+    architecture = runtime.architecture(torch.device("cpu" if runtime.INTERPRETED else f"cuda:{index}"))
+    values = layout(channels, window).channels
+    if not launch.TABLE.chosen("split_keys", architecture, dtype, width, features, values)["fused"]:
+        return False
+    return _keys_trial(index, dtype, channels, window, width, padded(features)) is None
+
+
+# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+_keys_fused._dynamo_marked_constant = True
+
+
+@operator(
+    "performer_project(Tensor x, Tensor weight, Tensor? used, Tensor row_sums, Tensor offset, Tensor w, "
+    "float norm_eps, int[] kernel, int[] stride, int[] padding, ScalarType dtype, Tensor[]? pixels, bool fused, "
+    "bool whole) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _project_op(x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, dtype, pixels, fused, whole):
+    window, packed = (kernel, stride, padding), (weight, used, row_sums, offset)
+    if fused:
+        return split_keys(x, *packed, w, norm_eps, window, dtype, pixels, whole)
+    kqv, mean, rstd = split._forward(x, *packed, 3 * w.shape[1], norm_eps, *window, dtype, pixels)
+    k, q, v = kqv.chunk(3, dim=-1)
+    return kqv, mean, rstd, *attention.key_state(attention.Call(q, w), k, v, None)
+
+
+@fake("performer_project")
+def _fake_project(x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, dtype, pixels, fused, whole):
+    h, w_grid = Window(tuple(kernel), tuple(stride), tuple(padding)).grid(*x.shape[2:])
+    features, width = w.shape
+    parts, statistics = (2, (0,)) if fused and not whole else (3, (x.shape[0], h, w_grid))
+    mean, rstd = (x.new_empty(statistics, dtype=torch.float32) for _ in range(2))
+    lz = x.new_empty((x.shape[0], features), dtype=torch.float32)
+    out = x.new_empty((x.shape[0], h * w_grid, parts * width), dtype=dtype)
+    return out, mean, rstd, lz, lz.new_empty(x.shape[0], features, width)
+
+
+def _project(x, linear, w, layer, whole, keep):
+    arguments = layer.norm1_eps, layer.window, layer.dtype, layer.pixels
+    found, columns = split.operands(x, *linear, *arguments, keep)
+    sizes = [runtime.fixed(n) for n in (x.shape[1], *(n for pair in layer.window for n in pair), *reversed(w.shape))]
+    fused = _keys_fused(x.device.index, layer.dtype, *sizes)
+    return torch.ops.t2t_fast_triton.performer_project(
+        x, *found, w, layer.norm1_eps, *layer.window, layer.dtype, columns, fused, whole
+    )
+
+
 @lru_cache(maxsize=1024)
 def _plan(found, dtype, width, features, hidden, length, sequences, processors, tf32):
     """Splits of a sequence, what the kernel takes behind its tensors, and its constants."""
@@ -62,11 +202,16 @@ def _plan(found, dtype, width, features, hidden, length, sequences, processors, 
     return splits, (length, features, hidden, tiles), constants
 
 
+def _queries_and_values(kqv, width):
+    """q and v of kqv, or of what has them alone."""
+    return kqv[..., -2 * width : -width], kqv[..., -width:]
+
+
 def read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
-    """The layer's output by one launch, of the key state and the queries; for sizes that fit (launch.py)."""
+    """The layer's output by one launch, of the key state, q and v; for sizes that fit (launch.py)."""
     from . import kernels
 
-    _, q, v = kqv.chunk(3, dim=-1)
+    q, v = _queries_and_values(kqv, w.shape[1])
     call, length = attention.Call(q, w), q.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
@@ -126,40 +271,36 @@ def _expected(device, dtype, width, features, hidden):
     return (plain_tail.run(plain_attention.attend(q, k, v, w.float(), eps, None)[0], v, *rest),)
 
 
-def _fused(kqv, w, hidden):
+def _fused(q, w, hidden):
     """Whether the pass over the queries and the tail are one launch: by sizes and table, if it works on the device."""
-    width, features = kqv.shape[-1] // 3, w.shape[0]
+    features, width = w.shape
     if not launch.fits(width, features, hidden):
         return False
-    architecture = runtime.architecture(kqv.device)
-    if not launch.TABLE.chosen("read_out_tail", architecture, kqv.dtype, width, features, hidden)["fused"]:
+    architecture = runtime.architecture(q.device)
+    if not launch.TABLE.chosen("read_out_tail", architecture, q.dtype, width, features, hidden)["fused"]:
         return False
-    return _trial(kqv.device.index, kqv.dtype, padded(width), padded(features), padded(hidden)) is None
+    return _trial(q.device.index, q.dtype, padded(width), padded(features), padded(hidden)) is None
 
 
 @operator(
-    "performer_block(Tensor kqv, Tensor w, float eps, Tensor? seed, float[] options, Tensor?[] tail) "
-    "-> (Tensor, Tensor, Tensor)"
+    "performer_finish(Tensor kqv, Tensor w, float eps, Tensor lz, Tensor state, Tensor? seed, float[] options, "
+    "Tensor?[] tail) -> Tensor"
 )
-def _forward(kqv, w, eps, seed, options, parameters):
-    k, q, v = kqv.chunk(3, dim=-1)
+def _finish_op(kqv, w, eps, lz, state, seed, options, parameters):
     parameters, options = Tail(*parameters), Options(*options)
-    lz, state = attention.key_state(attention.Call(q, w), k, v, None)
-    if _fused(kqv, w, parameters.fc1_weight.shape[0]):
-        return read_out_tail(kqv, w, eps, lz, state, parameters, options, seed), lz, state
-    y = attention.read_out(q, w, eps, lz, state)
-    return tail.run(y, v, parameters, options, seed), lz, state
+    q, v = _queries_and_values(kqv, w.shape[1])
+    if _fused(q, w, parameters.fc1_weight.shape[0]):
+        return read_out_tail(kqv, w, eps, lz, state, parameters, options, seed)
+    return tail.run(attention.read_out(q, w, eps, lz, state), v, parameters, options, seed)
 
 
-@fake("performer_block")
-def _fake(kqv, w, eps, seed, options, parameters):
-    batch, length, width = kqv.shape
-    lz = kqv.new_empty(batch, w.shape[0], dtype=torch.float32)
-    return kqv.new_empty(batch, length, width // 3), lz, lz.new_empty(batch, *w.shape)
+@fake("performer_finish")
+def _fake_finish(kqv, w, eps, lz, state, seed, options, parameters):
+    return kqv.new_empty(*kqv.shape[:2], w.shape[1])
 
 
-def _block(kqv, w, eps, parameters, options, seed):
-    return torch.ops.t2t_fast_triton.performer_block(kqv, w, eps, seed, list(options), list(parameters))
+def _finish(kqv, w, eps, lz, state, parameters, options, seed):
+    return torch.ops.t2t_fast_triton.performer_finish(kqv, w, eps, lz, state, seed, list(options), list(parameters))
 
 
 def _rebuild(kqv, w, eps, lz, state):
@@ -172,4 +313,4 @@ def _rebuild(kqv, w, eps, lz, state):
     return torch.ops.t2t_fast_triton.performer_read_out(q, w, eps, lz, state), v, finish
 
 
-forward = compose(split, _block, _rebuild, tail.run_backward)
+forward = compose(split, _project, _finish, _rebuild, tail.run_backward)

@@ -39,11 +39,13 @@ class Call:
 
     def constants(self, parameters):
         """Compile-time constants that several kernels have."""
+        return {"NARROW": NARROW, "EVEN": self.outputs % NARROW == 0, **self.products(parameters)}
+
+    def products(self, parameters):
+        """Those of the products, and how a program is launched."""
         tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
         return {
             "OPERAND": triton_dtype(self.dtype),
-            "NARROW": NARROW,
-            "EVEN": self.outputs % NARROW == 0,
             "PRECISION": "tf32" if tf32 else "tf32x3",
             "num_warps": parameters["warps"],
             "num_stages": parameters["stages"],

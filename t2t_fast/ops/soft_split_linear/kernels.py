@@ -74,20 +74,26 @@ def cells_kernel(
 
 
 @triton.jit
+def places_of(image, index, grid_width, x_strides, WINDOW: tl.constexpr):
+    """Of tokens ``index`` of an image (or images): each one's offset to its window's first pixel, and that pixel's row
+    and column. Images and offsets are 64 bits wide, all else is 32.
+    """
+    top = index // grid_width * WINDOW[1][0] - WINDOW[2][0]
+    left = index % grid_width * WINDOW[1][1] - WINDOW[2][1]
+    start = image * x_strides[0] + top.to(tl.int64) * x_strides[2] + left.to(tl.int64) * x_strides[3]
+    return start, top, left
+
+
+@triton.jit
 def _places(tile, total, length, grid_width, x_strides, WINDOW: tl.constexpr, COUNT: tl.constexpr):
-    """Of the tokens of a tile: the first one's number; each one's offset from there to its window's first pixel, that
-    pixel's row and column, and whether there is such a token. Numbers and offsets are 64 bits wide, all else is 32.
+    """Of the tokens of a tile, numbered through all images: the first one's number, :func:`places_of` each, and whether
+    there is such a token.
     """
     first = tl.full([], COUNT, tl.int64) * tile
     image = first // length
     index = (first - image * length).to(tl.int32) + tl.arange(0, COUNT)
-    there = tl.arange(0, COUNT) < total - first
-    top = index % length // grid_width * WINDOW[1][0] - WINDOW[2][0]
-    left = index % length % grid_width * WINDOW[1][1] - WINDOW[2][1]
-    start = (
-        (image + index // length) * x_strides[0] + top.to(tl.int64) * x_strides[2] + left.to(tl.int64) * x_strides[3]
-    )
-    return first, start, top, left, there
+    start, top, left = places_of(image + index // length, index % length, grid_width, x_strides, WINDOW)
+    return first, start, top, left, tl.arange(0, COUNT) < total - first
 
 
 @triton.jit
@@ -140,77 +146,73 @@ def _tile(
     return tile
 
 
-@triton.jit(do_not_specialize=VARYING)
-def split_linear_kernel(
+@triton.jit
+def _centre(
+    x, x_strides, pixels, start, top, left, there, height, image_width, WINDOW: tl.constexpr, CELL: tl.constexpr
+):
+    """The value at each window's centre in float32, 0 outside the image."""
+    _, _, x_row, x_column = x_strides
+    if CELL is None:
+        down: tl.constexpr = WINDOW[0][0] // 2
+        right: tl.constexpr = WINDOW[0][1] // 2
+        row, column = top + down, left + right
+        there &= (row >= 0) & (row < height) & (column >= 0) & (column < image_width)
+        place = start + down * x_row + right * x_column
+    else:
+        down: tl.constexpr = CELL[3] // 2
+        right: tl.constexpr = CELL[4] // 2
+        within: tl.constexpr = down % CELL[0] * CELL[1] + right % CELL[1]
+        place = start + down // CELL[0] * x_row + right // CELL[1] * x_column + within
+    value = tl.load(x + place, mask=there, other=0).to(tl.float32)
+    if pixels is not None:
+        if CELL is not None:
+            there &= value >= 0
+        value = tl.where(there, value * tl.load(pixels[0]) + tl.load(pixels[1]), 0.0)
+    return value
+
+
+@triton.jit
+def products_of(
     x,
     x_strides,
     pixels,
     weight,
     used,
-    row_sums,
-    offset,
     eps,
-    out,
-    mean,
-    rstd,
+    places,
     height,
     image_width,
-    grid_width,
-    length,
-    tokens,
-    outputs,
+    group,
     CHANNELS: tl.constexpr,
     WINDOW: tl.constexpr,
     CELL: tl.constexpr,
+    GATHER: tl.constexpr,
     VALUES: tl.constexpr,
     NORM: tl.constexpr,
     SHIFT: tl.constexpr,
     OPERAND: tl.constexpr,
-    GATHER: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     NARROW: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``y = r (Wg u - mu Wg 1) + b'``, and the windows' ``mu`` and ``r``; without NORM ``y = W u + b``.
+    """Of a tile's windows, products with the PARTS x NARROW outputs from ``group`` on.
 
-    Grid (token tiles, groups of PARTS x NARROW outputs). ``weight`` is packed (layout.py), (columns, WIDTH);
-    ``row_sums`` and ``offset`` likewise; ``used``: 1 for each column that is one of the K VALUES of a window, else 0,
-    ``None`` if all are. The statistics gather in the same loop as the product, from the
-    windows less the value s at their centre, block by block by Chan's rule: no offset of the image reaches them.
-    SHIFT: the product takes u - s too, so that rounding it to OPERAND costs no more than rounding what LayerNorm makes
-    of it.
+    places: what :func:`places_of` says of the tokens, and which there are.
+
+    Returns the PARTS products; and with NORM ``mu``, what must be subtracted of it from the products, and ``r``. Other
+    arguments as of :func:`split_linear_kernel`.
     """
     COLUMNS: tl.constexpr = CHANNELS * WINDOW[0][0] * WINDOW[0][1]
-    first, start, top, left, there = _places(tl.program_id(0), tokens, length, grid_width, x_strides, WINDOW, TOKENS)
+    start, top, left, there = places
+    mean, inside, scale = 0.0, 0.0, 1.0
     if NORM:
-        _, _, x_row, x_column = x_strides
-        if CELL is None:
-            down: tl.constexpr = WINDOW[0][0] // 2
-            right: tl.constexpr = WINDOW[0][1] // 2
-            pixel_row, pixel_column = top + down, left + right
-            centred = (
-                there & (pixel_row >= 0) & (pixel_row < height) & (pixel_column >= 0) & (pixel_column < image_width)
-            )
-            centre = start + down * x_row + right * x_column
-        else:
-            down: tl.constexpr = CELL[3] // 2
-            right: tl.constexpr = CELL[4] // 2
-            within: tl.constexpr = down % CELL[0] * CELL[1] + right % CELL[1]
-            centred = there
-            centre = start + down // CELL[0] * x_row + right // CELL[1] * x_column + within
-        shift = tl.load(x + centre, mask=centred, other=0).to(tl.float32)
-        if pixels is not None:
-            if CELL is not None:
-                centred &= shift >= 0
-            shift = tl.where(centred, shift * tl.load(pixels[0]) + tl.load(pixels[1]), 0.0)
+        shift = _centre(x, x_strides, pixels, start, top, left, there, height, image_width, WINDOW, CELL)
         average = tl.zeros([TOKENS], tl.float32)
         squares = tl.zeros([TOKENS], tl.float32)
         seen = 0.0
-    group = tl.program_id(1) * PARTS * NARROW
     output = tl.arange(0, NARROW)
     sums = ()
     for _ in tl.static_range(PARTS):
@@ -262,24 +264,105 @@ def split_linear_kernel(
             products = products + (dot(operand, rounded(second, OPERAND, PRECISION), sums[index], PRECISION),)
         sums = products
     if NORM:
+        mean = average + shift
+        inside = average if SHIFT else mean
         scale = 1.0 / tl.sqrt(squares / VALUES + eps)
+    return sums, mean, inside, scale
+
+
+@triton.jit
+def outputs_of(product, inside, scale, row_sums, offset, column, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """Outputs in float32 from one of the products and the rest that :func:`products_of` returns."""
+    if NORM:
+        product -= inside[:, None] * tl.load(row_sums + column, mask=column < WIDTH, other=0.0)[None, :]
+        product *= scale[:, None]
+    return product + tl.load(offset + column, mask=column < WIDTH, other=0.0)[None, :]
+
+
+@triton.jit(do_not_specialize=VARYING)
+def split_linear_kernel(
+    x,
+    x_strides,
+    pixels,
+    weight,
+    used,
+    row_sums,
+    offset,
+    eps,
+    out,
+    mean,
+    rstd,
+    height,
+    image_width,
+    grid_width,
+    length,
+    tokens,
+    outputs,
+    CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CELL: tl.constexpr,
+    VALUES: tl.constexpr,
+    NORM: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    GATHER: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NARROW: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``y = r (Wg u - mu Wg 1) + b'``, and the windows' ``mu`` and ``r``; without NORM ``y = W u + b``.
+
+    Grid (token tiles, groups of PARTS x NARROW outputs). ``weight`` is packed (layout.py), (columns, WIDTH);
+    ``row_sums`` and ``offset`` likewise; ``used``: 1 for each column that is one of the K VALUES of a window, else 0,
+    ``None`` if all are. The statistics gather in the same loop as the product, from the
+    windows less the value s at their centre, block by block by Chan's rule: no offset of the image reaches them.
+    SHIFT: the product takes u - s too, so that rounding it to OPERAND costs no more than rounding what LayerNorm makes
+    of it.
+    """
+    first, start, top, left, there = _places(tl.program_id(0), tokens, length, grid_width, x_strides, WINDOW, TOKENS)
+    group = tl.program_id(1) * PARTS * NARROW
+    sums, average, inside, scale = products_of(
+        x,
+        x_strides,
+        pixels,
+        weight,
+        used,
+        eps,
+        (start, top, left, there),
+        height,
+        image_width,
+        group,
+        CHANNELS,
+        WINDOW,
+        CELL,
+        GATHER,
+        VALUES,
+        NORM,
+        SHIFT,
+        OPERAND,
+        TOKENS,
+        BLOCK,
+        NARROW,
+        PARTS,
+        WIDTH,
+        PRECISION,
+    )
+    if NORM:
         if tl.program_id(1) == 0:
             token = first + tl.arange(0, TOKENS)
-            tl.store(mean + token, average + shift, mask=there)
+            tl.store(mean + token, average, mask=there)
             tl.store(rstd + token, scale, mask=there)
-        if not SHIFT:
-            average += shift
     out += first * outputs
     for index in tl.static_range(PARTS):
-        column = group + index * NARROW + output
-        y = sums[index]
-        if NORM:
-            y -= average[:, None] * tl.load(row_sums + column, mask=column < WIDTH, other=0.0)[None, :]
-            y *= scale[:, None]
-        y += tl.load(offset + column, mask=column < WIDTH, other=0.0)[None, :]
-        inside = there[:, None] if EVEN else there[:, None] & (column < outputs)[None, :]
+        column = group + index * NARROW + tl.arange(0, NARROW)
+        y = outputs_of(sums[index], inside, scale, row_sums, offset, column, WIDTH, NORM)
+        mask = there[:, None] if EVEN else there[:, None] & (column < outputs)[None, :]
         target = out + tl.arange(0, TOKENS)[:, None] * outputs + column[None, :]
-        tl.store(target, narrowed(y, out.dtype.element_ty), mask=inside)
+        tl.store(target, narrowed(y, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)

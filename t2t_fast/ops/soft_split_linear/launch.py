@@ -10,7 +10,7 @@ from .layout import NARROW
 PASSES = ("forward", "weight", "image", "scalars")
 
 
-def shape_class(dtype, channels, outputs):
+def shape_class(name, dtype, channels, outputs):
     """What the parameters depend on, as words: operand dtype, values of a tap (layout.py), outputs."""
     return f"{DTYPES[dtype]}-C{channels}-O{outputs}"
 

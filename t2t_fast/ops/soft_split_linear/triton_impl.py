@@ -40,14 +40,14 @@ def supports(request):
 
 def _trial(index, dtype, channels, kh, kw, sh, sw, ph, pw, *rest):
     window = Window((kh, kw), (sh, sw), (ph, pw))
-    return runtime.trial("soft_split_linear", _run, _expected, index, dtype, channels, window, *rest)
+    return runtime.trial("soft_split_linear", _tried, _expected, index, dtype, channels, window, *rest)
 
 
 # torch.compiler.assume_constant_result sets this, and imports the compiler to do so
 _trial._dynamo_marked_constant = True
 
 
-def _problem(device, dtype, channels, window, outputs, normed):
+def problem(device, dtype, channels, window, outputs, normed):
     """Two images of a few tokens each, the parameters, and an upstream gradient."""
     generator = torch.Generator().manual_seed(0)
     height, width = (k + 3 * s for k, s in zip(window.kernel, window.stride, strict=True))
@@ -70,15 +70,15 @@ def _both(forward, backward, dtype, tensors, grad, window, normed, training):
     return [y, *(t for t in gradients if t is not None)]
 
 
-def _run(device, dtype, channels, window, outputs, normed, training):
-    tensors, grad = _problem(device, dtype, channels, window, outputs, normed)
+def _tried(device, dtype, channels, window, outputs, normed, training):
+    tensors, grad = problem(device, dtype, channels, window, outputs, normed)
     return _both(run, run_backward, dtype, tensors, grad, window, normed, training)
 
 
 def _expected(device, dtype, channels, window, outputs, normed, training):
     *tensors, grad = (
         None if t is None else t.float()
-        for part in _problem(device, dtype, channels, window, outputs, normed)
+        for part in problem(device, dtype, channels, window, outputs, normed)
         for t in (part if isinstance(part, tuple) else (part,))
     )
     return _both(aten_impl.run, aten_impl.run_backward, torch.float32, tensors, grad, window, normed, training)
@@ -306,26 +306,32 @@ def packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, dtype)
     return pack_taps(operand, channels), None if row_sums is None else pad_outputs(offset)
 
 
-def _launch(x, found, pixels, weight, norm_eps, window, dtype):
-    return torch.ops.t2t_fast_triton.soft_split_linear(x, *found, weight.shape[0], norm_eps, *window, dtype, pixels)
+def operands(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep):
+    """What a forward kernel takes beside the image: :func:`packed` and :func:`pixel_columns`.
 
-
-def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
-    """Forward without autograd (:func:`gradient.differentiable`)."""
-    channels = runtime.fixed(x.shape[1])
-    found = packed(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype)
-    return _launch(x, found, pixel_columns(pixels, weight, channels, window), weight, norm_eps, window, dtype)
-
-
-def infer(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
-    """As :func:`run`, with what was made of the parameters kept for the next call."""
+    keep: to keep it for the next call with the same parameters.
+    """
     tensors, rest = (weight, bias, norm_weight, norm_bias), (runtime.fixed(x.shape[1]), window)
 
     def make():
         return packed(*tensors, norm_eps, *rest, dtype), pixel_columns(pixels, weight, *rest)
 
-    found = FOLDED.get(tensors, (norm_eps is not None, *rest, dtype, *pixels), make)
-    return _launch(x, *found, weight, norm_eps, window, dtype)
+    return FOLDED.get(tensors, (norm_eps is not None, *rest, dtype, *pixels), make) if keep else make()
+
+
+def _run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep):
+    found, columns = operands(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep)
+    return torch.ops.t2t_fast_triton.soft_split_linear(x, *found, weight.shape[0], norm_eps, *window, dtype, columns)
+
+
+def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
+    """Forward without autograd (:func:`gradient.differentiable`)."""
+    return _run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, False)
+
+
+def infer(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
+    """As :func:`run`, with what was made of the parameters kept for the next call."""
+    return _run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, True)
 
 
 def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels=()):

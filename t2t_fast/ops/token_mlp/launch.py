@@ -12,7 +12,7 @@ LARGEST = 128
 PASSES = ("tail", "tail_backward")
 
 
-def shape_class(dtype, width, hidden):
+def shape_class(name, dtype, width, hidden):
     """What the parameters depend on, as words: dtype and padded sizes."""
     return f"{DTYPES[dtype]}-E{padded(width)}-F{padded(hidden)}"
 
