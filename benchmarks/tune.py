@@ -114,14 +114,15 @@ def enter(path, architecture, name, shape_class, parameters):
     partial.replace(path)
 
 
-def tune(table, problem, timer, rounds, say, write, only=None, deadline=float("inf")):
+def tune(table, problem, timer, rounds, say, write, only=None, deadline=float("inf"), done=None):
     """Tune the passes of one problem, one after the other. Returns how many parameters changed.
 
     Args:
         table: the operator's launch table; write: whether to change it; only: names of passes, ``None`` for all;
-            deadline: by ``time.monotonic``; no pass begins after it.
+            deadline: by ``time.monotonic``; no pass begins after it; done: a set of what was measured before in this
+            run (architecture, pass, shape class), which grows.
     """
-    changed = 0
+    changed, done = 0, set() if done is None else done
     with ExitStack() as taken:
         for name, (backward, architecture, *sizes) in problem.passes(table).items():
             if only is not None and name not in only:
@@ -129,6 +130,11 @@ def tune(table, problem, timer, rounds, say, write, only=None, deadline=float("i
             if time.monotonic() > deadline:
                 say(f"{problem.name}, {name}: no time left")
                 continue
+            shape_class = table.shape_class(name, *sizes)
+            if (architecture, name, shape_class) in done:
+                say(f"{problem.name}, {name}: measured before")
+                continue
+            done.add((architecture, name, shape_class))
             say(f"{architecture}, {problem.name}, {name}:")
             present = table.chosen(name, architecture, *sizes)
             result = tune_pass(table, name, backward, present, problem, timer, rounds)
@@ -138,7 +144,7 @@ def tune(table, problem, timer, rounds, say, write, only=None, deadline=float("i
                 changed += 1
                 taken.enter_context(table.override(name, result.better))
                 if write:
-                    enter(table.path, architecture, name, table.shape_class(name, *sizes), result.better)
+                    enter(table.path, architecture, name, shape_class, result.better)
     return changed
 
 
@@ -166,10 +172,11 @@ def main(argv=None):
     changed, deadline = 0, time.monotonic() + arguments.max_seconds
     for dtype in arguments.dtypes:
         for op in arguments.op:
+            done = set()
             for stage in STAGES[op]:
                 table, timer = tune_problems.table(op), EventTimer()
                 problem = Problem(op, stage, arguments.size, arguments.batch, dtype)
-                options = (arguments.rounds, print, not arguments.dry_run, arguments.passes, deadline)
+                options = (arguments.rounds, print, not arguments.dry_run, arguments.passes, deadline, done)
                 changed += tune(table, problem, timer, *options)
     where = "tables left alone" if arguments.dry_run or not changed else "entered into launch.json"
     print(f"{torch.cuda.get_device_name()}: {changed} better parameters, {where}")

@@ -33,7 +33,7 @@ class FakeTable:
     def chosen(self, name, architecture, dtype, width, features):
         return {"tokens": self.current[name]}
 
-    def shape_class(self, dtype, width, features):
+    def shape_class(self, name, dtype, width, features):
         return f"{dtype}-{width}-{features}"
 
     @contextmanager
@@ -116,6 +116,14 @@ def test_tuning_can_leave_the_table_alone(tmp_path):
     assert "keys" not in rows["sm_90"]
 
 
+def test_tuning_leaves_out_what_it_has_measured(tmp_path):
+    """Two stages may ask for the same parameters."""
+    done = {("sm_90", "keys", "bf16-64-32")}
+    changed, lines, _, _ = _tune(tmp_path, done=done)
+    assert changed == 2 and "a problem, keys: measured before" in lines
+    assert done == {("sm_90", name, "bf16-64-32") for name in ("keys", "queries", "keys_backward")}
+
+
 def test_tuning_some_passes(tmp_path):
     changed, lines, rows, _ = _tune(tmp_path, only=["queries"])
     assert changed == 1
@@ -175,8 +183,8 @@ def test_a_launch_table_has_what_tuning_asks_for(op):
             assert candidate.keys() == present.keys()
         with table.override(name, candidates[0]):
             assert table.chosen(name, "sm_90", *sizes) == candidates[0]
+        assert isinstance(table.shape_class(name, *sizes), str)
     json.loads(table.path.read_text())
-    assert isinstance(table.shape_class(*sizes), str)
 
 
 def test_candidates_of_the_attention_with_chunks_and_without():
@@ -243,7 +251,7 @@ def test_tuning_the_real_kernels(op, name, tmp_path, monkeypatch):
     present = table.chosen(name, *key)
     with table.override(name, {"tokens": 32}):
         assert tune.tune(table, problem, TokensTimer(table), 1, lines.append, True, only=[name]) == 1
-    found = {table.shape_class(*key[1:]): {**present, "tokens": 16}}
+    found = {table.shape_class(name, *key[1:]): {**present, "tokens": 16}}
     assert json.loads(path.read_text()) == {"cpu": {name: found}}
     assert table.chosen(name, *key) == present
     assert lines[0] == f"cpu, {problem.name}, {name}:"

@@ -55,12 +55,16 @@ def candidates(name, present):
 def default(name, dtype, width, features, other):
     """Parameters that compile without spills for T2T's shape on every architecture.
 
-    The queries and the tail in 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
+    The soft split in float32 is one launch for all of k, q and v because of that, where alone it takes three groups of
+    outputs. The queries and the tail in 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
     cards' multiprocessors; the tail's weights in float32, kept, would take more.
     """
     single = dtype == torch.float32
     if name == "split_keys":
-        return {"fused": int(not single), "tokens": 64, "warps": 8, "stages": 2, "programs": 2, "block": 32}
+        tokens, warps, stages = 32, 4, 2
+        if single:  # cells, or gathered values, come with one more operand: the columns in use
+            tokens, warps, stages = (16, 4, 1) if other % 64 else (32, 8, 1)
+        return {"fused": 1, "tokens": tokens, "warps": warps, "stages": stages, "programs": 2, "block": 32}
     return {"fused": 1, "tokens": 32, "warps": 8 if single else 4, "stages": 1, "programs": 2, "keep": int(not single)}
 
 
