@@ -1,8 +1,8 @@
 """What each operator must move and compute: bytes and FLOPs of a fused implementation, per image, from its sizes.
 
-A cost is a list of kernels, because a floor is the sum over kernels of the slower of their two limits. The kernels are
-those of a three-operator design (soft split + LayerNorm + Linear; keys; queries and tail), activations of ``element``
-bytes read and written once each, statistics and key state in float32. Weights are left out: they do not grow with the
+A cost is a list of kernels, because a floor is the sum over kernels of the slower of their two limits. A Performer
+layer forward is two of them (soft split + LayerNorm + Linear + keys; queries + tail), activations of ``element`` bytes
+are read and written once each, statistics and key state are in float32. Weights are left out: they do not grow with the
 batch. Letters: L tokens, E width, m random features, P = C*H*W pixels of the image that is split.
 """
 
@@ -25,15 +25,24 @@ class Kernel(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Kernels of the forward and of the backward pass, and the bytes that must be kept between them."""
+    """Kernels of the forward and of the backward pass, and the bytes that must be kept between them.
+
+    ``only``: the kernels of a forward pass that keeps nothing, where they are others.
+    """
 
     forward: tuple[Kernel, ...]
     backward: tuple[Kernel, ...] = ()
     saved: float = 0.0
+    only: tuple[Kernel, ...] | None = None
+
+    @property
+    def inference(self):
+        """The kernels of a forward pass that keeps nothing."""
+        return self.forward if self.only is None else self.only
 
     def kernels(self, mode):
         """The kernels of "inference" or of "training" (forward and backward)."""
-        return self.forward if mode == "inference" else self.forward + self.backward
+        return self.inference if mode == "inference" else self.forward + self.backward
 
     def bytes(self, mode):
         return sum(kernel.bytes for kernel in self.kernels(mode))
@@ -52,6 +61,7 @@ def chain(*costs):
         tuple(kernel for cost in costs for kernel in cost.forward),
         tuple(kernel for cost in reversed(costs) for kernel in cost.backward),
         sum(cost.saved for cost in costs),
+        tuple(kernel for cost in costs for kernel in cost.inference),
     )
 
 
@@ -119,25 +129,29 @@ def token_mlp(length, width=WIDTH, hidden=WIDTH, element=2):
     )
 
 
-def _after_kqv(length, width=WIDTH, features=FEATURES, element=2):
-    """The key pass, then the query pass with the tail in it; the attention's output never reaches memory."""
-    row, state, product = width * length * element, _state(width, features), length * width * features
-    tail = token_mlp(length, width, width, element)
+def performer_layer(channels, height, width, window, element=2, *, image_gradient=False):
+    """Soft split, LayerNorm, kqv and the pass over the keys in one kernel; then the queries with the tail in it.
+
+    k, q and v are written once and never read for the keys; without a backward pass k and the statistics are not
+    written. The attention's output never reaches memory. Backward: the queries with the tail, the keys, the soft split.
+    """
+    length, _, pixels = _sizes(channels, height, width, window)
+    split = soft_split_linear(channels, height, width, window, 3 * WIDTH, element, image_gradient=image_gradient)
+    tail, row = token_mlp(length, element=element), WIDTH * length * element
+    state, product = _state(WIDTH, FEATURES), length * WIDTH * FEATURES
+    (first,) = split.forward
+    flops = first.flops + 4 * product
+    queries = Kernel(3 * row + state, 4 * product + tail.forward[0].flops)
     return Cost(
-        (Kernel(2 * row + state, 4 * product), Kernel(3 * row + state, 4 * product + tail.forward[0].flops)),
+        (Kernel(first.bytes + state, flops), queries),
         (
             Kernel(5 * row + 8 * length + 2 * state, 10 * product + tail.backward[0].flops),
             Kernel(5 * row + 16 * length + 2 * state, 8 * product),
+            *split.backward,
         ),
-        3 * row + state,
+        split.saved + 3 * row + state,
+        (Kernel(pixels * element + 2 * row + state, flops), queries),
     )
-
-
-def performer_layer(channels, height, width, window, element=2, *, image_gradient=False):
-    """Soft split, LayerNorm and kqv in one kernel, then the two passes; kqv is written and read."""
-    length, _, _ = _sizes(channels, height, width, window)
-    first = soft_split_linear(channels, height, width, window, 3 * WIDTH, element, image_gradient=image_gradient)
-    return chain(first, _after_kqv(length, element=element))
 
 
 def softmax_attention(length, width=WIDTH, element=2):
@@ -154,18 +168,18 @@ def t2t_stages(tokens_type, size=224, embed_dim=384, element=2):
     """The three stages of a T2T module, a :class:`Cost` each."""
     stages, channels, height = [], 3, size
     for index, window in enumerate(T2T_WINDOWS):
-        length, _, _ = _sizes(channels, height, height, window)
+        size = channels, height, height, window
         if index == 2:
-            stages.append(soft_split_linear(channels, height, height, window, embed_dim, element, norm=False))
+            stages.append(soft_split_linear(*size, embed_dim, element, norm=False))
             break
-        first = soft_split_linear(channels, height, height, window, 3 * WIDTH, element, image_gradient=index > 0)
         if tokens_type == "performer":
-            rest = _after_kqv(length, element=element)
+            stages.append(performer_layer(*size, element, image_gradient=index > 0))
         else:
+            length, _, _ = _sizes(*size)
+            first = soft_split_linear(*size, 3 * WIDTH, element, image_gradient=index > 0)
             attention, tail = softmax_attention(length, element=element), token_mlp(length, element=element)
             # the tail keeps y and v, which the attention has kept already
-            rest = chain(attention, tail._replace(saved=0))
-        stages.append(chain(first, rest))
+            stages.append(chain(first, attention, tail._replace(saved=0)))
         channels, height = WIDTH, window.grid(height, height)[0]
     return stages
 

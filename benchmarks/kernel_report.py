@@ -63,12 +63,15 @@ def cuda_lines(kernels):
     return found
 
 
-def triton_rows(shapes=None, full=False):
-    """The rows of Triton's kernels, with progress on stderr, and why there are none (or ``None``)."""
+def triton_rows(*which):
+    """The rows of Triton's kernels, with progress on stderr, and why there are none (or ``None``).
+
+    which: arguments of :func:`triton_report.cases`.
+    """
     reason = triton_report.reason()
     if reason is not None:
         return [], f"No Triton kernels to report: {reason}."
-    cases, found = triton_report.cases(shapes, full), []
+    cases, found = triton_report.cases(*which), []
     for number, rows in enumerate(triton_report.rows(cases), 1):
         found += rows
         print(f"\r{number} of {len(cases)} calls compiled", end="", file=sys.stderr, flush=True)
@@ -140,6 +143,14 @@ def _arguments(given):
     )
     some.add_argument("--shape", type=int, nargs=2, metavar=("E", "M"), help="the attention in this shape instead")
     parser.add_argument("--full", action="store_true", help="Triton kernels with key mask, skip and gradient of w")
+    some.add_argument("--few", action="store_true", help="T2T's calls with the launch parameters for few tokens")
+    parser.add_argument(
+        "--architecture",
+        nargs="+",
+        choices=tuple(triton_report.SHARED_LIMITS),
+        default=list(triton_report.SHARED_LIMITS),
+        help="Triton kernels for these only",
+    )
     parser.add_argument("--json", type=Path, help="also write all that is known about each kernel to this file")
     found = parser.parse_args(given)
     if found.library is not None and not found.library.is_file():
@@ -155,7 +166,7 @@ def main(given=None):
         cuda, reason = cuda_kernels(arguments.library)
         print("\n".join([*registry_lines(), "", *([reason] if reason else cuda_lines(cuda)), ""]))
     shapes = triton_report.every_shape() if arguments.all else [tuple(arguments.shape)] if arguments.shape else None
-    triton, reason = triton_rows(shapes, arguments.full)
+    triton, reason = triton_rows(shapes, arguments.full, arguments.few, arguments.architecture)
     print(reason if reason else "\n".join(triton_lines(triton)))
     if arguments.json is not None:
         found = {"cuda": [kernel.plain() for kernel in cuda], "triton": [row.plain() for row in triton]}

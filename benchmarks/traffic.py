@@ -185,12 +185,12 @@ def counting(lengths, images=1):
 
 
 def measure(subject, size=224, images=1, dtype=torch.bfloat16):
-    """The launches of a subject of :mod:`benchmarks.operators` on some images: forward, and backward.
+    """The launches of a subject of :mod:`benchmarks.operators` on some images: in inference, forward, and backward.
 
     Everything but the random features is in ``dtype``, and the first stage's image wants no gradient.
 
     Returns:
-        two lists of :class:`Launch`, and the operator's :class:`costs.Cost` per image.
+        lists of :class:`Launch` by the name of the pass, and the operator's :class:`costs.Cost` per image.
 
     Raises:
         RuntimeError: kernels are not interpreted here.
@@ -206,13 +206,23 @@ def measure(subject, size=224, images=1, dtype=torch.bfloat16):
     moving = {name: t.to(dtype).requires_grad_(not op.image) for name, t in op.moving.items()}
     lengths = {length for t in moving.values() for length in t.shape[1:] if length > 3} - {WIDTH}
     lengths.add(operators.length(int(subject[-1]), size))
+    found = {}
     with t2t_fast.backend("triton"), counting(lengths, images) as launches:
+
+        def taken(name):
+            found[name] = list(launches)
+            launches.clear()
+
+        with torch.no_grad():
+            op.sources["t2t_fast"](**moving, **parameters)
+        taken("inference")
         out = op.sources["t2t_fast"](**moving, **parameters)
-        forward = list(launches)
+        taken("forward")
         gradient = torch.ones_like(out)
         launches.clear()
         out.backward(gradient)
-    return forward, list(launches), op.cost(gradient.element_size())
+        taken("backward")
+    return found, op.cost(gradient.element_size())
 
 
 COLUMNS = ("requested", "touched", "parameters: requested", "touched", "states: touched", "MFLOP")
@@ -244,8 +254,9 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     for subject in arguments.subjects:
         images = SUBJECTS.get(subject, 1)
-        forward, backward, cost = measure(subject, arguments.size, images)
-        for name, launches, kernels in (("forward", forward, cost.forward), ("backward", backward, cost.backward)):
+        passes, cost = measure(subject, arguments.size, images)
+        for name, launches in passes.items():
+            kernels = getattr(cost, name)
             print("\n".join(lines(f"{subject}, {name}, {images} images", launches)))
             compulsory, flops = sum(kernel.bytes for kernel in kernels), sum(kernel.flops for kernel in kernels)
             print(f"compulsory, an image: {compulsory / 1e3:.0f} kB, {flops / 1e6:.1f} MFLOP\n")

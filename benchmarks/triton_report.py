@@ -38,6 +38,9 @@ SHARED_LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "s
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 188}
 """Of an A100, H100, B200 and RTX PRO 6000; they decide how a call is cut into splits, not how a kernel is compiled."""
 
+ENOUGH = 10_000
+"""With that many times as many, every call has few tokens."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 """fp32 is float32 as PyTorch has it by default, tf32 is float32 where PyTorch's setting allows TF32."""
 
@@ -51,7 +54,7 @@ class Case:
     """One call to compile, forward and backward: of an operator, with its own sizes (:data:`OPERATORS`).
 
     ``full``: the attention with a key mask, with a gradient for the features, and with one that flows into v from
-    elsewhere.
+    elsewhere. ``few``: with the launch parameters for few tokens.
     """
 
     architecture: str
@@ -59,13 +62,15 @@ class Case:
     operator: str = "performer_attention"
     sizes: tuple[int, ...] = (64, 32)
     full: bool = False
+    few: bool = False
 
     def words(self):
         """The case as words."""
         names = OPERATORS[self.operator].names
         sizes = " ".join(f"{name} {size}" for name, size in zip(names, self.sizes, strict=True))
         full = " with mask, skip and the gradient of w" if self.full else ""
-        return f"{self.operator} in {self.dtype}, {sizes}{full} on {self.architecture}"
+        few = ", few tokens," if self.few else ""
+        return f"{self.operator} in {self.dtype}, {sizes}{full}{few} on {self.architecture}"
 
 
 def every_shape():
@@ -74,13 +79,17 @@ def every_shape():
     return list(product(widths, (16, 32, 64, 128, 256)))
 
 
-def cases(shapes=None, full=False):
-    """Calls in every dtype on every architecture: the attention in some shapes (E, m), or T2T's of every operator."""
+def cases(shapes=None, full=False, few=False, architectures=tuple(SHARED_LIMITS)):
+    """Calls in every dtype on some architectures: the attention in some shapes (E, m), or T2T's of every operator.
+
+    few: those of operators that have launch parameters of their own for few tokens, with these.
+    """
     if shapes is None:
-        calls = [(name, sizes) for name, operator in OPERATORS.items() for sizes in operator.usual]
+        named = {name: OPERATORS[name] for name in (OF_FEW if few else OPERATORS)}
+        calls = [(name, sizes) for name, operator in named.items() for sizes in operator.usual]
     else:
         calls = [("performer_attention", shape) for shape in shapes]
-    return [Case(*names, *call, full) for call in calls for names in product(SHARED_LIMITS, DTYPES)]
+    return [Case(*names, *call, full, few) for call in calls for names in product(architectures, DTYPES)]
 
 
 def reason():
@@ -153,7 +162,7 @@ def _compiling(module, case, *others, unused=()):
 
     machine = {
         "architecture": lambda device: case.architecture,
-        "multiprocessors": lambda device: MULTIPROCESSORS[case.architecture],
+        "multiprocessors": lambda device: MULTIPROCESSORS[case.architecture] * (ENOUGH if case.few else 1),
     }
     with ExitStack() as stack:
         stack.enter_context(_products("tf32" if case.dtype == "tf32" else "ieee"))
@@ -326,6 +335,10 @@ OPERATORS = {
         _layer_rounds,
     ),
 }
+
+
+OF_FEW = ("soft_split_linear", "performer_layer")
+"""Operators with launch parameters of their own for few tokens."""
 
 
 @dataclass

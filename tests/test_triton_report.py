@@ -27,7 +27,8 @@ EVERYWHERE = 99 * KIB
 ATTENTION = {"keys_kernel", "queries_kernel", "queries_backward_kernel", "keys_backward_kernel"}
 SPLIT = {"split_linear_kernel", "split_linear_weight_kernel", "split_linear_image_kernel"}
 TAIL = {"tail_kernel", "tail_backward_kernel", "read_out_tail_kernel"}
-WITH_PRODUCTS = ATTENTION | SPLIT | TAIL
+WITH_PRODUCTS = ATTENTION | SPLIT | TAIL | {"split_keys_kernel"}
+FORWARD = {"split_linear_kernel", "split_keys_kernel"}
 STORING = ATTENTION - {"keys_kernel"}
 MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
 
@@ -56,6 +57,8 @@ def check_completeness(rows):
         "split_linear_image_kernel": 3,  # not of bytes
         "token_scalars_kernel": 2,  # nor without LayerNorm
         "cells_kernel": 4,  # of two images, forward and backward
+        "split_keys_kernel": 2,  # of both stages, like
+        "read_out_tail_kernel": 2,
     }
     assert found == {(*case, name): count for case in CASES for name, count in times.items()}
 
@@ -99,15 +102,13 @@ def check_accesses(rows):
             allowed = {16} if row["dtype"] in ("bf16", "fp16") else {4, 16}
             assert {16} <= loads <= allowed, (where(row), loads)
             assert stores == ({16} if row["name"] in STORING else set()), (where(row), stores)
-        if row["name"] == "split_linear_kernel" and row["sizes"][0] == 64:
+        if row["name"] in FORWARD and row["sizes"][0] == 64:
             assert loads == {16}, (where(row), loads)
-        if (
-            row["name"] == "split_linear_kernel" and row["sizes"][0] == 3
-        ):  # cells; 4 bytes: the vectors of their columns
+        if row["name"] in FORWARD and row["sizes"][0] == 3:  # cells; 4 bytes: the vectors of their columns
             assert {16} <= loads and min(loads) >= 4, (where(row), loads)
         if row["name"] == "cells_kernel":  # pixels are read one by one, and cells written whole
             assert {int(width) for width in row["code"]["stores"]} == {16}, where(row)
-        if row["name"] in SPLIT | {"cells_kernel"}:
+        if row["name"] in SPLIT | FORWARD | {"cells_kernel"}:
             continue  # of windows the centre is one value
         everything = {int(width) for kind in ("loads", "stores") for width in row["code"][kind]}
         assert min(everything) >= 4, (where(row), everything)
@@ -130,6 +131,20 @@ def rows(tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_machine_code(rows, check):
     check(rows)
+
+
+@pytest.mark.slow
+def test_machine_code_for_few_tokens(tmp_path):
+    """Smaller tiles, and as clean."""
+    found, reason = report(sys.executable, tmp_path, "--few", "--architecture", "sm_90")
+    if reason is not None:
+        pytest.skip(reason)
+    forward = [row for row in found if row["name"] in FORWARD | {"read_out_tail_kernel"}]
+    assert Counter(row["name"] for row in forward) == Counter(
+        split_linear_kernel=16, split_keys_kernel=8, read_out_tail_kernel=8
+    )
+    assert all(row["few"] and row["tokens"] <= 32 for row in forward)
+    assert not [f"{where(row)}: {row['faults']}" for row in forward if row["faults"]]
 
 
 @pytest.mark.slow

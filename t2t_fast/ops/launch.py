@@ -1,7 +1,8 @@
 """Launch parameters of Triton kernels: committed tables, their defaults, and how a call is cut into programs.
 
 Nothing is tuned at a user's first call. An operator's folder has a ``launch.json`` (architecture -> pass -> shape class
--> parameters) and a ``launch.py`` with its :class:`Table` and its defaults.
+-> parameters) and a ``launch.py`` with its :class:`Table` and its defaults. Some passes have parameters of their own
+for few tokens, under the architecture's name with ``-few`` behind it (``triton_runtime.section``).
 """
 
 import json

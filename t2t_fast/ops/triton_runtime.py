@@ -27,6 +27,9 @@ _trials: dict[tuple, str | None] = {}
 FUSION = {"enable_fp_fusion": True}
 """Multiply and add round once, in every version of Triton."""
 
+FEW = 128
+"""Tokens a multiprocessor, up to which a call has few: larger tiles would leave some without work."""
+
 LARGEST_TILE = 256
 OFFSET_LIMIT = 2**31
 """Offsets inside a tile of at most that many tokens are 32 bits wide."""
@@ -84,6 +87,30 @@ def architecture(device):
         return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+_crowded = False
+
+
+@contextmanager
+def crowded():
+    """Inside, calls take the launch parameters that they have with many tokens."""
+    global _crowded
+    before, _crowded = _crowded, True
+    try:
+        yield
+    finally:
+        _crowded = before
+
+
+def section(device, tokens):
+    """The part of a launch table that a call with so many tokens reads: its architecture's, such as ``"sm_90"``.
+
+    Or that one's for few tokens (:data:`FEW`), ``"sm_90-few"``.
+    """
+    name = architecture(device)
+    few = not (_crowded or INTERPRETED) and tokens <= FEW * multiprocessors(device)
+    return f"{name}-few" if few else name
 
 
 def allows_tf32():

@@ -41,6 +41,13 @@ def compose(split, project, finish, rebuild, run_tail_backward):
         run_tail_backward: token_mlp's ``run_backward``.
     """
 
+    def behind_kqv(grad, kqv, w, lz, state, tail, layer, seed, need_kqv, need_w, needed):
+        """d_kqv, d_w (``None`` unless needed) and the gradients of the tail's parameters; frees all else it made."""
+        y, v, rest = rebuild(kqv, w, layer.eps, lz, state)
+        d_y, d_skip, d_tail = run_tail_backward(grad, y, v, tail, layer.tail, seed, needed)
+        d_kqv, d_w = rest(d_y, d_skip, need_w) if need_kqv or need_w else (None, None)
+        return d_kqv, d_w, d_tail
+
     class PerformerLayer(torch.autograd.Function):
         """Gradients for the image, every parameter, and w where it is asked for."""
 
@@ -56,29 +63,31 @@ def compose(split, project, finish, rebuild, run_tail_backward):
             ctx.layer, *tensors = inputs
             _, *kept = output
             ctx.mark_non_differentiable(*kept)
+            ctx.set_materialize_grads(False)  # else zeros as large as kqv would be made for it
             ctx.save_for_backward(*kept, *tensors)
 
         @staticmethod
         @first_order
         def backward(ctx, grad, *_):
-            layer, saved = ctx.layer, list(ctx.saved_tensors)
-            before_tail = len(saved) - len(Tail._fields)
-            tail = Tail(*saved[before_tail:])
-            *kept, seed, w, x, weight, bias, norm_weight, norm_bias = saved[:before_tail]
+            if grad is None:
+                return (None,) * len(ctx.needs_input_grad)
+            layer, saved = ctx.layer, ctx.saved_tensors
+            first = len(saved) - len(Tail._fields)
+            *kept, seed, w, x, weight, bias, norm_weight, norm_bias = saved[:first]
             lz, state, *found = kept
-            _, _, need_w, *needed = ctx.needs_input_grad
             linear = (weight, bias, norm_weight, norm_bias, layer.norm1_eps, layer.window)
+            _, _, need_w, *needed = ctx.needs_input_grad
+            need_kqv = any(needed[:5])
             if not found:
                 found = split.run(_unknown_before(grad, x), *linear, layer.dtype, layer.pixels)
             kqv, mean, rstd = found
-            y, v, rest = rebuild(kqv, w, layer.eps, lz, state)
-            d_y, d_skip, d_tail = run_tail_backward(grad, y, v, tail, layer.tail, seed, needed[5:])
-            if not (need_w or any(needed[:5])):
-                return (None,) * 8 + tuple(d_tail)
-            d_kqv, d_w = rest(d_y, d_skip, need_w)
-            if not needed[0]:
-                kqv = found = None  # computed again, its memory is free for the rest
-            d_linear = split.run_backward(d_kqv, x, *linear, kqv, mean, rstd, needed[:5], layer.pixels)
+            tail = Tail(*saved[first:])
+            d_kqv, d_w, d_tail = behind_kqv(grad, kqv, w, lz, state, tail, layer, seed, need_kqv, need_w, needed[5:])
+            d_linear = [None] * 5
+            if need_kqv:
+                if not needed[0]:
+                    kqv = found = None  # if it was computed again, its memory is free for the rest
+                d_linear = split.run_backward(d_kqv, x, *linear, kqv, mean, rstd, needed[:5], layer.pixels)
             return None, None, d_w, *d_linear, *d_tail
 
     def forward(

@@ -55,8 +55,7 @@ def candidates(name, present):
 def default(name, dtype, width, features, other):
     """Parameters that compile without spills for T2T's shape on every architecture.
 
-    The soft split in float32 is one launch for all of k, q and v because of that, where alone it takes three groups of
-    outputs. The queries and the tail in 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
+    The queries and the tail in 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
     cards' multiprocessors; the tail's weights in float32, kept, would take more.
     """
     single = dtype == torch.float32

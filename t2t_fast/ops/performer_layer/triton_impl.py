@@ -58,9 +58,8 @@ def split_keys(x, weight, used, row_sums, offset, w, norm_eps, window, dtype, pi
 
     features, width = w.shape
     call = Call(x, dtype, window, 3 * width, pixels)
-    found = launch.TABLE.chosen(
-        "split_keys", runtime.architecture(x.device), dtype, width, features, call.layout.channels
-    )
+    section = runtime.section(x.device, call.tokens)
+    found = launch.TABLE.chosen("split_keys", section, dtype, width, features, call.layout.channels)
     wanted = found["programs"] * runtime.multiprocessors(x.device)
     splits, tiles = cut(call.length, x.shape[0], found["tokens"], wanted)
     out = torch.empty(x.shape[0], call.length, (3 if whole else 2) * width, dtype=dtype, device=x.device)
@@ -121,7 +120,10 @@ def _keys_problem(device, dtype, channels, window, width, features):
 def _tried_keys(device, dtype, channels, window, width, features):
     (x, *linear), w = _keys_problem(device, dtype, channels, window, width, features)
     found, _ = split.operands(x, *linear, 1e-5, window, dtype, (), False)
-    return split_keys(x, *found, w, 1e-5, window, dtype, None, True)
+    arguments = x, *found, w, 1e-5, window, dtype, None, True
+    with runtime.crowded():
+        again = split_keys(*arguments)
+    return [*split_keys(*arguments), *again]
 
 
 def _expected_keys(device, dtype, channels, window, width, features):
@@ -129,7 +131,7 @@ def _expected_keys(device, dtype, channels, window, width, features):
     kqv, mean, rstd = plain_split.run(x.float(), *(t.float() for t in linear), 1e-5, window, torch.float32)
     k, _, v = kqv.chunk(3, dim=-1)
     lz, state = plain_attention.key_state(k, v, w.float())
-    return kqv, mean, rstd, lz.squeeze(-1), state
+    return 2 * [kqv, mean, rstd, lz.squeeze(-1), state]
 
 
 def _keys_fused(index, dtype, channels, kh, kw, sh, sw, ph, pw, width, features):
@@ -217,9 +219,8 @@ def read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
     if not out.numel():
         return out
     hidden = parameters.fc1_weight.shape[0]
-    found = launch.TABLE.chosen(
-        "read_out_tail", runtime.architecture(q.device), q.dtype, call.width, call.features, hidden
-    )
+    section = runtime.section(q.device, call.sequences * length)
+    found = launch.TABLE.chosen("read_out_tail", section, q.dtype, call.width, call.features, hidden)
     splits, sizes, constants = _plan(
         tuple(found.items()),
         q.dtype,
@@ -262,13 +263,16 @@ def _problem(device, dtype, width, features, hidden):
 def _run(device, dtype, width, features, hidden):
     kqv, w, eps, *rest = _problem(device, dtype, width, features, hidden)
     k, q, v = kqv.chunk(3, dim=-1)
-    return (read_out_tail(kqv, w, eps, *attention.key_state(attention.Call(q, w), k, v, None), *rest),)
+    arguments = kqv, w, eps, *attention.key_state(attention.Call(q, w), k, v, None), *rest
+    with runtime.crowded():
+        again = read_out_tail(*arguments)
+    return read_out_tail(*arguments), again
 
 
 def _expected(device, dtype, width, features, hidden):
     kqv, w, eps, *rest = _problem(device, dtype, width, features, hidden)
     k, q, v = kqv.float().chunk(3, dim=-1)
-    return (plain_tail.run(plain_attention.attend(q, k, v, w.float(), eps, None)[0], v, *rest),)
+    return 2 * [plain_tail.run(plain_attention.attend(q, k, v, w.float(), eps, None)[0], v, *rest)]
 
 
 def _fused(q, w, hidden):

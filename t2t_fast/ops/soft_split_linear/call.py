@@ -34,8 +34,10 @@ class Call:
         return self.x.shape[1] * self.window.taps
 
     def parameters(self, name):
-        architecture = runtime.architecture(self.x.device)
-        return launch.TABLE.chosen(name, architecture, self.dtype, self.layout.channels, self.outputs)
+        """Launch parameters of a pass; those of the forward one depend on how many tokens there are, too."""
+        device = self.x.device
+        section = runtime.section(device, self.tokens) if name == "forward" else runtime.architecture(device)
+        return launch.TABLE.chosen(name, section, self.dtype, self.layout.channels, self.outputs)
 
     def constants(self, parameters):
         """Compile-time constants that several kernels have."""

@@ -72,7 +72,9 @@ def _both(forward, backward, dtype, tensors, grad, window, normed, training):
 
 def _tried(device, dtype, channels, window, outputs, normed, training):
     tensors, grad = problem(device, dtype, channels, window, outputs, normed)
-    return _both(run, run_backward, dtype, tensors, grad, window, normed, training)
+    with runtime.crowded():
+        again, *_ = run(*tensors, 1e-5 if normed else None, window, dtype)
+    return [again, *_both(run, run_backward, dtype, tensors, grad, window, normed, training)]
 
 
 def _expected(device, dtype, channels, window, outputs, normed, training):
@@ -81,7 +83,8 @@ def _expected(device, dtype, channels, window, outputs, normed, training):
         for part in problem(device, dtype, channels, window, outputs, normed)
         for t in (part if isinstance(part, tuple) else (part,))
     )
-    return _both(aten_impl.run, aten_impl.run_backward, torch.float32, tensors, grad, window, normed, training)
+    y, *rest = _both(aten_impl.run, aten_impl.run_backward, torch.float32, tensors, grad, window, normed, training)
+    return [y, y, *rest]
 
 
 def _groups(outputs, parts):
