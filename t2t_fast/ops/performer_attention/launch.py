@@ -64,7 +64,7 @@ def default(name, dtype, width, features):
     single, index = dtype == torch.float32, list(DTYPES).index(dtype)
     crowded = {
         "queries_backward": single or features > 32 or width > 64,
-        "keys_backward": width + features > 128 or (single and features > 32),
+        "keys_backward": width + features > 128 or (single and width * features >= 2048),
     }
     tokens, warps, chunk = 32, 4, 0
     if width * features > _WHOLE[name][index] or features > max(64, 2 * width):

@@ -91,6 +91,8 @@ def _plan(found, dtype, width, features, length, sequences, processors, tf32, ba
         "num_stages": parameters["stages"],
         **runtime.FUSION,
     }
+    if parameters["features"]:
+        constants["maxnreg"] = 255
     if backward:
         constants["GRADIENT"] = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     divided = cut(length, sequences, parameters["tokens"], parameters["programs"] * processors)
