@@ -29,6 +29,7 @@ SPLIT = {"split_linear_kernel", "split_linear_weight_kernel", "split_linear_imag
 TAIL = {"tail_kernel", "tail_backward_kernel", "read_out_tail_kernel"}
 WITH_PRODUCTS = ATTENTION | SPLIT | TAIL | {"split_keys_kernel"}
 FORWARD = {"split_linear_kernel", "split_keys_kernel"}
+CROWDED = {("tail_backward_kernel", "fp32", architecture) for architecture in ("sm_90", "sm_120")}
 STORING = ATTENTION - {"keys_kernel"}
 MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
 
@@ -64,16 +65,19 @@ def check_completeness(rows):
 
 
 def check_registers(rows):
-    """None spills but, a little, the tail backward in float32, with its three weight gradients, and splits in TF32."""
+    """None spills but splits in TF32, a little, and the tail backward in float32: 6 accesses of 2,800 on sm_120, by
+    Triton 3.6 2 on sm_90.
 
-    def may(row):
-        single = row["dtype"] in ("fp32", "tf32")
-        return (single and row["name"] == "tail_backward_kernel") or (row["dtype"] == "tf32" and row["name"] in SPLIT)
+    There ptxas fills all 255 registers whatever the sums, the order of the products, barriers or rounds ask for.
+    """
 
-    crowded = [row for row in rows if may(row)]
-    assert all(row["code"]["spills"] <= row["code"]["instructions"] / 20 for row in crowded)
-    others = [row for row in rows if row not in crowded]
-    assert not [f"{where(row)}: {row['faults']}" for row in others if row["code"]["spills"] or row["stack"]]
+    def allowed(row):
+        if row["dtype"] == "tf32" and row["name"] in SPLIT:
+            return row["code"]["instructions"] / 20
+        return 8 if (row["name"], row["dtype"], row["architecture"]) in CROWDED else 0
+
+    assert not [f"{where(row)}: {row['faults']}" for row in rows if row["code"]["spills"] > allowed(row)]
+    assert not [f"{where(row)}: {row['stack']}" for row in rows if row["stack"] and not allowed(row)]
 
 
 def check_shared_memory(rows):

@@ -22,6 +22,59 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _large(x):
+    bits = x.to(tl.int32, bitcast=True) & -0x2000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot_in_turn(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr):
+    """:func:`dot`, three TF32 products one after the other: Triton's own fetch both parts of both operands at once.
+
+    A barrier keeps the parts apart, and with them registers; with APART one parts every product from the next. What is
+    infinite becomes NaN.
+    """
+    if PRECISION == "tf32x3" and a.dtype == tl.float32:
+        large_a, large_b = _large(a), _large(b)
+        if APART:
+            acc = dot(large_a, b - large_b, acc, "tf32")
+            tl.debug_barrier()
+            acc = dot(a - large_a, large_b, acc, "tf32")
+            tl.debug_barrier()
+            acc = dot(large_a, large_b, acc, "tf32")
+            tl.debug_barrier()
+        else:
+            acc = dot(a - large_a, large_b, acc, "tf32")
+            tl.debug_barrier()
+            acc = dot(large_a, b - large_b, acc, "tf32")
+            acc = dot(large_a, large_b, acc, "tf32")
+    else:
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def widened(x):
+    """``x`` in float32; of a half type two values at a time from the register that holds both, so that it stays one."""
+    if INTERPRETED or x.dtype == tl.float32:
+        x = x.to(tl.float32)
+    elif x.dtype == tl.bfloat16:
+        x = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }",
+            "=f,=f,r",
+            [x],
+            tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return x
+
+
+@triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """``x`` in ``DTYPE``, rounded to the nearest."""
     if INTERPRETED and tl.bfloat16 == DTYPE:

@@ -6,11 +6,9 @@ Letters, padding and precision as in ``kernels.py``.
 import triton
 import triton.language as tl
 
-from ..tiles import dot, matrix, rounded
+from ..tiles import dot, dot_in_turn, matrix, narrowed, rounded, widened
 from .kernels import (
     VARYING,
-    cdf_of,
-    dropped,
     fc1_of,
     fc2_of,
     kept_weights,
@@ -23,12 +21,50 @@ from .kernels import (
     store_tile,
 )
 
-DENSITY = tl.constexpr(0.3989422804014327)
-"""1 / sqrt(2 pi)"""
-
 LOG2E = tl.constexpr(1.4426950408889634)
+ONES = tl.constexpr(16)
+"""Columns of a product with ones: the fewest that a matrix instruction takes."""
+
 TOP = tl.constexpr(2.0**-3)
 """Where scaled gradients start: float16 has 2^19 above it and 2^21 below."""
+
+
+@triton.jit
+def gelu_of(h):
+    """``gelu(h)`` and its derivative, from one exponential.
+
+    The normal distribution's tail is ``Phi(-x) = phi(x) r(1 / (1 + 0.32 x))`` for x >= 0. The polynomial r, by weighted
+    least squares, leaves 2.5e-8; with the rounding of the rest Phi is within 2.5e-7 (by erf within 6e-8).
+    """
+    density = tl.exp2(h * h * (-0.5 * LOG2E) - 1.3257480647361592)  # 1 / sqrt(2 pi) in it
+    d = 0.32 * tl.abs(h) + 1.0
+    t = tl.rsqrt(d * d)  # a division would check its range
+    r = t * -0.3211710034314119 + 1.225343188351582
+    r = r * t - 0.6378672765604185
+    r = r * t + 0.7674615917922787
+    r = r * t + 0.20814712249209733
+    r = r * t + 0.011400479654180127
+    half = (0.5 - density * r).to(tl.int32, bitcast=True)
+    sign = h.to(tl.int32, bitcast=True) & -0x80000000
+    cdf = 0.5 + (half ^ sign).to(tl.float32, bitcast=True)
+    return h * cdf, cdf + h * density
+
+
+@triton.jit
+def _spared(x, lanes, drop):
+    """A tile where dropout (kernels.dropped) keeps it, else 0; what it scales by is :func:`_scale_of`."""
+    first, count, _ = drop
+    if count is not None:
+        lanes = lanes.to(tl.uint32)
+        if first is not None:
+            lanes -= tl.cast(first, tl.uint32)
+        x = tl.where(lanes < tl.cast(count, tl.uint32), 0.0, x)
+    return x
+
+
+@triton.jit
+def _scale_of(drop):
+    return 1.0 if drop[1] is None else drop[2]
 
 
 @triton.jit
@@ -36,6 +72,27 @@ def _power(value):
     """The power of two at most ``value`` > 0, by its bits; 1 for 0, and for infinity, which is left to where it is."""
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((value > 0.0) & (value < float("inf")), power, 1.0)
+
+
+@triton.jit
+def _no_sum(SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """Where :func:`_summed` starts."""
+    return tl.zeros([SIZE] if tl.float32 == DTYPE else [SIZE, ONES], tl.float32)
+
+
+@triton.jit
+def _summed(x, found, PRECISION: tl.constexpr):
+    """``found`` and the columns' sums of a tile: of a half type by a product with ones, without a lane's sums apart."""
+    if x.dtype == tl.float32:
+        found += tl.sum(x, 0)
+    else:
+        found = dot(tl.trans(x), narrowed(tl.full([x.shape[0], ONES], 1.0, tl.float32), x.dtype), found, PRECISION)
+    return found
+
+
+@triton.jit
+def _sum_of(found):
+    return tl.sum(found, 1) / ONES if len(found.shape) == 2 else found
 
 
 @triton.jit
@@ -95,8 +152,8 @@ def tail_backward_kernel(
     drop_proj,
     drop_mlp,
     length,
-    width,
-    hidden,
+    width: tl.constexpr,
+    hidden: tl.constexpr,
     all_tiles,
     own_tiles,
     WIDTH: tl.constexpr,
@@ -104,11 +161,13 @@ def tail_backward_kernel(
     TOKENS: tl.constexpr,
     EVEN: tl.constexpr,
     OCTETS: tl.constexpr,
+    STRIDES: tl.constexpr,
     NEED_INPUTS: tl.constexpr,
     NEED_PROJ: tl.constexpr,
     NEED_MLP: tl.constexpr,
     SCALED: tl.constexpr,
     KEEP: tl.constexpr,
+    LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d_y, d_v, and this program's share of the parameters' gradients; all else is computed again from y and v
@@ -116,19 +175,40 @@ def tail_backward_kernel(
         d_f = m2 G    d_h = (d_f W2) gelu'(h)    f = gamma (d_h W1)
         d_t = G + (f - mean(f) - xhat mean(f xhat)) / sigma    d_p = m1 d_t    d_y = d_p Wp    d_v = d_t
 
-    Grid (programs), each with ``own_tiles`` tiles of ``all_tiles``; reads G, y and v once (G twice where SCALED),
-    writes d_y and d_v once, and in the end its row of ``shares``. Arguments as of kernels.tail_kernel.
+    Grid (programs), each with ``own_tiles`` tiles of ``all_tiles``; reads y and v once, G once, once more where SCALED
+    and where LEAN is 2; writes d_y and d_v once, and in the end its row of ``shares``, where until then lies what is
+    added to rows. Arguments as of kernels.tail_kernel; STRIDES: of token and column of G, y and v, instead of theirs.
+
+    Inside, d_f and d_p are without dropout's scale: what is linear in them takes it up later, once.
 
     NEED_INPUTS: d_y and d_v, and with NEED_PROJ the projection's gradients. NEED_MLP: those of LayerNorm, fc1 and fc2.
     One launch may do all, or each of two a part, so that not all three matrices of sums are kept at once.
 
     SCALED, for float16: all gradients inside are divided by a power of two, so that the program's largest upstream
     entry is near TOP.
+
+    LEAN: how registers are saved. 1: addresses are computed in every round of the loop. 2: and so are masks, and G is
+    read, where they are needed again. 3: as 1, and of a product in three parts each is apart (tiles.dot_in_turn).
     """
     DTYPE: tl.constexpr = y[0].dtype.element_ty
+    grad = grad[0], grad[1], STRIDES[0], STRIDES[1]
+    y = y[0], y[1], STRIDES[2], STRIDES[3]
+    v = v[0], v[1], STRIDES[4], STRIDES[5]
     kept, proj_bias, shift, _ = kept_weights(tail, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
+    proj_scale, mlp_scale = _scale_of(drop_proj), _scale_of(drop_mlp)
+    proj_bias *= proj_scale
+    # rows wait in memory, in the places of bp and b1: a lane would hold 16 values of each
+    rows = shares + tl.program_id(0).to(tl.int64) * ((width + 4) * width + 2 * width * hidden + hidden)
+    proj_bias_at = rows + width * width
+    shift_at = proj_bias_at + (hidden + 3) * width
+    if NEED_PROJ:
+        _store_row(proj_bias_at, proj_bias, width, WIDTH)
+    if NEED_MLP:
+        _store_row(shift_at, shift, hidden, HIDDEN)
+    tl.debug_barrier()
+    seed_at = seed
     if seed is not None:
-        seed = tl.load(seed)
+        seed = tl.load(seed_at)
     first = tl.program_id(0) * own_tiles
     last = tl.minimum(first + own_tiles, all_tiles)
     up, down = 1.0, 1.0
@@ -139,68 +219,81 @@ def tail_backward_kernel(
             largest = tl.maximum(largest, tl.abs(upstream.to(tl.float32)))
         up = _power(tl.max(tl.max(largest, 1), 0)) / TOP
         down = 1.0 / up
-    d_proj = tl.zeros([WIDTH, WIDTH], tl.float32)
-    d_fc1 = tl.zeros([HIDDEN, WIDTH], tl.float32)
-    d_fc2 = tl.zeros([WIDTH, HIDDEN], tl.float32)
-    d_proj_bias = tl.zeros([WIDTH], tl.float32)
-    d_fc1_bias = tl.zeros([HIDDEN], tl.float32)
-    d_fc2_bias = tl.zeros([WIDTH], tl.float32)
-    for index in range(first, last):
+    d_proj, d_proj_bias = tl.zeros([WIDTH, WIDTH], tl.float32), _no_sum(WIDTH, DTYPE)
+    d_fc1, d_fc1_bias = tl.zeros([HIDDEN, WIDTH], tl.float32), _no_sum(HIDDEN, DTYPE)
+    d_fc2, d_fc2_bias = tl.zeros([WIDTH, HIDDEN], tl.float32), _no_sum(WIDTH, DTYPE)
+    for index in tl.range(first, last, disable_licm=LEAN > 0):
         place = place_of(index, length, TOKENS)
         tile = load_tile(y, place, width, TOKENS, WIDTH, EVEN)
         skip = load_tile(v, place, width, TOKENS, WIDTH, EVEN)
-        upstream = load_tile(grad, place, width, TOKENS, WIDTH, EVEN).to(tl.float32)
-        if SCALED:
-            upstream *= down
+        upstream = load_tile(grad, place, width, TOKENS, WIDTH, EVEN)
         lanes = 0
         if seed is not None:
-            lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS)
+            lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
+        d_f = upstream
+        if SCALED:
+            d_f = d_f.to(tl.float32) * down
+        d_f = rounded(_spared(d_f, lanes, drop_mlp), DTYPE, PRECISION)
+        if NEED_MLP:
+            d_fc2_bias = _summed(d_f, d_fc2_bias, PRECISION)
         proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
-        t = dot(tile, tl.trans(proj), None, PRECISION) + proj_bias[None, :]
-        t = dropped(t, lanes, drop_proj) + skip.to(tl.float32)
+        if NEED_PROJ:
+            proj_bias = row_of(proj_bias_at, width, WIDTH, 0.0)
+        t = dot_in_turn(tile, tl.trans(proj), None, PRECISION, LEAN == 3) * proj_scale + proj_bias[None, :]
+        t = _spared(t, lanes, drop_proj) + widened(skip)
         n, scale = normalised(t, width, norm_eps, WIDTH, EVEN)
         n = rounded(n, DTYPE, PRECISION)
         fc1 = kept[1] if KEEP else fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
-        h = dot(n, tl.trans(fc1), None, PRECISION) + shift[None, :]
-        cdf = cdf_of(h)
+        if NEED_MLP:
+            shift = row_of(shift_at, hidden, HIDDEN, 0.0)
+        a, slope = gelu_of(dot_in_turn(n, tl.trans(fc1), None, PRECISION, LEAN == 3) + shift[None, :])
 
         if not (KEEP or NEED_INPUTS):
             tl.debug_barrier()  # without a write in the loop the compiler takes the weights' loads out of it
-        d_f = dropped(upstream, lanes, drop_mlp)
-        if NEED_MLP:
-            d_fc2_bias += tl.sum(d_f, 0)
-        d_f = rounded(d_f, DTYPE, PRECISION)
-        if NEED_MLP:
-            a = rounded(h * cdf, DTYPE, PRECISION)
-            d_fc2 = dot(tl.trans(d_f), a, d_fc2, PRECISION)
         fc2 = kept[2] if KEEP else fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
-        d_h = dot(d_f, fc2, None, PRECISION) * (cdf + h * DENSITY * tl.exp2(h * h * (-0.5 * LOG2E)))
+        d_h = rounded(dot_in_turn(d_f, fc2, None, PRECISION, LEAN == 3) * slope, DTYPE, PRECISION)
         if NEED_MLP:
-            d_fc1_bias += tl.sum(d_h, 0)
-        d_h = rounded(d_h, DTYPE, PRECISION)
-        if NEED_MLP:
-            d_fc1 = dot(tl.trans(d_h), n, d_fc1, PRECISION)
+            a = rounded(a, DTYPE, PRECISION)
+            d_fc2 = dot_in_turn(tl.trans(d_f), a, d_fc2, PRECISION, LEAN == 3)
+            d_fc1 = dot_in_turn(tl.trans(d_h), n, d_fc1, PRECISION, LEAN == 3)
+            d_fc1_bias = _summed(d_h, d_fc1_bias, PRECISION)
         if NEED_INPUTS:
             if not KEEP and PRECISION != "tf32":
                 # less to hold in between: fewer spills in float32, 76 KiB of shared memory, not 108, at E = F = 128;
                 # without a barrier the compiler makes the two reads one
                 tl.debug_barrier()
                 fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
-            f = dot(d_h, fc1, None, PRECISION)
-            xhat = n.to(tl.float32)
+            f = dot_in_turn(d_h, fc1, None, PRECISION, LEAN == 3)
+            xhat = widened(n)
             along = tl.sum(f * xhat, 1) / width
             f -= (tl.sum(f, 1) / width)[:, None]
             if not EVEN:
                 f = tl.where((tl.arange(0, WIDTH) < width)[None, :], f, 0.0)
-            d_t = upstream + (f - xhat * along[:, None]) * scale[:, None]
-            store_tile(d_v, d_t * up, place, length, width, TOKENS, WIDTH, EVEN)
-            d_t = dropped(d_t, lanes, drop_proj)
+            if LEAN == 2:
+                tl.debug_barrier()
+                upstream = load_tile(grad, place, width, TOKENS, WIDTH, EVEN)
+            d_t = widened(upstream) + (f - xhat * along[:, None]) * (scale * (mlp_scale * up))[:, None]
+            store_tile(d_v, d_t, place, length, width, TOKENS, WIDTH, EVEN)
+            if SCALED:
+                d_t *= down
+            if LEAN == 2 and drop_proj[1] is not None:
+                # from another load of the seed, or the compiler would hold the first masks
+                again = tl.load(seed_at, eviction_policy="evict_last")
+                lanes = random_lanes(again, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
+            d_t = rounded(_spared(d_t, lanes, drop_proj), DTYPE, PRECISION)
             if NEED_PROJ:
-                d_proj_bias += tl.sum(d_t, 0)
-            d_t = rounded(d_t, DTYPE, PRECISION)
-            if NEED_PROJ:
-                d_proj = dot(tl.trans(d_t), tile, d_proj, PRECISION)
+                d_proj = dot_in_turn(tl.trans(d_t), tile, d_proj, PRECISION, LEAN == 3)
+                d_proj_bias = _summed(d_t, d_proj_bias, PRECISION)
             proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
-            store_tile(d_y, dot(d_t, proj, None, PRECISION) * up, place, length, width, TOKENS, WIDTH, EVEN)
-    sums = d_proj * up, d_proj_bias * up, d_fc1 * up, d_fc1_bias * up, d_fc2 * up, d_fc2_bias * up
+            d_p = dot_in_turn(d_t, proj, None, PRECISION, LEAN == 3) * (up * proj_scale)
+            store_tile(d_y, d_p, place, length, width, TOKENS, WIDTH, EVEN)
+    proj_up, mlp_up = up * proj_scale, up * mlp_scale
+    sums = (
+        d_proj * proj_up,
+        _sum_of(d_proj_bias) * proj_up,
+        d_fc1 * mlp_up,
+        _sum_of(d_fc1_bias) * mlp_up,
+        d_fc2 * mlp_up,
+        _sum_of(d_fc2_bias) * mlp_up,
+    )
     _store_shares(shares, tail, sums, width, hidden, WIDTH, HIDDEN, NEED_PROJ, NEED_MLP)

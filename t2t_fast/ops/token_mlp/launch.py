@@ -22,20 +22,29 @@ def candidates(name, present):
 
     tokens: of a tile; warps: of a program; stages: tiles on their way; programs: wanted on a multiprocessor; keep: 1
     where a program keeps the weights, 0 where it reads them again for every tile; split: 1 where backward is two
-    launches.
+    launches; lean: how far backward computes again what it could hold (kernels_backward.py).
     """
     backward = name == "tail_backward"
     return [
-        {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs, "keep": keep, "split": split}
+        {
+            "tokens": tokens,
+            "warps": warps,
+            "stages": stages,
+            "programs": programs,
+            "keep": keep,
+            "split": split,
+            "lean": lean,
+        }
         for split in ((0, 1) if backward else (0,))
         for tokens, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 4), (128, 8))
         for stages, keep in ((1, 0), (1, 1), (2, 1))
         for programs in ((1, 2) if backward else (2, 3, 4))
+        for lean in (((2,) if tokens > 32 else (0, 1, 2)) if backward else (0,))
     ]
 
 
 def default(name, dtype, width, hidden):
-    """Parameters that compile without spills for T2T's shape on every architecture; backward in float32 has some.
+    """Parameters that compile without spills for T2T's shape; backward in float32 may have a few.
 
     Weights in float32, kept, would not fit into the 99 KiB of shared memory that every card has; nor would large ones.
     """
@@ -49,6 +58,7 @@ def default(name, dtype, width, hidden):
         "programs": 1 if backward else 2,
         "keep": int(not single and not large),
         "split": 0,
+        "lean": int(backward and single),
     }
 
 

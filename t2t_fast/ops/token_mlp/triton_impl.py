@@ -83,7 +83,7 @@ def _expected(device, dtype, width, hidden, training):
 
 @lru_cache(maxsize=1024)
 def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
-    """Grid, what a kernel takes behind its tensors, whether backward is two launches, and a kernel's constants."""
+    """Grid, what a kernel takes behind its tensors, the launch parameters, and the kernels' common constants."""
     parameters = dict(found)
     tokens = parameters["tokens"]
     tiles = -(-length // tokens)
@@ -101,7 +101,7 @@ def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
         **runtime.FUSION,
     }
     sizes = length, width, hidden, sequences * tiles, own
-    return programs, sizes, bool(parameters["split"]), constants
+    return programs, sizes, parameters, constants
 
 
 def _planned(name, y, tail, sequences):
@@ -176,29 +176,31 @@ def _backward(grad, y, v, seed, options, tail, need_tail):
     length = sum(_lengths(tail)) if need_tail else 0
     if not y.numel():
         return d_y, d_v, torch.zeros(length, dtype=torch.float32, device=y.device)
-    programs, sizes, split, constants = _planned("tail_backward", y, tail, math.prod(y.shape[:-2]))
+    programs, sizes, parameters, constants = _planned("tail_backward", y, tail, math.prod(y.shape[:-2]))
     shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
-    parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
+    strided = [_strided(x) for x in (grad, y, v)]
+    strides = tuple(stride for _, _, *of_token_and_column in strided for stride in of_token_and_column)
+    tail = Tail(*(None if t is None else t.contiguous() for t in tail))
     # what a launch computes: d_y and d_v, the projection's gradients, those behind it
     parts = [(True, need_tail, need_tail)]
-    if split and need_tail:
+    if parameters["split"] and need_tail:
         parts = [(True, True, False), (False, False, True)]
     for need_inputs, need_proj, need_mlp in parts:
         kernels_backward.tail_backward_kernel[(programs,)](
-            _strided(grad),
-            _strided(y),
-            _strided(v),
+            *strided,
             d_y,
             d_v,
             shares,
-            parameters,
+            tail,
             options.norm_eps,
             *dropout(options, seed),
             *sizes,
+            STRIDES=strides,
             NEED_INPUTS=need_inputs,
             NEED_PROJ=need_proj,
             NEED_MLP=need_mlp,
             SCALED=y.dtype == torch.float16,
+            LEAN=parameters["lean"],
             **constants,
         )
     return d_y, d_v, shares.sum(0)
