@@ -70,8 +70,8 @@ def wants_gradient(*tensors):
 
 
 def first_order(backward):
-    """Marks a hand-written backward: it runs as it is written also when it is called inside an autocast region, and a
-    second derivative, which it does not have, is an error."""
+    """Marks a hand-written backward: it runs as it is written also when it is called inside an autocast region, a
+    second derivative, which it does not have, is an error, and where no gradient comes in, none goes out."""
     once = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
@@ -81,6 +81,8 @@ def first_order(backward):
                 "t2t_fast: this operator has no second derivative (its backward was asked for one by "
                 "create_graph=True); use t2t_fast.backend('reference') for it"
             )
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         kind = grads[0].device.type
         if kind not in AUTOCAST_DEVICES:
             return once(ctx, *grads)

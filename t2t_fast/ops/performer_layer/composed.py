@@ -69,8 +69,6 @@ def compose(split, project, finish, rebuild, run_tail_backward):
         @staticmethod
         @first_order
         def backward(ctx, grad, *_):
-            if grad is None:
-                return (None,) * len(ctx.needs_input_grad)
             layer, saved = ctx.layer, ctx.saved_tensors
             first = len(saved) - len(Tail._fields)
             *kept, seed, w, x, weight, bias, norm_weight, norm_bias = saved[:first]
