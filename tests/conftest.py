@@ -87,7 +87,7 @@ def cut_off(x, bits):
 
 @pytest.fixture
 def matrix_units(monkeypatch):
-    """Products of float32 as the matrix units make them: TF32 operands cut to 10 bits; "tf32x3" from three of those."""
+    """Products of float32 as the matrix units make them: TF32 operands cut to 10 bits. Yields what was multiplied."""
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -99,11 +99,8 @@ def matrix_units(monkeypatch):
             seen.add(str(a.data.dtype))
             return original(self, a, b, d, precision, *rest)
         seen.add(name)
-        assert name in ("tf32", "tf32x3"), name
-        high_a, high_b = cut_off(a.data, 13), cut_off(b.data, 13)
-        product = high_a @ high_b
-        if name == "tf32x3":
-            product = high_a @ cut_off(b.data - high_b, 13) + cut_off(a.data - high_a, 13) @ high_b + product
+        assert name == "tf32", name
+        product = cut_off(a.data, 13) @ cut_off(b.data, 13)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(builder, "create_dot", create_dot)

@@ -14,42 +14,37 @@ INTERPRETED = tl.constexpr(triton_interpreted())
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a b``."""
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def _large(x):
+    """The bits of float32 that TF32 has."""
     bits = x.to(tl.int32, bitcast=True) & -0x2000
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def dot_in_turn(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr):
-    """:func:`dot`, three TF32 products one after the other: Triton's own fetch both parts of both operands at once.
+def dot(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
+    """``acc + a b``; with PRECISION "tf32x3" float32 by three TF32 products, one after the other.
 
-    A barrier keeps the parts apart, and with them registers; with APART one parts every product from the next. What is
-    infinite becomes NaN.
+    Triton's own three fetch both parts of both operands at once. Here a barrier keeps the parts apart, and with them
+    registers; with APART one parts every product from the next. What is infinite becomes NaN.
     """
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
     if PRECISION == "tf32x3" and a.dtype == tl.float32:
         large_a, large_b = _large(a), _large(b)
         if APART:
-            acc = dot(large_a, b - large_b, acc, "tf32")
+            acc = tl.dot(large_a, b - large_b, acc, input_precision="tf32")
             tl.debug_barrier()
-            acc = dot(a - large_a, large_b, acc, "tf32")
+            acc = tl.dot(a - large_a, large_b, acc, input_precision="tf32")
             tl.debug_barrier()
-            acc = dot(large_a, large_b, acc, "tf32")
+            acc = tl.dot(large_a, large_b, acc, input_precision="tf32")
             tl.debug_barrier()
         else:
-            acc = dot(a - large_a, large_b, acc, "tf32")
+            acc = tl.dot(a - large_a, large_b, acc, input_precision="tf32")
             tl.debug_barrier()
-            acc = dot(large_a, b - large_b, acc, "tf32")
-            acc = dot(large_a, large_b, acc, "tf32")
+            acc = tl.dot(large_a, b - large_b, acc, input_precision="tf32")
+            acc = tl.dot(large_a, large_b, acc, input_precision="tf32")
     else:
-        acc = dot(a, b, acc, PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
 

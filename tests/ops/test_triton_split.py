@@ -300,7 +300,7 @@ def test_the_dtype_it_has_no_kernel_for():
 def test_float32_in_three_tf32_products(name, dtype, matrix_units):
     """What runs in TF32 stays within the table's tolerance: float32 by three products, ``r G`` of float16 by one."""
     check(SIZES[name], DTYPES[dtype], name)
-    assert matrix_units == ({"tf32x3"} if dtype == "fp32" else {"float16", "tf32"})
+    assert matrix_units == ({"tf32"} if dtype == "fp32" else {"float16", "tf32"})
 
 
 def test_tf32_where_torch_allows_it(matrix_units, monkeypatch):

@@ -6,7 +6,7 @@ Letters, padding and precision as in ``kernels.py``.
 import triton
 import triton.language as tl
 
-from ..tiles import dot, dot_in_turn, matrix, narrowed, rounded, widened
+from ..tiles import dot, matrix, narrowed, rounded, widened
 from .kernels import (
     VARYING,
     fc1_of,
@@ -188,7 +188,7 @@ def tail_backward_kernel(
     entry is near TOP.
 
     LEAN: how registers are saved. 1: addresses are computed in every round of the loop. 2: and so are masks, and G is
-    read, where they are needed again. 3: as 1, and of a product in three parts each is apart (tiles.dot_in_turn).
+    read, where they are needed again. 3: as 1, and of a product in three parts each is apart (tiles.dot).
     """
     DTYPE: tl.constexpr = y[0].dtype.element_ty
     grad = grad[0], grad[1], STRIDES[0], STRIDES[1]
@@ -239,23 +239,23 @@ def tail_backward_kernel(
         proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
         if NEED_PROJ:
             proj_bias = row_of(proj_bias_at, width, WIDTH, 0.0)
-        t = dot_in_turn(tile, tl.trans(proj), None, PRECISION, LEAN == 3) * proj_scale + proj_bias[None, :]
+        t = dot(tile, tl.trans(proj), None, PRECISION, LEAN == 3) * proj_scale + proj_bias[None, :]
         t = _spared(t, lanes, drop_proj) + widened(skip)
         n, scale = normalised(t, width, norm_eps, WIDTH, EVEN)
         n = rounded(n, DTYPE, PRECISION)
         fc1 = kept[1] if KEEP else fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
         if NEED_MLP:
             shift = row_of(shift_at, hidden, HIDDEN, 0.0)
-        a, slope = gelu_of(dot_in_turn(n, tl.trans(fc1), None, PRECISION, LEAN == 3) + shift[None, :])
+        a, slope = gelu_of(dot(n, tl.trans(fc1), None, PRECISION, LEAN == 3) + shift[None, :])
 
         if not (KEEP or NEED_INPUTS):
             tl.debug_barrier()  # without a write in the loop the compiler takes the weights' loads out of it
         fc2 = kept[2] if KEEP else fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
-        d_h = rounded(dot_in_turn(d_f, fc2, None, PRECISION, LEAN == 3) * slope, DTYPE, PRECISION)
+        d_h = rounded(dot(d_f, fc2, None, PRECISION, LEAN == 3) * slope, DTYPE, PRECISION)
         if NEED_MLP:
             a = rounded(a, DTYPE, PRECISION)
-            d_fc2 = dot_in_turn(tl.trans(d_f), a, d_fc2, PRECISION, LEAN == 3)
-            d_fc1 = dot_in_turn(tl.trans(d_h), n, d_fc1, PRECISION, LEAN == 3)
+            d_fc2 = dot(tl.trans(d_f), a, d_fc2, PRECISION, LEAN == 3)
+            d_fc1 = dot(tl.trans(d_h), n, d_fc1, PRECISION, LEAN == 3)
             d_fc1_bias = _summed(d_h, d_fc1_bias, PRECISION)
         if NEED_INPUTS:
             if not KEEP and PRECISION != "tf32":
@@ -263,7 +263,7 @@ def tail_backward_kernel(
                 # without a barrier the compiler makes the two reads one
                 tl.debug_barrier()
                 fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
-            f = dot_in_turn(d_h, fc1, None, PRECISION, LEAN == 3)
+            f = dot(d_h, fc1, None, PRECISION, LEAN == 3)
             xhat = widened(n)
             along = tl.sum(f * xhat, 1) / width
             f -= (tl.sum(f, 1) / width)[:, None]
@@ -282,10 +282,10 @@ def tail_backward_kernel(
                 lanes = random_lanes(again, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
             d_t = rounded(_spared(d_t, lanes, drop_proj), DTYPE, PRECISION)
             if NEED_PROJ:
-                d_proj = dot_in_turn(tl.trans(d_t), tile, d_proj, PRECISION, LEAN == 3)
+                d_proj = dot(tl.trans(d_t), tile, d_proj, PRECISION, LEAN == 3)
                 d_proj_bias = _summed(d_t, d_proj_bias, PRECISION)
             proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
-            d_p = dot_in_turn(d_t, proj, None, PRECISION, LEAN == 3) * (up * proj_scale)
+            d_p = dot(d_t, proj, None, PRECISION, LEAN == 3) * (up * proj_scale)
             store_tile(d_y, d_p, place, length, width, TOKENS, WIDTH, EVEN)
     proj_up, mlp_up = up * proj_scale, up * mlp_scale
     sums = (
