@@ -198,7 +198,7 @@ def _soft_split_linear(case):
 
     The gradient of an image of bytes is none.
     """
-    from t2t_fast.ops.soft_split_linear import kernels, kernels_image
+    from t2t_fast.ops.soft_split_linear import kernels, kernels_image, kernels_weight
 
     channels, outputs, kernel, stride, padding, normed, as_bytes = case.sizes
     window = square(kernel, stride, padding)
@@ -222,7 +222,7 @@ def _soft_split_linear(case):
         unused.append("cells_kernel")
     rest = channels, window, dtype
     pixels = split_impl.pixel_columns(pixels, weight, channels, window)
-    with _compiling(kernels, case, kernels_image, unused=unused) as found:
+    with _compiling(kernels, case, kernels_image, kernels_weight, unused=unused) as found:
         y, mean, rstd = split_impl._forward(
             x, *split_impl.packed(*parameters, *rest), outputs, parameters[-1], *window, dtype, pixels
         )
@@ -293,9 +293,11 @@ def _split_rounds(name, sizes, arguments):
     if name == "token_scalars_kernel":
         return parts
     if name == "split_linear_image_kernel":
-        return (-(-kernel // stride)) ** 2 * parts * -(-channels // arguments["BLOCK"])
+        # each tap meets one of stride^2 phases of pixels
+        taps = (kernel / stride) ** 2
+        return taps * parts / arguments["PARTS"] * -(-channels // arguments["BLOCK"])
     columns = layout(channels, square(kernel, stride, padding)).columns
-    return -(-columns // arguments["BLOCK"]) * -(-parts // arguments["PARTS"])
+    return -(-columns // (arguments["BLOCK"] * arguments.get("BLOCKS", 1))) * -(-parts // arguments["PARTS"])
 
 
 def _layer_rounds(name, sizes, arguments):

@@ -130,7 +130,9 @@ def _tile(
         pixel_row, pixel_column = (top + down)[:, None], (left + right)[:, None]
         mask = there[:, None]
     if WINDOW[2][0] + WINDOW[2][1] > 0:  # without padding, windows lie inside
-        mask &= (pixel_row >= 0) & (pixel_row < height) & (pixel_column >= 0) & (pixel_column < image_width)
+        # below 0 is as far outside as beyond 2^31
+        mask &= pixel_row.to(tl.uint32) < height.to(tl.uint32)
+        mask &= pixel_column.to(tl.uint32) < image_width.to(tl.uint32)
     offset = down.to(tl.int64) * x_row + right.to(tl.int64) * x_column
     if GATHER:
         offset += channel[None, :].to(tl.int64) * x_channel
@@ -363,85 +365,3 @@ def split_linear_kernel(
         mask = there[:, None] if EVEN else there[:, None] & (column < outputs)[None, :]
         target = out + tl.arange(0, TOKENS)[:, None] * outputs + column[None, :]
         tl.store(target, narrowed(y, out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def split_linear_weight_kernel(
-    x,
-    x_strides,
-    pixels,
-    grad,
-    mean,
-    rstd,
-    d_weight,
-    height,
-    image_width,
-    grid_width,
-    length,
-    tokens,
-    outputs,
-    tiles_per_split,
-    CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CELL: tl.constexpr,
-    NORM: tl.constexpr,
-    OPERAND: tl.constexpr,
-    GATHER: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NARROW: tl.constexpr,
-    PARTS: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """This split's share of ``P = sum_t xhat_t G_t^T``, packed as the weight is, up to whole groups of outputs.
-
-    Grid (blocks of columns, groups of outputs, splits); xhat is u without NORM. The windows are read and normalised
-    again: a normalised value is at most sqrt(K), so that neither it nor G leaves the range of float16.
-    """
-    begin = tl.program_id(0) * BLOCK
-    group = tl.program_id(1) * PARTS * NARROW
-    stride = tl.num_programs(1) * PARTS * NARROW
-    split = tl.program_id(2)
-    output = tl.arange(0, NARROW)
-    sums = ()
-    for _ in tl.static_range(PARTS):
-        sums = sums + (tl.zeros([BLOCK, NARROW], tl.float32),)
-    earliest = split * tiles_per_split
-    for index in range(earliest, tl.minimum(earliest + tiles_per_split, tl.cdiv(tokens, TOKENS))):
-        first, start, top, left, there = _places(index, tokens, length, grid_width, x_strides, WINDOW, TOKENS)
-        tile = _tile(
-            x,
-            x_strides,
-            pixels,
-            begin,
-            start,
-            top,
-            left,
-            there,
-            height,
-            image_width,
-            CHANNELS,
-            WINDOW,
-            CELL,
-            GATHER,
-            BLOCK,
-        ).to(tl.float32)
-        row = tl.arange(0, TOKENS)
-        if NORM:
-            centre = tl.load(mean + first + row, mask=there, other=0.0)
-            scale = tl.load(rstd + first + row, mask=there, other=0.0)
-            tile = (tile - centre[:, None]) * scale[:, None]
-        turned = tl.trans(rounded(tile, OPERAND, PRECISION))
-        products = ()
-        for part in tl.static_range(PARTS):
-            column = group + part * NARROW + output
-            inside = there[:, None] if EVEN else there[:, None] & (column < outputs)[None, :]
-            place = row[:, None] * outputs + column[None, :]
-            upstream = tl.load(grad + first * outputs + place, mask=inside, other=0.0).to(tl.float32)
-            products = products + (dot(turned, rounded(upstream, OPERAND, PRECISION), sums[part], PRECISION),)
-        sums = products
-    rows = (split * tl.num_programs(0) * BLOCK + begin + tl.arange(0, BLOCK)).to(tl.int64)
-    for part in tl.static_range(PARTS):
-        column = group + part * NARROW + output
-        tl.store(d_weight + rows[:, None] * stride + column[None, :], sums[part])

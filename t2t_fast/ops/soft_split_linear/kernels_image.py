@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..tiles import dot, narrowed, rounded
 
-VARYING = ("height", "image_width", "grid_height", "grid_width", "length", "batch", "tokens")
+VARYING = ("height", "image_width", "grid_height", "grid_width", "length", "batch", "tokens", "own_phases")
 """Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
 
 
@@ -49,24 +49,21 @@ def token_scalars_kernel(
 
 
 @triton.jit
-def _pixels(tile, batch, height, image_width, STRIDE: tl.constexpr, PIXELS: tl.constexpr):
-    """The pixels of a tile of a phase: image, row and column of each, and whether there is such a pixel.
-
-    A phase holds the pixels of one remainder by the strides; phases have different numbers of pixels.
+def _steps(tile, batch, down, across, COUNT: tl.constexpr):
+    """The steps of the strides of a tile, numbered through all images, ``down`` x ``across`` in each: the first one's
+    image; of each the number of its image from there, its row and column, and whether there is such a step.
     """
-    down, right = tl.program_id(1) // STRIDE[1], tl.program_id(1) % STRIDE[1]
-    phase_height = (height - down + STRIDE[0] - 1) // STRIDE[0]
-    phase_width = (image_width - right + STRIDE[1] - 1) // STRIDE[1]
-    area = phase_height * phase_width
-    first = tile.to(tl.int64) * PIXELS
-    # a phase without pixels (an image smaller than the stride) has none to number
-    earlier = first // tl.maximum(area, 1)
-    index = (first - earlier * area).to(tl.int32) + tl.arange(0, PIXELS)
-    there = tl.arange(0, PIXELS) < batch.to(tl.int64) * area - first
-    area, phase_width = tl.maximum(area, 1), tl.maximum(phase_width, 1)
-    row = index % area // phase_width * STRIDE[0] + down
-    column = index % area % phase_width * STRIDE[1] + right
-    return earlier + index // area, row, column, there
+    first = tile.to(tl.int64) * COUNT
+    area = down * across
+    there = tl.arange(0, COUNT) < batch.to(tl.int64) * area - first
+    earlier = first // area
+    # without a sign, division is shorter
+    area, across = area.to(tl.uint32), across.to(tl.uint32)
+    index = (first - earlier * area).to(tl.uint32) + tl.arange(0, COUNT).to(tl.uint32)
+    image = index // area
+    index -= image * area
+    row = index // across
+    return earlier, image.to(tl.int32), row.to(tl.int32), (index - row * across).to(tl.int32), there
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -86,6 +83,7 @@ def split_linear_image_kernel(
     length,
     batch,
     outputs,
+    own_phases,
     CHANNELS: tl.constexpr,
     WINDOW: tl.constexpr,
     NORM: tl.constexpr,
@@ -93,54 +91,80 @@ def split_linear_image_kernel(
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
     NARROW: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``d_x = sum_t W^T (r G_t) - x sum_t alpha_t + sum_t kappa_t`` over the windows t that cover a pixel, gathered.
+    """``d_x = sum_t r_t W^T G_t - x sum_t alpha_t + sum_t kappa_t`` over the windows t that cover a pixel, gathered.
 
-    Grid (pixel tiles, phases, blocks of channels): all pixels of a tile are covered through the same taps. ``weight``
-    is packed (layout.py): (taps, whole blocks of outputs, WIDTH channels). d_x is channels-last.
+    Grid (tiles of PIXELS steps of the strides, groups of phases, blocks of channels). A phase is the pixels at one
+    place of their steps, all covered through the same taps; a program does ``own_phases`` of them, one after another,
+    which read the same G. ``weight`` is packed (layout.py): (taps, GROUPS x PARTS x NARROW outputs, WIDTH channels).
+    d_x is channels-last. G goes into the product as it is: through a tap a pixel meets one window, so that r may scale
+    what comes out, and no half precision has to hold r G.
     """
     KERNEL: tl.constexpr = WINDOW[0]
     STRIDE: tl.constexpr = WINDOW[1]
     PADDING: tl.constexpr = WINDOW[2]
-    image, row, column, there = _pixels(tl.program_id(0), batch, height, image_width, STRIDE, PIXELS)
+    down, across = tl.cdiv(height, STRIDE[0]), tl.cdiv(image_width, STRIDE[1])
+    earlier, image, step_row, step_column, there = _steps(tl.program_id(0), batch, down, across, PIXELS)
+    token = image * length + step_row * grid_width + step_column
     channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros([PIXELS, BLOCK], tl.float32)
-    scale = tl.zeros([PIXELS], tl.float32)
-    shift = tl.zeros([PIXELS], tl.float32)
-    down = (tl.program_id(1) // STRIDE[1] + PADDING[0]) % STRIDE[0]
-    right = (tl.program_id(1) % STRIDE[1] + PADDING[1]) % STRIDE[1]
-    # of the window's taps, every stride-th meets this phase; none where windows leave gaps
-    taps_down = tl.maximum(KERNEL[0] - down + STRIDE[0] - 1, 0) // STRIDE[0]
-    taps_across = tl.maximum(KERNEL[1] - right + STRIDE[1] - 1, 0) // STRIDE[1]
-    blocks = tl.cdiv(outputs, NARROW)
-    for step in range(0, taps_down * taps_across * blocks):
-        tap = tl.zeros([], tl.int32) + step // blocks
-        begin = step % blocks * NARROW
-        tap_row, tap_column = down + tap // taps_across * STRIDE[0], right + tap % taps_across * STRIDE[1]
-        above, before = row + PADDING[0] - tap_row, column + PADDING[1] - tap_column
-        token_row, token_column = above // STRIDE[0], before // STRIDE[1]
-        covers = there & (above >= 0) & (before >= 0) & (token_row < grid_height) & (token_column < grid_width)
-        token = image * length + token_row * grid_width + token_column
-        output = begin + tl.arange(0, NARROW)
-        inside = covers[:, None] if EVEN else covers[:, None] & (output < outputs)[None, :]
-        upstream = tl.load(grad + token[:, None] * outputs + output[None, :], mask=inside, other=0.0).to(tl.float32)
+    output = tl.arange(0, NARROW)
+    upstreams = grad + token.to(tl.int64)[:, None] * outputs + output[None, :]
+    weights = weight + output[:, None] * WIDTH + channel[None, :]
+    first_phase = tl.program_id(1) * own_phases
+    for phase in range(first_phase, tl.minimum(first_phase + own_phases, STRIDE[0] * STRIDE[1])):
+        place_row, place_column = phase // STRIDE[1], phase % STRIDE[1]
+        # of the window's taps, every stride-th meets this phase; none where windows leave gaps
+        tap_row, tap_column = (place_row + PADDING[0]) % STRIDE[0], (place_column + PADDING[1]) % STRIDE[1]
+        taps_down = tl.maximum(KERNEL[0] - tap_row + STRIDE[0] - 1, 0) // STRIDE[0]
+        taps_across = tl.maximum(KERNEL[1] - tap_column + STRIDE[1] - 1, 0) // STRIDE[1]
+        # through the first of them comes the window so many steps ahead, through each further one the window before
+        ahead_row, ahead_column = (place_row + PADDING[0]) // STRIDE[0], (place_column + PADDING[1]) // STRIDE[1]
+        sums = tl.zeros([PIXELS, BLOCK], tl.float32)
+        scale = tl.zeros([PIXELS], tl.float32)
+        shift = tl.zeros([PIXELS], tl.float32)
+        back_row, back_column = 0, 0
+        for step in range(0, taps_down * taps_across * GROUPS):
+            group = step % GROUPS
+            covers = (step_row + (ahead_row - back_row)).to(tl.uint32) < grid_height.to(tl.uint32)
+            covers &= (step_column + (ahead_column - back_column)).to(tl.uint32) < grid_width.to(tl.uint32)
+            covers &= there
+            ahead = earlier * length + ((ahead_row - back_row) * grid_width + ahead_column - back_column)
+            begin = group * PARTS * NARROW
+            tap = (tap_row + back_row * STRIDE[0]) * KERNEL[1] + tap_column + back_column * STRIDE[1]
+            to_upstream = ahead * outputs + begin
+            to_weight = (tap * GROUPS + group).to(tl.int64) * (PARTS * NARROW * WIDTH)
+            part = tl.zeros([PIXELS, BLOCK], tl.float32) if NORM else sums
+            for index in tl.static_range(PARTS):
+                inside = covers[:, None]
+                if not EVEN:
+                    inside &= (begin + index * NARROW + output < outputs)[None, :]
+                first = tl.load(upstreams + to_upstream + index * NARROW, mask=inside, other=0.0)
+                second = tl.load(weights + to_weight + index * NARROW * WIDTH)
+                part = dot(rounded(first, OPERAND, PRECISION), rounded(second, OPERAND, PRECISION), part, PRECISION)
+            if NORM:
+                sums += part * tl.load(rstd + ahead + token, mask=covers, other=0.0)[:, None]
+                once = covers if GROUPS == 1 else covers & (group == 0)
+                scale += tl.load(alpha + ahead + token, mask=once, other=0.0)
+                shift += tl.load(kappa + ahead + token, mask=once, other=0.0)
+            else:
+                sums = part
+            # no branch, which would keep the compiler from loading ahead
+            back_column += 1 if GROUPS == 1 else (group == GROUPS - 1).to(tl.int32)
+            back_row += (back_column == taps_across).to(tl.int32)
+            back_column = tl.where(back_column == taps_across, 0, back_column)
+        row, column = step_row * STRIDE[0] + place_row, step_column * STRIDE[1] + place_column
+        inside = (there & (row < height) & (column < image_width))[:, None] & (channel < CHANNELS)[None, :]
         if NORM:
-            upstream *= tl.load(rstd + token, mask=covers, other=0.0)[:, None]
-            if begin == 0:
-                scale += tl.load(alpha + token, mask=covers, other=0.0)
-                shift += tl.load(kappa + token, mask=covers, other=0.0)
-        rows = ((tap_row * KERNEL[1] + tap_column) * blocks * NARROW + output)[:, None] * WIDTH + channel[None, :]
-        second = rounded(tl.load(weight + rows).to(tl.float32), OPERAND, PRECISION)
-        sums = dot(rounded(upstream, OPERAND, PRECISION), second, sums, PRECISION)
-    inside = there[:, None] & (channel < CHANNELS)[None, :]
-    if NORM:
-        x_batch, x_channel, x_row, x_column = x_strides
-        place = image * x_batch + row.to(tl.int64) * x_row + column.to(tl.int64) * x_column
-        pixels = tl.load(x + place[:, None] + channel[None, :].to(tl.int64) * x_channel, mask=inside, other=0.0)
-        sums += shift[:, None] - pixels.to(tl.float32) * scale[:, None]
-    place = (image * height + row) * image_width + column
-    target = d_x + place[:, None] * CHANNELS + channel[None, :]
-    tl.store(target, narrowed(sums, d_x.dtype.element_ty), mask=inside)
+            x_batch, x_channel, x_row, x_column = x_strides
+            place = image.to(tl.int64) * x_batch + row.to(tl.int64) * x_row + column.to(tl.int64) * x_column
+            start = x + earlier * x_batch + channel.to(tl.int64)[None, :] * x_channel
+            sums += shift[:, None]
+            sums -= tl.load(start + place[:, None], mask=inside, other=0.0).to(tl.float32) * scale[:, None]
+        start = d_x + earlier * (height * image_width) * CHANNELS + channel[None, :]
+        place = (image * height + row) * image_width + column
+        tl.store(start + place.to(tl.int64)[:, None] * CHANNELS, narrowed(sums, d_x.dtype.element_ty), mask=inside)

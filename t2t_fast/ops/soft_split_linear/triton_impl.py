@@ -13,7 +13,7 @@ from ..spec import Window
 from ..triton_runtime import fake, operator
 from . import aten_impl
 from .aten_impl import fold_norm
-from .call import Call, triton_dtype
+from .call import Call
 from .gradient import differentiable, parameter_gradients
 from .layout import NARROW, layout, pack_taps, pad_outputs
 
@@ -92,6 +92,11 @@ def _groups(outputs, parts):
     return -(-outputs // (NARROW * parts))
 
 
+def _divisor(number, most):
+    """The largest divisor of ``number`` that is at most ``most``."""
+    return next(part for part in range(min(number, most), 0, -1) if number % part == 0)
+
+
 @operator(
     "soft_split_linear(Tensor x, Tensor weight, Tensor? used, Tensor? row_sums, Tensor offset, int outputs, "
     "float? norm_eps, int[] kernel, int[] stride, int[] padding, ScalarType dtype, Tensor[]? pixels) "
@@ -149,22 +154,25 @@ def _fake(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, stride, 
     "int[] stride, int[] padding, Tensor[]? pixels) -> Tensor"
 )
 def _products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
-    """``sum_t xhat_t G_t^T`` as (O, K) float32."""
-    from . import kernels
+    """``sum_t G_t xhat_t^T`` as (O, K) float32."""
+    from . import kernels_weight as kernels
 
     FOLDED.clear()  # somebody is training, and may write where no version counter sees it
     call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
     if not grad.numel():
         return grad.new_zeros((call.outputs, call.values), dtype=torch.float32)
     parameters = call.parameters("weight")
-    block, groups = call.layout.block(parameters["block"]), _groups(call.outputs, parameters["parts"])
-    blocks = -(-call.layout.columns // block)
+    parts = _divisor(-(-call.outputs // NARROW), parameters["parts"])
+    groups = -(-call.outputs // (NARROW * parts))
+    block = call.layout.block(parameters["block"])
+    blocks = _divisor(-(-call.layout.columns // block), parameters["blocks"])
+    column_groups = -(-call.layout.columns // (block * blocks))
     wanted = parameters["programs"] * runtime.multiprocessors(x.device)
-    splits, tiles = cut(call.tokens, blocks * groups, parameters["tokens"], wanted)
-    shape = splits, blocks * block, groups * NARROW * parameters["parts"]
+    splits, tiles = cut(call.tokens, column_groups * groups, parameters["tokens"], wanted)
+    shape = splits, groups * parts * NARROW, column_groups * blocks * block
     found = torch.empty(shape, dtype=torch.float32, device=x.device)
     image, strides, windows = call.windows()
-    kernels.split_linear_weight_kernel[blocks, groups, splits](
+    kernels.split_linear_weight_kernel[column_groups, groups, splits](
         image,
         strides,
         None if pixels is None else tuple(pixels),
@@ -181,11 +189,13 @@ def _products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
         NORM=norm,
         TOKENS=parameters["tokens"],
         BLOCK=block,
-        PARTS=parameters["parts"],
+        BLOCKS=blocks,
+        PARTS=parts,
+        TURNED=parameters["turned"],
         **windows,
         **call.constants(parameters),
     )
-    return call.layout.unpack(found.sum(0), call.outputs)
+    return call.layout.unpack(found.sum(0).t(), call.outputs)
 
 
 @fake("soft_split_linear_products")
@@ -228,13 +238,16 @@ def _image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padd
             **runtime.FUSION,
         )
     parameters = call.parameters("image")
-    (height, width), (down, right), pixels = x.shape[2:], call.window.stride, parameters["tokens"]
+    (height, width), (down, right) = x.shape[2:], call.window.stride
+    tiles = -(-x.shape[0] * -(-height // down) * -(-width // right) // parameters["tokens"])
     block = min(parameters["block"], weight.shape[2])
-    phase = x.shape[0] * -(-height // down) * -(-width // right)
-    constants = call.constants(parameters)
-    if norm and call.dtype == torch.float16:  # r G may leave its range
-        constants |= {"OPERAND": triton_dtype(torch.float32), "PRECISION": "tf32"}
-    kernels.split_linear_image_kernel[-(-phase // pixels), down * right, -(-x.shape[1] // block)](
+    blocks = -(-x.shape[1] // block)
+    parts = _divisor(weight.shape[1] // NARROW, parameters["parts"])
+    # phases of one program read the same G, where enough programs are left
+    wanted = parameters["programs"] * runtime.multiprocessors(x.device)
+    groups = min(down * right, max(1, wanted // (tiles * blocks)))
+    own = -(-down * right // groups)
+    kernels.split_linear_image_kernel[tiles, -(-down * right // own), blocks](
         grad,
         weight,
         rstd,
@@ -249,13 +262,16 @@ def _image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padd
         call.length,
         x.shape[0],
         call.outputs,
+        own,
         CHANNELS=x.shape[1],
         WINDOW=tuple(call.window),
         NORM=norm,
-        PIXELS=pixels,
+        PIXELS=parameters["tokens"],
         BLOCK=block,
+        PARTS=parts,
+        GROUPS=weight.shape[1] // NARROW // parts,
         WIDTH=weight.shape[2],
-        **constants,
+        **call.constants(parameters),
     )
     return d_x
 

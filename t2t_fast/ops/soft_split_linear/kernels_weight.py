@@ -1,0 +1,130 @@
+"""Triton kernel of the weight's gradient: normalised windows times the upstream gradient, summed over the tokens.
+
+Letters and windows as in kernels.py.
+"""
+
+import triton
+import triton.language as tl
+
+from ..tiles import dot, rounded
+from .kernels import VARYING, _places, _tile
+
+
+@triton.jit(do_not_specialize=VARYING)
+def split_linear_weight_kernel(
+    x,
+    x_strides,
+    pixels,
+    grad,
+    mean,
+    rstd,
+    d_weight,
+    height,
+    image_width,
+    grid_width,
+    length,
+    tokens,
+    outputs,
+    tiles_per_split,
+    CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CELL: tl.constexpr,
+    NORM: tl.constexpr,
+    OPERAND: tl.constexpr,
+    GATHER: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NARROW: tl.constexpr,
+    PARTS: tl.constexpr,
+    TURNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """This split's share of ``P = sum_t G_t xhat_t^T``: (outputs, columns), whole groups as the weight has them.
+
+    Grid (groups of BLOCKS x BLOCK columns, groups of PARTS x NARROW outputs, splits); xhat is u without NORM. The
+    windows are read and normalised again: a normalised value is at most sqrt(K), so that neither it nor G leaves the
+    range of float16. Each G is read once for each group of columns. TURNED: the sums are held as (outputs, columns),
+    not as (columns, outputs), so that the normalised tile is an operand as it is, and not turned.
+    """
+    begin = tl.program_id(0) * (BLOCKS * BLOCK)
+    columns = tl.num_programs(0) * (BLOCKS * BLOCK)
+    group = tl.program_id(1) * (PARTS * NARROW)
+    split = tl.program_id(2)
+    output = tl.arange(0, NARROW)
+    row = tl.arange(0, TOKENS)
+    sums = ()
+    for _ in tl.static_range(BLOCKS * PARTS):
+        sums = sums + (tl.zeros([NARROW, BLOCK] if TURNED else [BLOCK, NARROW], tl.float32),)
+    earliest = split * tiles_per_split
+    tiles = tl.minimum(tiles_per_split, tl.cdiv(tokens, TOKENS) - earliest)
+    # where the first tile's windows lie is divided out; from tile to tile it is added to, as on a clock
+    place, start, top, left, _ = _places(earliest, tokens, length, grid_width, x_strides, WINDOW, TOKENS)
+    end_column, end_row = grid_width * WINDOW[1][1], length // grid_width * WINDOW[1][0]
+    x_image, _, x_row, x_column = x_strides
+    row_step, column_step = TOKENS % length // grid_width * WINDOW[1][0], TOKENS % length % grid_width * WINDOW[1][1]
+    step = TOKENS // length * x_image + row_step * x_row + column_step * x_column
+    next_row, next_image = WINDOW[1][0] * x_row - end_column * x_column, x_image - end_row * x_row
+    for _ in range(tiles):
+        there = row < tl.minimum(tokens - place, TOKENS).to(tl.int32)
+        if NORM:
+            centre = tl.load(mean + place + row, mask=there, other=0.0)
+            scale = tl.load(rstd + place + row, mask=there, other=0.0)
+        upstreams = ()
+        source = grad + place * outputs + group + row[:, None] * outputs + output[None, :]
+        for part in tl.static_range(PARTS):
+            inside = there[:, None]
+            if not EVEN:
+                inside &= (group + part * NARROW + output < outputs)[None, :]
+            upstream = tl.load(source + part * NARROW, mask=inside, other=0.0)
+            upstream = rounded(upstream, OPERAND, PRECISION)
+            upstreams = upstreams + (tl.trans(upstream) if TURNED else upstream,)
+        products = ()
+        for block in tl.static_range(BLOCKS):
+            tile = _tile(
+                x,
+                x_strides,
+                pixels,
+                begin + block * BLOCK,
+                start,
+                top,
+                left,
+                there,
+                height,
+                image_width,
+                CHANNELS,
+                WINDOW,
+                CELL,
+                GATHER,
+                BLOCK,
+            )
+            if NORM:
+                # in float32, a difference of two products would cost a rounding
+                if tl.float32 == OPERAND:
+                    tile = (tile.to(tl.float32) - centre[:, None]) * scale[:, None]
+                else:
+                    tile = tile.to(tl.float32) * scale[:, None] - (centre * scale)[:, None]
+            tile = rounded(tile.to(tl.float32), OPERAND, PRECISION)
+            if not TURNED:
+                # the choice changes nothing, but keeps Triton 3.8 from computing the tile twice, once in every warp
+                tile = tl.trans(tl.where(there[:, None], tile, 0.0))
+            for part in tl.static_range(PARTS):
+                first, second = (upstreams[part], tile) if TURNED else (tile, upstreams[part])
+                products = products + (dot(first, second, sums[block * PARTS + part], PRECISION),)
+        sums = products
+        place += TOKENS
+        left += column_step
+        wraps = left >= end_column - WINDOW[2][1]
+        left -= tl.where(wraps, end_column, 0)
+        top += row_step + tl.where(wraps, WINDOW[1][0], 0)
+        ends = top >= end_row - WINDOW[2][0]
+        top -= tl.where(ends, end_row, 0)
+        # of a product, unlike a choice, the compiler knows that it keeps addresses aligned
+        start += step + wraps.to(tl.int32) * next_row + ends.to(tl.int32) * next_image
+    for part in tl.static_range(PARTS):
+        rows = (split * tl.num_programs(1) * (PARTS * NARROW) + group + part * NARROW + output).to(tl.int64) * columns
+        for block in tl.static_range(BLOCKS):
+            column = begin + block * BLOCK + tl.arange(0, BLOCK)
+            places = rows[:, None] + column[None, :] if TURNED else rows[None, :] + column[:, None]
+            tl.store(d_weight + places, sums[block * PARTS + part])
