@@ -296,7 +296,7 @@ def test_a_kernel_that_fails_is_left_with_a_warning(monkeypatch):
     monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
     case = case_of()
     right = case.run("aten")
-    monkeypatch.setattr(triton_impl, "_run", lambda *sizes: [t * 2 for t in triton_impl._expected(*sizes)])
+    monkeypatch.setattr(triton_impl, "_tried", lambda *sizes: [t * 2 for t in triton_impl._expected(*sizes)])
     with pytest.warns(RuntimeWarning, match="soft_split_linear leaves its Triton kernel: its self-test on cpu gave"):
         out = case.run()
     assert_close(out, right.double(), case.op, "forward", torch.float32)
