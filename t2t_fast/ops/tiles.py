@@ -70,6 +70,16 @@ def widened(x):
 
 
 @triton.jit
+def inverse(x):
+    """``1 / x`` in float32, in one instruction, for x of ordinary size: a division checks its range first."""
+    if INTERPRETED:
+        x = 1.0 / x
+    else:
+        x = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """``x`` in ``DTYPE``, rounded to the nearest."""
     if INTERPRETED and tl.bfloat16 == DTYPE:

@@ -62,7 +62,7 @@ def known_to_work(monkeypatch):
     monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
 
 
-SMALL = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "keep": 1}
+SMALL = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "keep": 1, "lean": 0}
 SMALL_SPLIT = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "block": 16}
 
 
@@ -170,6 +170,7 @@ ONE_LAUNCH = [
     pytest.param(97, {"batch": 1}, {}, id="a tile that ends early"),
     pytest.param(33, {"batch": 3}, {"programs": 4}, id="several splits"),
     pytest.param(16, {"drops": (0.0, 0.3)}, {"keep": 0}, id="weights read again"),
+    pytest.param(40, {"drops": (0.3, 0.0)}, {"lean": 1}, id="biases read again"),
     pytest.param(20, {"width": 32, "m": 11, "hidden": 28, "drops": (0.4, 0.0)}, {}, id="odd sizes"),
     pytest.param(20, {"width": 64, "m": 64, "hidden": 64, "drops": (0.0, 0.0)}, {}, id="the largest"),
     pytest.param(1, {"width": 16, "m": 1, "hidden": 3}, {}, id="the smallest"),

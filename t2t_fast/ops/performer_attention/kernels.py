@@ -14,7 +14,7 @@ float32. What weighs a value is summed as rounded.
 import triton
 import triton.language as tl
 
-from ..tiles import dot, load, matrix, narrowed, rounded, store
+from ..tiles import dot, load, matrix, narrowed, rounded, store, widened
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -77,7 +77,7 @@ def scores_of(x, parts, PRECISION: tl.constexpr):
 @triton.jit
 def half_square(x):
     """``|x|^2 / 2`` of each token, in base 2."""
-    x = x.to(tl.float32)
+    x = widened(x)
     return tl.sum(x * x, 1) * (0.5 * LOG2E)
 
 
@@ -260,12 +260,15 @@ def query_weights(q, logs, log_eps, parts, PRECISION: tl.constexpr):
 
 @triton.jit
 def read_out(q, logs, values, log_eps, parts, PRECISION: tl.constexpr):
-    """y of a tile in float32; ``values``: S as an operand."""
+    """y of a tile in float32 before its division, at most FEATURES times as large as S, and what scales its rows.
+
+    ``values``: S as an operand.
+    """
     weights, closed = query_weights(q, logs, log_eps, parts, PRECISION)
     weights = rounded(weights, q.dtype, PRECISION)
-    total = tl.sum(weights.to(tl.float32), 1)
+    total = tl.sum(widened(weights), 1)
     scale = tl.where(total == 0.0, 0.0, 1.0 / (total + closed))
-    return dot(weights, values, None, PRECISION) * scale[:, None]
+    return dot(weights, values, None, PRECISION), scale
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -301,5 +304,5 @@ def queries_kernel(
         start = index * TOKENS
         there = rows < length - start
         tile = load_tile(q, start, rows, there, columns, width, EVEN)
-        y = read_out(tile, logs, values, log_eps, parts, PRECISION)
-        store_tile(out, y, start, rows, there, columns, width, EVEN)
+        y, scale = read_out(tile, logs, values, log_eps, parts, PRECISION)
+        store_tile(out, y * scale[:, None], start, rows, there, columns, width, EVEN)

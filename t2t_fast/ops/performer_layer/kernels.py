@@ -166,24 +166,29 @@ def read_out_tail_kernel(
     drop_proj,
     drop_mlp,
     length,
-    features,
-    hidden,
+    features: tl.constexpr,
+    hidden: tl.constexpr,
     tiles_per_split,
     WIDTH: tl.constexpr,
     FEATURES: tl.constexpr,
     HIDDEN: tl.constexpr,
     TOKENS: tl.constexpr,
+    STRIDES: tl.constexpr,
     KEEP: tl.constexpr,
+    LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``out = tail(y, v)`` with y as ``queries_kernel`` reads it out of the key state; y never reaches memory.
 
     Grid (sequences, splits); a program owns the tokens of one split, reads q and v once and writes out once; nothing
-    is saved. The arguments are those of ``queries_kernel`` and of ``tail_kernel``; one head, WIDTH channels exactly.
+    is saved. The arguments are those of ``queries_kernel`` and of ``tail_kernel``, STRIDES those of q and v; one head,
+    WIDTH channels exactly.
     """
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    q, v, out = sequence_of(q, sequence, 1), sequence_of(v, sequence, 1), sequence_of(out, sequence, 1)
+    q = sequence_of(q, sequence, 1)[0], STRIDES[0], STRIDES[1]
+    v = sequence_of(v, sequence, 1)[0], STRIDES[2], STRIDES[3]
+    out = out + sequence * length * WIDTH, WIDTH, 1
     rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     _, parts = features_of(w, 0, features, WIDTH, DTYPE, WIDTH, FEATURES)
     lz, state = lz + sequence * features, state + sequence * features * WIDTH
@@ -193,16 +198,34 @@ def read_out_tail_kernel(
     if seed is not None:
         seed = tl.load(seed)
     first, last = own_tiles(split, tiles_per_split, length, TOKENS)
-    for index in range(first, last):
+    for index in tl.range(first, last, disable_licm=LEAN > 0):
         start = index * TOKENS
         there = rows < length - start
         tile = load_tile(q, start, rows, there, columns, WIDTH, True)
         skip = load_tile(v, start, rows, there, columns, WIDTH, True)
-        y = rounded(read_out(tile, logs, values, log_eps, parts, PRECISION), DTYPE, PRECISION)
+        y, scale = read_out(tile, logs, values, log_eps, parts, PRECISION)
+        if tl.float16 == DTYPE:  # where y might overflow; else the projection takes the scale up with its bias
+            y, scale = y * scale[:, None], None
+        y = rounded(y, DTYPE, PRECISION)
         lanes = 0
         if seed is not None:
-            lanes = random_lanes(seed, sequence * length + start, WIDTH, TOKENS, WIDTH, True)
+            lanes = random_lanes(seed, sequence * length + start, WIDTH, TOKENS, WIDTH, True).to(tl.uint16)
         found = tail_of(
-            y, skip, lanes, tail, kept, norm_eps, drop_proj, drop_mlp, WIDTH, hidden, WIDTH, HIDDEN, True, PRECISION
+            y,
+            scale,
+            skip,
+            lanes,
+            tail,
+            kept,
+            norm_eps,
+            drop_proj,
+            drop_mlp,
+            WIDTH,
+            hidden,
+            WIDTH,
+            HIDDEN,
+            True,
+            LEAN,
+            PRECISION,
         )
         store_tile(out, found, start, rows, there, columns, WIDTH, True)

@@ -34,13 +34,14 @@ def candidates(name, present):
 
     fused: 1 for one launch, 0 for two, to which the others mean nothing; tokens: of a tile; warps: of a program;
     stages: tiles on their way; programs: wanted on a multiprocessor; block: columns of a product, at most; keep: 1
-    where a program keeps the tail's weights, 0 where it reads them again for every tile.
+    where a program keeps the tail's weights, 0 where it reads them again for every tile; lean: 1 where the tail saves
+    registers (token_mlp/kernels.py).
     """
     if name == "split_keys":
         special = [{"block": block} for block in (32, 64)]
         shapes, depths = ((32, 4), (64, 4), (64, 8), (128, 8)), (2, 3)
     else:
-        special = [{"keep": 1}]
+        special = [{"keep": 1, "lean": lean} for lean in (0, 1)]
         shapes, depths = ((32, 4), (64, 4), (64, 8), (128, 8)), (1, 2)
     fused = [
         {"fused": 1, "tokens": tokens, "warps": warps, "stages": stages, "programs": programs, **rest}
@@ -64,7 +65,15 @@ def default(name, dtype, width, features, other):
         if single:  # cells, or gathered values, come with one more operand: the columns in use
             tokens, warps, stages = (16, 4, 1) if other % 64 else (32, 8, 1)
         return {"fused": 1, "tokens": tokens, "warps": warps, "stages": stages, "programs": 2, "block": 32}
-    return {"fused": 1, "tokens": 32, "warps": 8 if single else 4, "stages": 1, "programs": 2, "keep": int(not single)}
+    return {
+        "fused": 1,
+        "tokens": 32,
+        "warps": 8 if single else 4,
+        "stages": 1,
+        "programs": 2,
+        "keep": int(not single),
+        "lean": 0,
+    }
 
 
 TABLE = Table(Path(__file__).with_name("launch.json"), PASSES, shape_class, default, candidates)

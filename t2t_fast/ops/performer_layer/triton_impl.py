@@ -196,6 +196,7 @@ def _plan(found, dtype, width, features, hidden, length, sequences, processors, 
         "HIDDEN": padded(hidden),
         "TOKENS": parameters["tokens"],
         "KEEP": bool(parameters["keep"]),
+        "LEAN": parameters["lean"],
         "PRECISION": "tf32" if tf32 else "tf32x3",
         "num_warps": parameters["warps"],
         "num_stages": parameters["stages"],
@@ -232,18 +233,20 @@ def read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
         runtime.multiprocessors(q.device),
         q.dtype == torch.float32 and runtime.allows_tf32(),
     )
+    q, v = attention.readable(q), attention.readable(v)
     kernels.read_out_tail_kernel[call.sequences, splits](
-        attention.readable(q),
-        attention.readable(v),
+        q,
+        v,
         call.directions,
         lz,
         state,
         call.log_eps(eps),
-        attention.strided(out),
+        out,
         Tail(*(None if t is None else t.contiguous() for t in parameters)),
         options.norm_eps,
         *tail.dropout(options, seed),
         *sizes,
+        STRIDES=(*q[-2:], *v[-2:]),
         **constants,
     )
     return out

@@ -10,10 +10,10 @@ Operands of matrix products are in the inputs' dtype; LayerNorm, GELU, dropout a
 import triton
 import triton.language as tl
 
-from ..tiles import dot, load, matrix, rounded, store
+from ..tiles import dot, inverse, load, matrix, rounded, store, widened
 
 ROUNDS = tl.constexpr(7)
-HALF_SQRT2 = tl.constexpr(0.7071067811865476)
+LOG2E = tl.constexpr(1.4426950408889634)
 VARYING = ("length", "all_tiles", "own_tiles", "seed")
 """Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
 
@@ -120,34 +120,64 @@ def random_lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def dropped(x, lanes, drop):
-    """Dropout of a tile by its random bits.
+def spared(x, lanes, drop):
+    """A tile where dropout keeps it, else 0, without dropout's scale (:func:`scale_of`); by its random bits.
 
     drop: the first value that drops an element (``None``: 0), how many do (``None``: no dropout), and what the others
     are scaled by; in float32, so that another probability makes no other kernel.
     """
-    first, count, scale = drop
+    first, count, _ = drop
     if count is not None:
+        lanes = lanes.to(tl.uint32)
         if first is not None:
             lanes -= tl.cast(first, tl.uint32)
-        x *= tl.where(lanes < tl.cast(count, tl.uint32), 0.0, scale)
+        x = tl.where(lanes < tl.cast(count, tl.uint32), 0.0, x)
     return x
+
+
+@triton.jit
+def scale_of(drop):
+    """What dropout scales by."""
+    return 1.0 if drop[1] is None else drop[2]
+
+
+@triton.jit
+def centred_half(t, width, norm_eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Half of each row without its mean, which float16 holds wherever it holds the row; and ``2 / sigma``."""
+    t = t * 0.5 - (tl.sum(t, 1) / width * 0.5)[:, None]
+    if not EVEN:
+        t = tl.where((tl.arange(0, WIDTH) < width)[None, :], t, 0.0)
+    return t, tl.rsqrt(tl.sum(t * t, 1) / width + 0.25 * norm_eps)
 
 
 @triton.jit
 def normalised(t, width, norm_eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """LayerNorm of each row before its affine part, and ``1 / sigma``."""
-    t -= (tl.sum(t, 1) / width)[:, None]
-    if not EVEN:
-        t = tl.where((tl.arange(0, WIDTH) < width)[None, :], t, 0.0)
-    scale = tl.rsqrt(tl.sum(t * t, 1) / width + norm_eps)
-    return t * scale[:, None], scale
+    t, scale = centred_half(t, width, norm_eps, WIDTH, EVEN)
+    return t * scale[:, None], 0.5 * scale
 
 
 @triton.jit
-def cdf_of(h):
-    """The standard normal's distribution function, exact as erf is."""
-    return 0.5 * tl.math.erf(h * HALF_SQRT2) + 0.5
+def normal_of(h):
+    """The standard normal's density, and its tail ``Phi(-|h|)``; from one exponential.
+
+    The tail is ``phi(x) r(1 / (1 + 0.32 x))`` for x >= 0. The polynomial r, by weighted least squares, leaves 2.5e-8.
+    """
+    density = tl.exp2(h * h * (-0.5 * LOG2E) - 1.3257480647361592)  # 1 / sqrt(2 pi) in it
+    t = inverse(0.32 * tl.abs(h) + 1.0)
+    r = t * -0.3211710034314119 + 1.225343188351582
+    r = r * t - 0.6378672765604185
+    r = r * t + 0.7674615917922787
+    r = r * t + 0.20814712249209733
+    r = r * t + 0.011400479654180127
+    return density, density * r
+
+
+@triton.jit
+def gelu_of(h):
+    """``gelu(h)``."""
+    _, beyond = normal_of(h)
+    return tl.maximum(h, 0.0) - tl.abs(h) * beyond
 
 
 @triton.jit
@@ -174,6 +204,7 @@ def kept_weights(
 @triton.jit
 def tail_of(
     y,
+    y_scale,
     v,
     lanes,
     tail,
@@ -186,21 +217,35 @@ def tail_of(
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     EVEN: tl.constexpr,
+    LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tail of one tile in float32. lanes: :func:`random_lanes`; kept: :func:`kept_weights`."""
+    """The tail of one tile in float32. y_scale: what rows of y are still to be multiplied by, or ``None``; lanes:
+    :func:`random_lanes`; kept: :func:`kept_weights`.
+
+    A product takes a row's scale up behind it, in one instruction with what is added to rows.
+    """
     DTYPE: tl.constexpr = y.dtype
     weights, proj_bias, shift, fc2_bias = kept
     proj = proj_of(tail, width, WIDTH, DTYPE, PRECISION) if len(weights) == 0 else weights[0]
-    t = dot(y, tl.trans(proj), None, PRECISION) + proj_bias[None, :]
-    t = dropped(t, lanes, drop_proj) + v.to(tl.float32)
-    n, _ = normalised(t, width, norm_eps, WIDTH, EVEN)
+    if LEAN:
+        proj_bias, fc2_bias = row_of(tail.proj_bias, width, WIDTH, 0.0), row_of(tail.fc2_bias, width, WIDTH, 0.0)
+    t = dot(y, tl.trans(proj), None, PRECISION)
+    if y_scale is not None:
+        t *= y_scale[:, None]
+    t = spared(t + proj_bias[None, :], lanes, drop_proj) * scale_of(drop_proj) + widened(v)
+    centred, scale = centred_half(t, width, norm_eps, WIDTH, EVEN)
     fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[1]
-    h = dot(rounded(n, DTYPE, PRECISION), tl.trans(fc1), None, PRECISION) + shift[None, :]
-    a = rounded(h * cdf_of(h), DTYPE, PRECISION)
+    h = dot(rounded(centred, DTYPE, PRECISION), tl.trans(fc1), None, PRECISION) * scale[:, None] + shift[None, :]
+    a = rounded(gelu_of(h), DTYPE, PRECISION)
     fc2 = fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[2]
-    f = dot(a, tl.trans(fc2), None, PRECISION) + fc2_bias[None, :]
-    return t + dropped(f, lanes, drop_mlp)
+    if drop_mlp[1] is None and tl.float32 != DTYPE:
+        # in float32 a sum that starts at t would be less exact: matrix units cut off what they add
+        t = dot(a, tl.trans(fc2), t + fc2_bias[None, :], PRECISION)
+    else:
+        f = dot(a, tl.trans(fc2), None, PRECISION) + fc2_bias[None, :]
+        t += spared(f, lanes, drop_mlp) * scale_of(drop_mlp)
+    return t
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -214,8 +259,8 @@ def tail_kernel(
     drop_proj,
     drop_mlp,
     length,
-    width,
-    hidden,
+    width: tl.constexpr,
+    hidden: tl.constexpr,
     all_tiles,
     own_tiles,
     WIDTH: tl.constexpr,
@@ -223,29 +268,50 @@ def tail_kernel(
     TOKENS: tl.constexpr,
     EVEN: tl.constexpr,
     OCTETS: tl.constexpr,
+    STRIDES: tl.constexpr,
     KEEP: tl.constexpr,
+    LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``out = t + m2 (gelu(LN(t) W1^T + b1) W2^T + b2)`` with ``t = v + m1 (y Wp^T + bp)``.
 
     Grid (programs), each with ``own_tiles`` tiles of ``all_tiles``; reads y and v once, writes out once; nothing else
-    is saved. y, v, out: :func:`load_tile`; drop_proj, drop_mlp: :func:`dropped`; tail: tail.Tail of pointers.
+    is saved. y, v: :func:`load_tile`; STRIDES: of token and column of y and v, instead of theirs; drop_proj, drop_mlp:
+    :func:`spared`; tail: tail.Tail of pointers.
 
-    KEEP: the weights are kept, not read again for every tile.
+    KEEP: the weights are kept, not read again for every tile. LEAN: addresses are computed and what is added to rows
+    is read in every round of the loop, to save registers.
     """
     DTYPE: tl.constexpr = y[0].dtype.element_ty
+    y = y[0], y[1], STRIDES[0], STRIDES[1]
+    v = v[0], v[1], STRIDES[2], STRIDES[3]
     kept = kept_weights(tail, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
     if seed is not None:
         seed = tl.load(seed)
     first = tl.program_id(0) * own_tiles
-    for index in range(first, tl.minimum(first + own_tiles, all_tiles)):
+    for index in tl.range(first, tl.minimum(first + own_tiles, all_tiles), disable_licm=LEAN > 0):
         place = place_of(index, length, TOKENS)
         tile = load_tile(y, place, width, TOKENS, WIDTH, EVEN)
         skip = load_tile(v, place, width, TOKENS, WIDTH, EVEN)
         lanes = 0
         if seed is not None:
-            lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS)
+            lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
         found = tail_of(
-            tile, skip, lanes, tail, kept, norm_eps, drop_proj, drop_mlp, width, hidden, WIDTH, HIDDEN, EVEN, PRECISION
+            tile,
+            None,
+            skip,
+            lanes,
+            tail,
+            kept,
+            norm_eps,
+            drop_proj,
+            drop_mlp,
+            width,
+            hidden,
+            WIDTH,
+            HIDDEN,
+            EVEN,
+            LEAN,
+            PRECISION,
         )
         store_tile(out, found, place, length, width, TOKENS, WIDTH, EVEN)

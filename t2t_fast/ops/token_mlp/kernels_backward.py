@@ -13,15 +13,17 @@ from .kernels import (
     fc2_of,
     kept_weights,
     load_tile,
+    normal_of,
     normalised,
     place_of,
     proj_of,
     random_lanes,
     row_of,
+    scale_of,
+    spared,
     store_tile,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
 ONES = tl.constexpr(16)
 """Columns of a product with ones: the fewest that a matrix instruction takes."""
 
@@ -30,41 +32,13 @@ TOP = tl.constexpr(2.0**-3)
 
 
 @triton.jit
-def gelu_of(h):
-    """``gelu(h)`` and its derivative, from one exponential.
-
-    The normal distribution's tail is ``Phi(-x) = phi(x) r(1 / (1 + 0.32 x))`` for x >= 0. The polynomial r, by weighted
-    least squares, leaves 2.5e-8; with the rounding of the rest Phi is within 2.5e-7 (by erf within 6e-8).
-    """
-    density = tl.exp2(h * h * (-0.5 * LOG2E) - 1.3257480647361592)  # 1 / sqrt(2 pi) in it
-    d = 0.32 * tl.abs(h) + 1.0
-    t = tl.rsqrt(d * d)  # a division would check its range
-    r = t * -0.3211710034314119 + 1.225343188351582
-    r = r * t - 0.6378672765604185
-    r = r * t + 0.7674615917922787
-    r = r * t + 0.20814712249209733
-    r = r * t + 0.011400479654180127
-    half = (0.5 - density * r).to(tl.int32, bitcast=True)
+def gelu_and_slope_of(h):
+    """``gelu(h)`` and its derivative, where Phi is within 2.5e-7 (by erf within 6e-8)."""
+    density, beyond = normal_of(h)
+    half = (0.5 - beyond).to(tl.int32, bitcast=True)
     sign = h.to(tl.int32, bitcast=True) & -0x80000000
     cdf = 0.5 + (half ^ sign).to(tl.float32, bitcast=True)
     return h * cdf, cdf + h * density
-
-
-@triton.jit
-def _spared(x, lanes, drop):
-    """A tile where dropout (kernels.dropped) keeps it, else 0; what it scales by is :func:`_scale_of`."""
-    first, count, _ = drop
-    if count is not None:
-        lanes = lanes.to(tl.uint32)
-        if first is not None:
-            lanes -= tl.cast(first, tl.uint32)
-        x = tl.where(lanes < tl.cast(count, tl.uint32), 0.0, x)
-    return x
-
-
-@triton.jit
-def _scale_of(drop):
-    return 1.0 if drop[1] is None else drop[2]
 
 
 @triton.jit
@@ -195,7 +169,7 @@ def tail_backward_kernel(
     y = y[0], y[1], STRIDES[2], STRIDES[3]
     v = v[0], v[1], STRIDES[4], STRIDES[5]
     kept, proj_bias, shift, _ = kept_weights(tail, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
-    proj_scale, mlp_scale = _scale_of(drop_proj), _scale_of(drop_mlp)
+    proj_scale, mlp_scale = scale_of(drop_proj), scale_of(drop_mlp)
     proj_bias *= proj_scale
     # rows wait in memory, in the places of bp and b1: a lane would hold 16 values of each
     rows = shares + tl.program_id(0).to(tl.int64) * ((width + 4) * width + 2 * width * hidden + hidden)
@@ -233,20 +207,20 @@ def tail_backward_kernel(
         d_f = upstream
         if SCALED:
             d_f = d_f.to(tl.float32) * down
-        d_f = rounded(_spared(d_f, lanes, drop_mlp), DTYPE, PRECISION)
+        d_f = rounded(spared(d_f, lanes, drop_mlp), DTYPE, PRECISION)
         if NEED_MLP:
             d_fc2_bias = _summed(d_f, d_fc2_bias, PRECISION)
         proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
         if NEED_PROJ:
             proj_bias = row_of(proj_bias_at, width, WIDTH, 0.0)
         t = dot(tile, tl.trans(proj), None, PRECISION, LEAN == 3) * proj_scale + proj_bias[None, :]
-        t = _spared(t, lanes, drop_proj) + widened(skip)
+        t = spared(t, lanes, drop_proj) + widened(skip)
         n, scale = normalised(t, width, norm_eps, WIDTH, EVEN)
         n = rounded(n, DTYPE, PRECISION)
         fc1 = kept[1] if KEEP else fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
         if NEED_MLP:
             shift = row_of(shift_at, hidden, HIDDEN, 0.0)
-        a, slope = gelu_of(dot(n, tl.trans(fc1), None, PRECISION, LEAN == 3) + shift[None, :])
+        a, slope = gelu_and_slope_of(dot(n, tl.trans(fc1), None, PRECISION, LEAN == 3) + shift[None, :])
 
         if not (KEEP or NEED_INPUTS):
             tl.debug_barrier()  # without a write in the loop the compiler takes the weights' loads out of it
@@ -280,7 +254,7 @@ def tail_backward_kernel(
                 # from another load of the seed, or the compiler would hold the first masks
                 again = tl.load(seed_at, eviction_policy="evict_last")
                 lanes = random_lanes(again, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
-            d_t = rounded(_spared(d_t, lanes, drop_proj), DTYPE, PRECISION)
+            d_t = rounded(spared(d_t, lanes, drop_proj), DTYPE, PRECISION)
             if NEED_PROJ:
                 d_proj = dot(tl.trans(d_t), tile, d_proj, PRECISION, LEAN == 3)
                 d_proj_bias = _summed(d_t, d_proj_bias, PRECISION)

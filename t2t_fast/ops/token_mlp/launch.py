@@ -22,7 +22,7 @@ def candidates(name, present):
 
     tokens: of a tile; warps: of a program; stages: tiles on their way; programs: wanted on a multiprocessor; keep: 1
     where a program keeps the weights, 0 where it reads them again for every tile; split: 1 where backward is two
-    launches; lean: how far backward computes again what it could hold (kernels_backward.py).
+    launches; lean: how far registers are saved, what could be held computed or read again (the kernels tell).
     """
     backward = name == "tail_backward"
     return [
@@ -39,7 +39,7 @@ def candidates(name, present):
         for tokens, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 4), (128, 8))
         for stages, keep in ((1, 0), (1, 1), (2, 1))
         for programs in ((1, 2) if backward else (2, 3, 4))
-        for lean in (((2,) if tokens > 32 else (0, 1, 2)) if backward else (0,))
+        for lean in (((2,) if tokens > 32 else (0, 1, 2)) if backward else (0, 1))
     ]
 
 

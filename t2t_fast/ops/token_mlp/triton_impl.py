@@ -127,6 +127,11 @@ def _strided(x):
     return x, *x.stride()
 
 
+def _inner(strided):
+    """The strides of token and column of some tensors (:func:`_strided`), one behind the other."""
+    return tuple(stride for _, _, *of_token_and_column in strided for stride in of_token_and_column)
+
+
 def dropout(options, seed):
     """The seed and what the masks of projection and MLP are made by (philox.py), ``None`` where there is no dropout."""
     p1, p2 = options.proj_drop, options.mlp_drop
@@ -145,10 +150,19 @@ def _forward(y, v, seed, options, tail):
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not out.numel():
         return out
-    programs, sizes, _, constants = _planned("tail", y, tail, math.prod(y.shape[:-2]))
+    programs, sizes, found, constants = _planned("tail", y, tail, math.prod(y.shape[:-2]))
     parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
+    strided = [_strided(x) for x in (y, v)]
     kernels.tail_kernel[(programs,)](
-        _strided(y), _strided(v), out, parameters, options.norm_eps, *dropout(options, seed), *sizes, **constants
+        *strided,
+        out,
+        parameters,
+        options.norm_eps,
+        *dropout(options, seed),
+        *sizes,
+        STRIDES=_inner(strided),
+        LEAN=found["lean"],
+        **constants,
     )
     return out
 
@@ -179,7 +193,6 @@ def _backward(grad, y, v, seed, options, tail, need_tail):
     programs, sizes, parameters, constants = _planned("tail_backward", y, tail, math.prod(y.shape[:-2]))
     shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
     strided = [_strided(x) for x in (grad, y, v)]
-    strides = tuple(stride for _, _, *of_token_and_column in strided for stride in of_token_and_column)
     tail = Tail(*(None if t is None else t.contiguous() for t in tail))
     # what a launch computes: d_y and d_v, the projection's gradients, those behind it
     parts = [(True, need_tail, need_tail)]
@@ -195,7 +208,7 @@ def _backward(grad, y, v, seed, options, tail, need_tail):
             options.norm_eps,
             *dropout(options, seed),
             *sizes,
-            STRIDES=strides,
+            STRIDES=_inner(strided),
             NEED_INPUTS=need_inputs,
             NEED_PROJ=need_proj,
             NEED_MLP=need_mlp,
