@@ -7,7 +7,7 @@ float16) or carry a scale for each feature.
 import triton
 import triton.language as tl
 
-from ..tiles import dot, narrowed, rounded
+from ..tiles import dot, narrowed, rounded, widened
 from .kernels import (
     LN2,
     VARYING,
@@ -90,7 +90,7 @@ def queries_backward_kernel(
         if d_w is not None:
             turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER)
         d_tile = dot(d_scores, directions, None, WIDER)
-        d_tile -= (inner * (1.0 - gate))[:, None] * tile.to(tl.float32)
+        d_tile -= (inner * (1.0 - gate))[:, None] * widened(tile)
         store_tile(d_q, d_tile, start, rows, there, columns, width, EVEN)
     place, there = (sequence * tl.num_programs(1) + split) * features + feature, feature < features
     tl.store(d_lz + place, tl.sum(sums, 0), mask=there)
@@ -202,7 +202,7 @@ def keys_backward_kernel(
         store_tile(d_v, d_tile, start, rows, inside, columns, width, EVEN)
         if d_w is not None:
             turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER)
-        d_tile = dot(d_scores, directions, None, WIDER) - held[:, None] * tile.to(tl.float32)
+        d_tile = dot(d_scores, directions, None, WIDER) - held[:, None] * widened(tile)
         store_tile(d_k, d_tile, start, rows, inside, columns, width, EVEN)
     if d_w is not None:
         place = (sequence * tl.num_programs(1) + split) * features + feature
