@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from t2t_fast.ops import triton_runtime
 from t2t_fast.ops.launch import Table, cut
 from t2t_fast.ops.performer_attention import launch
 from t2t_fast.ops.performer_attention.launch import TABLE
@@ -53,6 +54,17 @@ def test_override_ends_with_its_block():
     assert TABLE.chosen("keys", "cpu", torch.float32, 64, 32) == before
     with pytest.raises(ValueError, match="name must be one of keys, "), TABLE.override("values", {}):
         pass
+
+
+def test_few_tokens_have_a_section_of_their_own(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(triton_runtime, "multiprocessors", lambda device: 132)
+    least = 132 * triton_runtime.FEW + 1
+    assert [triton_runtime.section("cuda", n) for n in (1, least - 1, least)] == ["sm_90-few", "sm_90-few", "sm_90"]
+    with triton_runtime.crowded():
+        assert triton_runtime.section("cuda", 1) == "sm_90"
+    assert triton_runtime.section("cuda", 1) == "sm_90-few"
 
 
 @pytest.mark.parametrize("name", TABLE.passes)

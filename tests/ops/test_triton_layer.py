@@ -265,6 +265,18 @@ def test_what_does_not_fit_takes_two_launches(name, size, monkeypatch):
     assert out.isfinite().all()
 
 
+def test_few_tokens_may_have_other_launches(monkeypatch):
+    """The section of the table for few tokens decides whether there is one launch: here of 6 tokens two, of 40 one."""
+    monkeypatch.setattr(TABLE, "rows", {"few": {"split_keys": {"fp32-E16-m16-C16": {"fused": 0}}}})
+    monkeypatch.setattr(TABLE, "_found", {})
+    monkeypatch.setattr(triton_runtime, "section", lambda device, tokens: "few" if tokens <= 10 else "many")
+    widths = [
+        triton_impl._project(*projection_of(shape, 3, 2, 1), False, False)[0].shape[1:]
+        for shape in ((1, 16, 3, 5), (2, 16, 9, 7))
+    ]
+    assert widths == [(6, 3 * 16), (20, 2 * 16)]
+
+
 @pytest.mark.parametrize("sizes", [{"width": 24}, {"m": 65}])
 def test_a_projection_that_does_not_fit_takes_two_launches(sizes, monkeypatch):
     monkeypatch.setattr(kernels, "split_keys_kernel", None)

@@ -134,20 +134,15 @@ def _expected_keys(device, dtype, channels, window, width, features):
     return 2 * [kqv, mean, rstd, lz.squeeze(-1), state]
 
 
-def _keys_fused(index, dtype, channels, kh, kw, sh, sw, ph, pw, width, features):
+def _keys_fused(x, dtype, window, width, features):
     """Whether the soft split and the pass over the keys are one launch: by sizes and table, if it works there."""
     if not launch.fits(width, features):
         return False
-    window = Window((kh, kw), (sh, sw), (ph, pw))
-    architecture = runtime.architecture(torch.device("cpu" if runtime.INTERPRETED else f"cuda:{index}"))
-    values = layout(channels, window).channels
-    if not launch.TABLE.chosen("split_keys", architecture, dtype, width, features, values)["fused"]:
+    channels, (h, w) = runtime.fixed(x.shape[1]), window.grid(*x.shape[2:])
+    section, values = runtime.section(x.device, x.shape[0] * h * w), layout(channels, window).channels
+    if not launch.TABLE.chosen("split_keys", section, dtype, width, features, values)["fused"]:
         return False
-    return _keys_trial(index, dtype, channels, window, width, padded(features)) is None
-
-
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
-_keys_fused._dynamo_marked_constant = True
+    return _keys_trial(x.device.index, dtype, channels, window, width, padded(features)) is None
 
 
 @operator(
@@ -178,8 +173,8 @@ def _fake_project(x, weight, used, row_sums, offset, w, norm_eps, kernel, stride
 def _project(x, linear, w, layer, whole, keep):
     arguments = layer.norm1_eps, layer.window, layer.dtype, layer.pixels
     found, columns = split.operands(x, *linear, *arguments, keep)
-    sizes = [runtime.fixed(n) for n in (x.shape[1], *(n for pair in layer.window for n in pair), *reversed(w.shape))]
-    fused = _keys_fused(x.device.index, layer.dtype, *sizes)
+    features, width = (runtime.fixed(size) for size in w.shape)
+    fused = _keys_fused(x, layer.dtype, layer.window, width, features)
     return torch.ops.t2t_fast_triton.performer_project(
         x, *found, w, layer.norm1_eps, *layer.window, layer.dtype, columns, fused, whole
     )
@@ -283,8 +278,8 @@ def _fused(q, w, hidden):
     features, width = w.shape
     if not launch.fits(width, features, hidden):
         return False
-    architecture = runtime.architecture(q.device)
-    if not launch.TABLE.chosen("read_out_tail", architecture, q.dtype, width, features, hidden)["fused"]:
+    section = runtime.section(q.device, q.shape[0] * q.shape[1])
+    if not launch.TABLE.chosen("read_out_tail", section, q.dtype, width, features, hidden)["fused"]:
         return False
     return _trial(q.device.index, q.dtype, padded(width), padded(features), padded(hidden)) is None
 
