@@ -85,7 +85,7 @@ def places_of(image, index, grid_width, x_strides, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _places(tile, total, length, grid_width, x_strides, WINDOW: tl.constexpr, COUNT: tl.constexpr):
+def tile_places(tile, total, length, grid_width, x_strides, WINDOW: tl.constexpr, COUNT: tl.constexpr):
     """Of the tokens of a tile, numbered through all images: the first one's number, :func:`places_of` each, and whether
     there is such a token.
     """
@@ -97,7 +97,7 @@ def _places(tile, total, length, grid_width, x_strides, WINDOW: tl.constexpr, CO
 
 
 @triton.jit
-def _tile(
+def window_tile(
     x,
     x_strides,
     pixels,
@@ -114,7 +114,7 @@ def _tile(
     GATHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Columns from ``begin`` on of the windows that :func:`_places` found, (TOKENS, BLOCK), 0 outside the image."""
+    """Columns from ``begin`` on of the windows that :func:`tile_places` found, (TOKENS, BLOCK), 0 outside the image."""
     _, x_channel, x_row, x_column = x_strides
     column = begin + tl.arange(0, BLOCK)
     wide: tl.constexpr = WINDOW[0][1]
@@ -220,7 +220,7 @@ def products_of(
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros([TOKENS, NARROW], tl.float32),)
     for begin in range(0, COLUMNS, BLOCK):
-        tile = _tile(
+        tile = window_tile(
             x,
             x_strides,
             pixels,
@@ -325,7 +325,9 @@ def split_linear_kernel(
     SHIFT: the product takes u - s too, so that rounding it to OPERAND costs no more than rounding what LayerNorm makes
     of it.
     """
-    first, start, top, left, there = _places(tl.program_id(0), tokens, length, grid_width, x_strides, WINDOW, TOKENS)
+    first, start, top, left, there = tile_places(
+        tl.program_id(0), tokens, length, grid_width, x_strides, WINDOW, TOKENS
+    )
     group = tl.program_id(1) * PARTS * NARROW
     sums, average, inside, scale = products_of(
         x,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, rounded
-from .kernels import VARYING, _places, _tile
+from .kernels import VARYING, tile_places, window_tile
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -60,7 +60,7 @@ def split_linear_weight_kernel(
     earliest = split * tiles_per_split
     tiles = tl.minimum(tiles_per_split, tl.cdiv(tokens, TOKENS) - earliest)
     # where the first tile's windows lie is divided out; from tile to tile it is added to, as on a clock
-    place, start, top, left, _ = _places(earliest, tokens, length, grid_width, x_strides, WINDOW, TOKENS)
+    place, start, top, left, _ = tile_places(earliest, tokens, length, grid_width, x_strides, WINDOW, TOKENS)
     end_column, end_row = grid_width * WINDOW[1][1], length // grid_width * WINDOW[1][0]
     x_image, _, x_row, x_column = x_strides
     row_step, column_step = TOKENS % length // grid_width * WINDOW[1][0], TOKENS % length % grid_width * WINDOW[1][1]
@@ -82,7 +82,7 @@ def split_linear_weight_kernel(
             upstreams = upstreams + (tl.trans(upstream) if TURNED else upstream,)
         products = ()
         for block in tl.static_range(BLOCKS):
-            tile = _tile(
+            tile = window_tile(
                 x,
                 x_strides,
                 pixels,
