@@ -56,7 +56,7 @@ class Layout(NamedTuple):
             packed = F.pad(weight.reshape(outputs, *self._taps()), self._margin()).reshape(outputs, *self._cells())
             packed = packed.permute(2, 4, 1, 3, 5, 0)
         packed = packed.reshape(-1, outputs)
-        return F.pad(packed, (0, -outputs % NARROW, 0, columns - packed.shape[0])).contiguous()
+        return _padded(packed, -outputs % NARROW, columns - packed.shape[0])
 
     def spread(self, row):
         """(K) with upstream's columns, as (columns)."""
@@ -104,12 +104,20 @@ def layout(channels, window):
     return Layout(channels, window, None, True)
 
 
+def _padded(x, columns, rows):
+    """``x`` with more columns and rows, contiguous.
+
+    Made so before the padding: by none, that copies strides, which a traced graph does not know, and drops what follows.
+    """
+    return F.pad(x.contiguous(), (0, columns, 0, rows))
+
+
 def pack_taps(weight, channels):
     """(O, K) with upstream's columns as (taps, O up to NARROW's multiples, channels up to whole blocks)."""
     outputs = weight.shape[0]
     packed = weight.reshape(outputs, channels, -1).permute(2, 0, 1)
     block = next((size for size in reversed(_BLOCKS) if size >= channels), _BLOCKS[0])
-    return F.pad(packed, (0, -channels % block, 0, -outputs % NARROW)).contiguous()
+    return _padded(packed, -channels % block, -outputs % NARROW)
 
 
 def pad_outputs(vector):

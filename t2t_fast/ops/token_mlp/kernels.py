@@ -245,6 +245,8 @@ def tail_of(
     else:
         f = dot(a, tl.trans(fc2), None, PRECISION) + fc2_bias[None, :]
         t += spared(f, lanes, drop_mlp) * scale_of(drop_mlp)
+        # what is not a number stays so, also in an element that both dropouts leave out
+        t += (scale * 0.0)[:, None]
     return t
 
 
