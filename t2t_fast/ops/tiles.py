@@ -27,8 +27,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
     Triton's own three fetch both parts of both operands at once. Here a barrier keeps the parts apart, and with them
     registers; with APART one parts every product from the next. What is infinite becomes NaN.
     """
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
     if PRECISION == "tf32x3" and a.dtype == tl.float32:
         large_a, large_b = _large(a), _large(b)
         if APART:
@@ -44,6 +42,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
             acc = tl.dot(large_a, b - large_b, acc, input_precision="tf32")
             acc = tl.dot(large_a, large_b, acc, input_precision="tf32")
     else:
+        if INTERPRETED and a.dtype == tl.bfloat16:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 

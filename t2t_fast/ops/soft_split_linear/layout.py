@@ -107,7 +107,7 @@ def layout(channels, window):
 def _padded(x, columns, rows):
     """``x`` with more columns and rows, contiguous.
 
-    Made so before the padding: by none, that copies strides, which a traced graph does not know, and drops what follows.
+    Made so before the padding, not after it: a padding by nothing keeps strides, and a traced graph does not know that.
     """
     return F.pad(x.contiguous(), (0, columns, 0, rows))
 
