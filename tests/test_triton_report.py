@@ -157,7 +157,7 @@ def test_a_large_state_fits_every_card(tmp_path):
     assert {name.replace("_chunked", "") for name in passes} == ATTENTION and len(found) == 5 * len(CASES)
     assert all(row["chunk"] for row in found if row["name"] in passes)
     check_shared_memory(found)
-    assert all(row["code"]["spills"] <= row["code"]["instructions"] / 20 for row in found)
+    assert all(row["code"]["spills"] <= 150 for row in found)
 
 
 @pytest.mark.slow

@@ -216,7 +216,8 @@ def keys_backward_chunked_kernel(
     """The gradients of ``keys_backward_kernel``, which has the formulas.
 
     Grid (sequences, splits, chunks), one chunk without d_w. A program writes d_k and d_v of its share of the tiles,
-    and d_w of its chunk for its split, for which alone it reads the other tiles.
+    and d_w of its chunk for its split, for which alone it reads the other tiles. In float32 k and v are read for every
+    chunk.
     """
     DTYPE: tl.constexpr = k[0].dtype.element_ty
     WIDER: tl.constexpr = "tf32" if GRADIENT != DTYPE else PRECISION
@@ -245,6 +246,10 @@ def keys_backward_chunked_kernel(
         for begin in range(0, features, FEATURES):
             own = begin == tl.program_id(2) * FEATURES
             if mine | (own & (d_w is not None)):
+                if DTYPE == tl.float32:
+                    # held through the loop, both tiles' operands in their parts would fill the registers
+                    tile = load_tile(k, start, rows, there, columns, width, EVEN)
+                    tokens = load_tile(v, start, rows, there, columns, width, EVEN)
                 directions, parts = features_of(w, begin, features, width, DTYPE, WIDTH, FEATURES)
                 values = state_of(lz, state, begin, features, width, float("inf"), WIDTH, FEATURES)
                 gradients = state_of(d_lz, d_state, begin, features, width, 0.0, WIDTH, FEATURES)
