@@ -246,7 +246,7 @@ def keys_backward_chunked_kernel(
         for begin in range(0, features, FEATURES):
             own = begin == tl.program_id(2) * FEATURES
             if mine | (own & (d_w is not None)):
-                if DTYPE == tl.float32:
+                if tl.float32 == DTYPE:
                     # held through the loop, both tiles' operands in their parts would fill the registers
                     tile = load_tile(k, start, rows, there, columns, width, EVEN)
                     tokens = load_tile(v, start, rows, there, columns, width, EVEN)
