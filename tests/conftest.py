@@ -99,7 +99,8 @@ def matrix_units(monkeypatch):
             seen.add(str(a.data.dtype))
             return original(self, a, b, d, precision, *rest)
         seen.add(name)
-        assert name == "tf32", name
+        # the second is of bfloat16 in the interpreter: TF32 has all its values
+        assert name in ("tf32", "tf32x3"), name
         product = cut_off(a.data, 13) @ cut_off(b.data, 13)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
