@@ -90,7 +90,7 @@ def queries_backward_kernel(
         if d_w is not None:
             turned = dot(tl.trans(tile.to(GRADIENT)), d_scores, turned, WIDER)
         d_tile = dot(d_scores, directions, None, WIDER)
-        d_tile -= (inner * (1.0 - gate))[:, None] * widened(tile)
+        d_tile -= (inner * (1.0 - gate))[:, None] * tile.to(tl.float32)
         store_tile(d_q, d_tile, start, rows, there, columns, width, EVEN)
     place, there = (sequence * tl.num_programs(1) + split) * features + feature, feature < features
     tl.store(d_lz + place, tl.sum(sums, 0), mask=there)
