@@ -157,7 +157,10 @@ def test_a_large_state_fits_every_card(tmp_path):
     assert {name.replace("_chunked", "") for name in passes} == ATTENTION and len(found) == 5 * len(CASES)
     assert all(row["chunk"] for row in found if row["name"] in passes)
     check_shared_memory(found)
-    assert all(row["code"]["spills"] <= 150 for row in found)
+    # a twentieth of the instructions; of one kernel in float32, Triton 3.8 spills more on sm_100 and sm_120 (NOTES.md)
+    beyond = [row for row in found if row["code"]["spills"] > row["code"]["instructions"] / 20]
+    assert {(row["name"], row["dtype"]) for row in beyond} <= {("keys_backward_chunked_kernel", "fp32")}
+    assert all(row["code"]["spills"] <= 150 for row in beyond)
 
 
 @pytest.mark.slow
