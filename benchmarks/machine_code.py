@@ -38,7 +38,8 @@ class Code:
 class Kernel:
     """One kernel of one architecture: all its code, and the loop in which it spends its time (empty without one).
 
-    ``once_round``: the fewest instructions of a warp for one time round the loop.
+    ``once_round``: the fewest instructions of a warp for one time round the loop; ``around``: the fewest of what is
+    around it, up to the loop that it is in, or up to the whole kernel.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kernel:
     code: Code = field(default_factory=Code)
     loop: Code = field(default_factory=Code)
     once_round: int = 0
+    around: int = 0
 
     def plain(self):
         """The kernel as dictionaries, for JSON."""
@@ -121,7 +123,12 @@ def _blocks(instructions):
     starts, jumps = {0}, {}
     for index, (_, guard, opcode, operands) in enumerate(instructions):
         kind = opcode.partition(".")[0]
-        if kind == "BRA" and (target := _TARGET.match(operands)) and int(target[1], 16) in places:
+        # ptxas makes some conditional branches calls that never return; other calls return
+        if (
+            (kind == "BRA" or (kind == "CALL" and guard))
+            and (target := _TARGET.match(operands))
+            and int(target[1], 16) in places
+        ):
             # a condition is before the instruction or among its operands: BRA P2, 0x40
             sure = not guard and target[0].strip() == f"0x{target[1]}"
             jumps[index] = (places[int(target[1], 16)], sure)
@@ -174,40 +181,51 @@ def _loops(preceding):
             yield head, body, ends
 
 
-def _once_round(blocks, following, head, body, ends):
-    """The fewest instructions of one time round a loop."""
-    least, open_ways = {}, [(len(blocks[head]), head)]
+def _fewest(blocks, following, first, ends, inside, free=frozenset()):
+    """The fewest instructions of a way ``inside`` from the block ``first`` through one of ``ends``.
+
+    Those of ``free`` blocks are not counted.
+    """
+    least, open_ways = {}, [(0 if first in free else len(blocks[first]), first)]
     while True:
         count, block = heappop(open_ways)
         if block in ends:
             return count
         if block not in least:
             least[block] = count
-            for other in body.intersection(following[block]):
-                heappush(open_ways, (count + len(blocks[other]), other))
+            for other in inside.intersection(following[block]):
+                heappush(open_ways, (count + (0 if other in free else len(blocks[other])), other))
 
 
 def main_loop(instructions):
-    """What the innermost loop with the most work does, and the fewest instructions that one time round it runs.
+    """What the innermost loop with the most work does, and a :class:`Kernel`'s ``once_round`` and ``around``.
 
     Work is matrix instructions, and where there are none, accesses to global memory: a loop that only waits has
-    neither. What seldom runs is counted with the rest of the loop.
+    neither. What seldom runs is counted with the rest of the loop, but on no way round it.
 
     Args:
         instructions: (address, guard, opcode, operands) of each, in their order.
     """
     blocks, following = _blocks(instructions)
-    found = []
-    for head, body, ends in _loops(_reachable(following)):
+    found, reachable = [], _reachable(following)
+    for head, body, ends in _loops(reachable):
         code = _count([instructions[index][2] for block in body for index in blocks[block]])
         found.append((code, head, body, ends))
+    last = {block for block in reachable if any(instructions[i][2].startswith("EXIT") for i in blocks[block])}
+    everything = 0, set(reachable), last
     for work in (lambda code: code.matrix.total(), lambda code: code.loads.total() + code.stores.total()):
         working = [loop for loop in found if work(loop[0])]
         inner = [loop for loop in working if not any(other[2] < loop[2] for other in working)]
         if inner:
-            code, *loop = max(inner, key=lambda loop: (work(loop[0]), loop[0].instructions))
-            return code, _once_round(blocks, following, *loop)
-    return Code(), 0
+            code, head, body, ends = max(inner, key=lambda loop: (work(loop[0]), loop[0].instructions))
+            around = min(
+                (loop[1:] for loop in found if body < loop[2]), key=lambda loop: len(loop[1]), default=everything
+            )
+            first, wider, last = around
+            before = _fewest(blocks, following, first, {head}, wider, body)
+            behind = _fewest(blocks, following, head, last, wider, body)
+            return code, _fewest(blocks, following, head, ends, body), before + behind
+    return Code(), 0, 0
 
 
 def parse(usage, code):
@@ -236,9 +254,10 @@ def parse(usage, code):
             address, guard, opcode, operands = match.groups()
             listings.setdefault(key, []).append((int(address, 16), guard, opcode, operands))
     for key, instructions in listings.items():
+        kernel = kernels[key]
         # what follows the last branch fills a line of the instruction cache
-        kernels[key].code = _count([opcode for _, _, opcode, _ in instructions if opcode != "NOP"])
-        kernels[key].loop, kernels[key].once_round = main_loop(instructions)
+        kernel.code = _count([opcode for _, _, opcode, _ in instructions if opcode != "NOP"])
+        kernel.loop, kernel.once_round, kernel.around = main_loop(instructions)
     return list(kernels.values())
 
 

@@ -284,35 +284,43 @@ def _performer_layer(case):
 
 
 def _attention_rounds(name, sizes, arguments):
-    return None if "_chunked" in name else 1
+    return None if "_chunked" in name else (1, 0)
+
+
+def _window_rounds(channels, window, outputs, arguments):
+    """A loop over the columns of a tile's windows, once for each group of outputs."""
+    groups = -(-outputs // (arguments.get("NARROW", outputs) * arguments.get("PARTS", 1)))
+    return -(-layout(channels, window).columns // arguments["BLOCK"]) * groups, groups
 
 
 def _split_rounds(name, sizes, arguments):
     channels, outputs, kernel, stride, padding, *_ = sizes
+    window = square(kernel, stride, padding)
+    if name == "split_linear_kernel":
+        return _window_rounds(channels, window, outputs, arguments)
     parts = -(-outputs // arguments["NARROW"])
     if name == "token_scalars_kernel":
-        return parts
+        return parts, 1
     if name == "split_linear_image_kernel":
         # each tap meets one of stride^2 phases of pixels
         taps = (kernel / stride) ** 2
-        return taps * parts / arguments["PARTS"] * -(-channels // arguments["BLOCK"])
-    columns = layout(channels, square(kernel, stride, padding)).columns
-    return -(-columns // (arguments["BLOCK"] * arguments.get("BLOCKS", 1))) * -(-parts // arguments["PARTS"])
+        return taps * parts / arguments["PARTS"] * -(-channels // arguments["BLOCK"]), 0
+    blocks = -(-layout(channels, window).columns // (arguments["BLOCK"] * arguments["BLOCKS"]))
+    return blocks * -(-parts // arguments["PARTS"]), 0
 
 
 def _layer_rounds(name, sizes, arguments):
     if name != "split_keys_kernel":
-        return 1
-    channels = sizes[0]
-    columns = layout(channels, T2T_WINDOWS[0 if channels == 3 else 1]).columns
-    return -(-columns // arguments["BLOCK"])
+        return 1, 0
+    channels, width, *_ = sizes
+    return _window_rounds(channels, T2T_WINDOWS[0 if channels == 3 else 1], 3 * width, arguments)
 
 
 class Operator(NamedTuple):
     """How a case is compiled, what its sizes are called, and those of T2T-ViT.
 
     ``rounds``, of a kernel's name, the sizes and its arguments: how often all programs together run the kernel's main
-    loop for a tile; ``None``: unknown.
+    loop for a tile, and how often what is around it, where that is done for each tile; ``None``: unknown.
     """
 
     compile: Callable
@@ -329,7 +337,7 @@ OPERATORS = {
         ((3, 192, 7, 4, 2, 1, 0), (3, 192, 7, 4, 2, 1, 1), (64, 192, 3, 2, 1, 1, 0), (64, 384, 3, 2, 1, 0, 0)),
         _split_rounds,
     ),
-    "token_mlp": Operator(_token_mlp, ("E", "F", "dropout"), ((64, 64, 1),), lambda *_: 1),
+    "token_mlp": Operator(_token_mlp, ("E", "F", "dropout"), ((64, 64, 1),), lambda *_: (1, 0)),
     "performer_layer": Operator(
         _performer_layer,
         ("C", "E", "m", "F", "dropout"),
@@ -339,7 +347,7 @@ OPERATORS = {
 }
 
 
-OF_FEW = ("soft_split_linear", "performer_layer")
+OF_FEW = ("soft_split_linear", "token_mlp", "performer_layer")
 """Operators with launch parameters of their own for few tokens."""
 
 
@@ -391,9 +399,11 @@ def compiled(case) -> list[Row]:
         kernel.name, kernel.architecture, kernel.shared = name, case.architecture, result.metadata.shared
         tokens, warps = arguments.get("TOKENS", arguments.get("PIXELS")), result.metadata.num_warps
         rounds = OPERATORS[case.operator].rounds(name, case.sizes, arguments) if tokens else None
-        per_token = None if rounds is None else kernel.once_round * warps / tokens * rounds
+        per_token = None
+        if rounds is not None:
+            per_token = (kernel.once_round * rounds[0] + kernel.around * rounds[1]) * warps / tokens
         chunk = arguments.get("FEATURES", arguments.get("BLOCK")) if tokens else None
-        if rounds == 1 and "FEATURES" in arguments and arguments["FEATURES"] >= case.sizes[1]:
+        if rounds == (1, 0) and "FEATURES" in arguments and arguments["FEATURES"] >= case.sizes[1]:
             chunk = None
         rows.append(Row(case, warps, result.metadata.num_stages, tokens, chunk, kernel, per_token))
     return rows

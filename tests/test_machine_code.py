@@ -43,6 +43,7 @@ ONE_KERNEL = """
 		Function : keys_kernel
         /*0000*/                   LDGSTS.E.BYPASS.128 [R7], [R2.64]    &wr=0x5   ?trans1;   /* 0x00 */
         /*0010*/              @!P6 BRA P5, 0x0                                    ?trans6;   /* 0x00 */
+        /*0020*/                   EXIT                                               ?trans5;   /* 0x00 */
 """
 
 
@@ -56,7 +57,9 @@ def test_kernels_of_a_library():
 def test_the_resources_of_one_kernel_have_no_architecture():
     (kernel,) = parse(ONE_KERNEL_USAGE, ONE_KERNEL)
     turn = Code(2, loads={16: 1})
-    assert kernel == Kernel("keys_kernel", "sm_120a", 156, 0, 1024, turn, turn, once_round=2)
+    assert kernel == Kernel(
+        "keys_kernel", "sm_120a", 156, 0, 1024, Code(3, loads={16: 1}), turn, once_round=2, around=1
+    )
     assert kernel.plain()["loop"]["loads"] == {16: 1}
 
 
@@ -172,6 +175,20 @@ LEFT = """
     BRA loop
     left: EXIT
 """
+GUARDED_END = """
+    loop: HMMA.16816.F32 R4
+    MOV R1
+    @P1 EXIT
+    BRA loop
+"""
+CALLED_END = """
+    again: MOV R1
+    loop: HMMA.16816.F32 R4
+    @P1 BRA loop
+    @P0 CALL.REL.NOINC end
+    BRA again
+    end: EXIT
+"""
 UNREACHABLE = """
     EXIT
     loop: HMMA.16816.F32 R4
@@ -180,18 +197,20 @@ UNREACHABLE = """
 
 
 @pytest.mark.parametrize(
-    ("listing", "code", "once_round"),
+    ("listing", "code", "once_round", "around"),
     [
-        pytest.param(NO_LOOP, Code(), 0, id="none"),
-        pytest.param(LOOP, Code(3, loads={16: 1}, matrix={"HMMA": 1}), 3, id="one"),
-        pytest.param(NESTED, Code(3, loads={16: 1}, matrix={"HGMMA": 1}), 3, id="nested"),
-        pytest.param(WAITING, Code(8, {16: 1}, {16: 1}, {"UTCHMMA": 1}), 8, id="waiting-inside"),
-        pytest.param(OUT_OF_LINE, Code(8, loads={16: 1}, matrix={"HMMA": 1}, spills=1), 4, id="out-of-line"),
-        pytest.param(SKIPPED, Code(6, matrix={"HMMA": 1}), 4, id="skipped"),
-        pytest.param(NO_PRODUCTS, Code(4, {16: 2}, {8: 1}), 4, id="no-products"),
-        pytest.param(LEFT, Code(3, matrix={"HMMA": 1}), 3, id="left-in-the-middle"),
-        pytest.param(UNREACHABLE, Code(), 0, id="unreachable"),
+        pytest.param(NO_LOOP, Code(), 0, 0, id="none"),
+        pytest.param(LOOP, Code(3, loads={16: 1}, matrix={"HMMA": 1}), 3, 2, id="one"),
+        pytest.param(NESTED, Code(3, loads={16: 1}, matrix={"HGMMA": 1}), 3, 4, id="nested"),
+        pytest.param(WAITING, Code(8, {16: 1}, {16: 1}, {"UTCHMMA": 1}), 8, 1, id="waiting-inside"),
+        pytest.param(OUT_OF_LINE, Code(8, loads={16: 1}, matrix={"HMMA": 1}, spills=1), 4, 1, id="out-of-line"),
+        pytest.param(SKIPPED, Code(6, matrix={"HMMA": 1}), 4, 1, id="skipped"),
+        pytest.param(NO_PRODUCTS, Code(4, {16: 2}, {8: 1}), 4, 7, id="no-products"),
+        pytest.param(LEFT, Code(3, matrix={"HMMA": 1}), 3, 1, id="left-in-the-middle"),
+        pytest.param(GUARDED_END, Code(4, matrix={"HMMA": 1}), 4, 0, id="guarded-end"),
+        pytest.param(CALLED_END, Code(2, matrix={"HMMA": 1}), 2, 3, id="called-end"),
+        pytest.param(UNREACHABLE, Code(), 0, 0, id="unreachable"),
     ],
 )
-def test_the_main_loop(listing, code, once_round):
-    assert main_loop(instructions(listing)) == (code, once_round)
+def test_the_main_loop(listing, code, once_round, around):
+    assert main_loop(instructions(listing)) == (code, once_round, around)

@@ -139,9 +139,9 @@ def test_machine_code_for_few_tokens(tmp_path):
     found, reason = report(sys.executable, tmp_path, "--few", "--architecture", "sm_90")
     if reason is not None:
         pytest.skip(reason)
-    forward = [row for row in found if row["name"] in FORWARD | {"read_out_tail_kernel"}]
+    forward = [row for row in found if row["name"] in FORWARD | {"tail_kernel", "read_out_tail_kernel"}]
     assert Counter(row["name"] for row in forward) == Counter(
-        split_linear_kernel=16, split_keys_kernel=8, read_out_tail_kernel=8
+        split_linear_kernel=16, split_keys_kernel=8, tail_kernel=4, read_out_tail_kernel=8
     )
     assert all(row["few"] and row["tokens"] <= 32 for row in forward)
     assert not [f"{where(row)}: {row['faults']}" for row in forward if row["faults"]]

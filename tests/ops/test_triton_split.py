@@ -173,16 +173,35 @@ def test_autocast_of_a_bright_image(offset, dtype):
     assert errors(out, expected)[0] <= tolerance(case.op, "forward", dtype)
 
 
+def statistics(x, window, dtype):
+    """The kernel's mean and reciprocal standard deviation of every window, and both of the same values in float64."""
+    columns = x.shape[1] * window.taps
+    _, *found = triton_impl.run(x, torch.ones(8, columns), None, None, None, 1e-5, window, dtype)
+    patches = torch.nn.functional.unfold(x.double(), *window[:1], padding=window.padding, stride=window.stride)
+    return [t.flatten(1) for t in found], [patches.mean(1), (patches.var(1, correction=0) + 1e-5).rsqrt()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels, window", [(16, square(3, 2, 0)), (3, square(7, 4, 0)), (5, square(3, 2, 0))])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
-def test_statistics_survive_an_offset(offset):
-    """Window means and deviations against float64: no offset of the image reaches them."""
-    case = case_of(channels=16, padding=0, offset=offset)
-    x, weight, bias, gamma, beta = case.tensors.values()
-    _, mean, rstd = triton_impl.run(x, weight, bias, gamma, beta, 1e-5, square(3, 2, 0), torch.float32)
-    patches = torch.nn.functional.unfold(x.double(), 3, stride=2)
-    exact = (patches.var(1, correction=0) + 1e-5).rsqrt()
-    assert errors(rstd.flatten(1), exact)[0] <= 1e-6
-    assert errors(mean.flatten(1), patches.mean(1))[0] <= 1e-6
+def test_statistics_survive_an_offset(offset, channels, window, dtype):
+    """Window means and deviations of what the dtype holds of an image: no offset of it reaches them."""
+    x = (case_of(channels=channels, size=(19, 23)).tensors["x"] + offset).to(dtype)
+    for found, exact in zip(*statistics(x, window, dtype), strict=True):
+        assert errors(found, exact)[0] <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_statistics_where_the_centre_stands_out(dtype):
+    """Values less the centre's are then all far from 0, and the variance is a small part of their squares."""
+    x, window = torch.zeros(1, 64, 3, 3, dtype=dtype), square(3, 2, 0)
+    x[0, 0, 1, 1] = 1000.0
+    (mean, rstd), (exact_mean, exact_rstd) = statistics(x, window, dtype)
+    allowed = 1e-6 if dtype == torch.float32 else 64 * 9 * torch.finfo(torch.float32).eps
+    assert ((mean - exact_mean).abs() * exact_rstd).max() <= 1e-6  # of a standard deviation
+    assert errors(rstd, exact_rstd)[0] <= allowed
+    x[0, 5, 2, 2] = float("nan")
+    assert torch.stack(statistics(x, window, dtype)[0]).isnan().all()
 
 
 LAYOUTS = {

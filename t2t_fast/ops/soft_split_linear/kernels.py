@@ -13,7 +13,8 @@ column's scale and shift, which make ``scale u + shift`` of them; else ``None``.
 import triton
 import triton.language as tl
 
-from ..tiles import dot, narrowed, rounded
+from ..tiles import dot, narrowed, rounded, widened
+from .kernels_statistics import found_statistics, no_statistics, observed
 
 VARYING = (
     "height",
@@ -212,9 +213,7 @@ def products_of(
     mean, inside, scale = 0.0, 0.0, 1.0
     if NORM:
         shift = _centre(x, x_strides, pixels, start, top, left, there, height, image_width, WINDOW, CELL)
-        average = tl.zeros([TOKENS], tl.float32)
-        squares = tl.zeros([TOKENS], tl.float32)
-        seen = 0.0
+        statistics = no_statistics(TOKENS, BLOCK, OPERAND)
     output = tl.arange(0, NARROW)
     sums = ()
     for _ in tl.static_range(PARTS):
@@ -238,21 +237,12 @@ def products_of(
             BLOCK,
         )
         if NORM:
-            wide = tile.to(tl.float32) - shift[:, None]
-            count = BLOCK * 1.0
+            wide = (widened(tile) if tile.dtype == OPERAND else tile.to(tl.float32)) - shift[:, None]
+            known = None
             if used is not None:
                 known = tl.load(used + begin + tl.arange(0, BLOCK))
                 wide *= known[None, :]
-                count = tl.sum(known, 0)
-            here = tl.sum(wide, 1) / tl.maximum(count, 1.0)
-            apart = wide - here[:, None]
-            if used is not None:
-                apart *= known[None, :]
-            step = here - average
-            part = count / (seen + count)
-            squares += tl.sum(apart * apart, 1) + step * step * (seen * part)
-            average += step * part
-            seen += count
+            statistics = observed(statistics, wide, known, OPERAND)
             operand = rounded(wide if SHIFT else tile, OPERAND, PRECISION)
         else:
             operand = rounded(tile, OPERAND, PRECISION)
@@ -266,6 +256,7 @@ def products_of(
             products = products + (dot(operand, rounded(second, OPERAND, PRECISION), sums[index], PRECISION),)
         sums = products
     if NORM:
+        average, squares = found_statistics(statistics, VALUES, OPERAND)
         mean = average + shift
         inside = average if SHIFT else mean
         scale = 1.0 / tl.sqrt(squares / VALUES + eps)
@@ -320,10 +311,9 @@ def split_linear_kernel(
 
     Grid (token tiles, groups of PARTS x NARROW outputs). ``weight`` is packed (layout.py), (columns, WIDTH);
     ``row_sums`` and ``offset`` likewise; ``used``: 1 for each column that is one of the K VALUES of a window, else 0,
-    ``None`` if all are. The statistics gather in the same loop as the product, from the
-    windows less the value s at their centre, block by block by Chan's rule: no offset of the image reaches them.
-    SHIFT: the product takes u - s too, so that rounding it to OPERAND costs no more than rounding what LayerNorm makes
-    of it.
+    ``None`` if all are. The statistics gather in the same loop as the product, from the windows less the value s at
+    their centre (kernels_statistics.py). SHIFT: the product takes u - s too, so that rounding it to OPERAND costs no
+    more than rounding what LayerNorm makes of it.
     """
     first, start, top, left, there = tile_places(
         tl.program_id(0), tokens, length, grid_width, x_strides, WINDOW, TOKENS

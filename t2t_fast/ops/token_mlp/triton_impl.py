@@ -73,12 +73,16 @@ def _both(forward, backward, grad, arguments, training):
 
 def _run(device, dtype, width, hidden, training):
     grad, *arguments = problem(device, dtype, width, hidden)
-    return _both(run, run_backward, grad, arguments, training)
+    with runtime.crowded():
+        again = run(*arguments)
+    return [again, *_both(run, run_backward, grad, arguments, training)]
 
 
 def _expected(device, dtype, width, hidden, training):
     grad, y, v, *arguments = problem(device, dtype, width, hidden)
-    return _both(aten_impl.run, aten_impl.run_backward, grad.float(), [y.float(), v.float(), *arguments], training)
+    arguments = [y.float(), v.float(), *arguments]
+    out, *gradients = _both(aten_impl.run, aten_impl.run_backward, grad.float(), arguments, training)
+    return [out, out, *gradients]
 
 
 @lru_cache(maxsize=1024)
@@ -107,7 +111,9 @@ def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
 def _planned(name, y, tail, sequences):
     length, width = y.shape[-2:]
     hidden = tail.fc1_weight.shape[0]
-    found = launch.TABLE.chosen(name, runtime.architecture(y.device), y.dtype, width, hidden)
+    # forward by how many tokens there are, too
+    section = runtime.section(y.device, sequences * length) if name == "tail" else runtime.architecture(y.device)
+    found = launch.TABLE.chosen(name, section, y.dtype, width, hidden)
     tf32 = y.dtype == torch.float32 and runtime.allows_tf32()
     return _plan(
         tuple(found.items()),

@@ -1,0 +1,70 @@
+"""Triton functions: the mean of each window of a tile and its sum of squared deviations, gathered block by block.
+
+They take values less one of the window's own, its centre, so that no offset of the image reaches them. ``known``: 1 for
+each column of a block that is one of the K VALUES of a window, else 0; ``None`` if all are.
+"""
+
+import triton
+import triton.language as tl
+
+LEVELS = tl.constexpr(3)
+RUN = tl.constexpr(8)
+"""Neighbouring columns, 2^LEVELS, that one thread reads of a half type in one access; it adds them up by itself."""
+
+
+@triton.jit
+def no_statistics(TOKENS: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr):
+    """Where :func:`observed` starts."""
+    if tl.float32 == OPERAND:
+        first, second = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
+    else:
+        first = tl.zeros([TOKENS, BLOCK // RUN], tl.float32)
+        second = tl.zeros([TOKENS, BLOCK // RUN], tl.float32)
+    return first, second, 0.0
+
+
+@triton.jit
+def observed(statistics, block, known, OPERAND: tl.constexpr):
+    """The statistics of the blocks so far and one more, (TOKENS, BLOCK) in float32, 0 where a column is not known.
+
+    For products in float32 means and squared deviations, merged by Chan's rule. For half types sums and sums of squares
+    of each thread, which costs about half: the value at the centre is one of the window's, hence the mean's square at
+    most K times the variance, and what cancels at most K roundings of float32.
+    """
+    first, second, seen = statistics
+    if tl.float32 == OPERAND:
+        count = block.shape[1] * 1.0
+        if known is not None:
+            count = tl.sum(known, 0)
+        here = tl.sum(block, 1) / tl.maximum(count, 1.0)
+        apart = block - here[:, None]
+        if known is not None:
+            apart *= known[None, :]
+        step = here - first
+        part = count / (seen + count)
+        second += tl.sum(apart * apart, 1) + step * step * (seen * part)
+        first += step * part
+        seen += count
+    else:
+        runs = (block,)
+        for _ in tl.static_range(LEVELS):
+            halves = ()
+            for index in tl.static_range(len(runs)):
+                pairs = tl.reshape(runs[index], [block.shape[0], runs[index].shape[1] // 2, 2])
+                halves = halves + tl.split(pairs)
+            runs = halves
+        for index in tl.static_range(RUN):
+            first += runs[index]
+            second += runs[index] * runs[index]
+    return first, second, seen
+
+
+@triton.jit
+def found_statistics(statistics, VALUES: tl.constexpr, OPERAND: tl.constexpr):
+    """Each window's mean, less the value at its centre, and its sum of squared deviations."""
+    mean, squares, _ = statistics
+    if tl.float32 != OPERAND:
+        mean = tl.sum(mean, 1) / VALUES
+        squares = tl.sum(squares, 1) - mean * mean * VALUES
+        squares = tl.maximum(squares, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return mean, squares
