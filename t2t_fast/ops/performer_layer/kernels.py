@@ -41,13 +41,8 @@ def _store_part(out, value, place, there, part, OUTPUTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def split_keys_kernel(
-    x,
-    x_strides,
-    pixels,
-    weight,
-    used,
-    row_sums,
-    offset,
+    image,
+    folded,
     norm_eps,
     out,
     mean,
@@ -61,11 +56,7 @@ def split_keys_kernel(
     length,
     features,
     tiles_per_split,
-    CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CELL: tl.constexpr,
-    GATHER: tl.constexpr,
-    VALUES: tl.constexpr,
+    LAYOUT: tl.constexpr,
     SHIFT: tl.constexpr,
     OPERAND: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -86,7 +77,7 @@ def split_keys_kernel(
     other arguments are those of the two kernels; WIDTH channels exactly.
     """
     OUTPUTS: tl.constexpr = 3 * WIDTH if WHOLE else 2 * WIDTH
-    image, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sample, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _, parts = features_of(w, 0, features, WIDTH, OPERAND, WIDTH, FEATURES)
     first, last = own_tiles(split, tiles_per_split, length, TOKENS)
     shift = tl.full([FEATURES], LOWEST, tl.float32)
@@ -99,24 +90,16 @@ def split_keys_kernel(
         wide = tl.zeros([WIDTH, FEATURES], tl.float32)
         for index in range(first, last):
             start = index * TOKENS
-            token, there = image * length + start, tl.arange(0, TOKENS) < length - start
-            offsets, top, left = places_of(image, start + tl.arange(0, TOKENS), grid_width, x_strides, WINDOW)
+            token, there = sample * length + start, tl.arange(0, TOKENS) < length - start
+            offsets, top, left = places_of(sample, start + tl.arange(0, TOKENS), grid_width, image, LAYOUT)
             products, average, inside, scale = products_of(
-                x,
-                x_strides,
-                pixels,
-                weight,
-                used,
-                norm_eps,
+                image,
+                (height, image_width),
                 (offsets, top, left, there),
-                height,
-                image_width,
+                folded,
+                norm_eps,
                 0,
-                CHANNELS,
-                WINDOW,
-                CELL,
-                GATHER,
-                VALUES,
+                LAYOUT,
                 True,
                 SHIFT,
                 OPERAND,
@@ -132,13 +115,13 @@ def split_keys_kernel(
                 tl.store(mean + rows, average, mask=there)
                 tl.store(rstd + rows, scale, mask=there)
             column = tl.arange(0, WIDTH)
-            q = outputs_of(products[1], inside, scale, row_sums, offset, WIDTH + column, PACKED, True)
+            q = outputs_of(products[1], inside, scale, folded, WIDTH + column, PACKED, True)
             _store_part(out, narrowed(q, OPERAND), token, there, 1 if WHOLE else 0, OUTPUTS)
-            k = outputs_of(products[0], inside, scale, row_sums, offset, column, PACKED, True)
+            k = outputs_of(products[0], inside, scale, folded, column, PACKED, True)
             k = narrowed(k, OPERAND)
             if WHOLE:
                 _store_part(out, k, token, there, 0, OUTPUTS)
-            v = outputs_of(products[2], inside, scale, row_sums, offset, 2 * WIDTH + column, PACKED, True)
+            v = outputs_of(products[2], inside, scale, folded, 2 * WIDTH + column, PACKED, True)
             v = narrowed(v, OPERAND)
             _store_part(out, v, token, there, 2 if WHOLE else 1, OUTPUTS)
             exponents = key_exponents(k, there, parts, PRECISION)
@@ -147,7 +130,7 @@ def split_keys_kernel(
         total = tl.sum(sums, 0)
         again = (not running) & overflown(total)
         running = True
-    place = image * tl.num_programs(1) + split
+    place = sample * tl.num_programs(1) + split
     store_key_state(lz, state, place, total, wide, shift, 0, features, WIDTH)
 
 

@@ -15,7 +15,7 @@ from ..performer_attention import aten_impl as plain_attention
 from ..performer_attention import triton_impl as attention
 from ..soft_split_linear import aten_impl as plain_split
 from ..soft_split_linear import triton_impl as split
-from ..soft_split_linear.call import Call
+from ..soft_split_linear.call import Call, Folded
 from ..soft_split_linear.layout import layout
 from ..spec import Window
 from ..token_mlp import aten_impl as plain_tail
@@ -67,15 +67,9 @@ def split_keys(x, weight, used, row_sums, offset, w, norm_eps, window, dtype, pi
     sequences = attention.Call(out[..., :width], w)
     lz, state = sequences.key_states(splits)
     if sequences.sequences:
-        image, strides, windows = call.windows()
         kernels.split_keys_kernel[x.shape[0], splits](
-            image,
-            strides,
-            None if pixels is None else tuple(pixels),
-            weight,
-            used,
-            row_sums,
-            offset,
+            call.image(),
+            Folded(weight, used, row_sums, offset),
             norm_eps,
             out,
             mean,
@@ -88,7 +82,7 @@ def split_keys(x, weight, used, row_sums, offset, w, norm_eps, window, dtype, pi
             call.length,
             features,
             tiles,
-            VALUES=call.values,
+            LAYOUT=call.layout,
             SHIFT=x.dtype == torch.float32 or x.dtype != dtype,
             TOKENS=found["tokens"],
             BLOCK=call.layout.block(found["block"]),
@@ -98,7 +92,6 @@ def split_keys(x, weight, used, row_sums, offset, w, norm_eps, window, dtype, pi
             HEADROOM=attention.HEADROOM[dtype],
             SPECULATE=dtype != torch.float32,
             WHOLE=whole,
-            **windows,
             **call.products(found),
         )
     statistics = (mean, rstd) if whole else (lz.new_empty(0), lz.new_empty(0))

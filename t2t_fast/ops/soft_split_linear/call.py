@@ -1,5 +1,7 @@
 """What the Triton kernels of one call share: sizes, launch parameters, constants, and the image as they read it."""
 
+from typing import NamedTuple
+
 import torch
 
 from .. import triton_runtime as runtime
@@ -9,6 +11,38 @@ from .layout import NARROW, layout
 
 CELLS = 64
 """Of a tile of ``cells_kernel``."""
+
+
+class Image(NamedTuple):
+    """An image, or its cells, as kernels read windows of it.
+
+    Attributes:
+        pointer: to the first value; batch, channel, row, column: strides.
+        scale, shift: of an image of bytes u, each column's, which make ``scale u + shift`` of them; else ``None``.
+    """
+
+    pointer: torch.Tensor
+    batch: int
+    channel: int
+    row: int
+    column: int
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+
+
+class Folded(NamedTuple):
+    """The parameters as a forward kernel takes them, LayerNorm folded in; packed in a layout's order of columns.
+
+    Attributes:
+        weight: (columns, outputs) in the operands' dtype.
+        used: with LayerNorm, 1 for each column that is one of a window's K values, else 0; ``None`` if all are.
+        row_sums: of the weight's columns, (outputs) in float32; ``None`` without LayerNorm. offset: likewise.
+    """
+
+    weight: torch.Tensor
+    used: torch.Tensor | None
+    row_sums: torch.Tensor | None
+    offset: torch.Tensor
 
 
 class Call:
@@ -27,11 +61,6 @@ class Call:
         self.length = self.grid[0] * self.grid[1]
         self.tokens = x.shape[0] * self.length
         self.pixels = pixels
-
-    @property
-    def values(self):
-        """K."""
-        return self.x.shape[1] * self.window.taps
 
     def parameters(self, name):
         """Launch parameters of a pass; those of the forward one depend on how many tokens there are, too."""
@@ -54,8 +83,8 @@ class Call:
             **runtime.FUSION,
         }
 
-    def windows(self):
-        """The image as the kernels read windows of it: a tensor, its strides, and the constants that say how."""
+    def image(self):
+        """The image as the kernels read windows of it."""
         x = self.x
         if self.layout.cell is not None:
             x, strides = self._cells()
@@ -63,13 +92,7 @@ class Call:
             if not self.layout.gather and x.stride(1) != 1:
                 x = x.contiguous(memory_format=torch.channels_last)
             strides = x.stride()
-        found = {
-            "CHANNELS": self.layout.channels,
-            "WINDOW": tuple(self.layout.window),
-            "CELL": self.layout.cell,
-            "GATHER": self.layout.gather,
-        }
-        return x, strides, found
+        return Image(x, *strides, *(self.pixels or (None, None)))
 
     def _cells(self):
         """Cells of the image, and strides of the windows over them: a tap is a row of cells, one value after another.

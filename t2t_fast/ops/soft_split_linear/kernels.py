@@ -4,10 +4,9 @@ Letters as in docs/math.md, section 1: a token's window has K = C kh kw values u
 then channel, so that a tap of channels-last tokens is a run of memory. Tokens of all images are numbered in one row and
 cut into tiles of TOKENS. Matrices of O columns are held in PARTS of NARROW.
 
-How windows lie in memory is one of three (layout.py): tokens, where a block of columns is within one tap; cells of an
-image, made by :func:`cells_kernel`, with CELL the height, width and channels of a cell and the height and width of the
-image's window; or anything else, with GATHER, where a block may span taps. ``pixels``: for an image of bytes u, each
-column's scale and shift, which make ``scale u + shift`` of them; else ``None``.
+How windows lie in memory is layout.py's ``Layout``, one of three: tokens, where a block of columns is within one tap;
+cells of an image, made by :func:`cells_kernel`; or anything else, to gather, where a block may span taps. The image
+itself, or its cells, is call.py's ``Image``.
 """
 
 import triton
@@ -75,122 +74,101 @@ def cells_kernel(
 
 
 @triton.jit
-def places_of(image, index, grid_width, x_strides, WINDOW: tl.constexpr):
-    """Of tokens ``index`` of an image (or images): each one's offset to its window's first pixel, and that pixel's row
-    and column. Images and offsets are 64 bits wide, all else is 32.
+def places_of(number, index, grid_width, image, LAYOUT: tl.constexpr):
+    """Of tokens ``index`` of image ``number`` (or images): each one's offset to its window's first pixel, and that
+    pixel's row and column. Numbers of images and offsets are 64 bits wide, all else is 32.
     """
-    top = index // grid_width * WINDOW[1][0] - WINDOW[2][0]
-    left = index % grid_width * WINDOW[1][1] - WINDOW[2][1]
-    start = image * x_strides[0] + top.to(tl.int64) * x_strides[2] + left.to(tl.int64) * x_strides[3]
+    top = index // grid_width * LAYOUT.window.stride[0] - LAYOUT.window.padding[0]
+    left = index % grid_width * LAYOUT.window.stride[1] - LAYOUT.window.padding[1]
+    start = number * image.batch + top.to(tl.int64) * image.row + left.to(tl.int64) * image.column
     return start, top, left
 
 
 @triton.jit
-def tile_places(tile, total, length, grid_width, x_strides, WINDOW: tl.constexpr, COUNT: tl.constexpr):
+def tile_places(tile, total, length, grid_width, image, LAYOUT: tl.constexpr, COUNT: tl.constexpr):
     """Of the tokens of a tile, numbered through all images: the first one's number, :func:`places_of` each, and whether
     there is such a token.
     """
     first = tl.full([], COUNT, tl.int64) * tile
-    image = first // length
-    index = (first - image * length).to(tl.int32) + tl.arange(0, COUNT)
-    start, top, left = places_of(image + index // length, index % length, grid_width, x_strides, WINDOW)
-    return first, start, top, left, tl.arange(0, COUNT) < total - first
+    number = first // length
+    index = (first - number * length).to(tl.int32) + tl.arange(0, COUNT)
+    start, top, left = places_of(number + index // length, index % length, grid_width, image, LAYOUT)
+    return first, (start, top, left, tl.arange(0, COUNT) < total - first)
 
 
 @triton.jit
-def window_tile(
-    x,
-    x_strides,
-    pixels,
-    begin,
-    start,
-    top,
-    left,
-    there,
-    height,
-    image_width,
-    CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CELL: tl.constexpr,
-    GATHER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Columns from ``begin`` on of the windows that :func:`tile_places` found, (TOKENS, BLOCK), 0 outside the image."""
-    _, x_channel, x_row, x_column = x_strides
+def window_tile(image, extent, places, begin, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns from ``begin`` on of a tile's windows, (TOKENS, BLOCK), 0 outside the image.
+
+    extent: the image's height and width; places: what :func:`tile_places` says of the tokens.
+    """
+    start, top, left, there = places
+    height, width = extent
     column = begin + tl.arange(0, BLOCK)
-    wide: tl.constexpr = WINDOW[0][1]
-    if GATHER:
-        tap, channel = column // CHANNELS, column % CHANNELS
+    wide: tl.constexpr = LAYOUT.window.kernel[1]
+    if LAYOUT.gather:
+        tap, channel = column // LAYOUT.channels, column % LAYOUT.channels
         down, right = (tap // wide)[None, :], (tap % wide)[None, :]
         pixel_row, pixel_column = top[:, None] + down, left[:, None] + right
-        mask = there[:, None] & (column < CHANNELS * WINDOW[0][0] * wide)[None, :]
+        mask = there[:, None] & (column < LAYOUT.columns)[None, :]
     else:
-        tap = begin // CHANNELS
+        tap = begin // LAYOUT.channels
         down, right = tap // wide, tap % wide
-        channel = tl.max_contiguous(tl.multiple_of(begin % CHANNELS + tl.arange(0, BLOCK), BLOCK), BLOCK)
+        channel = tl.max_contiguous(tl.multiple_of(begin % LAYOUT.channels + tl.arange(0, BLOCK), BLOCK), BLOCK)
         pixel_row, pixel_column = (top + down)[:, None], (left + right)[:, None]
         mask = there[:, None]
-    if WINDOW[2][0] + WINDOW[2][1] > 0:  # without padding, windows lie inside
+    if LAYOUT.window.padding[0] + LAYOUT.window.padding[1] > 0:  # without padding, windows lie inside
         # below 0 is as far outside as beyond 2^31
         mask &= pixel_row.to(tl.uint32) < height.to(tl.uint32)
-        mask &= pixel_column.to(tl.uint32) < image_width.to(tl.uint32)
-    offset = down.to(tl.int64) * x_row + right.to(tl.int64) * x_column
-    if GATHER:
-        offset += channel[None, :].to(tl.int64) * x_channel
-        tile = tl.load(x + start[:, None] + offset, mask=mask, other=0)
+        mask &= pixel_column.to(tl.uint32) < width.to(tl.uint32)
+    offset = down.to(tl.int64) * image.row + right.to(tl.int64) * image.column
+    if LAYOUT.gather:
+        offset += channel[None, :].to(tl.int64) * image.channel
+        tile = tl.load(image.pointer + start[:, None] + offset, mask=mask, other=0)
     else:
-        tile = tl.load(x + start[:, None] + offset + channel[None, :], mask=mask, other=0)
-    if pixels is not None:
-        scale, shift = tl.load(pixels[0] + column), tl.load(pixels[1] + column)
+        tile = tl.load(image.pointer + start[:, None] + offset + channel[None, :], mask=mask, other=0)
+    if image.scale is not None:
+        scale, shift = tl.load(image.scale + column), tl.load(image.shift + column)
         tile = tile.to(tl.float32)
-        if CELL is not None:
+        if LAYOUT.cell is not None:
             mask &= tile >= 0
         tile = tl.where(mask, tile * scale[None, :] + shift[None, :], 0.0)
     return tile
 
 
 @triton.jit
-def _centre(
-    x, x_strides, pixels, start, top, left, there, height, image_width, WINDOW: tl.constexpr, CELL: tl.constexpr
-):
+def _centre(image, extent, places, LAYOUT: tl.constexpr):
     """The value at each window's centre in float32, 0 outside the image."""
-    _, _, x_row, x_column = x_strides
-    if CELL is None:
-        down: tl.constexpr = WINDOW[0][0] // 2
-        right: tl.constexpr = WINDOW[0][1] // 2
+    start, top, left, there = places
+    height, width = extent
+    if LAYOUT.cell is None:
+        down: tl.constexpr = LAYOUT.window.kernel[0] // 2
+        right: tl.constexpr = LAYOUT.window.kernel[1] // 2
         row, column = top + down, left + right
-        there &= (row >= 0) & (row < height) & (column >= 0) & (column < image_width)
-        place = start + down * x_row + right * x_column
+        there &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        place = start + down * image.row + right * image.column
     else:
-        down: tl.constexpr = CELL[3] // 2
-        right: tl.constexpr = CELL[4] // 2
-        within: tl.constexpr = down % CELL[0] * CELL[1] + right % CELL[1]
-        place = start + down // CELL[0] * x_row + right // CELL[1] * x_column + within
-    value = tl.load(x + place, mask=there, other=0).to(tl.float32)
-    if pixels is not None:
-        if CELL is not None:
+        down: tl.constexpr = LAYOUT.cell[3] // 2
+        right: tl.constexpr = LAYOUT.cell[4] // 2
+        within: tl.constexpr = down % LAYOUT.cell[0] * LAYOUT.cell[1] + right % LAYOUT.cell[1]
+        place = start + down // LAYOUT.cell[0] * image.row + right // LAYOUT.cell[1] * image.column + within
+    value = tl.load(image.pointer + place, mask=there, other=0).to(tl.float32)
+    if image.scale is not None:
+        if LAYOUT.cell is not None:
             there &= value >= 0
-        value = tl.where(there, value * tl.load(pixels[0]) + tl.load(pixels[1]), 0.0)
+        value = tl.where(there, value * tl.load(image.scale) + tl.load(image.shift), 0.0)
     return value
 
 
 @triton.jit
 def products_of(
-    x,
-    x_strides,
-    pixels,
-    weight,
-    used,
-    eps,
+    image,
+    extent,
     places,
-    height,
-    image_width,
+    folded,
+    eps,
     group,
-    CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CELL: tl.constexpr,
-    GATHER: tl.constexpr,
-    VALUES: tl.constexpr,
+    LAYOUT: tl.constexpr,
     NORM: tl.constexpr,
     SHIFT: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -201,52 +179,32 @@ def products_of(
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of a tile's windows, products with the PARTS x NARROW outputs from ``group`` on.
+    """Of a tile's windows, products with the PARTS x NARROW outputs from ``group`` on; extent, places:
+    :func:`window_tile`; other arguments as of :func:`split_linear_kernel`.
 
-    places: what :func:`places_of` says of the tokens, and which there are.
-
-    Returns the PARTS products; and with NORM ``mu``, what must be subtracted of it from the products, and ``r``. Other
-    arguments as of :func:`split_linear_kernel`.
+    Returns the PARTS products; and with NORM ``mu``, what must be subtracted of it from the products, and ``r``.
     """
-    COLUMNS: tl.constexpr = CHANNELS * WINDOW[0][0] * WINDOW[0][1]
-    start, top, left, there = places
     mean, inside, scale = 0.0, 0.0, 1.0
     if NORM:
-        shift = _centre(x, x_strides, pixels, start, top, left, there, height, image_width, WINDOW, CELL)
+        shift = _centre(image, extent, places, LAYOUT)
         statistics = no_statistics(TOKENS, BLOCK, OPERAND)
     output = tl.arange(0, NARROW)
     sums = ()
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros([TOKENS, NARROW], tl.float32),)
-    for begin in range(0, COLUMNS, BLOCK):
-        tile = window_tile(
-            x,
-            x_strides,
-            pixels,
-            begin,
-            start,
-            top,
-            left,
-            there,
-            height,
-            image_width,
-            CHANNELS,
-            WINDOW,
-            CELL,
-            GATHER,
-            BLOCK,
-        )
+    for begin in range(0, LAYOUT.columns, BLOCK):
+        tile = window_tile(image, extent, places, begin, LAYOUT, BLOCK)
         if NORM:
             wide = (widened(tile) if tile.dtype == OPERAND else tile.to(tl.float32)) - shift[:, None]
             known = None
-            if used is not None:
-                known = tl.load(used + begin + tl.arange(0, BLOCK))
+            if folded.used is not None:
+                known = tl.load(folded.used + begin + tl.arange(0, BLOCK))
                 wide *= known[None, :]
             statistics = observed(statistics, wide, known, OPERAND)
             operand = rounded(wide if SHIFT else tile, OPERAND, PRECISION)
         else:
             operand = rounded(tile, OPERAND, PRECISION)
-        rows = weight + (begin + tl.arange(0, BLOCK))[:, None] * WIDTH + group + output[None, :]
+        rows = folded.weight + (begin + tl.arange(0, BLOCK))[:, None] * WIDTH + group + output[None, :]
         products = ()
         for index in tl.static_range(PARTS):
             if WIDTH % (PARTS * NARROW) == 0:
@@ -256,31 +214,27 @@ def products_of(
             products = products + (dot(operand, rounded(second, OPERAND, PRECISION), sums[index], PRECISION),)
         sums = products
     if NORM:
-        average, squares = found_statistics(statistics, VALUES, OPERAND)
+        average, squares = found_statistics(statistics, LAYOUT.values, OPERAND)
         mean = average + shift
         inside = average if SHIFT else mean
-        scale = 1.0 / tl.sqrt(squares / VALUES + eps)
+        scale = 1.0 / tl.sqrt(squares / LAYOUT.values + eps)
     return sums, mean, inside, scale
 
 
 @triton.jit
-def outputs_of(product, inside, scale, row_sums, offset, column, WIDTH: tl.constexpr, NORM: tl.constexpr):
+def outputs_of(product, inside, scale, folded, column, WIDTH: tl.constexpr, NORM: tl.constexpr):
     """Outputs in float32 from one of the products and the rest that :func:`products_of` returns."""
     if NORM:
-        product -= inside[:, None] * tl.load(row_sums + column, mask=column < WIDTH, other=0.0)[None, :]
+        row_sums = tl.load(folded.row_sums + column, mask=column < WIDTH, other=0.0)
+        product -= inside[:, None] * row_sums[None, :]
         product *= scale[:, None]
-    return product + tl.load(offset + column, mask=column < WIDTH, other=0.0)[None, :]
+    return product + tl.load(folded.offset + column, mask=column < WIDTH, other=0.0)[None, :]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def split_linear_kernel(
-    x,
-    x_strides,
-    pixels,
-    weight,
-    used,
-    row_sums,
-    offset,
+    image,
+    folded,
     eps,
     out,
     mean,
@@ -291,14 +245,10 @@ def split_linear_kernel(
     length,
     tokens,
     outputs,
-    CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CELL: tl.constexpr,
-    VALUES: tl.constexpr,
+    LAYOUT: tl.constexpr,
     NORM: tl.constexpr,
     SHIFT: tl.constexpr,
     OPERAND: tl.constexpr,
-    GATHER: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     NARROW: tl.constexpr,
@@ -309,32 +259,22 @@ def split_linear_kernel(
 ):
     """``y = r (Wg u - mu Wg 1) + b'``, and the windows' ``mu`` and ``r``; without NORM ``y = W u + b``.
 
-    Grid (token tiles, groups of PARTS x NARROW outputs). ``weight`` is packed (layout.py), (columns, WIDTH);
-    ``row_sums`` and ``offset`` likewise; ``used``: 1 for each column that is one of the K VALUES of a window, else 0,
-    ``None`` if all are. The statistics gather in the same loop as the product, from the windows less the value s at
-    their centre (kernels_statistics.py). SHIFT: the product takes u - s too, so that rounding it to OPERAND costs no
-    more than rounding what LayerNorm makes of it.
+    Grid (token tiles, groups of PARTS x NARROW outputs). image, folded: call.py's ``Image`` and ``Folded``; the weight
+    is packed (layout.py), (columns, WIDTH). The statistics gather in the same loop as the product, from the windows
+    less the value s at their centre (kernels_statistics.py). SHIFT: the product takes u - s too, so that rounding it to
+    OPERAND costs no more than rounding what LayerNorm makes of it.
     """
-    first, start, top, left, there = tile_places(
-        tl.program_id(0), tokens, length, grid_width, x_strides, WINDOW, TOKENS
-    )
+    first, places = tile_places(tl.program_id(0), tokens, length, grid_width, image, LAYOUT, TOKENS)
+    there = places[3]
     group = tl.program_id(1) * PARTS * NARROW
     sums, average, inside, scale = products_of(
-        x,
-        x_strides,
-        pixels,
-        weight,
-        used,
+        image,
+        (height, image_width),
+        places,
+        folded,
         eps,
-        (start, top, left, there),
-        height,
-        image_width,
         group,
-        CHANNELS,
-        WINDOW,
-        CELL,
-        GATHER,
-        VALUES,
+        LAYOUT,
         NORM,
         SHIFT,
         OPERAND,
@@ -353,7 +293,7 @@ def split_linear_kernel(
     out += first * outputs
     for index in tl.static_range(PARTS):
         column = group + index * NARROW + tl.arange(0, NARROW)
-        y = outputs_of(sums[index], inside, scale, row_sums, offset, column, WIDTH, NORM)
+        y = outputs_of(sums[index], inside, scale, folded, column, WIDTH, NORM)
         mask = there[:, None] if EVEN else there[:, None] & (column < outputs)[None, :]
         target = out + tl.arange(0, TOKENS)[:, None] * outputs + column[None, :]
         tl.store(target, narrowed(y, out.dtype.element_ty), mask=mask)

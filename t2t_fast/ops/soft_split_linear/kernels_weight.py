@@ -12,9 +12,7 @@ from .kernels import VARYING, tile_places, window_tile
 
 @triton.jit(do_not_specialize=VARYING)
 def split_linear_weight_kernel(
-    x,
-    x_strides,
-    pixels,
+    image,
     grad,
     mean,
     rstd,
@@ -26,12 +24,9 @@ def split_linear_weight_kernel(
     tokens,
     outputs,
     tiles_per_split,
-    CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CELL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     NORM: tl.constexpr,
     OPERAND: tl.constexpr,
-    GATHER: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -60,12 +55,14 @@ def split_linear_weight_kernel(
     earliest = split * tiles_per_split
     tiles = tl.minimum(tiles_per_split, tl.cdiv(tokens, TOKENS) - earliest)
     # where the first tile's windows lie is divided out; from tile to tile it is added to, as on a clock
-    place, start, top, left, _ = tile_places(earliest, tokens, length, grid_width, x_strides, WINDOW, TOKENS)
-    end_column, end_row = grid_width * WINDOW[1][1], length // grid_width * WINDOW[1][0]
-    x_image, _, x_row, x_column = x_strides
-    row_step, column_step = TOKENS % length // grid_width * WINDOW[1][0], TOKENS % length % grid_width * WINDOW[1][1]
-    step = TOKENS // length * x_image + row_step * x_row + column_step * x_column
-    next_row, next_image = WINDOW[1][0] * x_row - end_column * x_column, x_image - end_row * x_row
+    place, (start, top, left, _) = tile_places(earliest, tokens, length, grid_width, image, LAYOUT, TOKENS)
+    STRIDE: tl.constexpr = LAYOUT.window.stride
+    PADDING: tl.constexpr = LAYOUT.window.padding
+    end_column, end_row = grid_width * STRIDE[1], length // grid_width * STRIDE[0]
+    row_step, column_step = TOKENS % length // grid_width * STRIDE[0], TOKENS % length % grid_width * STRIDE[1]
+    step = TOKENS // length * image.batch + row_step * image.row + column_step * image.column
+    next_row = STRIDE[0] * image.row - end_column * image.column
+    next_image = image.batch - end_row * image.row
     for _ in range(tiles):
         there = row < tl.minimum(tokens - place, TOKENS).to(tl.int32)
         if NORM:
@@ -82,23 +79,8 @@ def split_linear_weight_kernel(
             upstreams = upstreams + (tl.trans(upstream) if TURNED else upstream,)
         products = ()
         for block in tl.static_range(BLOCKS):
-            tile = window_tile(
-                x,
-                x_strides,
-                pixels,
-                begin + block * BLOCK,
-                start,
-                top,
-                left,
-                there,
-                height,
-                image_width,
-                CHANNELS,
-                WINDOW,
-                CELL,
-                GATHER,
-                BLOCK,
-            )
+            places = start, top, left, there
+            tile = window_tile(image, (height, image_width), places, begin + block * BLOCK, LAYOUT, BLOCK)
             if NORM:
                 # in float32, a difference of two products would cost a rounding
                 if tl.float32 == OPERAND:
@@ -115,10 +97,10 @@ def split_linear_weight_kernel(
         sums = products
         place += TOKENS
         left += column_step
-        wraps = left >= end_column - WINDOW[2][1]
+        wraps = left >= end_column - PADDING[1]
         left -= tl.where(wraps, end_column, 0)
-        top += row_step + tl.where(wraps, WINDOW[1][0], 0)
-        ends = top >= end_row - WINDOW[2][0]
+        top += row_step + tl.where(wraps, STRIDE[0], 0)
+        ends = top >= end_row - PADDING[0]
         top -= tl.where(ends, end_row, 0)
         # of a product, unlike a choice, the compiler knows that it keeps addresses aligned
         start += step + wraps.to(tl.int32) * next_row + ends.to(tl.int32) * next_image

@@ -1,7 +1,7 @@
 """Where windows lie in memory, and the order of columns that follows: what kernels and packed weights agree on."""
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ _WASTE = 2
 """Cells may have that many times the window's pixels."""
 
 
-class Layout(NamedTuple):
-    """Windows as the kernels see them.
+@dataclass(frozen=True)
+class Layout:
+    """Windows as the kernels see them; a constant of theirs.
 
     Attributes:
         channels: values of a tap, a run of memory unless ``gather``; window: that slides over such taps.
@@ -35,6 +36,14 @@ class Layout(NamedTuple):
     def columns(self):
         """Columns of a window, with those that are none of its values."""
         return self.channels * self.window.taps
+
+    @property
+    def values(self):
+        """K, the values of a window."""
+        if self.cell is None:
+            return self.columns
+        _, _, channels, kh, kw = self.cell
+        return channels * kh * kw
 
     @property
     def cell_size(self):

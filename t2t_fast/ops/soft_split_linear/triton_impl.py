@@ -13,7 +13,7 @@ from ..spec import Window
 from ..triton_runtime import fake, operator
 from . import aten_impl
 from .aten_impl import fold_norm
-from .call import Call
+from .call import Call, Folded
 from .gradient import differentiable, parameter_gradients
 from .layout import NARROW, layout, pack_taps, pad_outputs
 
@@ -110,15 +110,10 @@ def _forward(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, strid
     out = torch.empty((x.shape[0], call.length, outputs), dtype=dtype, device=x.device)
     mean, rstd = (offset.new_empty(0) if norm_eps is None else call.singles() for _ in range(2))
     if out.numel():
-        image, strides, windows = call.windows()
-        kernels.split_linear_kernel[-(-call.tokens // parameters["tokens"]), _groups(outputs, parameters["parts"])](
-            image,
-            strides,
-            None if pixels is None else tuple(pixels),
-            weight,
-            used,
-            row_sums,
-            offset,
+        grid = -(-call.tokens // parameters["tokens"]), _groups(outputs, parameters["parts"])
+        kernels.split_linear_kernel[grid](
+            call.image(),
+            Folded(weight, used, row_sums, offset),
             norm_eps,
             out,
             mean,
@@ -128,14 +123,13 @@ def _forward(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, strid
             call.length,
             call.tokens,
             outputs,
-            VALUES=call.values,
+            LAYOUT=call.layout,
             NORM=norm_eps is not None,
             SHIFT=x.dtype == torch.float32 or x.dtype != dtype,
             TOKENS=parameters["tokens"],
             BLOCK=call.layout.block(parameters["block"]),
             PARTS=parameters["parts"],
             WIDTH=weight.shape[1],
-            **windows,
             **call.constants(parameters),
         )
     return out, mean, rstd
@@ -160,7 +154,7 @@ def _products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
     FOLDED.clear()  # somebody is training, and may write where no version counter sees it
     call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
     if not grad.numel():
-        return grad.new_zeros((call.outputs, call.values), dtype=torch.float32)
+        return grad.new_zeros((call.outputs, call.layout.values), dtype=torch.float32)
     parameters = call.parameters("weight")
     parts = _divisor(-(-call.outputs // NARROW), parameters["parts"])
     groups = -(-call.outputs // (NARROW * parts))
@@ -171,11 +165,8 @@ def _products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
     splits, tiles = cut(call.tokens, column_groups * groups, parameters["tokens"], wanted)
     shape = splits, groups * parts * NARROW, column_groups * blocks * block
     found = torch.empty(shape, dtype=torch.float32, device=x.device)
-    image, strides, windows = call.windows()
     kernels.split_linear_weight_kernel[column_groups, groups, splits](
-        image,
-        strides,
-        None if pixels is None else tuple(pixels),
+        call.image(),
         grad.contiguous(),
         mean,
         rstd,
@@ -186,13 +177,13 @@ def _products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
         call.tokens,
         call.outputs,
         tiles,
+        LAYOUT=call.layout,
         NORM=norm,
         TOKENS=parameters["tokens"],
         BLOCK=block,
         BLOCKS=blocks,
         PARTS=parts,
         TURNED=parameters["turned"],
-        **windows,
         **call.constants(parameters),
     )
     return call.layout.unpack(found.sum(0).t(), call.outputs)
@@ -230,7 +221,7 @@ def _image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padd
             kappa,
             call.tokens,
             call.outputs,
-            VALUES=call.values,
+            VALUES=call.layout.values,
             TOKENS=parameters["tokens"],
             NARROW=NARROW,
             EVEN=call.outputs % NARROW == 0,
@@ -305,10 +296,7 @@ def _halves(pixels):
 
 
 def packed(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype):
-    """What the forward kernel takes for the parameters: weight, used columns, row sums, offset.
-
-    The two in the middle are for LayerNorm, ``None`` without; the former also where all columns are used.
-    """
+    """What a forward kernel takes for the parameters, a :class:`Folded`."""
     operand, row_sums, offset = _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype)
     found = layout(channels, window)
     used = None
@@ -316,7 +304,7 @@ def packed(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dty
         row_sums = pad_outputs(row_sums)
         if found.columns != weight.shape[1] or found.gather:
             used = found.spread(torch.ones_like(weight[0], dtype=torch.float32))
-    return found.pack(operand), used, row_sums, pad_outputs(offset)
+    return Folded(found.pack(operand), used, row_sums, pad_outputs(offset))
 
 
 def packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, dtype):
