@@ -33,6 +33,28 @@ CROWDED = {("tail_backward_kernel", "fp32", architecture) for architecture in ("
 STORING = ATTENTION - {"keys_kernel"}
 MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
 
+# a token (an image's gradient: pixel), by the first of the call's sizes: channels, of the attention and the tail E
+INSTRUCTIONS = {
+    ("keys_kernel", 64): 26,
+    ("queries_kernel", 64): 31,
+    ("queries_backward_kernel", 64): 84,
+    ("keys_backward_kernel", 64): 47,
+    ("split_linear_kernel", 3): 208,
+    ("split_linear_kernel", 64): 334,
+    ("split_linear_weight_kernel", 3): 102,
+    ("split_linear_weight_kernel", 64): 283,
+    ("token_scalars_kernel", 3): 69,
+    ("token_scalars_kernel", 64): 69,
+    ("split_linear_image_kernel", 3): 111,
+    ("split_linear_image_kernel", 64): 54,
+    ("tail_kernel", 64): 117,
+    ("tail_backward_kernel", 64): 205,
+    ("split_keys_kernel", 3): 149,
+    ("split_keys_kernel", 64): 291,
+    ("read_out_tail_kernel", 3): 138,
+    ("read_out_tail_kernel", 64): 138,
+}
+
 
 def report(python, folder, *options):
     """The rows that ``python`` reports, and why there are none (or ``None``)."""
@@ -114,8 +136,26 @@ def check_accesses(rows):
         assert min(everything) >= 4, (where(row), everything)
 
 
+def check_instructions(rows):
+    """Of half types on sm_90 at most a tenth more than any of Triton 3.6, 3.8 and 3.9 makes of them."""
+    found = {}
+    for row in rows:
+        if row["architecture"] == "sm_90" and row["dtype"] in ("bf16", "fp16") and row["instructions_per_token"]:
+            key = row["name"], row["sizes"][0]
+            found[key] = max(found.get(key, 0.0), row["instructions_per_token"])
+    assert found.keys() == INSTRUCTIONS.keys()
+    assert not {key: (count, INSTRUCTIONS[key]) for key, count in found.items() if count > INSTRUCTIONS[key]}
+
+
 CASES = [(architecture, dtype) for architecture in triton_report.SHARED_LIMITS for dtype in triton_report.DTYPES]
-CHECKS = [check_completeness, check_registers, check_shared_memory, check_matrix_instructions, check_accesses]
+CHECKS = [
+    check_completeness,
+    check_registers,
+    check_shared_memory,
+    check_matrix_instructions,
+    check_accesses,
+    check_instructions,
+]
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,8 @@ def split_linear_weight_kernel(
     earliest = split * tiles_per_split
     tiles = tl.minimum(tiles_per_split, tl.cdiv(tokens, TOKENS) - earliest)
     # where the first tile's windows lie is divided out; from tile to tile it is added to, as on a clock
-    place, (start, top, left, _) = tile_places(earliest, tokens, length, grid_width, image, LAYOUT, TOKENS)
+    place, places = tile_places(earliest, tokens, length, grid_width, image, LAYOUT, TOKENS)
+    start, top, left, _ = places
     STRIDE: tl.constexpr = LAYOUT.window.stride
     PADDING: tl.constexpr = LAYOUT.window.padding
     end_column, end_row = grid_width * STRIDE[1], length // grid_width * STRIDE[0]
