@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import t2t_fast
+from t2t_fast import backends
 from t2t_fast.cli import build_parser
+from t2t_fast.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -40,6 +42,8 @@ def test_python_blocks_run_in_their_order(tmp_path, monkeypatch):
     assert names["tokens"].shape == (2, 48, 256) and names["grid"] == (6, 8)
     assert names["columns"].shape == (2, 768, 147)
     assert names["report"].reinitialised
+    if (reason := native.reason(backends.Request("cpu", torch.float32, {}), ("cpu",))) is not None:
+        pytest.skip(f"the README's table has the native backend: {reason}")
     # the table below the first block is what it prints
     table = next(block for language, block in BLOCKS if language == "text")
     assert printed.getvalue().startswith("\n".join(line.rstrip() for line in table.splitlines()[:1]))
