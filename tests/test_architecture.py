@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "t2t_fast"
 
-KERNELS = ("kernels", "kernels_backward", "kernels_chunked", "kernels_image", "kernels_weight")
+KERNELS = tuple(f"kernels{part}" for part in ("", "_backward", "_chunked", "_image", "_statistics", "_weight"))
 # Lowest layer first; a module may import its own layer's package and anything below.
 LAYERS = [
     ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
