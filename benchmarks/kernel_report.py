@@ -88,8 +88,8 @@ def triton_lines(rows):
         f"Triton kernels, compiled by Triton {triton.__version__} for T2T's calls or the sizes asked for; fp32 is",
         "float32 without TF32, tf32 with it. Launch: tokens (or pixels) of a tile x warps x stages, and by how many",
         "features or columns at a time, if not all at once. Matrix instructions, loads and stores are those of the",
-        "main loop; per token (of an image's gradient, pixel): instructions of all warps, in loops over a window's",
-        "columns or taps those around the loop too, but for an image's gradient; what seldom runs left out.",
+        "main loop; per token (of an image's gradient, pixel): instructions of all warps there, and where that loop",
+        "walks the columns or outputs of one tile, those around it; what seldom runs left out.",
         f"{head} {'shared B':>8} {'per token':>9}  matrix | loads | stores",
     ]
     for row in rows:

@@ -182,12 +182,12 @@ def _loops(preceding):
 
 
 def _fewest(blocks, following, first, ends, inside, free=frozenset()):
-    """The fewest instructions of a way ``inside`` from the block ``first`` through one of ``ends``.
+    """The fewest instructions of a way ``inside`` from the block ``first`` through one of ``ends``, 0 where none leads.
 
     Those of ``free`` blocks are not counted.
     """
     least, open_ways = {}, [(0 if first in free else len(blocks[first]), first)]
-    while True:
+    while open_ways:
         count, block = heappop(open_ways)
         if block in ends:
             return count
@@ -195,6 +195,7 @@ def _fewest(blocks, following, first, ends, inside, free=frozenset()):
             least[block] = count
             for other in inside.intersection(following[block]):
                 heappush(open_ways, (count + (0 if other in free else len(blocks[other])), other))
+    return 0
 
 
 def main_loop(instructions):
@@ -211,19 +212,17 @@ def main_loop(instructions):
     for head, body, ends in _loops(reachable):
         code = _count([instructions[index][2] for block in body for index in blocks[block]])
         found.append((code, head, body, ends))
-    last = {block for block in reachable if any(instructions[i][2].startswith("EXIT") for i in blocks[block])}
-    everything = 0, set(reachable), last
+    exits = {block for block in reachable if any(instructions[i][2].startswith("EXIT") for i in blocks[block])}
+    everything = 0, set(reachable), exits
     for work in (lambda code: code.matrix.total(), lambda code: code.loads.total() + code.stores.total()):
         working = [loop for loop in found if work(loop[0])]
         inner = [loop for loop in working if not any(other[2] < loop[2] for other in working)]
         if inner:
             code, head, body, ends = max(inner, key=lambda loop: (work(loop[0]), loop[0].instructions))
-            around = min(
-                (loop[1:] for loop in found if body < loop[2]), key=lambda loop: len(loop[1]), default=everything
-            )
-            first, wider, last = around
-            before = _fewest(blocks, following, first, {head}, wider, body)
-            behind = _fewest(blocks, following, head, last, wider, body)
+            wider = [loop[1:] for loop in found if body < loop[2]]
+            first, inside, last = min(wider, key=lambda loop: len(loop[1]), default=everything)
+            before = _fewest(blocks, following, first, {head}, inside, body)
+            behind = _fewest(blocks, following, head, last, inside, body)
             return code, _fewest(blocks, following, head, ends, body), before + behind
     return Code(), 0, 0
 

@@ -277,8 +277,8 @@ def _performer_layer(case):
     others = attention_kernels, split_kernels
     unused = [name for each in others for name in vars(each) if name.endswith("_kernel")]
     with _compiling(kernels, case, *others, unused=unused) as found:
-        packed, _ = split_impl.operands(x, weight, bias, gamma, beta, 1e-5, window, dtype, (), False)
-        kqv, _, _, lz, state = layer_impl.split_keys(x, *packed, w, 1e-5, window, dtype, None, bool(dropout))
+        folded, _ = split_impl.operands(x, weight, bias, gamma, beta, 1e-5, window, dtype, (), False)
+        kqv, _, _, lz, state = layer_impl.split_keys(x, folded, w, 1e-5, window, dtype, None, bool(dropout))
         layer_impl.read_out_tail(kqv, w, 1e-8, lz, state, tail, Options(1e-5, drop, drop), seed)
     return [each for each in found if each[0] not in unused]
 

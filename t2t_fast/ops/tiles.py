@@ -51,7 +51,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
 @triton.jit
 def widened(x):
     """``x`` in float32; of a half type two values at a time from the register that holds both, so that it stays one."""
-    if INTERPRETED or x.dtype == tl.float32:
+    if INTERPRETED or not (x.dtype == tl.bfloat16 or x.dtype == tl.float16):
         x = x.to(tl.float32)
     elif x.dtype == tl.bfloat16:
         x = tl.inline_asm_elementwise(

@@ -34,8 +34,8 @@ LARGEST_TILE = 256
 OFFSET_LIMIT = 2**31
 """Offsets inside a tile of at most that many tokens are 32 bits wide."""
 
-TRIED = 40 if INTERPRETED else 150
-"""Tokens of a sequence in a trial, longer than a tile; the interpreter takes its time over each."""
+TRIAL_TOKENS = 40 if INTERPRETED else 150
+"""Of a sequence in a trial, more than a tile by default; the interpreter takes its time over each."""
 
 ALLOWED = {torch.float32: 2e-5, "tf32": 2e-2, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative errors in a trial; several times what the tests find, and far below what a wrong kernel gives."""

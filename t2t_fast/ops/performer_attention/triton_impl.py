@@ -47,7 +47,7 @@ _trial._dynamo_marked_constant = True
 def problem(device, dtype, width, features):
     """Two sequences of norm 2, longer than a tile, and an upstream gradient."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(2, runtime.TRIED, width, generator=generator) for _ in range(4))
+    q, k, v, grad = (torch.randn(2, runtime.TRIAL_TOKENS, width, generator=generator) for _ in range(4))
     w = torch.randn(features, width, generator=generator)
     scaled = (2 * width**-0.5 * q, 2 * width**-0.5 * k, v, w, grad)
     return [t.to(device, dtype) for t in scaled]

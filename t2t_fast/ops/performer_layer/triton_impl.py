@@ -48,11 +48,10 @@ def _fake_kqv_backward(grad, kqv, w, eps, lz, state, skip, need_w):
     return kqv.new_empty(kqv.shape), lz.new_empty(w.shape if need_w else 0)
 
 
-def split_keys(x, weight, used, row_sums, offset, w, norm_eps, window, dtype, pixels, whole):
+def split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
     """kqv (of which q and v alone unless ``whole``), the windows' statistics (empty then), and the key state.
 
-    By one launch, for sizes that fit (launch.py). weight, used, row_sums, offset, pixels: ``soft_split_linear``'s
-    ``operands``.
+    By one launch, for sizes that fit (launch.py). folded, pixels: ``soft_split_linear``'s ``operands``.
     """
     from . import kernels
 
@@ -69,7 +68,7 @@ def split_keys(x, weight, used, row_sums, offset, w, norm_eps, window, dtype, pi
     if sequences.sequences:
         kernels.split_keys_kernel[x.shape[0], splits](
             call.image(),
-            Folded(weight, used, row_sums, offset),
+            folded,
             norm_eps,
             out,
             mean,
@@ -86,7 +85,7 @@ def split_keys(x, weight, used, row_sums, offset, w, norm_eps, window, dtype, pi
             SHIFT=x.dtype == torch.float32 or x.dtype != dtype,
             TOKENS=found["tokens"],
             BLOCK=call.layout.block(found["block"]),
-            PACKED=weight.shape[1],
+            PACKED=folded.weight.shape[1],
             WIDTH=width,
             FEATURES=padded(features),
             HEADROOM=attention.HEADROOM[dtype],
@@ -113,7 +112,7 @@ def _keys_problem(device, dtype, channels, window, width, features):
 def _tried_keys(device, dtype, channels, window, width, features):
     (x, *linear), w = _keys_problem(device, dtype, channels, window, width, features)
     found, _ = split.operands(x, *linear, 1e-5, window, dtype, (), False)
-    arguments = x, *found, w, 1e-5, window, dtype, None, True
+    arguments = x, found, w, 1e-5, window, dtype, None, True
     with runtime.crowded():
         again = split_keys(*arguments)
     return [*split_keys(*arguments), *again]
@@ -144,10 +143,10 @@ def _keys_fused(x, dtype, window, width, features):
     "bool whole) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _project_op(x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, dtype, pixels, fused, whole):
-    window, packed = (kernel, stride, padding), (weight, used, row_sums, offset)
+    window, folded = (kernel, stride, padding), Folded(weight, used, row_sums, offset)
     if fused:
-        return split_keys(x, *packed, w, norm_eps, window, dtype, pixels, whole)
-    kqv, mean, rstd = split._forward(x, *packed, 3 * w.shape[1], norm_eps, *window, dtype, pixels)
+        return split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole)
+    kqv, mean, rstd = split._forward(x, *folded, 3 * w.shape[1], norm_eps, *window, dtype, pixels)
     k, q, v = kqv.chunk(3, dim=-1)
     return kqv, mean, rstd, *attention.key_state(attention.Call(q, w), k, v, None)
 

@@ -17,8 +17,9 @@ class Image(NamedTuple):
     """An image, or its cells, as kernels read windows of it.
 
     Attributes:
-        pointer: to the first value; batch, channel, row, column: strides.
-        scale, shift: of an image of bytes u, each column's, which make ``scale u + shift`` of them; else ``None``.
+        pointer: the tensor; batch, channel, row, column: strides, in values.
+        scale, shift: of an image of bytes u, each column's in float32, which make ``scale u + shift`` of them; else
+            ``None``.
     """
 
     pointer: torch.Tensor
@@ -34,9 +35,11 @@ class Folded(NamedTuple):
     """The parameters as a forward kernel takes them, LayerNorm folded in; packed in a layout's order of columns.
 
     Attributes:
-        weight: (columns, outputs) in the operands' dtype.
-        used: with LayerNorm, 1 for each column that is one of a window's K values, else 0; ``None`` if all are.
-        row_sums: of the weight's columns, (outputs) in float32; ``None`` without LayerNorm. offset: likewise.
+        weight: (columns, outputs) in the operands' dtype; outputs are up to whole multiples of NARROW (layout.py).
+        used: with LayerNorm (columns) in float32, 1 for each that is one of a window's K values, else 0; ``None`` if
+            all are.
+        row_sums: ``Wg 1`` of docs/math.md, section 1, (outputs) in float32; ``None`` without LayerNorm.
+        offset: ``b'`` there, likewise; without LayerNorm the bias.
     """
 
     weight: torch.Tensor

@@ -182,7 +182,8 @@ def products_of(
     """Of a tile's windows, products with the PARTS x NARROW outputs from ``group`` on; extent, places:
     :func:`window_tile`; other arguments as of :func:`split_linear_kernel`.
 
-    Returns the PARTS products; and with NORM ``mu``, what must be subtracted of it from the products, and ``r``.
+    Returns the PARTS products, (TOKENS, NARROW) each; and with NORM ``mu``, what must be subtracted of it from the
+    products, and ``r``, (TOKENS) each; all in float32.
     """
     mean, inside, scale = 0.0, 0.0, 1.0
     if NORM:
@@ -195,7 +196,7 @@ def products_of(
     for begin in range(0, LAYOUT.columns, BLOCK):
         tile = window_tile(image, extent, places, begin, LAYOUT, BLOCK)
         if NORM:
-            wide = (widened(tile) if tile.dtype == OPERAND else tile.to(tl.float32)) - shift[:, None]
+            wide = widened(tile) - shift[:, None]
             known = None
             if folded.used is not None:
                 known = tl.load(folded.used + begin + tl.arange(0, BLOCK))
@@ -223,7 +224,7 @@ def products_of(
 
 @triton.jit
 def outputs_of(product, inside, scale, folded, column, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    """Outputs in float32 from one of the products and the rest that :func:`products_of` returns."""
+    """(TOKENS, NARROW) outputs in float32 from one of the products and the rest that :func:`products_of` returns."""
     if NORM:
         row_sums = tl.load(folded.row_sums + column, mask=column < WIDTH, other=0.0)
         product -= inside[:, None] * row_sums[None, :]

@@ -55,7 +55,7 @@ _trial._dynamo_marked_constant = True
 def problem(device, dtype, width, hidden):
     """Two sequences longer than a tile, an upstream gradient, parameters in float32 and a seed."""
     generator = torch.Generator().manual_seed(0)
-    grad, y, v = (torch.randn(2, runtime.TRIED, width, generator=generator).to(device, dtype) for _ in range(3))
+    grad, y, v = (torch.randn(2, runtime.TRIAL_TOKENS, width, generator=generator).to(device, dtype) for _ in range(3))
     shapes = Tail((width, width), width, width, width, (hidden, width), hidden, (width, hidden), width)
     drawn = [torch.randn(shape, generator=generator) * width**-0.5 for shape in shapes]
     drawn[Tail._fields.index("norm_weight")] += 1
