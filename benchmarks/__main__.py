@@ -1,39 +1,72 @@
-"""Run the suites: ``python -m benchmarks [--quick] [--out DIR] [--filter WORDS] [--device cpu|cuda]``.
+"""Run the suites: ``python -m benchmarks [--quick] [--report DIR] [--filter WORDS] [--device cpu|cuda] [--resume]``.
 
-Writes into the folder: ``raw.json`` (pytest-benchmark), ``rows.json`` (normalised, grows row by row), ``table.md``,
-``chart.png``, ``chart-operators.png``, and with rows of several lengths of attention ``crossover.png``.
+Writes into the folder ``report.html`` with its pictures, ``table.md``, ``rows.csv``, ``rows.json`` (what all of them
+are made from; grows row by row) and ``raw.json`` (pytest-benchmark's own). A run that was stopped keeps what it
+measured and goes on with ``--resume``. ``--compare A.json B.json`` measures nothing and tells what became slower.
 """
 
 import argparse
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from .groups import SUITES
+
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("test_module.py", "test_models.py", "test_ops.py")
-"""In the order in which they run: what matters most first, for runs with a time limit."""
+INTERRUPTED = 130
 
 
-def parse(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only the headline rows, a few minutes on two CPU cores")
-    parser.add_argument("--out", type=Path, help="folder for the results; by default .benchmarks/<date-machine-commit>")
-    parser.add_argument("--filter", help='rows whose name fits, as pytest\'s -k: "module and performer and not 384px"')
-    parser.add_argument("--device", choices=("cpu", "cuda"), help='by default "cuda" if there is a GPU')
-    parser.add_argument("--max-seconds", type=float, help="start no new group of rows after so many seconds")
-    return parser.parse_args(argv)
+def parser():
+    """The command line's parser."""
+    found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    found.add_argument(
+        "--quick", action="store_true", help="only the headline rows: under ten minutes on two CPU cores"
+    )
+    found.add_argument(
+        "--report", "--out", type=Path, metavar="DIR", help="folder, by default .benchmarks/<date-machine-commit>"
+    )
+    found.add_argument("--resume", action="store_true", help="go on with the run in that folder, if there is one")
+    found.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"some of {', '.join(SUITES)}")
+    found.add_argument("--filter", help='rows whose name fits, as pytest\'s -k: "module and performer and not 384px"')
+    found.add_argument("--device", choices=("cpu", "cuda"), help='by default "cuda" if there is a GPU')
+    found.add_argument("--max-seconds", type=float, metavar="N", help="start no new group of rows after N seconds")
+    found.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run files: what became slower, 1 if anything did"
+    )
+    found.add_argument(
+        "--threshold", type=float, default=0.05, metavar="X", help="of --compare; by default %(default)s"
+    )
+    found.add_argument(
+        "--by",
+        choices=("speedup", "time"),
+        default="speedup",
+        help="of --compare: against upstream in each run, or time",
+    )
+    return found
+
+
+def command_line(arguments):
+    """The command that measures the same again: without where the results go, and without a resumption."""
+    words = ["python", "-m", "benchmarks", "--device", arguments.device]
+    words += ["--quick"] if arguments.quick else []
+    words += ["--suite", *arguments.suite] if arguments.suite else []
+    words += ["--filter", arguments.filter] if arguments.filter else []
+    words += ["--max-seconds", f"{arguments.max_seconds:g}"] if arguments.max_seconds is not None else []
+    return shlex.join(words)
 
 
 def suite_command(arguments, out):
     """The pytest command of a run."""
-    command = [sys.executable, "-m", "pytest", *(str(Path("benchmarks", name)) for name in SUITES)]
+    suites = [suite for suite in SUITES if suite in (arguments.suite or SUITES)]
+    command = [sys.executable, "-m", "pytest", *(str(Path("benchmarks", f"test_{suite}.py")) for suite in suites)]
     # the project's own options are for its tests
     command += ["-q", "--no-header", "-o", "addopts=", "-o", "console_output_style=classic", "-p", "no:cacheprovider"]
     command += ["--benchmark-quiet", f"--benchmark-json={out / 'raw.json'}", f"--bench-rows={out / 'rows.json'}"]
-    command += [f"--bench-device={arguments.device}"]
+    command += [f"--bench-device={arguments.device}", f"--bench-command={command_line(arguments)}"]
     if arguments.quick:
         command += ["--bench-quick"]
     if arguments.max_seconds is not None:
@@ -44,39 +77,100 @@ def suite_command(arguments, out):
 
 
 def run_suites(arguments, out):
-    """Run pytest with an empty Inductor cache, so that "first call" means what it says. Returns its exit code."""
+    """Run pytest with an empty Inductor cache, so that "first call" means what it says.
+
+    Returns:
+        its exit code; 130 if somebody stopped it.
+    """
     with tempfile.TemporaryDirectory(prefix="t2t-fast-bench-") as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        return subprocess.run(suite_command(arguments, out), cwd=ROOT, env=environment).returncode
+        process = subprocess.Popen(suite_command(arguments, out), cwd=ROOT, env=environment)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # from a terminal it has been told as well
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            return INTERRUPTED
+
+
+def obstacle(arguments, out):
+    """Why nothing can be measured, in one line, or ``None``."""
+    import torch
+
+    from . import run_file, session
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda needs a GPU, torch.cuda.is_available() is False"
+    rows = out / "rows.json"
+    if not rows.exists():
+        return None
+    if not arguments.resume:
+        return f"--report {out} holds a run already: --resume goes on with it; or choose another folder"
+    try:
+        before = run_file.read(rows).environment
+    except ValueError as failure:
+        return f"--resume: {failure}"
+    found = session.differences(before, session.describe(arguments.device, arguments.quick, ""))
+    return f"--resume: another run lies in {out}: {'; '.join(found)}" if found else None
+
+
+def own_folder(device):
+    """A folder under ``.benchmarks`` that is not there yet."""
+    from . import machine
+
+    first = ROOT / ".benchmarks" / machine.run_name(device)
+    others = (first.with_name(f"{first.name}-{number}") for number in range(2, 1000))
+    return next(folder for folder in (first, *others) if not (folder / "rows.json").exists())
+
+
+def compare(arguments):
+    """Compare two runs. Returns 0, 1 if something became slower, 2 for files that cannot be compared."""
+    from . import compare
+
+    words = [*map(str, arguments.compare), "--threshold", str(arguments.threshold), "--by", arguments.by]
+    return compare.main(words)
 
 
 def main(argv=None):
-    """Run the suites and write the report. Returns 0, or pytest's exit code if a row failed or none was selected."""
-    arguments = parse(argv)
+    """Run the suites and write the report.
+
+    Returns:
+        0; 1 or pytest's exit code if a row failed or none was selected; 2 for bad usage; 130 if somebody stopped it.
+    """
+    found = parser()
+    arguments = found.parse_args(argv)
+    if arguments.compare is not None:
+        return compare(arguments)
+    if arguments.resume and arguments.report is None:
+        found.error("--resume needs --report DIR, the folder of the run to go on with")
     import torch
 
-    from . import machine, report
+    from . import report, run_file
     from .goals import judge
 
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("python -m benchmarks: --device cuda needs a GPU, torch.cuda.is_available() is False", file=sys.stderr)
+    out = (own_folder(arguments.device) if arguments.report is None else arguments.report).resolve()
+    reason = obstacle(arguments, out)
+    if reason is not None:
+        print(f"python -m benchmarks: {reason}", file=sys.stderr)
         return 2
-    out = (arguments.out or ROOT / ".benchmarks" / machine.run_name(arguments.device)).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    rows = out / "rows.json"
-    rows.unlink(missing_ok=True)
     code = run_suites(arguments, out)
+    rows = out / "rows.json"
     if not rows.exists():
         print("python -m benchmarks: no row was measured", file=sys.stderr)
         return code or 1
     written = report.write(rows, out)
-    _, found, _ = report.read(rows)
-    for goal in judge(found):
+    run = run_file.read(rows)
+    for goal in judge(run.rows):
         print(f"{goal.verdict:11}  {goal.measured:24}  wanted {goal.wanted:6}  {goal.what}")
     for path in (rows, *written):
         print(path)
+    if not run.complete:
+        again = f"{command_line(arguments)} --resume --report {out}"
+        print(f"stopped after {run.finished} of {run.planned} rows; to go on: {again}")
     return code
 
 

@@ -5,7 +5,6 @@ are those a user would reach for, given the same positive features. One that is 
 """
 
 import math
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from t2t_fast import functional
 from t2t_fast.reference.token_performer import at_least_float32
 from t2t_fast.testing import features
 
-from . import costs
+from . import costs, packages
 from .groups import LeftOut
 
 EPS = 1e-8
@@ -86,25 +85,15 @@ def positive_features(x, w):
     return torch.exp(F.linear(at_least_float32(x), w) - _half_square(x)) / math.sqrt(w.shape[0])
 
 
-def _package(name, module):
-    """A module of an optional package, or :class:`LeftOut` with the reason."""
-    try:
-        return import_module(module)
-    except ImportError as failure:
-        if failure.name == module.partition(".")[0]:
-            raise LeftOut(f"the package {name} is not installed") from failure
-        raise LeftOut(f"the package {name} cannot be imported ({failure})") from failure
-
-
 def _performer_pytorch(device):
     """Its non-causal attention: a division without eps."""
-    linear_attention = _package("performer-pytorch", "performer_pytorch.performer_pytorch").linear_attention
+    linear_attention = packages.load("performer-pytorch", "performer_pytorch.performer_pytorch").linear_attention
     return lambda q, k, v, w: linear_attention(positive_features(q, w), positive_features(k, w), v)
 
 
 def _flash_linear_attention(device):
     """Its chunked form, the one its layers train with; all its kernels are causal."""
-    chunk_linear_attn = _package("flash-linear-attention", "fla.ops.linear_attn").chunk_linear_attn
+    chunk_linear_attn = packages.load("flash-linear-attention", "fla.ops.linear_attn").chunk_linear_attn
     if device != "cuda":
         raise LeftOut("flash-linear-attention's kernels need a GPU")
 

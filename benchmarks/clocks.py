@@ -1,4 +1,7 @@
-"""How long one call takes: wall clock on a CPU, events on a GPU."""
+"""How long one call takes: wall clock on a CPU, events on a GPU, and on both the wait for a single result.
+
+``time.perf_counter`` is pytest-benchmark's own timer (``pytest_benchmark.timers.default_timer``).
+"""
 
 import time
 from math import ceil
@@ -59,15 +62,41 @@ class CudaClock:
         return do_bench(step, warmup=5, rep=self.milliseconds, grad_to_none=leaves, return_mode="median") / 1e3
 
     def once(self, step, implementation):
-        """Wall-clock seconds of one call up to its last kernel, compilation included if it is the first."""
-        implementation.clear()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        """Seconds of one call up to its last kernel, compilation included if it is the first."""
+        return _until_done(step, implementation)
 
 
-def clock(device):
-    """The clock of a device."""
+class CpuLatencyClock(CpuClock):
+    """The wait for one call: a turn is a single call, so that its rounds have a distribution."""
+
+    def calls(self, seconds):
+        """One."""
+        return 1
+
+
+class CudaLatencyClock(CudaClock):
+    """The wait for one call on a GPU: wall clock from the call to its last kernel, Python and launches included."""
+
+    def turn_seconds(self, seconds, calls):
+        """How long a turn takes."""
+        return seconds
+
+    def turn(self, step, implementation, calls):
+        """Seconds of one call."""
+        return _until_done(step, implementation)
+
+
+def _until_done(step, implementation):
+    implementation.clear()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def clock(device, suite=None):
+    """The clock of a device: for the suite "latency" the wait for a single call."""
+    if suite == "latency":
+        return CudaLatencyClock() if device == "cuda" else CpuLatencyClock()
     return CudaClock() if device == "cuda" else CpuClock()

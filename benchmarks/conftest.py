@@ -1,11 +1,14 @@
 """pytest's side of the suites: options, one test a row, and how a measured row gets into pytest-benchmark's JSON."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from . import harness
-from .groups import LeftOut, groups
+from . import fit, harness, processes
+from .groups import DTYPES, LeftOut, groups
 from .providers import providers
-from .session import Run
+from .session import FAILED, TIME_LIMIT, Run
 
 RUN = pytest.StashKey[Run]()
 
@@ -14,18 +17,26 @@ def pytest_addoption(parser):
     group = parser.getgroup("benchmarks of t2t_fast")
     group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
     group.addoption("--bench-quick", action="store_true", help="only the headline rows")
-    group.addoption("--bench-rows", metavar="FILE", help="normalised rows as JSON, rewritten after every row")
+    group.addoption("--bench-rows", metavar="FILE", type=Path, help="the run file, rewritten after every row")
     group.addoption("--bench-seconds", type=float, metavar="N", help="start no new group after N seconds")
+    group.addoption("--bench-command", metavar="TEXT", default="pytest benchmarks", help="what started the run")
 
 
 def pytest_configure(config):
-    def write_line(text):
-        capture = config.pluginmanager.getplugin("capturemanager")
-        with capture.global_and_fixture_disabled():
-            config.pluginmanager.getplugin("terminalreporter").write_line(text)
+    capture = config.pluginmanager.getplugin("capturemanager")
+    live = sys.stdout.isatty()
 
-    options = ("bench_device", "bench_quick", "bench_rows", "bench_seconds")
-    config.stash[RUN] = Run(*(config.getoption(name) for name in options), write_line)
+    def write(text):
+        with capture.global_and_fixture_disabled():
+            terminal = config.pluginmanager.getplugin("terminalreporter")
+            if live:
+                width = max(40, terminal._tw.fullwidth - 1)
+                terminal.write(f"\r\x1b[2K{text[:width]}", flush=True)
+            else:
+                terminal.write_line(text, flush=True)
+
+    options = ("bench_device", "bench_quick", "bench_rows", "bench_seconds", "bench_command")
+    config.stash[RUN] = Run(*(config.getoption(name) for name in options), write, live)
 
 
 def pytest_generate_tests(metafunc):
@@ -33,21 +44,35 @@ def pytest_generate_tests(metafunc):
         run = metafunc.config.stash[RUN]
         cells = [
             (group, provider.name)
-            for group in groups(metafunc.module.LEVEL, run.device, run.quick)
+            for group in groups(metafunc.module.SUITE, run.device, run.quick)
             for provider in providers(group, run.device)
         ]
         metafunc.parametrize("row", cells, ids=[f"{group.id}-{name}" for group, name in cells])
 
 
+def pytest_collection_modifyitems(config, items):
+    """The headline dtype of every suite before the second one of any."""
+    order = DTYPES[config.stash[RUN].device]
+    items.sort(key=lambda item: order.index(item.callspec.params["row"][0].dtype) if _has_row(item) else 0)
+
+
 def pytest_collection_finish(session):
+    run = session.config.stash[RUN]
     for item in session.items:
-        if "row" in getattr(item, "fixturenames", ()):
-            session.config.stash[RUN].add(*item.callspec.params["row"])
+        if _has_row(item):
+            run.add(*item.callspec.params["row"])
+    run.begin()
+
+
+def _has_row(item):
+    return "row" in getattr(item, "fixturenames", ())
 
 
 def pytest_report_teststatus(report):
     """No dots between the lines of progress."""
-    return ("passed", "", "PASSED") if report.when == "call" and report.passed else None
+    if report.when == "call" and report.outcome in ("passed", "skipped"):
+        return report.outcome, "", report.outcome.upper()
+    return None
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -56,29 +81,79 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 @pytest.fixture
-def record(row, benchmark, request):
-    """A function that measures the row's group if need be and hands the row's rounds to pytest-benchmark."""
+def find(row, request):
+    """A function that finishes a row with ``measure(run, group, name) -> kind, entry``, unless it was finished before.
+
+    Returns the entry; skips with the reason why there is none.
+    """
     group, name = row
     run = request.config.stash[RUN]
 
-    def leave_out(reason):
-        run.leave_out(group, name, reason)
-        benchmark.skipped = True
-        pytest.skip(reason)
+    def found(measure):
+        kept = run.kept(group, name)
+        if kept is not None:
+            kind, entry = kept
+            if kind == "left_out":
+                pytest.skip(entry["reason"])
+            return entry
+        if run.out_of_time(group):
+            reason = f"{TIME_LIMIT} {run.limit:.0f} s had passed"
+            run.leave_out(group, name, reason)
+            pytest.skip(reason)
+        try:
+            return measure(run, group, name)
+        except LeftOut as reason:
+            run.leave_out(group, name, str(reason))
+            pytest.skip(str(reason))
+        except Exception as failure:
+            run.leave_out(group, name, f"{FAILED} {type(failure).__name__}: {failure}")
+            raise
+
+    return found
+
+
+def _timed(run, group, name):
+    result = run.result(group, name)
+    if isinstance(result, Exception):
+        raise result
+    return run.row(group, name)
+
+
+@pytest.fixture
+def record(row, find, benchmark):
+    """A function that measures the row's group if need be and hands the row's rounds to pytest-benchmark."""
 
     def measure():
-        if run.out_of_time(group):
-            leave_out(f"the time limit of {run.limit:.0f} s had passed")
-        result = run.result(group, name)
-        if isinstance(result, LeftOut):
-            leave_out(str(result))
-        if isinstance(result, Exception):
-            run.leave_out(group, name, f"failed: {type(result).__name__}: {result}")
-            raise result
-        found = run.row(group, name)
-        benchmark.group = group.id
+        found = find(_timed)
+        benchmark.group = row[0].id
         benchmark.extra_info["row"] = {key: value for key, value in found.items() if key != "times"}
-        harness.REPLAY.load(result.times)
-        benchmark.pedantic(lambda: None, rounds=len(result.times), iterations=1)
+        harness.REPLAY.load(found["times"])
+        benchmark.pedantic(lambda: None, rounds=len(found["times"]), iterations=1)
 
     return measure
+
+
+@pytest.fixture
+def largest_batch(find):
+    """A function that looks for the largest batch of the row's provider."""
+
+    def measure(run, group, name):
+        run.measure_machine()
+        entry = fit.measure(group, name, run.device, lambda text: run.say(f"{group.id}, {name}: {text}"))
+        run.finish("fits", entry, group, name)
+        return entry
+
+    return lambda: find(measure)
+
+
+@pytest.fixture
+def side_by_side(find):
+    """A function that measures the row's provider in several processes."""
+
+    def measure(run, group, name):
+        run.measure_machine()
+        entry = processes.measure(group, name, lambda text: run.say(f"{group.id}, {name}: {text}"))
+        run.finish("processes", entry, group, name)
+        return entry
+
+    return lambda: find(measure)

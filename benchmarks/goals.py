@@ -147,7 +147,7 @@ GOALS = (
     _model("t2t_vit_14", "training", "upstream", 1.8),
     Goal(
         "t2t_vit_7, inference of one image: t2t_fast-graph faster than upstream",
-        "model-t2t_vit_7-224px-b1-bf16-inference",
+        "latency-t2t_vit_7-224px-b1-bf16-inference",
         "t2t_fast-graph",
         "upstream",
         4.0,

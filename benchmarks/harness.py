@@ -25,12 +25,17 @@ from t2t_fast import memory
 
 from . import clocks, operators, subjects
 from .groups import LeftOut
-from .providers import BASELINE, BY_NAME, compiled
+from .providers import BACKENDS, BASELINE, BY_NAME, compiled
 from .subjects import Implementation
 
 FRONT_END = "front end"
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
+ROUNDS = {"latency": (30, 300), "scaling": (5, 60)}
+"""Least and most rounds where a suite wants others: a distribution, or a curve of which each point takes long."""
+
 WARM_UP_CALLS = 2
+LONG = 2.0
+"""Seconds after which a first call has warmed up enough."""
 
 
 @dataclass
@@ -62,9 +67,10 @@ def interleave(participants, clock, rounds):
             gc.enable()
 
 
-def rounds_for(seconds_per_round, budget):
-    """As many rounds as the budget allows, within :data:`MIN_ROUNDS` and :data:`MAX_ROUNDS`."""
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / seconds_per_round))) if seconds_per_round > 0 else MAX_ROUNDS
+def rounds_for(seconds_per_round, budget, suite=None):
+    """As many rounds as the budget allows, within the suite's least and most."""
+    least, most = ROUNDS.get(suite, (MIN_ROUNDS, MAX_ROUNDS))
+    return max(least, min(most, int(budget / seconds_per_round))) if seconds_per_round > 0 else most
 
 
 class Replay:
@@ -98,7 +104,7 @@ def _forward(subject, provider, implementation, device):
         with subject.autocast:
             function = t2t_fast.capture(implementation.module, implementation.inputs[0]["x"])
     cudagraphs = provider.compiled and device == "cuda"
-    backend = partial(t2t_fast.backend, "aten") if provider.source == "aten" else nullcontext
+    backend = partial(t2t_fast.backend, provider.source) if provider.source in BACKENDS else nullcontext
 
     def forward(index):
         if cudagraphs:
@@ -162,7 +168,7 @@ def prepare(subject, provider, device, clock, thorough=True):
         implementation.clear()
     del out, gradients
     step = _step(subject, implementation, forward, backward)
-    warm = [clock.once(step, implementation) for _ in range(WARM_UP_CALLS)]
+    warm = [clock.once(step, implementation) for _ in range(1 if first > LONG else WARM_UP_CALLS)]
     facts = {
         "error": error,
         "gradient_error": gradient_error,
@@ -209,14 +215,19 @@ def measure_memory(subject, provider, participant, device):
     return {"saved_bytes": saved, "peak_bytes": peak}
 
 
+UPSTREAM_BYTES = {"inference": 9.4e6, "training": 23.2e6}
+"""Peak of upstream's T2T module (Performer) an image of 224 px in float32, measured."""
+
+
 def estimated_bytes(group, provider):
-    """Memory that upstream's attention weights take at the Transformer's first stage; 0 where there are none."""
-    softmax = group.level != "op" and (group.subject == "transformer" or "_t_" in group.subject)
-    if not softmax or provider.source != "upstream":
+    """Memory that a call of an unfused module or model takes in its first stages; 0 where it is no matter."""
+    if group.level == "op" or provider.source not in ("upstream", "vit-pytorch"):
         return 0
-    length = operators.length(1, group.size)
-    # 3.2 times the weights are alive at the peak of forward and backward (counted from the eager graph)
-    return 3.5 * 4 * length * length * group.batch
+    if group.subject == "transformer" or "_t_" in group.subject or provider.source == "vit-pytorch":
+        length = operators.length(1, group.size)
+        # 3.2 times the attention weights are alive at the peak of forward and backward (counted from the eager graph)
+        return 3.5 * 4 * length * length * group.batch
+    return UPSTREAM_BYTES[group.mode] * (group.size / 224) ** 2 * group.batch
 
 
 def available_bytes(device):
@@ -240,7 +251,7 @@ def measure(group, names, device, budget, say, thorough=True):
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    clock = clocks.clock(device)
+    clock = clocks.clock(device, group.suite)
     results = {}
     say("inputs and float64 truth")
     subject = subjects.build(group, device)
@@ -260,7 +271,7 @@ def measure(group, names, device, budget, say, thorough=True):
     if group.level == "model" and isinstance(results.get(BASELINE), Participant):
         results[FRONT_END] = front_end(subject, results[BASELINE].implementation, clock)
         timed.append(results[FRONT_END])
-    rounds = rounds_for(sum(clock.turn_seconds(p.call_seconds, p.calls) for p in timed), budget)
+    rounds = rounds_for(sum(clock.turn_seconds(p.call_seconds, p.calls) for p in timed), budget, group.suite)
     if timed:
         say(f"{rounds} interleaved rounds of {len(timed)}")
         interleave(timed, clock, rounds)

@@ -27,6 +27,9 @@ PACKAGES = (
     "performer-pytorch",
     "flash-linear-attention",
     "fla-core",
+    "vit-pytorch",
+    "timm",
+    "torchvision",
 )
 """Whose versions a run notes, ``None`` for one that is not installed."""
 

@@ -7,7 +7,7 @@ import torch
 import t2t_fast
 from t2t_fast.testing import DTYPES
 
-from . import operators
+from . import context, operators
 
 COMPILE_MODES = {"cuda": "max-autotune", "cpu": "default"}
 """Mode of ``torch.compile``, the same for everyone."""
@@ -35,8 +35,11 @@ class Provider(NamedTuple):
 PROVIDERS = (
     Provider("upstream", "upstream, eager", "upstream"),
     Provider("upstream-compiled", "upstream, torch.compile", "upstream", compiled=True),
+    Provider("upstream-graph", "upstream, CUDA graph", "upstream", captured=True),
     Provider("aten", "t2t_fast aten, eager", "aten"),
     Provider("aten-compiled", "t2t_fast aten, torch.compile", "aten", compiled=True),
+    Provider("native", "t2t_fast native, eager", "native"),
+    Provider("triton", "t2t_fast triton, eager", "triton"),
     Provider("t2t_fast", "t2t_fast, eager", "t2t_fast"),
     Provider("t2t_fast-compiled", "t2t_fast, torch.compile", "t2t_fast", compiled=True),
     Provider("t2t_fast-low", "t2t_fast, low memory", "t2t_fast", memory="low"),
@@ -59,11 +62,15 @@ PROVIDERS = (
         package=True,
     ),
     Provider("sdpa", "scaled_dot_product_attention (softmax)", "sdpa", another=True),
+    *(Provider(name, model.label, name, another=True, package=True) for name, model in context.MODELS.items()),
 )
 """In the order of every table; the first is what the others are compared with."""
 
 BASELINE = PROVIDERS[0].name
+OURS = "t2t_fast"
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
+BACKENDS = ("aten", "native", "triton")
+"""Sources that are the package with a backend of one's own choice."""
 
 
 def backends(device, dtype):
@@ -72,30 +79,46 @@ def backends(device, dtype):
     return {op: explanation.chosen(op) for op in dict.fromkeys(op for op, _, _ in explanation.rows)}
 
 
+def _able(device, dtype):
+    """Operator -> the backends that could run it here, without those that ``auto`` passes over as slower."""
+    found = {}
+    for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[dtype]).rows:
+        found.setdefault(op, set()).update([backend] if verdict in ("chosen", "available") else [])
+    return found
+
+
 def _sources(group, device):
-    chosen = backends(device, group.dtype)
-    sources = ("upstream", "t2t_fast")
+    chosen, able = backends(device, group.dtype), _able(device, group.dtype)
+    sources = ("upstream", OURS)
     if group.level == "op":
         op = group.subject.partition("-")[0]
-        chosen, sources = {op: chosen[op]}, operators.SOURCES[op]
-    # "t2t_fast" is what the package chooses by itself; the aten form is a row of its own only where that differs
-    if any(name != "aten" for name in chosen.values()):
-        sources = (*sources, "aten")
-    return sources
+        chosen, able, sources = {op: chosen[op]}, {op: able[op]}, operators.SOURCES[op]
+    if group.suite == "processes":
+        return sources  # a smoke test
+    if group.level == "model" and group.batch is not None:
+        sources = (*sources, *context.beside(group.subject))
+    # "t2t_fast" is what the package chooses by itself; another backend is a row where it could do the same work
+    others = [
+        backend
+        for backend in BACKENDS
+        if all(backend in names for names in able.values()) and any(name != backend for name in chosen.values())
+    ]
+    return (*sources, *others)
 
 
 def providers(group, device):
     """The providers of a group, in the table's order."""
     sources = _sources(group, device)
-    latency = device == "cuda" and group.level != "op" and group.batch == 1 and group.mode == "inference"
+    graphs = device == "cuda" and group.suite == "latency"
     # on a CPU the native layers keep little by themselves
-    keeping = device == "cuda" and (group.level, group.subject, group.mode) == ("module", "performer", "training")
+    performer = group.level != "op" and group.subject != "transformer" and "_t_" not in group.subject
+    keeping = device == "cuda" and performer and group.mode == "training" and group.suite in ("module", "memory")
     return [
         provider
         for provider in PROVIDERS
         if provider.source in sources
         and (group.compiled or not provider.compiled)
-        and (latency or not provider.captured)
+        and (graphs or not provider.captured)
         and (keeping or provider.memory == "fast")
     ]
 

@@ -1,13 +1,26 @@
 """A measured row as plain data: what the JSON files hold and the report reads."""
 
+from . import context
 from .harness import FRONT_END, Participant
 from .providers import BASELINE, BY_NAME, backends
-from .statistics import ratios, summary
+from .statistics import percentile, ratios, summary
 
 
 def _saved_share(group, saved, cost):
     """The bytes that must be kept for backward over those that were, or ``None`` where that says nothing."""
     return group.batch * cost.saved / saved if saved and cost.saved else None
+
+
+AGAINST_COST = ("copy_share", "gb_per_s", "tflop_per_s", "floor_s", "times_floor", "floor_share")
+
+
+def _against_cost(group, seconds, cost, limits):
+    """A row's time against what a fused implementation moves and computes, and against its floor here."""
+    moved, computed = group.batch * cost.bytes(group.mode), group.batch * cost.flops(group.mode)
+    floor = group.batch * cost.floor(group.mode, limits["bytes_per_s"], limits["flop_per_s"][group.dtype])
+    median = seconds["median"]
+    found = (moved / median / limits["bytes_per_s"], moved / median / 1e9, computed / median / 1e12)
+    return dict(zip(AGAINST_COST, (*found, floor, median / floor, floor / median), strict=True))
 
 
 def row(group, name, results, limits, device):
@@ -20,8 +33,6 @@ def row(group, name, results, limits, device):
     facts = dict(participant.facts)
     cost = facts.pop("cost")
     seconds = summary(participant.times)
-    flop_per_s = limits["flop_per_s"][group.dtype]
-    floor = group.batch * cost.floor(group.mode, limits["bytes_per_s"], flop_per_s)
     found = {
         "group": group.id,
         **group._asdict(),
@@ -33,12 +44,10 @@ def row(group, name, results, limits, device):
         "times": participant.times,
         **facts,
         "images_per_s": group.batch / seconds["median"],
-        "copy_share": group.batch * cost.bytes(group.mode) / seconds["median"] / limits["bytes_per_s"],
+        "p95_s": percentile(participant.times, 0.95) if group.suite == "latency" else None,
+        # a model of another package has other costs
+        **(dict.fromkeys(AGAINST_COST) if name in context.MODELS else _against_cost(group, seconds, cost, limits)),
         "saved_share": _saved_share(group, facts["saved_bytes"], cost),
-        "gb_per_s": group.batch * cost.bytes(group.mode) / seconds["median"] / 1e9,
-        "tflop_per_s": group.batch * cost.flops(group.mode) / seconds["median"] / 1e12,
-        "floor_s": floor,
-        "times_floor": seconds["median"] / floor,
         "speedup": None,
         "front_end_share": None,
         "amdahl_limit": None,

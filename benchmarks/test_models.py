@@ -1,10 +1,10 @@
-"""Whole models against their peers, one test a row; run with ``pytest benchmarks`` or ``python -m benchmarks``."""
+"""Inference of whole models, one test a row; run with ``pytest benchmarks`` or ``python -m benchmarks``."""
 
 import pytest
 
 from .harness import REPLAY
 
-LEVEL = "model"
+SUITE = "models"
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -4,7 +4,7 @@ import pytest
 
 from .harness import REPLAY
 
-LEVEL = "module"
+SUITE = "module"
 
 
 @pytest.mark.benchmark(timer=REPLAY)

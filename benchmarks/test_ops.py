@@ -4,7 +4,7 @@ import pytest
 
 from .harness import REPLAY
 
-LEVEL = "op"
+SUITE = "ops"
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import t2t_fast
-from benchmarks import costs, groups, harness, report, session, subjects
+from benchmarks import cases, costs, groups, harness, run_file, session, subjects, tables
 from benchmarks.clocks import CpuClock, CudaClock
 from benchmarks.goals import GOALS, judge
 from benchmarks.groups import Group
@@ -228,41 +228,72 @@ def test_upstream_keeps_the_published_bytes_for_backward():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("level", ["op", "module", "model"])
-def test_every_group_has_its_peers(level, device):
-    full = groups.groups(level, device, quick=False)
-    assert len({group.id for group in full}) == len(full)
-    quick = groups.groups(level, device, quick=True)
+@pytest.mark.parametrize("suite", groups.SUITES)
+def test_every_group_has_its_peers(suite, device):
+    full = groups.groups(suite, device, quick=False)
+    assert all(group.suite == suite for group in full)
+    quick = groups.groups(suite, device, quick=True)
     assert {group.id for group in quick} <= {group.id for group in full}
     for group in full:
         names = [provider.name for provider in providers(group, "cpu")]
-        assert names[:2] == ["upstream", "upstream-compiled"]
-        assert {"t2t_fast", "t2t_fast-compiled"} <= set(names)
+        assert names[0] == "upstream" and "t2t_fast" in names
+        assert ({"upstream-compiled", "t2t_fast-compiled"} <= set(names)) == group.compiled
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_name_is_one_group_of_all_suites(device, quick):
+    names = [group.id for suite in groups.SUITES for group in groups.groups(suite, device, quick)]
+    assert len(set(names)) == len(names)
+
+
+def test_every_suite_has_a_file_and_a_heading():
+    files = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
+    assert files == set(groups.SUITES)
+    assert set(cases.SUITES) == set(groups.TIMED)
+
+
+def test_lite_models_come_first():
+    for suite in ("models", "training"):
+        subjects = [group.subject for group in groups.groups(suite, "cuda", quick=False) if group.dtype == "bf16"]
+        assert subjects[:3] == list(groups.LITE)
+
+
+def test_the_sweeps_reach_as_far_as_they_should():
+    scaled = groups.groups("scaling", "cuda", quick=False)
+    assert {1, 1024} <= {group.batch for group in scaled} and {224, 2048} <= {group.size for group in scaled}
+    for device in ("cpu", "cuda"):
+        assert {196, 1_000_000} <= groups.LENGTHS[device].keys()
+        fits = groups.groups("memory", device, quick=False)
+        assert {group.size for group in fits} == {224, 384, 512}
 
 
 @pytest.mark.parametrize(
     ("change", "there"),
     [
         ({}, True),
-        ({"batch": 32}, False),
-        ({"mode": "training"}, False),
-        ({"level": "op", "subject": "soft_split"}, False),
+        ({"suite": "models", "batch": 32}, False),
+        ({"suite": "training", "mode": "training"}, False),
+        ({"suite": "ops", "level": "op", "subject": "soft_split"}, False),
     ],
     ids=["one image", "a batch", "training", "an operator"],
 )
 def test_graphs_are_for_the_latency_of_one_image(change, there):
-    group = Group("model", "t2t_vit_7", 224, 1, "bf16", "inference")._replace(**change)
-    assert ("t2t_fast-graph" in {provider.name for provider in providers(group, "cuda")}) == there
-    assert "t2t_fast-graph" not in {provider.name for provider in providers(group, "cpu")}
+    group = Group("model", "t2t_vit_7", 224, 1, "bf16", "inference", suite="latency")._replace(**change)
+    graphs = {"upstream-graph", "t2t_fast-graph"}
+    assert (graphs <= {provider.name for provider in providers(group, "cuda")}) == there
+    assert not graphs & {provider.name for provider in providers(group, "cpu")}
 
 
 def test_low_memory_is_a_row_of_the_performers_training():
-    group = Group("module", "performer", 224, 256, "bf16", "training")
+    group = Group("module", "performer", 224, 256, "bf16", "training", suite="module")
     for each, device, there in (
         (group, "cuda", True),
         (group, "cpu", False),
         (group._replace(mode="inference"), "cuda", False),
         (group._replace(subject="transformer"), "cuda", False),
+        (group._replace(level="model", subject="t2t_vit_7", suite="memory", batch=None), "cuda", True),
+        (group._replace(level="model", subject="t2t_vit_t_14", suite="memory", batch=None), "cuda", False),
     ):
         assert ("t2t_fast-low" in {provider.name for provider in providers(each, device)}) == there
 
@@ -271,8 +302,8 @@ def test_goals_name_rows_that_exist():
     rows = {
         (group.id, provider.name)
         for device in ("cpu", "cuda")
-        for level in ("op", "module", "model")
-        for group in groups.groups(level, device, quick=False)
+        for suite in groups.SUITES
+        for group in groups.groups(suite, device, quick=False)
         for provider in providers(group, device)
     }
     for goal in GOALS:
@@ -323,8 +354,8 @@ def test_a_provider_that_does_not_fit_is_left_out_with_its_reason(monkeypatch):
 
 
 def test_no_new_group_after_the_time_limit():
-    run = session.Run("cpu", True, None, 0.0, lambda text: None)
-    first, second = groups.groups("op", "cpu", quick=True)[:2]
+    run = session.Run("cpu", True, None, 0.0, "made up", lambda text: None)
+    first, second = groups.groups("ops", "cpu", quick=True)[:2]
     time.sleep(0.01)
     assert run.out_of_time(first)
     run._group = first
@@ -342,7 +373,7 @@ def test_goals_are_judged_and_losses_stay():
 
 
 def test_table():
-    text = report.table(ENVIRONMENT, made_run(), [{"group": "g", "provider": "sdpa", "reason": "needs 99 GB"}])
+    text = tables.table(ENVIRONMENT, made_run(), [{"group": "g", "provider": "sdpa", "reason": "needs 99 GB"}])
     lines = text.splitlines()
     assert "2026-01-02, a processor, 2 threads; t2t_fast 0.1.0 (commit abc), torch 2.11" in lines[0]
     (compiled,) = [line for line in lines if "t2t_fast, torch.compile" in line]
@@ -352,7 +383,7 @@ def test_table():
     assert "- g, sdpa: needs 99 GB" in lines
     widths = {line.count("|") for line in lines if line.startswith("| ") and "ms (20" in line}
     rows = {line.count("|") for line in lines if "upstream, eager" in line}
-    assert widths == rows == {len(report.COLUMNS) + 1}
+    assert widths == rows == {len(tables.COLUMNS) + 1}
 
 
 def test_rows_come_from_either_json(tmp_path):
@@ -365,23 +396,15 @@ def test_rows_come_from_either_json(tmp_path):
         for row in rows
     ]
     raw.write_text(json.dumps({"machine_info": {"t2t_fast": ENVIRONMENT}, "benchmarks": benchmarks}))
-    assert report.read(plain) == report.read(raw) == (ENVIRONMENT, rows, [])
-
-
-@needs_matplotlib
-def test_report_from_the_json_alone(tmp_path):
-    source = tmp_path / "rows.json"
-    source.write_text(json.dumps({"environment": ENVIRONMENT, "rows": made_run(), "left_out": []}))
-    assert report.main([str(source), "--out", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", "chart.png"}
-    assert (tmp_path / "out" / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    expected = run_file.RunFile(ENVIRONMENT, rows, [], [], [])
+    assert run_file.read(plain) == run_file.read(raw) == expected
 
 
 @needs_pytest_benchmark
 @needs_matplotlib
 def test_one_row_end_to_end(tmp_path):
-    """Collection, check, interleaved timing, both JSON files, table and chart, through the real command."""
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    """Collection, check, interleaved timing, both JSON files and the report, through the real command."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--report", str(tmp_path)]
     found = subprocess.run(
         [*command, "--filter", "token_mlp and inference"],
         cwd=ROOT,
@@ -395,17 +418,19 @@ def test_one_row_end_to_end(tmp_path):
     assert re.search(rf"\[0/{len(names)} rows, 0:\d\d\] copy bandwidth", found.stdout)
     raw = json.loads((tmp_path / "raw.json").read_text())
     assert [each["params"]["row"][1] for each in raw["benchmarks"]] == names
-    environment, rows, left_out = report.read(tmp_path / "rows.json")
-    assert report.read(tmp_path / "raw.json") == (environment, rows, left_out)
-    assert environment["torch"] == torch.__version__
-    assert environment["limits"]["bytes_per_s"] > 0
-    upstream, *_, ours = rows
+    run = run_file.read(tmp_path / "rows.json")
+    assert run.complete and run.planned == len(names)
+    assert run_file.read(tmp_path / "raw.json") == run._replace(planned=None)
+    assert run.environment["torch"] == torch.__version__
+    assert run.environment["command"].endswith("--quick --filter 'token_mlp and inference'")
+    assert run.environment["limits"]["bytes_per_s"] > 0
+    upstream, *_, ours = run.rows
     assert len(upstream["times"]) == len(ours["times"]) >= harness.MIN_ROUNDS
     assert raw["benchmarks"][-1]["stats"]["median"] == pytest.approx(ours["seconds"]["median"])
     assert ours["speedup"] == ratios(upstream["times"], ours["times"])
     assert ours["peak_bytes"] > 0
     assert "token_mlp, stage 1, 224 px, batch 8, fp32, inference" in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "chart-operators.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} >= {"report.html", "rows.csv", "chart-operators.png"}
 
 
 @needs_pytest_benchmark

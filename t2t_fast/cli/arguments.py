@@ -76,8 +76,17 @@ def _env(parser):
 
 
 def _bench(parser):
-    parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
-    parser.add_argument("--out", metavar="DIR", help="where results go")
+    parser.add_argument("--quick", action="store_true", help="only the headline rows: under ten minutes on two cores")
+    parser.add_argument(
+        "--report",
+        "--out",
+        metavar="DIR",
+        help="folder for report.html, its pictures, CSV and JSON; one of its own if not given",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A.json", "B.json"), help="tell what is slower in B than in A; 1 if anything is"
+    )
     parser.epilog = "Further arguments are handed to the suite (python -m benchmarks -h lists them)."
 
 

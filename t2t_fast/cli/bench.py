@@ -17,9 +17,11 @@ def run(options):
             f"the benchmark suite is part of the source tree and not of an installed package: there is no benchmarks "
             f"folder beside {ROOT / 't2t_fast'}; clone the repository and run `make bench` there"
         )
-    arguments = ["--quick"] if options.quick else []
-    if options.out is not None:
-        arguments += ["--out", options.out]
+    arguments = [f"--{name}" for name in ("quick", "resume") if getattr(options, name)]
+    if options.report is not None:
+        arguments += ["--report", options.report]
+    if options.compare is not None:
+        arguments += ["--compare", *options.compare]
     sys.path.insert(0, str(ROOT))
     try:
         suite = import_module("benchmarks.__main__")

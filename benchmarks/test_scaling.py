@@ -1,0 +1,12 @@
+"""How time grows with batch and image, one test a row; run with ``pytest benchmarks`` or ``python -m benchmarks``."""
+
+import pytest
+
+from .harness import REPLAY
+
+SUITE = "scaling"
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_row(row, record):
+    record()

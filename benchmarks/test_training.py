@@ -1,0 +1,12 @@
+"""Training steps of whole models, one test a row; run with ``pytest benchmarks`` or ``python -m benchmarks``."""
+
+import pytest
+
+from .harness import REPLAY
+
+SUITE = "training"
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_row(row, record):
+    record()
