@@ -1,11 +1,11 @@
 """Where Performer attention overtakes softmax attention: every provider's time and memory a token, by the length."""
 
 from math import exp, log
-from pathlib import Path
 from typing import NamedTuple
 
-from .chart import COLORS
+from .chart import HALO, INK, TEXT, TITLE, blank, legend
 from .groups import MODES
+from .scaling_chart import lines, logarithmic
 from .statistics import ratios
 
 OURS, SOFTMAX = "t2t_fast", "sdpa"
@@ -94,29 +94,8 @@ def sentences(drawn):
     return found
 
 
-def _lines(axis, members, value):
-    """A line for each provider; rows without the value are left out."""
-    for curve in members:
-        points = [(n, value(row)) for n, row in curve.rows.items() if value(row) is not None]
-        if not points:
-            continue
-        row = next(iter(curve.rows.values()))
-        axis.plot(
-            *zip(*points, strict=True),
-            marker="o",
-            markersize=4,
-            color=COLORS[curve.provider],
-            label=row["label"] + (" †" if row["another_function"] else ""),
-            linestyle="--" if curve.provider.endswith("-compiled") else "-",
-            linewidth=2.4 if curve.provider == OURS else 1.3,
-        )
-    axis.set_xscale("log")
-    axis.grid(True, which="major", linewidth=0.4)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def _mark(axis, where):
-    axis.axvline(where, color="black", linewidth=0.8, linestyle=":")
+    axis.axvline(where, color=INK, linewidth=0.8, linestyle=":")
     axis.annotate(
         f"crossing at L = {where:.0f}",
         (where, 1),
@@ -124,7 +103,8 @@ def _mark(axis, where):
         xytext=(4, -4),
         textcoords="offset points",
         va="top",
-        fontsize=9,
+        fontsize=TEXT,
+        bbox=HALO,
     )
 
 
@@ -136,39 +116,27 @@ def _peak(row):
     return None if not row["peak_bytes"] else row["peak_bytes"] / tokens(row)
 
 
-def draw(drawn, heading, folder):
-    """Draw ``crossover.png``: times above, memory below, a column for each mode. Returns its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(drawn, environment):
+    """Times above, memory below, a column for each mode."""
     modes = [mode for mode in MODES if any(curve.mode == mode for curve in drawn)]
-    figure, axes = plt.subplots(
-        2, len(modes), figsize=(1 + 7 * len(modes), 10), sharex=True, squeeze=False, layout="constrained"
-    )
+    lengths = sorted({n for curve in drawn for n in curve.rows})
+    figure, axes = blank(8.2, environment, nrows=2, ncols=len(modes), sharex=True)
     for column, mode in enumerate(modes):
-        members = [curve for curve in drawn if curve.mode == mode]
+        members = [row for curve in drawn if curve.mode == mode for row in curve.rows.values()]
         top, bottom = axes[:, column]
-        _lines(top, members, _nanoseconds)
-        top.set_yscale("log")
-        _lines(bottom, members, _peak)
+        lines(top, members, _length, _nanoseconds)
+        lines(bottom, members, _length, _peak)
+        for axis in (top, bottom):
+            logarithmic(axis, lengths, rotation=45)
+        # memory a token hardly changes: from 0 on, its size can be read
+        bottom.set_yscale("linear")
         bottom.set_ylim(bottom=0)
         where = crossing(speedups(drawn, mode))
         if where is not None:
             _mark(top, where)
-        dtype = next(iter(members[0].rows.values()))["dtype"]
-        top.set_title(f"Performer attention, {dtype}, {mode}", fontsize=11)
-        top.set_ylabel("time a token, ns")
-        bottom.set_ylabel("peak memory of a call, bytes a token")
-        bottom.set_xlabel("tokens of a sequence, L")
-        lengths = sorted({n for curve in members for n in curve.rows})
-        bottom.set_xticks(lengths, [f"{n:,}".replace(",", "\u2009") for n in lengths], rotation=45, fontsize=8)
-        bottom.minorticks_off()
-    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.suptitle(f"{heading}\n† computes another function", fontsize=8, wrap=True)
-    path = Path(folder) / PICTURE
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+        top.set_title(f"Performer attention, {members[0]['dtype']}, {mode}", loc="left", fontsize=TITLE, color=INK)
+        top.set_ylabel("time a token, ns", fontsize=TEXT)
+        bottom.set_ylabel("peak memory of a call, bytes a token", fontsize=TEXT)
+        bottom.set_xlabel("tokens of a sequence, L", fontsize=TEXT)
+    legend(figure, axes, columns=3)
+    return figure

@@ -1,10 +1,9 @@
 """The demo's report: pictures as files, one HTML page that holds them all, the numbers as JSON, a summary in text."""
 
-import base64
 import json
 from html import escape
 
-from . import charts, pictures
+from . import charts, page, pictures
 
 RANDOM = (
     "The weights are random (seed {seed}): the class scores carry no meaning. That both forms give the same ones does."
@@ -53,9 +52,9 @@ def draw(out, photo, x, stages, logits, data, halves):
 def write(out, data, paths):
     """Write ``report.json`` and ``report.html``; the page's path."""
     (out / "report.json").write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    page = out / "report.html"
-    page.write_text(_page(data, paths), encoding="utf-8")
-    return page
+    path = out / "report.html"
+    path.write_text(_page(data, paths), encoding="utf-8")
+    return path
 
 
 def summary(data):
@@ -98,64 +97,20 @@ def half_words(rows):
     return sentences
 
 
-STYLE = """
-:root { --ink: #1c2530; --muted: #5f6b7a; --line: #e3e8ee; --after: #0a7d72; --alarm: #c8323a }
-* { box-sizing: border-box }
-body { margin: 0; background: #f6f8fa; color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em }
-h2 { font-size: 21px; margin: 48px 0 6px }
-p { margin: 6px 0 14px; max-width: 78ch }
-.lead { font-size: 18px; color: var(--muted) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(225px, 1fr)); gap: 14px; margin: 26px 0 }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px }
-.card b { display: block; font-size: 27px; line-height: 1.2; color: var(--after); font-variant-numeric: tabular-nums }
-.card.bad b { color: var(--alarm) }
-.card span { color: var(--muted); font-size: 14px }
-.note { border-left: 4px solid #d9a441; background: #fff8e8; padding: 10px 16px; border-radius: 0 8px 8px 0 }
-.bad.note { border-color: var(--alarm); background: #fdeeee }
-figure { margin: 14px 0 8px; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 14px }
-img { display: block; width: 100%; height: auto }
-table { border-collapse: collapse; background: #fff; border: 1px solid var(--line); font-size: 14.5px; margin: 12px 0;
-  font-variant-numeric: tabular-nums }
-th, td { padding: 6px 14px; border-bottom: 1px solid var(--line); text-align: right }
-th:first-child, td:first-child { text-align: left }
-th { color: var(--muted); font-weight: 600 }
-pre { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto;
-  font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace }
-.wide { overflow-x: auto }
-footer { margin-top: 48px; color: var(--muted); font-size: 14px }
-"""
-
-
-def _figure(paths, name, alt):
-    code = base64.b64encode(paths[name].read_bytes()).decode("ascii")
-    return f'<figure><img src="data:image/png;base64,{code}" alt="{escape(alt)}"></figure>'
-
-
-def _table(head, rows):
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
-
-
-def _card(number, words, bad=False):
-    return f'<div class="card{" bad" if bad else ""}"><b>{escape(number)}</b><span>{escape(words)}</span></div>'
-
-
 def _cards(data):
     parity = data["parity"]
-    cards = [_card(f"{parity['max_abs_difference']:.0e}", "largest difference of a logit, float32", not parity["ok"])]
+    cards = [
+        page.card(f"{parity['max_abs_difference']:.0e}", "largest difference of a logit, float32", not parity["ok"])
+    ]
     for row in data["time"]:
         slower = row["ratio"] < 1
         ratio = 1 / row["ratio"] if slower else row["ratio"]
-        cards.append(_card(f"{ratio:.2f}× {'slower' if slower else 'faster'}", row["what"], slower))
+        cards.append(page.card(f"{ratio:.2f}× {'slower' if slower else 'faster'}", row["what"], slower))
     for row in data["memory"][::2]:  # the T2T module's; the whole model's stand in the table
         more = row["ratio"] < 1
         ratio = 1 / row["ratio"] if more else row["ratio"]
-        cards.append(_card(f"{ratio:.2f}× {'more' if more else 'less'}", f"memory, {row['what']}", more))
-    return f'<div class="cards">{"".join(cards)}</div>'
+        cards.append(page.card(f"{ratio:.2f}× {'more' if more else 'less'}", f"memory, {row['what']}", more))
+    return page.cards(cards)
 
 
 def _weights(model):
@@ -223,54 +178,49 @@ def _page(data, paths):
         *(f'<p class="note">{escape(note)}</p>' for note in data["notes"]),
         "<h2>The photograph</h2>",
         "<p>The largest central square of the file, scaled to the model's input.</p>",
-        _figure(paths, "photo", "the photograph, and the square that the model sees"),
+        page.figure(paths["photo"], "the photograph, and the square that the model sees"),
         "<h2>What a soft split does</h2>",
         "<p>A soft split cuts the image into overlapping windows. Each becomes a token, so neighbours share pixels and "
         "no edge falls between two patches. White dots are the windows' centres.</p>",
-        _figure(paths, "windows", "overlapping windows drawn on the photograph"),
+        page.figure(paths["windows"], "overlapping windows drawn on the photograph"),
         "<p>The matrix of tokens: one column a token, one row a value of its window, dark is blue and bright is red. "
         "This matrix holds every pixel up to four times; upstream writes it to memory, the swapped model never does. "
         "Below it are the nine windows from above; triangles mark where their rows stand in the matrix.</p>",
-        _figure(paths, "tokens", "the matrix of tokens, and nine tokens as patches"),
+        page.figure(paths["tokens"], "the matrix of tokens, and nine tokens as patches"),
         "<p>Soft composition adds the windows up again; divided by how many cover each pixel, that is the input. "
         "Below, the tokens that leave each stage of the tokens-to-token module, laid out as the image that they are "
         "(colours: their three principal components).</p>",
-        _figure(paths, "restructured", "soft composition, and the tokens of three stages as images"),
+        page.figure(paths["restructured"], "soft composition, and the tokens of three stages as images"),
         "<h2>The same logits</h2>",
         f"<p>Largest difference {parity['max_abs_difference']:.1e}, cosine similarity {parity['cosine']:.9f}. Against "
         f"the same model in float64, the logits are off by {parity['error_before']:.1e} before and "
         f"{parity['error_after']:.1e} after the swap.</p>",
-        _figure(paths, "logits", "logits before and after, and their difference"),
-        _table(("class, before", "logit", "class, after", "logit"), top),
+        page.figure(paths["logits"], "logits before and after, and their difference"),
+        page.table(("class, before", "logit", "class, after", "logit"), top),
         "<h2>Time</h2>",
         f"<p>Medians of runs in turns, batch {model['batch']}, float32; the thin lines and the ranges in brackets go "
         "from the 20th to the 80th percentile. A training step is forward, backward and SGD with dropout on. The rest "
         "of the model is the same code in both forms, so the whole model gains less than its front end.</p>",
-        _figure(paths, "time", "bars of time before and after"),
-        _table(("", "before", "after", "ratio", "rounds"), times),
+        page.figure(paths["time"], "bars of time before and after"),
+        page.table(("", "before", "after", "ratio", "rounds"), times),
         "<h2>Memory</h2>",
         "<p>Kept for backward: the tensors that autograd saves in a training forward, each storage once, without "
         "parameters and input. Peak of a step: most bytes allocated at a time in a training step.</p>",
-        _figure(paths, "memory", "bars of memory before and after"),
-        _table(("", "before", "after", "ratio"), memory),
+        page.figure(paths["memory"], "bars of memory before and after"),
+        page.table(("", "before", "after", "ratio"), memory),
         "<h2>Half precision</h2>",
         "<p>The T2T module under autocast, with the weights of k, q and v multiplied by a growing factor, as training "
         "may make them grow. Red: tokens of the second Performer layer with a value that is not finite (fp16). Where "
         "one is NaN, so is the loss.</p>",
         *(f"<p>{escape(sentence[0].upper() + sentence[1:])}.</p>" for sentence in half_words(data["half"])),
-        _figure(paths, "half", "tokens that are not finite in fp16, before and after"),
-        _table(
+        page.figure(paths["half"], "tokens that are not finite in fp16, before and after"),
+        page.table(
             ("dtype", "weights", "form", "layer 2, not finite", "result, not finite", "error against float64"), halves
         ),
         "<h2>What was swapped, and where this ran</h2>",
         f"<pre>{escape(model['swap'])}</pre>",
-        _table(("", ""), data["environment"].items()),
+        page.table(("", ""), data["environment"].items()),
         f"<footer>Made by t2t-fast demo on {escape(data['made'])} in {data['seconds']:.0f} s. The numbers are in "
         "report.json. t2t-fast verify compares every operator with float64 on this machine.</footer>",
     ]
-    title = f"t2t_fast: {escape(model['name'])} before and after"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-        f"<body><main>\n{chr(10).join(part for part in parts if part)}\n</main></body></html>\n"
-    )
+    return page.document(f"t2t_fast: {model['name']} before and after", parts)

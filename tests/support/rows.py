@@ -1,11 +1,11 @@
 """Made-up rows of a benchmark run."""
 
-from benchmarks.providers import PROVIDERS
+from benchmarks.groups import Group
+from benchmarks.providers import BY_NAME
 from benchmarks.statistics import ratios, summary
 
 
 def made_row(provider, times, *, group="module-performer-224px-b8-fp32-inference", saved=None, peak=8e6, **more):
-    label = next(p.label for p in PROVIDERS if p.name == provider)
     row = {
         "group": group,
         "level": "module",
@@ -15,7 +15,7 @@ def made_row(provider, times, *, group="module-performer-224px-b8-fp32-inference
         "dtype": "fp32",
         "mode": "inference",
         "provider": provider,
-        "label": label,
+        "label": BY_NAME[provider].label,
         "another_function": False,
         "times": times,
         "seconds": summary(times),
@@ -58,3 +58,170 @@ def made_run():
         made_row("upstream", [0.1, 0.1, 0.1], **model, front_end_share=0.25, amdahl_limit=4 / 3),
         made_row("t2t_fast", [0.09, 0.09, 0.09], **model, front_end_share=0.25, amdahl_limit=4 / 3),
     ]
+
+
+SCALED = {"batch": (1, 4, 16, 64, 256, 1024), "size": (224, 384, 512, 768, 1024, 1536, 2048)}
+"""Batches at 224 px, and image sides at batch 1."""
+
+OPERATORS = ("soft_split-stage1", "soft_split_linear-stage1", "performer_attention-stage2", "token_mlp-stage1")
+
+
+FLOPS = {"soft_split": 0.0, "soft_split_linear": 3e9, "performer_attention": 1e9, "token_mlp": 5e9}
+"""Of a call of each operator; others have 2e9."""
+
+
+def timed(provider, group, seconds, upstream=0.1, **more):
+    """A row of a :class:`benchmarks.groups.Group`: three rounds of nearly ``seconds``, where upstream's take 0.1."""
+    times = [0.95 * seconds, seconds, 1.1 * seconds]
+    floor = 0.1 * upstream
+    flops = FLOPS.get(group.subject.partition("-")[0], 2e9) * upstream / 0.1
+    found = {
+        "suite": group.suite,
+        "level": group.level,
+        "subject": group.subject,
+        "size": group.size,
+        "batch": group.batch,
+        "dtype": group.dtype,
+        "mode": group.mode,
+        "another_function": BY_NAME[provider].another,
+        "backends": {"performer_layer": "native"} if provider.startswith("t2t_fast") else None,
+        "images_per_s": group.batch / seconds,
+        "gb_per_s": 3 * upstream / seconds,
+        "tflop_per_s": flops / 1e12 / seconds,
+        "copy_share": 0.02 / seconds,
+        "saved_share": None,
+        "floor_s": floor,
+        "times_floor": seconds / floor,
+        "floor_share": floor / seconds,
+        "saved_bytes": None if group.mode == "inference" else 4e8 * seconds,
+        "peak_bytes": 8e8 * seconds,
+        "warm_up_s": 0.2,
+        "p95_s": 1.2 * seconds if group.suite == "latency" else None,
+    }
+    row = {**made_row(provider, times, group=group.id), **found, **more}
+    return {**row, "speedup": ratios([upstream] * 3, times)}
+
+
+def _competition(group, upstream=0.1, **speeds):
+    names = {"upstream": upstream, **{name.replace("__", "-"): seconds for name, seconds in speeds.items()}}
+    return [timed(name, group, seconds, upstream) for name, seconds in names.items()]
+
+
+def made_scaling():
+    """Batches and image sides of the Performer's module; upstream has no row at the largest side."""
+    found = []
+    for mode in ("inference", "training"):
+        cells = [(224, batch) for batch in SCALED["batch"]] + [(size, 1) for size in SCALED["size"][1:]]
+        for size, batch in cells:
+            group = Group("module", "performer", size, batch, "fp32", mode, suite="scaling")
+            work = batch * (size / 224) ** 2
+            upstream = 4e-3 * (1 + work) * (size / 224)
+            found.append(timed("t2t_fast", group, 1e-3 * (1 + work), upstream))
+            if size < SCALED["size"][-1]:
+                found.append(timed("upstream", group, upstream, upstream))
+    return found
+
+
+def made_crossover():
+    """Attention by its length: ours is linear, softmax attention quadratic and equal at 1000 tokens."""
+    found = []
+    for length in (196, 784, 3136, 12544, 50176):
+        for mode in ("inference", "training"):
+            group = Group("op", f"performer_attention-L{length}", None, 2, "fp32", mode, suite="ops")
+            found += _competition(group, 8e-6 * length, t2t_fast=1e-6 * length, sdpa=1e-9 * length**2)
+    return found
+
+
+def made_fits():
+    """The largest batches of two models; upstream cannot train one image of the second."""
+    found = []
+    for subject, batches in (("t2t_vit_7", (37, 142)), ("t2t_vit_t_14", (0, 12))):
+        for provider, batch in zip(("upstream", "t2t_fast"), batches, strict=True):
+            found.append(
+                {
+                    "suite": "memory",
+                    "group": f"memory-{subject}-224px-fp32-training",
+                    "level": "model",
+                    "subject": subject,
+                    "size": 224,
+                    "dtype": "fp32",
+                    "mode": "training",
+                    "provider": provider,
+                    "label": BY_NAME[provider].label,
+                    "another_function": False,
+                    "batch": batch,
+                    "limit_bytes": 2e9,
+                    "used_bytes": 1.97e9 if batch else None,
+                    "over_bytes": 2.02e9,
+                }
+            )
+    return found
+
+
+def made_processes():
+    """One, two and four processes, of which two do not gain what they should."""
+    found = []
+    for provider, seconds in (("upstream", 0.2), ("t2t_fast", 0.1)):
+        for count in (1, 2, 4):
+            times = [seconds * (1 + 0.1 * count)] * 3
+            found.append(
+                {
+                    "suite": "processes",
+                    "group": f"processes-t2t_vit_7-224px-b2-fp32-training-n{count}",
+                    "level": "model",
+                    "subject": "t2t_vit_7",
+                    "size": 224,
+                    "batch": 2,
+                    "dtype": "fp32",
+                    "mode": "training",
+                    "provider": provider,
+                    "label": BY_NAME[provider].label,
+                    "another_function": False,
+                    "processes": count,
+                    "threads": 1,
+                    "seconds": summary(times),
+                    "times": times,
+                    "images_per_s": 2 * count / times[0],
+                }
+            )
+    return found
+
+
+def made_of_everything():
+    """The content of a run file with entries of every kind, among them losses, gaps, and what is unknown."""
+    found = []
+    for subject in ("t2t_vit_14", "t2t_vit_7"):
+        for suite, mode in (("models", "inference"), ("training", "training")):
+            group = Group("model", subject, 224, 8, "fp32", mode, suite=suite)
+            rows = _competition(group, upstream__compiled=0.09, t2t_fast=0.04, t2t_fast__compiled=0.12)
+            found += [{**row, "front_end_share": 0.6, "amdahl_limit": 2.5} for row in rows]
+    unknown = dict.fromkeys(("gb_per_s", "tflop_per_s", "copy_share", "floor_s", "times_floor", "floor_share"))
+    found.append(
+        timed("timm-resnet50", Group("model", "t2t_vit_14", 224, 8, "fp32", "inference", suite="models"), 0.05)
+    )
+    found[-1] |= {**unknown, "error": None}
+    for mode in ("inference", "training"):
+        group = Group("module", "performer", 224, 8, "fp32", mode, suite="module")
+        found += _competition(group, upstream__compiled=0.08, aten=0.05, t2t_fast=0.02, t2t_fast__compiled=0.018)
+        alone = Group("module", "transformer", 224, 8, "fp32", mode, suite="module")
+        found.append({**timed("t2t_fast", alone, 0.3), "speedup": None})
+        for operator in OPERATORS:
+            found += _competition(Group("op", operator, 224, 8, "fp32", mode, suite="ops"), t2t_fast=0.03, aten=0.12)
+    found += _competition(Group("model", "t2t_vit_7", 224, 1, "fp32", "inference", suite="latency"), t2t_fast=0.05)
+    environment = {
+        **ENVIRONMENT,
+        "command": "python -m benchmarks --filter '<everything>'",
+        "quick": False,
+        "packages": {"torch": "2.11.0", "timm": None},
+    }
+    left_out = [
+        {"group": "scaling-performer-2048px-b1-fp32-inference", "provider": "upstream", "reason": "needs 99 GB"}
+    ]
+    return {
+        "environment": environment,
+        "planned": 500,
+        "rows": found + made_scaling() + made_crossover(),
+        "fits": made_fits(),
+        "processes": made_processes(),
+        "left_out": left_out,
+    }
