@@ -1,44 +1,55 @@
 """Everything that a GPU machine can tell, offline, in under ten minutes: ``python -m benchmarks.gpu --out DIR``.
 
-Builds in place, runs the gpu-marked tests that are not slow, ``t2t-fast verify``, the half-precision comparison,
-attention's error against norm, the kernel report, a short training run of a swapped model beside upstream's, the
-headline rows of the suites, and as many of the other rows as fit into what is left of the time. Every part has a time
-limit, a log of its own, and its line in ``summary.json`` as soon as it ends, so a run that is cut off leaves what it
-had. Without a GPU: one line that says why, exit code 1.
+Builds in place, measures the headline rows, runs ``t2t-fast verify``, the gpu-marked tests that are not slow, the
+half-precision comparison, attention's error against norm, a short training run of a swapped model beside upstream's and
+the kernel report, then measures rows by ``torch.compile``, and as many of the other rows as fit into the time that is
+left. ``--quick`` takes under three minutes; ``gpu_plan.py`` has the parts. Every part has a time limit, a log of its
+own, and its line in ``summary.json`` and ``summary.md`` as soon as it ends; all of it then goes into ``DIR.tar.gz``. A
+run that is cut off leaves what it had, and a second call into the same folder goes on. Without a GPU: one line that
+says why, exit code 1.
 """
 
 import argparse
+import hashlib
 import json
-import os
-import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
-from . import report
-from .goals import judge
+from .gpu_plan import END_SECONDS, ROOT, TOTAL_SECONDS, WORTH_STARTING, Part, Stage, plan
+from .gpu_process import Running, cores, end
+from .gpu_summary import (
+    CUT_OFF,
+    FAILED,
+    INTERRUPTED,
+    LEFT_OUT,
+    NO_TIME,
+    NOT_ASKED,
+    OK,
+    SUCCESS,
+    archive_of,
+    collect,
+    write,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-TOTAL_SECONDS = 570
-"""Of a whole run; what the other parts leave belongs to the suites."""
+__all__ = ["Gpu", "Part", "Stage", "main", "plan", "run"]
 
-SUITES_MARGIN = 75
-"""Seconds between the suites' last start of a group and the end of their part: a group takes that long."""
+REPORT_SECONDS = 20
+"""For the pictures of rows whose own run did not come to draw them."""
 
-WORTH_STARTING = 90
-"""Seconds that a part without a limit of its own needs at least."""
-
-
-NO_TIME = "no time left"
+SOURCES = ("*.py", "t2t_fast/**/*.py", "t2t_fast/**/*.json", "csrc/**/*.*", "build_support/*.py", "benchmarks/*.py")
+SOURCES += ("tests/**/*.py",)
+"""What the results depend on."""
 
 
 class Gpu:
     """The device layer: whether there is a GPU, and what it is. Imports torch when asked, not before."""
+
+    name = "cuda"
 
     def obstacle(self):
         """Why nothing can run here, in one line, or ``None``."""
@@ -56,75 +67,148 @@ class Gpu:
         """GPU, driver, versions, commit, date."""
         from . import machine
 
-        return machine.describe("cuda")
+        return machine.describe(self.name)
 
     def run_name(self):
         """Name of the results' folder."""
         from . import machine
 
-        return machine.run_name("cuda")
+        return machine.run_name(self.name)
+
+    def architecture(self):
+        """The card's, if the kernel report knows it ("sm_90"), else ``None``."""
+        import torch
+
+        from .triton_report import SHARED_LIMITS
+
+        major, minor = torch.cuda.get_device_capability()
+        return name if (name := f"sm_{major}{minor}") in SHARED_LIMITS else None
 
 
-class Part(NamedTuple):
-    """One step: a name, its time limit (``None``: what is left), and its command for a limit."""
+@contextmanager
+def _signals():
+    """SIGTERM and SIGHUP interrupt like SIGINT, so that a run that is told to end still writes what it has."""
 
-    name: str
-    seconds: float | None
-    command: Callable[[float], list[str]]
+    def interrupt(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
-
-def plan(out, quick):
-    """The parts in their order."""
-
-    def python(*words):
-        return lambda seconds: [sys.executable, *words]
-
-    def suites(folder, *more):
-        def command(seconds):
-            limit = f"{max(1.0, seconds - SUITES_MARGIN):.0f}"
-            words = ["--device", "cuda", "--out", str(out / folder), "--max-seconds", limit]
-            return [sys.executable, "-m", "benchmarks", *words, *more]
-
-        return command
-
-    neutrality = ("-m", "benchmarks.neutrality", "--device", "cuda", "--steps", "50", "--out", str(out / "neutrality"))
-    parts = [
-        Part("build", 180, python("setup.py", "build_ext", "--inplace")),
-        Part("tests", 150, python("-m", "pytest", "-m", "gpu and not slow", "-q")),
-        Part("verify", 60, python("-m", "t2t_fast", "verify")),
-        Part("half-precision", 45, python("-m", "benchmarks.amp", "--device", "cuda", "--json")),
-        Part("stability", 30, python("-m", "benchmarks.stability", "--device", "cuda")),
-        Part("kernels", 60, python("-m", "benchmarks.kernel_report")),
-        Part("neutrality", 44, python(*neutrality)),
-        Part("headline", None, suites("headline", "--quick")),
-    ]
-    return parts if quick else [*parts, Part("suites", None, suites("suites"))]
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def run_part(part, seconds, log):
-    """Run a command into a log that is shown as it grows; end its whole process group at the limit.
+class Progress:
+    """The lines of a plan's parts, and the files that are written as each part ends.
 
-    Returns:
-        exit code, or ``None`` where the limit ended it.
+    Args:
+        parts: the plan; out: folder of the run; summary: what ``summary.json`` says besides.
     """
-    deadline = time.monotonic() + seconds
-    with log.open("wb") as sink, log.open("rb") as source:
-        process = subprocess.Popen(
-            part.command(seconds), cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-        )
+
+    def __init__(self, parts, out, summary):
+        self.parts, self.out, self.summary = parts, out, summary
+        self.lines = {}
+        self.succeeded = True
+        """Whether nothing that this call has started went wrong."""
+
+    def log(self, part, more=""):
+        """The path of a part's log; ``more`` ends its name."""
+        number = 1 + [each.name for each in self.parts].index(part.name)
+        return self.out / f"{number:02d}-{part.name}{more}.log"
+
+    def idle(self, part, result, line=None):
+        """Note a part that does not run, or keep its line from an earlier call."""
+        never = {"part": part.name, "result": result, "code": None, "seconds": 0.0, "limit": 0.0}
+        self.lines[part.name] = line or never
+
+    def add(self, part, result, seconds=0.0, limit=0.0, **more):
+        """Note what became of a part; everything is written."""
+        line = {"part": part.name, "result": result, "code": None, "seconds": round(seconds, 1)}
+        self.lines[part.name] = {**line, "limit": round(max(0.0, limit), 1), "ended": _now(), **more}
+        self.succeeded &= result in SUCCESS
+        reason = f" ({more['reason']})" if "reason" in more else ""
+        print(f"[{len(self.lines)}/{len(self.parts)}] {part.name}: {result}, {seconds:.0f} s{reason}", flush=True)
+        self.write()
+
+    def write(self):
+        """Both summaries and the archive."""
+        self.summary["parts"] = [self.lines[part.name] for part in self.parts if part.name in self.lines]
+        self.summary["suites"] = collect(self.out)
+        write(self.out, self.summary)
+
+
+def _now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _finished(part, line):
+    """Whether an earlier call did all of a part: it succeeded, and no row waits for time."""
+    if line is None or line["result"] != OK:
+        return False
+    if part.folder is None:
+        return True
+    from .session import TRY_AGAIN
+
+    found = collect(part.folder.parent).get(part.folder.name, {"error": "no rows"})
+    return "error" not in found and not any(each["reason"].startswith(TRY_AGAIN) for each in found["left_out"])
+
+
+def _asked(part, only):
+    """Whether ``only`` names the part, or the parts that it is one of ("verify", "tests", "checks")."""
+    stage = part.stage.name if part.stage else part.name
+    return any(word in (part.name, stage) or part.name.startswith(f"{word}-") for word in only)
+
+
+def _choose(progress, earlier, only):
+    """The parts to run; the others are noted."""
+    chosen = []
+    for part in progress.parts:
+        line = earlier.get(part.name)
+        if part.command is None:
+            progress.idle(part, LEFT_OUT)
+        elif only is not None and not _asked(part, only):
+            progress.idle(part, NOT_ASKED, line)
+        elif only is None and _finished(part, line):
+            progress.idle(part, OK, line)
+            print(f"{part.name}: kept, it ended at {line['ended']}", flush=True)
+        else:
+            if part.folder is not None and _finished(part, line):
+                (part.folder / "rows.json").unlink()  # named, so measured again
+            chosen.append(part)
+    return chosen
+
+
+def _begin(part, seconds, progress, threads):
+    """Start a part. Rows that the folder holds already are of the same code and machine, and are kept."""
+    command = part.command(seconds)
+    if part.folder is not None and (part.folder / "rows.json").exists():
+        command = [*command, "--resume"]
+    return Running(command, progress.log(part), seconds, threads)
+
+
+def _note(part, running, progress, interrupted):
+    """Note what became of a part that is over, and draw the rows of one that was ended before it could."""
+    code = None if running.stopped else running.process.returncode
+    result = (INTERRUPTED if interrupted else CUT_OFF) if running.stopped else FAILED if code else OK
+    more = {"code": code, "log": running.log.name, "command": running.words()}
+    if result == FAILED:
+        more["reason"] = f"exit code {code}"
+    progress.add(part, result, time.monotonic() - running.begun, running.seconds, **more)
+    if part.folder is None or not (part.folder / "rows.json").exists():
+        return
+    rows, table = part.folder / "rows.json", part.folder / "table.md"
+    if not table.exists() or table.stat().st_mtime < rows.stat().st_mtime:
+        command = [sys.executable, "-m", "benchmarks.report", str(rows), "--out", str(part.folder)]
+        drawing = Running(command, progress.log(part, "-report"), REPORT_SECONDS)
         try:
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-                _show(source)
-            code = process.poll()
+            while not drawing.over:
+                time.sleep(0.05)
         finally:
-            if process.poll() is None:
-                _end(process)
-        _show(source)
-    # what is committed should not tell where this checkout lies
-    text = log.read_text(errors="replace").replace(str(ROOT), ".").replace(sys.prefix, "<python>")
-    log.write_text(text)
-    return code
+            end([drawing])
+            progress.write()
 
 
 def _show(source):
@@ -132,60 +216,150 @@ def _show(source):
     sys.stdout.flush()
 
 
-def _end(process):
-    """Ask the process group to end, and insist ten seconds later."""
-    for request, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, request)
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            process.wait()
-        return
+def _together(parts, seconds, jobs, progress):
+    """Run parts side by side; a single one shows its output as it comes."""
+    deadline = time.monotonic() + seconds
+    waiting, active = list(parts), []
+    single, threads = len(parts) == 1, None if jobs == 1 else max(1, cores() // jobs)
+    interrupted, source = True, None
+    try:
+        while waiting or active:
+            left = deadline - time.monotonic()
+            while waiting and len(active) < jobs and left > 1:
+                part = waiting[0]
+                active.append((part, _begin(part, min(left, part.seconds or left), progress, threads)))
+                waiting.pop(0)
+                print(f"{part.name}: begun, at most {active[-1][1].seconds:.0f} s", flush=True)
+                source = active[-1][1].log.open("rb") if single else None
+            while waiting and left <= 1:
+                progress.add(waiting.pop(0), NO_TIME, reason=f"{jobs} at a time, its stage had {seconds:.0f} s")
+            over = [pair for pair in active if pair[1].over]
+            end([running for _, running in over])
+            active = [pair for pair in active if pair not in over]
+            if source is not None:
+                _show(source)
+            for part, running in over:
+                _note(part, running, progress, interrupted=False)
+            if active:
+                time.sleep(0.1)
+        interrupted = False
+    finally:
+        if source is not None:
+            source.close()
+        end([running for _, running in active])
+        for part, running in active:
+            _note(part, running, progress, interrupted)
 
 
-def _write(path, summary):
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(path)
+def _reserved(parts):
+    """Seconds that these parts may take at most, as far as that is known."""
+    stages = {part.stage for part in parts if part.stage is not None}
+    return sum(part.seconds or 0 for part in parts if part.stage is None) + sum(stage.seconds for stage in stages)
 
 
-def collect(out):
-    """What the suites' files hold so far: folder -> number of rows, rows without numbers, goals."""
-    found = {}
-    for path in sorted(out.glob("*/rows.json")):
-        _, rows, left_out = report.read(path)
-        goals = [judgement._asdict() for judgement in judge(rows)]
-        found[path.parent.name] = {"rows": len(rows), "left_out": left_out, "goals": goals}
-    return found
+def run(parts, out, summary, total=TOTAL_SECONDS[False], earlier=None, only=None):
+    """Run the parts; both summaries and the archive are written after each.
 
+    Args:
+        parts: of :func:`plan`; out: folder; summary: what ``summary.json`` says besides ("started", "quick",
+            "environment"), completed here; total: seconds of the whole run; earlier: lines of a call before whose
+            finished parts need not run again; only: names of parts to run, all other lines being kept.
 
-def run(parts, out, summary, total=TOTAL_SECONDS):
-    """Run the parts, writing ``summary.json`` after each. Returns whether all that were started succeeded."""
+    Returns:
+        whether nothing that was started went wrong.
+    """
     started = time.monotonic()
-    summary["parts"] = []
-    for number, part in enumerate(parts, 1):
-        left = total - (time.monotonic() - started)
-        seconds = left if part.seconds is None else min(part.seconds, left)
-        log = out / f"{number}-{part.name}.log"
-        line = {"part": part.name, "result": NO_TIME, "code": None, "seconds": 0.0, "limit": max(0.0, seconds)}
-        if seconds > (WORTH_STARTING if part.seconds is None else 1):
-            print(f"[{number}/{len(parts)}] {part.name}, at most {seconds:.0f} s", flush=True)
-            begun = time.monotonic()
-            code = run_part(part, seconds, log)
-            result = "cut off at its limit" if code is None else "ok" if code == 0 else "failed"
-            words = ["python" if word == sys.executable else word for word in part.command(seconds)]
-            command = shlex.join(words).replace(str(ROOT), ".")
-            spent = time.monotonic() - begun
-            line |= {"result": result, "code": code, "seconds": round(spent, 1), "log": log.name, "command": command}
-        summary["parts"].append(line)
-        summary["suites"] = collect(out)
-        _write(out / "summary.json", summary)
-        print(f"[{number}/{len(parts)}] {part.name}: {line['result']}, {line['seconds']:.0f} s", flush=True)
-    summary["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    _write(out / "summary.json", summary)
-    return all(line["result"] in ("ok", NO_TIME) for line in summary["parts"])
+    progress = Progress(parts, out, summary)
+    summary.pop("finished", None)
+    chosen = _choose(progress, {line["part"]: line for line in earlier or ()}, only)
+    progress.write()
+    stages = [list(members) for _, members in groupby(chosen, key=lambda part: part.stage or part.name)]
+    for number, members in enumerate(stages):
+        stage = members[0].stage
+        left = total - END_SECONDS - (time.monotonic() - started)
+        box = members[0].seconds if stage is None else stage.seconds
+        least = 1
+        if box is None:
+            left -= _reserved([part for later in stages[number + 1 :] for part in later])
+            box, least = left, WORTH_STARTING
+        if left <= least:
+            for part in members:
+                reason = f"{max(0.0, left):.0f} s were left, more than {least} s are needed"
+                progress.add(part, NO_TIME, limit=left, reason=reason)
+            continue
+        _together(members, min(box, left), 1 if stage is None else stage.jobs, progress)
+    summary["finished"] = _now()
+    progress.write()
+    return progress.succeeded
+
+
+def source_digest():
+    """A short name for the code that the results depend on, as it is, committed or not."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()}):
+        found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _earlier(out, summary):
+    """The lines of an earlier call into this folder by the same code on the same machine.
+
+    What lies there by other code, or from another machine, is moved aside.
+
+    Raises:
+        ValueError: the folder's summary cannot be read.
+    """
+    path = out / "summary.json"
+    if not path.exists():
+        return []
+    try:
+        before = json.loads(path.read_text())
+        lines, sameness = before["parts"], _sameness(before)
+    except (ValueError, KeyError, TypeError) as failure:
+        raise ValueError(f"{path} is no summary of such a run ({failure!r}); choose another folder") from failure
+    if sameness == _sameness(summary):
+        return lines
+    aside = next(name for number in range(1, 1000) if not (name := out.with_name(f"{out.name}-{number}")).exists())
+    print(f"{out} holds another run, moved to {aside.name}", flush=True)
+    out.rename(aside)
+    if archive_of(out).exists():
+        archive_of(out).rename(archive_of(aside))
+    out.mkdir()
+    return []
+
+
+def _sameness(summary):
+    """What two calls into one folder must have in common."""
+    return summary["quick"], summary["source"], {**summary["environment"], "date": None}
+
+
+def parse(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for the results; by default benchmarks/results/<name of run>")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"under {TOTAL_SECONDS[True] // 60 + 1} minutes: module and lite model, and what tells most about them",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PART",
+        help='run these only, also if they ended well before; "verify", "tests" and "checks" name several',
+    )
+    parser.add_argument(
+        "--total",
+        type=float,
+        metavar="SECONDS",
+        help=f"of this call; by default {TOTAL_SECONDS[False]}, with --quick {TOTAL_SECONDS[True]}",
+    )
+    found = parser.parse_args(argv)
+    if found.total is None:
+        found.total = TOTAL_SECONDS[found.quick]
+    if found.total <= END_SECONDS:
+        parser.error(f"--total must be more than {END_SECONDS} seconds, got {found.total:g}")
+    return parser, found
 
 
 def main(argv=None, device=None, make_plan=plan):
@@ -195,26 +369,35 @@ def main(argv=None, device=None, make_plan=plan):
         argv: the command line; device, make_plan: replaced by the tests of this control flow.
 
     Returns:
-        0 if every part succeeded, else 1.
+        0 if no part that was started went wrong, else 1; 130 if somebody stopped the run.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for the results; by default benchmarks/results/<name of run>")
-    parser.add_argument("--quick", action="store_true", help="only the headline rows of the suites")
-    arguments = parser.parse_args(argv)
+    parser, arguments = parse(argv)
     device = Gpu() if device is None else device
     obstacle = device.obstacle()
     if obstacle is not None:
         print(f"python -m benchmarks.gpu: cannot run here: {obstacle}", file=sys.stderr)
         return 1
     out = (arguments.out or ROOT / "benchmarks" / "results" / device.run_name()).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    summary = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "quick": arguments.quick,
-        "environment": device.describe(),
-    }
-    succeeded = run(make_plan(out, arguments.quick), out, summary)
-    print(out / "summary.json")
+    parts = make_plan(device, out, arguments.quick, max(1, cores() - 2))
+    unknown = [word for word in arguments.only or () if not any(_asked(part, [word]) for part in parts)]
+    if unknown:
+        parser.error(f"--only must name some of {', '.join(part.name for part in parts)}, got {unknown[0]!r}")
+    environment, source = device.describe(), source_digest()
+    summary = {"started": _now(), "quick": arguments.quick, "source": source, "environment": environment}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        earlier = _earlier(out, summary)
+    except (OSError, ValueError) as failure:
+        print(f"python -m benchmarks.gpu: --out: {failure}", file=sys.stderr)
+        return 1
+    try:
+        with _signals():
+            succeeded = run(parts, out, summary, arguments.total, earlier, arguments.only)
+    except KeyboardInterrupt:
+        print(f"python -m benchmarks.gpu: interrupted; what there is lies in {archive_of(out)}", file=sys.stderr)
+        return 130
+    for path in (out / "summary.md", archive_of(out)):
+        print(path)
     return 0 if succeeded else 1
 
 

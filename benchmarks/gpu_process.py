@@ -1,0 +1,88 @@
+"""Commands of ``make gpu`` on their way: each with a log, a time limit, and a group of processes that can be ended."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+from .gpu_plan import ROOT
+
+PATIENCE = ((signal.SIGINT, 6), (signal.SIGTERM, 4), (signal.SIGKILL, 5))
+"""How a process is ended: pytest and the suites still tell what they found after the first signal; seconds for each."""
+
+
+def cores():
+    """Processor cores for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Running:
+    """A command on its way, its output going into a log; a group of processes of its own.
+
+    Args:
+        command: argv; log: path of the log; seconds: its time limit; threads: for the parallel loops of PyTorch, or
+            ``None`` for its own choice.
+    """
+
+    def __init__(self, command, log, seconds, threads=None):
+        self.command, self.log, self.seconds = command, log, seconds
+        self.stopped = False
+        self.begun = time.monotonic()
+        # so that the log holds what was said when a process is ended
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def ended(self):
+        """Whether the process came to its end."""
+        return self.process.poll() is not None
+
+    @property
+    def over(self):
+        """Whether it came to its end or its limit."""
+        return self.ended or time.monotonic() - self.begun >= self.seconds
+
+    def words(self):
+        """The command as one line, without where this checkout lies."""
+        words = ["python" if word == sys.executable else word for word in self.command]
+        return shlex.join(words).replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+
+    def signal(self, number):
+        """Send a signal to what is left of the group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def end(running):
+    """End all these, with what they have started: ask, and insist ten seconds later; clean their logs."""
+    waiting = [each for each in running if not each.ended]
+    for each in waiting:
+        each.stopped = True
+    for request, patience in PATIENCE:
+        for each in waiting:
+            each.signal(request)
+        deadline = time.monotonic() + patience
+        while any(not each.ended for each in waiting) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        waiting = [each for each in waiting if not each.ended]
+    for each in running:
+        # compilers that it left behind would disturb the next part
+        each.signal(signal.SIGKILL)
+        each.process.wait()
+        # what is committed should not tell where this checkout lies
+        text = each.log.read_text(errors="replace").replace(str(ROOT), ".").replace(sys.prefix, "<python>")
+        each.log.write_text(text)
