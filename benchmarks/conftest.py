@@ -64,6 +64,10 @@ def pytest_collection_finish(session):
     run.begin()
 
 
+def pytest_sessionfinish(session):
+    session.config.stash[RUN].save()
+
+
 def _has_row(item):
     return "row" in getattr(item, "fixturenames", ())
 

@@ -93,9 +93,9 @@ def _sources(group, device):
     if group.level == "op":
         op = group.subject.partition("-")[0]
         chosen, able, sources = {op: chosen[op]}, {op: able[op]}, operators.SOURCES[op]
-    if group.suite == "processes":
-        return sources  # a smoke test
-    if group.level == "model" and group.batch is not None:
+    if group.suite in ("memory", "processes"):
+        return sources  # no other backend is what one would train with
+    if group.level == "model":
         sources = (*sources, *context.beside(group.subject))
     # "t2t_fast" is what the package chooses by itself; another backend is a row where it could do the same work
     others = [

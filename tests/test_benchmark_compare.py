@@ -161,8 +161,8 @@ def test_the_worst_comes_first_and_the_counts_last(tmp_path, capsys):
     told = [(line.split()[0], line.split()[2]) for line in lines if GROUP in line]
     assert told[:3] == [("slower", "aten-compiled"), ("slower", "t2t_fast"), ("faster", "aten")]
     assert lines[-1] == (
-        "2 slower, 1 faster, 1 not judged; within 0.05 of each other: speed-ups of 0 of 3 rows (0%), "
-        "times of 1 of 4 rows (25%)"
+        "2 slower, 1 faster, 1 not judged, 2 regressions of t2t_fast; within 0.05 of each other: "
+        "speed-ups of 0 of 3 rows (0%), times of 1 of 4 rows (25%)"
     )
     found = json.loads((tmp_path / "out.json").read_text())
     assert [change["verdict"] for change in found["changes"]] == ["slower", "slower", "faster", "not judged"]

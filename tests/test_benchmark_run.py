@@ -1,8 +1,10 @@
 """A run of the suites as a whole: progress, a stop half-way, going on, refusing to overwrite; and largest batches."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,9 +58,10 @@ def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
     kind, entry = run.kept(FIRST, "aten")
     assert (kind, entry["times"]) == ("rows", [0.1, 0.2])
     run.finish("rows", _row(SECOND, "upstream"), SECOND, "upstream")
+    run.save()
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id] * 3 + [SECOND.id]
-    assert after.environment == ENVIRONMENT
+    assert after.environment == {**ENVIRONMENT, "command": "a command"}
     assert (after.finished, after.planned, after.complete) == (4, 6, False)
 
 
@@ -74,6 +77,17 @@ def test_what_was_left_out_is_tried_again_where_that_may_help(tmp_path, reason, 
     assert (run.kept(FIRST, "upstream") is None) == again
 
 
+def test_a_resumed_run_notes_every_command(tmp_path):
+    path = _file(tmp_path, [_row(FIRST, "upstream")])
+    for command_line, noted in (("one", "one"), ("one", "one"), ("two", "one\ntwo"), ("two", "one\ntwo")):
+        run = session.Run("cpu", True, path, None, command_line, lambda text: None)
+        run.add(SECOND, "upstream")
+        run.begin()
+        run.finish("rows", _row(SECOND, "upstream"), SECOND, "upstream")
+        run.save()
+        assert run_file.read(path).environment["command"] == noted
+
+
 def test_largest_batches_are_kept_one_by_one(tmp_path):
     found = {"group": FITTING.id, "provider": "upstream", "batch": 7}
     run = _resumed(_file(tmp_path, [], fits=[found]), (FITTING, "upstream"), (FITTING, "t2t_fast"))
@@ -85,6 +99,7 @@ def test_rows_of_another_selection_stay_in_the_file(tmp_path):
     path = _file(tmp_path, [_row(FIRST, "upstream")])
     run = _resumed(path, (SECOND, "upstream"))
     run.finish("rows", _row(SECOND, "upstream"), SECOND, "upstream")
+    run.save()
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id, SECOND.id]
     assert (after.finished, after.planned) == (2, 2)
@@ -156,6 +171,19 @@ def test_compare_through_the_users_command(tmp_path, capsys):
     assert t2t_fast_command(["bench", "--compare", pair[0], str(tmp_path / "nothing")]) == 2
 
 
+def _on_a_terminal(words, environment):
+    """Exit code and output of a command whose output is a terminal of 80 columns."""
+    mine, its = os.openpty()
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=its, stderr=its) as process:
+        os.close(its)
+        said = b""
+        # a terminal whose other side has been closed answers with an error
+        with open(mine, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+            while part := terminal.read(4096):
+                said += part
+        return process.wait(), said.decode()
+
+
 @needs_pytest_benchmark
 def test_a_run_that_is_stopped_half_way_can_be_resumed(tmp_path):
     words = [
@@ -184,8 +212,9 @@ def test_a_run_that_is_stopped_half_way_can_be_resumed(tmp_path):
     assert 0 < before.finished < before.planned and not before.complete
     assert f"stopped after {before.finished} of {before.planned} rows; to go on: python -m benchmarks" in said
     assert "--resume" in said
-    found = subprocess.run([*words, "--resume"], stderr=subprocess.STDOUT, **options)
-    assert found.returncode == 0, found.stdout
+    code, said = _on_a_terminal([*words, "--resume"], options["env"])
+    assert code == 0, said
+    assert re.search(r"\x1b\[2K█+░+ \[\d+/\d+ rows, 0:\d\d, about 0:\d\d left\] ", said)
     after, raw = run_file.read(path), run_file.read(tmp_path / "raw.json")
     assert after.complete and after.planned == before.planned
     whole = len(before.rows) // 3 * 3  # a group is measured as a whole

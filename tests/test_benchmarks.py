@@ -377,7 +377,7 @@ def test_table():
     lines = text.splitlines()
     assert "2026-01-02, a processor, 2 threads; t2t_fast 0.1.0 (commit abc), torch 2.11" in lines[0]
     (compiled,) = [line for line in lines if "t2t_fast, torch.compile" in line]
-    assert "| 200 (200 – 200) | 0.500 (0.500 – 0.500) |" in compiled
+    assert "| 200 (200 – 200) | 0.500 (0.500 – 0.500) ▼ |" in compiled
     (model,) = [line for line in lines if line.startswith("| t2t_vit_7")]
     assert "front end 25 % of upstream's time, Amdahl's limit 1.33×" in model
     assert "- g, sdpa: needs 99 GB" in lines

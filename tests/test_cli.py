@@ -183,7 +183,11 @@ def test_bench_hands_its_arguments_on(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "benchmarks", types.ModuleType("benchmarks"))
     monkeypatch.setitem(sys.modules, "benchmarks.__main__", suite)
     assert run(capsys, "bench", "--quick", "--out", "here", "--filter", "module")[0] == 5
-    assert seen == [["--quick", "--out", "here", "--filter", "module"]]
+    assert run(capsys, "bench", "--resume", "--report", "there", "--compare", "a", "b")[0] == 5
+    assert seen == [
+        ["--quick", "--report", "here", "--filter", "module"],
+        ["--resume", "--report", "there", "--compare", "a", "b"],
+    ]
 
 
 class TestExport:
