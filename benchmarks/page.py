@@ -40,10 +40,10 @@ tr.bad td { color: var(--alarm) }
 .find output { color: var(--muted); font-size: 14px }
 .rows { max-height: 1200px; overflow: auto; background: #fff; border: 1px solid var(--line); margin: 12px 0 }
 #rows { font-size: 12px; width: 100%; margin: 0; border: 0 }
-#rows th, #rows td { padding: 4px 5px }
+#rows th, #rows td { padding: 4px }
 #rows thead th { position: sticky; top: 0; background: #fff; padding: 0; box-shadow: inset 0 -1px var(--line);
   vertical-align: bottom }
-#rows button { font: inherit; color: inherit; background: none; border: 0; padding: 6px 5px; text-align: inherit;
+#rows button { font: inherit; color: inherit; background: none; border: 0; padding: 6px 4px; text-align: inherit;
   width: 100%; cursor: pointer; white-space: pre-line }
 #rows button:hover { color: var(--ink) }
 #rows th[aria-sort=ascending] button::after { content: " ▲"; font-size: 9px }
@@ -277,7 +277,7 @@ def _row(row):
     provider = "words wrapped ours" if row["provider"] == OURS else "words wrapped"
     cells = [
         _cell(list(SUITES).index(suite(row)), escape(suite(row)), "words"),
-        _cell(row["subject"], escape(row["subject"]), "words"),
+        _cell(row["subject"], escape(row["subject"]), "words wrapped"),
         _cell(row["size"], "" if row["size"] is None else str(row["size"])),
         _cell(row["batch"], str(row["batch"])),
         _cell(row["dtype"], escape(row["dtype"]), "words"),
@@ -286,7 +286,7 @@ def _row(row):
         _cell(row["seconds"]["median"], _range(row["seconds"], 1e3)),
         _speedup(row),
         _plain(row["images_per_s"]),
-        _cell(row["gb_per_s"], f"{number(row['gb_per_s'])} <small>{number(row['tflop_per_s'])}</small>"),
+        _cell(row["gb_per_s"], f"{number(row['gb_per_s'])}<br><small>{number(row['tflop_per_s'])}</small>"),
         _cell(floor_share(row), percent(floor_share(row), 2)),
         _plain(megabytes_per_image(row, "saved_bytes")),
         _plain(megabytes_per_image(row, "peak_bytes")),
