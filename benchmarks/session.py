@@ -102,10 +102,9 @@ class Run:
             if kind != "left_out" or not entry["reason"].startswith(TRY_AGAIN)
         }
         for group, names in self.plan.items():
-            # providers of a group are compared round by round, so a part of it is measured again as a whole
+            # providers of a group are compared round by round: rows of other rounds must not stand beside new ones
             if group.suite in TIMED and not all((group.id, name) in kept for name in names):
-                for name in names:
-                    kept.pop((group.id, name), None)
+                kept = {key: found for key, found in kept.items() if key[0] != group.id}
         self.found = kept
 
     def kept(self, group, name):

@@ -65,6 +65,15 @@ def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
     assert (after.finished, after.planned, after.complete) == (4, 6, False)
 
 
+def test_no_row_stands_beside_peers_of_other_rounds(tmp_path):
+    path = _file(tmp_path, [_row(FIRST, "upstream"), _row(FIRST, "upstream-compiled")])
+    run = _resumed(path, (FIRST, "upstream"), (FIRST, "aten"))
+    for name in ("upstream", "aten"):
+        run.finish("rows", _row(FIRST, name), FIRST, name)
+    run.save()
+    assert [row["provider"] for row in run_file.read(path).rows] == ["upstream", "aten"]
+
+
 @pytest.mark.parametrize(
     ("reason", "again"),
     [("the package x is not installed", False), ("the time limit of 5 s had passed", True), ("failed: no", True)],
