@@ -19,6 +19,11 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _interruptible():
+    """Hear SIGINT, which a shell without job control makes its jobs in the background ignore, and these inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Running:
     """A command on its way, its output going into a log; a group of processes of its own.
 
@@ -44,6 +49,7 @@ class Running:
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_interruptible,
             )
 
     @property

@@ -210,7 +210,12 @@ def test_a_run_that_is_stopped_half_way_can_be_resumed(tmp_path):
     words += ["--filter", "token_mlp or (soft_split_linear-stage3 and inference)"]
     options = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     path = tmp_path / "rows.json"
-    with subprocess.Popen(words, stderr=subprocess.STDOUT, **options) as process:
+
+    def hear():
+        """A shell without job control has its jobs in the background ignore SIGINT, these tests among them."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(words, stderr=subprocess.STDOUT, preexec_fn=hear, **options) as process:
         deadline = time.monotonic() + 120
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
