@@ -170,6 +170,16 @@ def test_headline_is_one_group_of_a_subject_and_mode():
     assert [row["group"] for row in cases.headline(rows[3:])] == ["big"]
 
 
+def test_amdahls_limit_in_words():
+    row = {"front_end_share": 0.6, "amdahl_limit": 2.5}
+    assert words.amdahl([{"front_end_share": None, "amdahl_limit": None}, row]) == (
+        "front end 60 % of upstream's time, Amdahl's limit 2.50×"
+    )
+    slow = {"front_end_share": 1.05, "amdahl_limit": None}
+    assert words.amdahl([slow]) == "front end 105 % of upstream's time, which sets no limit"
+    assert words.amdahl([{"front_end_share": None, "amdahl_limit": None}]) == ""
+
+
 def test_the_share_of_the_floor():
     row = made_row("t2t_fast", [0.1])
     assert cases.floor_share(row) == pytest.approx(1 / 3)
