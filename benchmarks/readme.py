@@ -137,8 +137,7 @@ def _models(rows):
                 cells += [EMPTY, EMPTY]
                 continue
             cells += [f"{_time(before)} → {_time(after)}", _speedup(after)]
-            if after["amdahl_limit"]:
-                limits.append(_times(after["amdahl_limit"]))
+            limits.append(_times(after["amdahl_limit"]) if after["amdahl_limit"] else EMPTY)
         lines.append([*cells, " / ".join(limits) or EMPTY])
     if not lines:
         return []
