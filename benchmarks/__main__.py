@@ -136,7 +136,8 @@ def main(argv=None):
     """Run the suites and write the report.
 
     Returns:
-        0; 1 or pytest's exit code if a row failed or none was selected; 2 for bad usage; 130 if somebody stopped it.
+        0; 1 or pytest's exit code if a row failed or none was selected; 2 for bad usage; 130 if somebody stopped it;
+        128 and the signal's number if one ended the suites.
     """
     found = parser()
     arguments = found.parse_args(argv)
@@ -158,6 +159,10 @@ def main(argv=None):
         return 2
     out.mkdir(parents=True, exist_ok=True)
     code = run_suites(arguments, out)
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(f"python -m benchmarks: the suites were ended by {name}; SIGKILL: out of memory?", file=sys.stderr)
+        code = 128 - code
     rows = out / "rows.json"
     if not rows.exists():
         print("python -m benchmarks: no row was measured", file=sys.stderr)

@@ -185,5 +185,7 @@ class Run:
         lists = {kind: [] for kind in KINDS}
         for kind, entry in self.found.values():
             lists[kind].append(entry)
-        planned = {(group.id, name) for group, names in self.plan.items() for name in names}
-        return run_file.RunFile(self.environment, **lists, planned=len(planned | self.found.keys()))
+        planned = len({(group.id, name) for group, names in self.plan.items() for name in names} | self.found.keys())
+        # what an earlier part of the run did not come to is still missing, whether this part plans it or not
+        before = 0 if self._before is None else self._before.planned or 0
+        return run_file.RunFile(self.environment, **lists, planned=max(planned, before))

@@ -21,6 +21,9 @@ from .providers import BACKENDS, OURS
 COPIES = 3
 """Places in memory that the inputs rotate through."""
 
+UNCACHED = 2**28
+"""Bytes of inputs that no cache holds, so that they need not rotate."""
+
 MODELS = {
     "t2t_vit_7": ("performer", 256, 7, 2),
     "t2t_vit_10": ("performer", 256, 10, 2),
@@ -177,6 +180,11 @@ def build(group, device):
     return {"op": _operator, "module": _module, "model": _model}[group.level](group, device)
 
 
+def copies(tensors):
+    """How many places in memory inputs like these rotate through."""
+    return COPIES if sum(t.numel() * t.element_size() for t in tensors) < UNCACHED else 1
+
+
 def element_size(dtype):
     """Bytes of an activation."""
     return torch.empty(0, dtype=DTYPES[dtype]).element_size()
@@ -221,7 +229,7 @@ def _operator(group, device):
         }
         inputs = [
             {name: t.to(device, copy=True).requires_grad_(training and name in wants) for name, t in moving.items()}
-            for _ in range(COPIES)
+            for _ in range(copies(moving.values()))
         ]
         own_truth = truth(op.truths[source], layout) if source in op.truths else None
         used = set(wants) if own_truth is None else set(own_truth[1])
@@ -247,7 +255,7 @@ def _operator(group, device):
 
 def _images(group, device):
     images = natural_images(group.batch, 3, group.size, group.size)
-    return images, [{"x": images.to(device, copy=True)} for _ in range(COPIES)]
+    return images, [{"x": images.to(device, copy=True)} for _ in range(copies([images]))]
 
 
 def _perturb(module):

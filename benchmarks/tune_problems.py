@@ -10,7 +10,6 @@ import t2t_fast
 
 from . import subjects
 from .groups import MODES, Group
-from .subjects import COPIES
 
 STAGES = {
     "performer_attention": ("stage1",),
@@ -84,13 +83,13 @@ class Problem:
 
     def call(self, backward):
         """What is timed: a forward pass without autograd, or a backward pass; the next copy each time."""
-        self._turn = (self._turn + 1) % COPIES
+        subject, implementation = self._sides[backward]
+        self._turn = (self._turn + 1) % len(implementation.inputs)
         if not backward:
             self._forward(False, self._turn, {})
             return
-        subject, implementation = self._sides[True]
         if self._graphs is None:
-            self._graphs = [self._forward(True, index, self._options) for index in range(COPIES)]
+            self._graphs = [self._forward(True, index, self._options) for index in range(len(implementation.inputs))]
         out, inputs = self._graphs[self._turn], implementation.inputs[self._turn]
         leaves = [*implementation.leaves.values(), *(t for t in inputs.values() if t.requires_grad)]
         torch.autograd.grad(out, leaves, subject.gradient.to(out.dtype), retain_graph=True)

@@ -35,9 +35,9 @@ def _row(group, provider):
     return made_row(provider, [0.1, 0.2], **{**group._asdict(), "group": group.id})
 
 
-def _file(tmp_path, found, left_out=(), fits=()):
-    path = tmp_path / "rows.json"
-    run_file.write(path, run_file.RunFile(ENVIRONMENT, list(found), list(fits), [], list(left_out), 99))
+def _file(folder, found, left_out=(), fits=(), planned=99):
+    path = folder / "rows.json"
+    run_file.write(path, run_file.RunFile(ENVIRONMENT, list(found), list(fits), [], list(left_out), planned))
     return path
 
 
@@ -52,7 +52,7 @@ def _resumed(path, *planned):
 def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
     planned = [(group, name) for group in (FIRST, SECOND) for name in ("upstream", "aten", "t2t_fast")]
     # of the second group the last provider is missing: its peers must be measured in turn with it
-    path = _file(tmp_path, [_row(group, name) for group, name in planned[:-1]])
+    path = _file(tmp_path, [_row(group, name) for group, name in planned[:-1]], planned=6)
     run = _resumed(path, *planned)
     assert [run.kept(group, name) is not None for group, name in planned] == [True] * 3 + [False] * 3
     kind, entry = run.kept(FIRST, "aten")
@@ -105,13 +105,40 @@ def test_largest_batches_are_kept_one_by_one(tmp_path):
 
 
 def test_rows_of_another_selection_stay_in_the_file(tmp_path):
-    path = _file(tmp_path, [_row(FIRST, "upstream")])
+    path = _file(tmp_path, [_row(FIRST, "upstream")], planned=1)
     run = _resumed(path, (SECOND, "upstream"))
     run.finish("rows", _row(SECOND, "upstream"), SECOND, "upstream")
     run.save()
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id, SECOND.id]
     assert (after.finished, after.planned) == (2, 2)
+
+
+def test_what_an_earlier_part_did_not_come_to_is_still_missing(tmp_path):
+    path = _file(tmp_path, [_row(FIRST, "upstream")], planned=9)
+    run = _resumed(path, (SECOND, "upstream"))
+    run.finish("rows", _row(SECOND, "upstream"), SECOND, "upstream")
+    run.save()
+    after = run_file.read(path)
+    assert (after.finished, after.planned, after.complete) == (2, 9, False)
+
+
+def test_suites_that_are_killed_keep_their_rows_and_say_so(tmp_path, monkeypatch, capsys):
+    def killed(arguments, out):
+        _file(out, [_row(FIRST, "upstream")])
+        return -signal.SIGKILL
+
+    monkeypatch.setattr(command, "run_suites", killed)
+    assert command.main(["--quick", "--device", "cpu", "--report", str(tmp_path)]) == 128 + signal.SIGKILL
+    said = capsys.readouterr()
+    assert "ended by SIGKILL" in said.err and "stopped after 1 of 99 rows" in said.out
+    assert (tmp_path / "report.html").exists()
+
+
+def test_large_inputs_do_not_rotate():
+    small, large = torch.empty(10), torch.empty(2**26, device="meta")
+    assert subjects.copies([small]) == subjects.copies([small, small]) == subjects.COPIES > 1
+    assert subjects.copies([small, large]) == 1
 
 
 def test_progress_counts_rows_and_tells_the_time_left(monkeypatch):
