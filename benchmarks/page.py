@@ -368,11 +368,12 @@ def _how(run):
     ]
 
 
-def report(run, paths):
+def report(run, paths, undrawn=None):
     """The page.
 
     Args:
-        run: :class:`run_file.RunFile`; paths: picture name -> PNG file (:func:`pictures.draw`).
+        run: :class:`run_file.RunFile`; paths: picture name -> PNG file (:func:`pictures.draw`); undrawn: why there are
+            no pictures, or ``None``.
 
     Returns:
         the HTML.
@@ -394,6 +395,7 @@ def report(run, paths):
         f'<p class="lead">{escape(environment["device"])}, {environment["date"][:10]}; '
         f"t2t_fast {escape(environment['t2t_fast'])}, torch {escape(environment['torch'])}; {kind}.</p>",
         _unfinished(run),
+        "" if undrawn is None else f'<p class="bad note">No pictures: {escape(undrawn)}.</p>',
         _cards(run),
         f"<nav>{links}</nav>",
     ]

@@ -1,6 +1,7 @@
 """The pictures of a run: what each shows, and whether a run has rows for it."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 from . import chart, crossover, dots, latency_chart, memory_chart, roofline, scaling_chart
@@ -109,6 +110,16 @@ PICTURES = (
     ),
 )
 """In the order of the report."""
+
+
+def obstacle():
+    """Why nothing can be drawn here, in words, or ``None``: a machine that measures need not be able to draw."""
+    for package, module in (("matplotlib", "matplotlib"), ("pillow", "PIL")):
+        try:
+            import_module(module)
+        except ImportError as failure:
+            return f"pictures need {package} ({failure}); where it is, python -m benchmarks.report draws them"
+    return None
 
 
 def draw(run, folder):

@@ -15,7 +15,7 @@ def write(source, folder):
 
     ``report.html``, ``table.md``, ``rows.csv``; ``fits.csv``, ``processes.csv`` and the PNG files of
     :data:`pictures.PICTURES` where the run has rows for them. A picture or CSV file of an earlier report of this folder
-    that this run has no rows for is removed.
+    that this run has no rows for is removed. Where nothing can be drawn, the page says why, and standard error too.
 
     Returns:
         the paths written, the page first.
@@ -28,10 +28,13 @@ def write(source, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*(f"{picture.name}.png" for picture in pictures.PICTURES), "fits.csv", "processes.csv"):
         (folder / name).unlink(missing_ok=True)
-    paths = pictures.draw(run, folder)
+    undrawn = pictures.obstacle()
+    if undrawn is not None:
+        print(f"report: {undrawn}", file=sys.stderr)
+    paths = pictures.draw(run, folder) if undrawn is None else {}
     written = tables.write(run, folder)
     path = folder / "report.html"
-    path.write_text(page.report(run, paths), encoding="utf-8")
+    path.write_text(page.report(run, paths, undrawn), encoding="utf-8")
     return [path, *written, *paths.values()]
 
 

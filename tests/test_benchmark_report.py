@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import struct
+import sys
 from html.parser import HTMLParser
 from itertools import combinations
 
@@ -139,6 +140,18 @@ def test_page_of_few_rows_has_their_sections_alone(tmp_path):
     assert {"Goals", "Speed-up", "Memory", "All rows", "Where this package is slower"} <= set(headings)
     assert not {"Scaling", "Latency", "Several processes", "Largest batch that fits"} & set(headings)
     assert "not complete" not in text
+
+
+def test_a_machine_that_cannot_draw_still_reports(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(made_of_everything()))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    written = report.write(source, tmp_path / "out")
+    assert {path.name for path in written} >= {"report.html", "table.md", "rows.csv"}
+    assert not list((tmp_path / "out").glob("*.png"))
+    page_text = (tmp_path / "out" / "report.html").read_text()
+    for said in (page_text, capsys.readouterr().err):
+        assert "pictures need pillow" in said and "python -m benchmarks.report" in said
 
 
 def test_page_marks_what_got_worse():
