@@ -143,6 +143,7 @@ def largest_batch(find):
 
     def measure(run, group, name):
         run.measure_machine()
+        run.release()
         entry = fit.measure(group, name, run.device, lambda text: run.say(f"{group.id}, {name}: {text}"))
         run.finish("fits", entry, group, name)
         return entry
@@ -156,6 +157,7 @@ def side_by_side(find):
 
     def measure(run, group, name):
         run.measure_machine()
+        run.release()
         entry = processes.measure(group, name, lambda text: run.say(f"{group.id}, {name}: {text}"))
         run.finish("processes", entry, group, name)
         return entry

@@ -1,5 +1,6 @@
 """One run of the suites: the plan, the group being measured, progress, and the file that grows row by row."""
 
+import gc
 import time
 
 from . import harness, machine, rows, run_file
@@ -153,6 +154,11 @@ class Run:
                 # without its inputs or truth no row of the group can be measured; each says so
                 self._results = dict.fromkeys(names, failure)
         return self._results[name]
+
+    def release(self):
+        """Let go of the last group's models and inputs, which would take memory from what comes next."""
+        self._group, self._results = None, {}
+        gc.collect()
 
     def row(self, group, name):
         """The finished row of a provider that was timed."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,22 @@ def test_progress_counts_rows_and_tells_the_time_left(monkeypatch):
     run.say("goes on")
     empty, half = "░" * 24, "█" * 12 + "░" * 12
     assert said == [f"{empty} [0/2 rows, 0:00] begins", f"{half} [1/2 rows, 1:30, about 1:30 left] goes on"]
+
+
+def test_a_run_lets_go_of_a_group_before_memory_is_measured(monkeypatch):
+    class Large:
+        pass
+
+    run = session.Run("cpu", True, None, None, "a command", lambda text: None)
+    run.environment, large = ENVIRONMENT, Large()
+    gone = weakref.ref(large)
+    monkeypatch.setattr(harness, "measure", lambda *_, made=[large], **__: {"upstream": made.pop()})
+    del large
+    run.add(FIRST, "upstream")
+    run.result(FIRST, "upstream")
+    assert gone() is not None
+    run.release()
+    assert gone() is None
 
 
 def test_a_run_is_resumed_in_its_own_environment_only():
