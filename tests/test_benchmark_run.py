@@ -272,7 +272,7 @@ def test_a_run_that_is_stopped_half_way_can_be_resumed(tmp_path):
     assert "--resume" in said
     code, said = _on_a_terminal([*words, "--resume"], options["env"])
     assert code == 0, said
-    assert re.search(r"\x1b\[2K█+░+ \[\d+/\d+ rows, 0:\d\d, about 0:\d\d left\] ", said)
+    assert re.search(r"\x1b\[2K█+░+ \[3/6 rows, 0:\d\d\] op-token_mlp", said)
     after, raw = run_file.read(path), run_file.read(tmp_path / "raw.json")
     assert after.complete and after.planned == before.planned
     whole = len(before.rows) // 3 * 3  # a group is measured as a whole
