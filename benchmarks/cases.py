@@ -17,7 +17,10 @@ SUITES = {
 LEVELS = {"model": "models", "module": "module", "op": "ops"}
 """The suite of a row from before rows noted theirs."""
 
-OURS = ("t2t_fast", "aten", "native", "triton")
+BASELINE, OURS = "upstream", "t2t_fast"
+"""The provider that others are compared with, and this package as it is by itself."""
+
+FORMS = (OURS, "aten", "native", "triton")
 """Names of our own providers, which may have an ending such as "-compiled"."""
 
 SIDE = 224
@@ -38,7 +41,7 @@ def suite(row):
 
 def ours(provider):
     """Whether a provider is a form of this package."""
-    return provider.startswith(OURS)
+    return provider.startswith(FORMS)
 
 
 def floor_share(row):
@@ -50,7 +53,7 @@ def floor_share(row):
 
 def lost(row):
     """Whether a row is slower than upstream eager of the same case."""
-    return row["speedup"] is not None and row["speedup"]["median"] < 1 and row["provider"] != "upstream"
+    return row["speedup"] is not None and row["speedup"]["median"] < 1 and row["provider"] != BASELINE
 
 
 def subject(row):

@@ -36,9 +36,8 @@ from statistics import median
 from typing import NamedTuple
 
 from . import run_file
-from .cases import ours
+from .cases import BASELINE, ours
 
-BASELINE = "upstream"
 CONFIDENCE = 0.95
 THRESHOLD = 0.05
 MEMORY_TOLERANCE = 0.01

@@ -1,11 +1,9 @@
 """Pictures of points: a line for each case, on it a point for every provider, panels side by side."""
 
-from .cases import main_dtype, subject
+from .cases import OURS, main_dtype, subject
 from .chart import COLORS, INK, LINE, MUTED, ROW, TEXT, TITLE, blank, legend, marker, ratio_axis, speedup_text
 from .groups import MODES
 from .words import label
-
-OURS = "t2t_fast"
 
 
 def panels(lines, members, environment, value, column):

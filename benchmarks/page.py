@@ -5,8 +5,7 @@ from html import escape
 from t2t_fast.cli import page
 
 from . import crossover
-from .cases import SUITES, cases, floor_share, headline, lost, main_dtype, of, ordered, ours, suite
-from .dots import OURS
+from .cases import OURS, SUITES, cases, floor_share, headline, lost, main_dtype, of, ordered, ours, suite
 from .goals import judge
 from .groups import LITE
 from .pictures import PICTURES

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import run_file
+from .cases import BASELINE, OURS, ours
 from .goals import judge
 from .groups import LITE
 from .words import number
 
 WIDTH = 120
-BASELINE, OURS = "upstream", "t2t_fast"
 MARKED = re.compile(r"(?<=^<!-- numbers: )(?P<folders>[^\n]*) -->\n(?P<text>.*?)(?=^<!-- /numbers -->$)", re.M | re.S)
 HOW = "benchmarks/results/README.md"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -166,8 +166,8 @@ def _module(rows):
     lines.append(["kept for backward, per image", *kept])
     head = (f"T2T module ({subject.capitalize()}), {size} px, batch {batch}, {DTYPES[rows[0]['dtype']]}",)
     blocks = [_table([*head, *names.values()], lines)]
-    ours = [case[mode, OURS] for mode in ("inference", "training") if (mode, OURS) in case]
-    floors = [f"{_floor(row)} of the {_time(row)}" for row in ours if _floor(row) != EMPTY]
+    mine = [case[mode, OURS] for mode in ("inference", "training") if (mode, OURS) in case]
+    floors = [f"{_floor(row)} of the {_time(row)}" for row in mine if _floor(row) != EMPTY]
     if floors:
         blocks.append(_paragraph(f"By this machine's own copies and products the floor is {' and '.join(floors)}."))
     return [*blocks, *_other_cases(cases)]
@@ -267,7 +267,7 @@ def _losses(rows):
     """How many rows are slower than upstream eager, and which."""
     judged = [row for row in rows if row["speedup"] is not None and row["provider"] != BASELINE]
     own = [row for row in judged if row["provider"].partition("-")[0] == OURS]
-    others = [row for row in judged if row["provider"].partition("-")[0] in ("aten", "native", "triton")]
+    others = [row for row in judged if ours(row["provider"]) and row not in own]
     if not own:
         return []
     lost = [row for row in own if row["speedup"]["median"] < 1]

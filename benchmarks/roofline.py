@@ -2,9 +2,9 @@
 
 from math import cos, pi, sin
 
-from .cases import floor_share, headline, main_dtype, of, subject
+from .cases import OURS, floor_share, headline, main_dtype, of, subject
 from .chart import ALARM, COLORS, HALO, INK, LINE, MUTED, SMALL, TEXT, blank, legend, marker
-from .dots import OURS, panels
+from .dots import panels
 from .scaling_chart import plain
 from .words import label, number, percent
 

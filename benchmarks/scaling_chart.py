@@ -2,9 +2,8 @@
 
 from math import log
 
-from .cases import SIDE, subject
+from .cases import OURS, SIDE, subject
 from .chart import COLORS, HALO, INK, LINE, MUTED, TEXT, TITLE, blank, legend, marker
-from .dots import OURS
 from .groups import MODES
 from .words import label, number
 
