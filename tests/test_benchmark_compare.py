@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, providers, run_file
+from benchmarks import compare, compare_words, providers, run_file
 from support.rows import ENVIRONMENT, made_row
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -80,8 +80,8 @@ def test_a_peer_that_became_slower_is_told_and_no_regression():
     b = made({**peers, "upstream-compiled": scattered(0.2, 3)})
     found = compare.compare(a, b)
     assert verdicts(found)["upstream-compiled", "speed-up"] == "slower"
-    assert not found.regressions and compare.summary(found).startswith("1 slower, ")
-    assert "no regressions of t2t_fast" in compare.summary(found)
+    assert not found.regressions and compare_words.summary(found).startswith("1 slower, ")
+    assert "no regressions of t2t_fast" in compare_words.summary(found)
 
 
 def test_scatter_is_no_regression():
@@ -109,7 +109,7 @@ def test_memory(before, after, verdict):
     found = compare.compare(a, b)
     assert verdicts(found).get(("t2t_fast", "kept for backward")) == verdict
     assert bool(found.regressions) == (verdict == "more memory")
-    json.dumps(compare.data(found), allow_nan=False)
+    json.dumps(compare_words.data(found), allow_nan=False)
 
 
 @pytest.mark.parametrize(
