@@ -175,7 +175,8 @@ def main(argv=None):
         print(path)
     if not run.complete:
         again = f"{command_line(arguments)} --resume --report {out}"
-        print(f"stopped after {run.finished} of {run.planned} rows; to go on: {again}")
+        half_way = f", {run.begun} more half-way" if run.begun else ""
+        print(f"stopped after {run.finished} of {run.planned} rows{half_way}; to go on: {again}")
     return code
 
 

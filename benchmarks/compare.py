@@ -6,16 +6,17 @@ in the same group. On a machine that other work shares only that can be compared
 unless ``--by time`` says otherwise. Upstream eager's own rows, and rows without it, have no speed-up: they are shown
 and not judged.
 
-The noise band of a ratio comes from an interval for each of its two medians (:func:`median_interval`): the low end of
-one over the high end of the other, and the other way round. A row is
+The noise band of a ratio comes from an interval for each of its two medians (:func:`interval`): the low end of one over
+the high end of the other, and the other way round. A row is
 
 * "slower" if its ratio is above 1 + threshold and the whole band above 1, "faster" the other way round;
 * "within noise" if its ratio is beyond the threshold and the band holds 1;
 * "same" if its ratio is within the threshold.
 
-The band covers the scatter of the rounds inside a run and nothing else. It does not cover what holds for a whole run: a
-neighbour that was busy all the time, another clock speed, another placement in memory, drift from one run to the next.
-So the threshold stands beside it. How large that has to be on a machine shows when the same commit is run twice.
+The band covers the scatter of the rounds and, where a run visited its groups several times, the medians of the visits.
+It does not cover what holds for a whole run: a neighbour that was busy all the time, another clock speed, drift from
+one run to the next. So the threshold stands beside it. How large that has to be on a machine shows when the same commit
+is run twice.
 
 Memory (more than 1 % more or less) and the largest batch that fits (an image more or less) do not scatter and have no
 band. A row that A has and B failed to measure is worse as well; one that B left out for another reason is listed. What
@@ -50,8 +51,15 @@ BETTER = ("faster", "less memory", "more images")
 ORDER = (*WORSE, *BETTER, "within noise", "not judged", "gone", "new", "same")
 """Verdicts, in the order of the table."""
 
-CONDITIONS = ("device", "threads", "driver", "torch", "compile_mode", "float32_matmul_precision", "quick")
+CONDITIONS = ("device", "threads", "driver", "torch", "compile_mode", "float32_matmul_precision", "quick", "visits")
 """What is warned of where the runs' environments differ."""
+
+
+class Rounds(NamedTuple):
+    """A row's numbers, one a round (seconds, or speed-ups), and how many of them are of each visit, in their order."""
+
+    values: list[float]
+    visits: list[int]
 
 
 class Ratio(NamedTuple):
@@ -137,6 +145,19 @@ def median_interval(values):
     return values[k - 1], values[count - k]
 
 
+def interval(rounds):
+    """:func:`median_interval` of all :class:`Rounds`, widened to hold the median of each visit.
+
+    Returns:
+        (low, high), in the values' unit.
+    """
+    ends, start = list(median_interval(rounds.values)), 0
+    for count in rounds.visits:
+        ends.append(median(rounds.values[start : start + count]))
+        start += count
+    return min(ends), max(ends)
+
+
 def judge(ratio, threshold):
     """ "slower", "faster", "within noise" or "same"; swapping the runs swaps the first two."""
     if max(ratio.value, 1 / ratio.value) <= 1 + threshold:
@@ -148,9 +169,9 @@ def judge(ratio, threshold):
 
 def _ratio(a, b, above, below):
     """The :class:`Ratio` of the medians of ``above`` over ``below``, which are ``a`` and ``b`` in either order."""
-    (low_above, high_above), (low_below, high_below) = median_interval(above), median_interval(below)
-    middle = median(above) / median(below)
-    return Ratio(median(a), median(b), middle, low_above / high_below, high_above / low_below)
+    (low_above, high_above), (low_below, high_below) = interval(above), interval(below)
+    middle = median(above.values) / median(below.values)
+    return Ratio(median(a.values), median(b.values), middle, low_above / high_below, high_above / low_below)
 
 
 def _index(entries, name):
@@ -176,7 +197,7 @@ def _timed(run, name):
 
 
 def _speedups(rows, name):
-    """The rounds' ratios to the baseline, by group and provider, for the rows that have them."""
+    """The rounds' ratios to the baseline, :class:`Rounds` by group and provider, for the rows that have them."""
     found = {}
     for (group, provider), row in rows.items():
         baseline = rows.get((group, BASELINE))
@@ -187,8 +208,14 @@ def _speedups(rows, name):
             raise ValueError(
                 f"run {name}: {group}, {provider} has {len(row['times'])} rounds, {BASELINE} {len(baseline['times'])}"
             )
-        found[group, provider] = [base / own for base, own in zip(baseline["times"], row["times"], strict=True)]
+        values = [base / own for base, own in zip(baseline["times"], row["times"], strict=True)]
+        found[group, provider] = _rounds(row)._replace(values=values)
     return found
+
+
+def _rounds(row):
+    """The seconds of a row's rounds; files from before there were several visits, and processes, do not tell any."""
+    return Rounds(row["times"], row.get("visits", []))
 
 
 def _time_changes(by, threshold, times, speedups):
@@ -308,7 +335,7 @@ def compare(a, b, threshold=THRESHOLD, by="speedup"):
     rows_a, rows_b = _timed(a, "A"), _timed(b, "B")
     fits_a, fits_b = _index(a.fits, "A"), _index(b.fits, "B")
     faster_a, faster_b = _speedups(rows_a, "A"), _speedups(rows_b, "B")
-    rounds = {key: (row["times"], rows_b[key]["times"]) for key, row in rows_a.items() if key in rows_b}
+    rounds = {key: (_rounds(row), _rounds(rows_b[key])) for key, row in rows_a.items() if key in rows_b}
     times = {key: _ratio(before, after, after, before) for key, (before, after) in rounds.items()}
     faster = {key: (values, faster_b[key]) for key, values in faster_a.items() if key in faster_b}
     speedups = {key: _ratio(before, after, before, after) for key, (before, after) in faster.items()}

@@ -8,7 +8,7 @@ import pytest
 from . import fit, harness, processes
 from .groups import DTYPES, LeftOut, groups
 from .providers import providers
-from .session import FAILED, TIME_LIMIT, Run
+from .session import Run
 
 RUN = pytest.StashKey[Run]()
 
@@ -100,35 +100,24 @@ def find(row, request):
             if kind == "left_out":
                 pytest.skip(entry["reason"])
             return entry
-        if run.out_of_time(group):
-            reason = f"{TIME_LIMIT} {run.limit:.0f} s had passed"
-            run.leave_out(group, name, reason)
-            pytest.skip(reason)
         try:
             return measure(run, group, name)
         except LeftOut as reason:
-            run.leave_out(group, name, str(reason))
+            run.leave_out(group, name, reason)
             pytest.skip(str(reason))
         except Exception as failure:
-            run.leave_out(group, name, f"{FAILED} {type(failure).__name__}: {failure}")
+            run.leave_out(group, name, failure)
             raise
 
     return found
 
 
-def _timed(run, group, name):
-    result = run.result(group, name)
-    if isinstance(result, Exception):
-        raise result
-    return run.row(group, name)
-
-
 @pytest.fixture
 def record(row, find, benchmark):
-    """A function that measures the row's group if need be and hands the row's rounds to pytest-benchmark."""
+    """A function that has the row measured if need be and hands its rounds to pytest-benchmark."""
 
     def measure():
-        found = find(_timed)
+        found = find(Run.timed)
         benchmark.group = row[0].id
         benchmark.extra_info["row"] = {key: value for key, value in found.items() if key != "times"}
         harness.REPLAY.load(found["times"])
@@ -142,8 +131,8 @@ def largest_batch(find):
     """A function that looks for the largest batch of the row's provider."""
 
     def measure(run, group, name):
+        run.check_time()
         run.measure_machine()
-        run.release()
         entry = fit.measure(group, name, run.device, lambda text: run.say(f"{group.id}, {name}: {text}"))
         run.finish("fits", entry, group, name)
         return entry
@@ -156,8 +145,8 @@ def side_by_side(find):
     """A function that measures the row's provider in several processes."""
 
     def measure(run, group, name):
+        run.check_time()
         run.measure_machine()
-        run.release()
         entry = processes.measure(group, name, lambda text: run.say(f"{group.id}, {name}: {text}"))
         run.finish("processes", entry, group, name)
         return entry

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from math import ceil
 
 import torch
 
@@ -67,10 +68,11 @@ def interleave(participants, clock, rounds):
             gc.enable()
 
 
-def rounds_for(seconds_per_round, budget, suite=None):
-    """As many rounds as the budget allows, within the suite's least and most."""
+def rounds_for(seconds_per_round, budget, suite=None, visits=1):
+    """Rounds of a visit. All visits together have what the budget allows, within the suite's least and most."""
     least, most = ROUNDS.get(suite, (MIN_ROUNDS, MAX_ROUNDS))
-    return max(least, min(most, int(budget / seconds_per_round))) if seconds_per_round > 0 else most
+    rounds = max(least, min(most, int(budget / seconds_per_round))) if seconds_per_round > 0 else most
+    return ceil(rounds / visits)
 
 
 class Replay:
@@ -237,12 +239,13 @@ def available_bytes(device):
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(group, names, device, budget, say, thorough=True):
+def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=None):
     """Measure some providers of a group.
 
     Args:
-        names: of the providers; budget: seconds for the interleaved rounds; say: called with a line of progress;
-            thorough: see :func:`prepare`.
+        names: of the providers; budget: seconds for the interleaved rounds of all ``visits``, of which this is one;
+            say: called with a line of progress; thorough: see :func:`prepare`; rounds: of the visit before, to have as
+            many again.
 
     Returns:
         name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that its row must raise.
@@ -271,7 +274,9 @@ def measure(group, names, device, budget, say, thorough=True):
     if group.level == "model" and isinstance(results.get(BASELINE), Participant):
         results[FRONT_END] = front_end(subject, results[BASELINE].implementation, clock)
         timed.append(results[FRONT_END])
-    rounds = rounds_for(sum(clock.turn_seconds(p.call_seconds, p.calls) for p in timed), budget, group.suite)
+    if rounds is None:
+        seconds = sum(clock.turn_seconds(p.call_seconds, p.calls) for p in timed)
+        rounds = rounds_for(seconds, budget, group.suite, visits)
     if timed:
         say(f"{rounds} interleaved rounds of {len(timed)}")
         interleave(timed, clock, rounds)

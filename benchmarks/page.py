@@ -146,7 +146,7 @@ def _unfinished(run):
         return ""
     return (
         f'<p class="bad note">This run is not complete: {run.finished} of {run.planned} planned rows are finished. '
-        "What is here was measured; the rest is missing.</p>"
+        "What is here was measured; the rest is missing, or was visited less often than planned.</p>"
     )
 
 

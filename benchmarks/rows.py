@@ -23,11 +23,34 @@ def _against_cost(group, seconds, cost, limits):
     return dict(zip(AGAINST_COST, (*found, floor, median / floor, floor / median), strict=True))
 
 
-def row(group, name, results, limits, device):
+def join(results, earlier):
+    """Put the rounds of a group's earlier visits before those of ``results``, and keep the first visit's other facts.
+
+    Args:
+        results: of :func:`harness.measure`, changed in place; earlier: the rows so far, by provider; none at the first
+            visit.
+    """
+    for name, before in earlier.items():
+        participant = results[name]
+        if isinstance(participant, Participant):
+            participant.times[:0] = before["times"]
+            participant.facts |= {key: before[key] for key in participant.facts.keys() & before.keys()}
+            if name == BASELINE and FRONT_END in results:
+                results[FRONT_END].times[:0] = before["front_end_times"]
+
+
+def _visits(participant, earlier):
+    """How many of the rounds are of each visit, in their order."""
+    before = [] if earlier is None else earlier["visits"]
+    return [*before, len(participant.times) - sum(before)]
+
+
+def row(group, name, results, limits, device, earlier=None):
     """The row of one provider of a measured group.
 
     Args:
-        results: of :func:`harness.measure`; limits: of :func:`machine.limits`.
+        results: of :func:`harness.measure`, joined with what came before; limits: of :func:`machine.limits`; earlier:
+            the provider's row after the visit before this one, if there was any.
     """
     participant, provider = results[name], BY_NAME[name]
     facts = dict(participant.facts)
@@ -42,6 +65,7 @@ def row(group, name, results, limits, device):
         "backends": backends(device, group.dtype) if provider.source == "t2t_fast" else None,
         "seconds": seconds,
         "times": participant.times,
+        "visits": _visits(participant, earlier),
         **facts,
         "images_per_s": group.batch / seconds["median"],
         "p95_s": percentile(participant.times, 0.95) if group.suite == "latency" else None,
@@ -49,6 +73,7 @@ def row(group, name, results, limits, device):
         **(dict.fromkeys(AGAINST_COST) if name in context.MODELS else _against_cost(group, seconds, cost, limits)),
         "saved_share": _saved_share(group, facts["saved_bytes"], cost),
         "speedup": None,
+        "front_end_times": None,
         "front_end_share": None,
         "amdahl_limit": None,
     }
@@ -56,6 +81,7 @@ def row(group, name, results, limits, device):
     if isinstance(baseline, Participant):
         found["speedup"] = ratios(baseline.times, participant.times)
         if part is not None:
+            found["front_end_times"] = part.times if name == BASELINE else None
             share = ratios(part.times, baseline.times)["median"]
             found["front_end_share"] = share
             found["amdahl_limit"] = 1 / (1 - share) if share < 1 else None

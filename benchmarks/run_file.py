@@ -13,7 +13,7 @@ class RunFile(NamedTuple):
 
     Attributes:
         environment: of :func:`machine.describe`, with the command line, the suites' ``quick`` and the measured limits.
-        rows: timed rows (:func:`rows.row`).
+        rows: timed rows (:func:`rows.row`), some with fewer visits than planned if the run was stopped.
         fits: largest batches (:func:`fit.row`).
         processes: several processes side by side (:func:`processes.row`).
         left_out: {"group", "provider", "reason"} of each planned row without numbers.
@@ -29,8 +29,15 @@ class RunFile(NamedTuple):
 
     @property
     def finished(self):
-        """Planned rows that have become something: numbers, or a reason why there are none."""
-        return len(self.rows) + len(self.fits) + len(self.processes) + len(self.left_out)
+        """Planned rows that have become something: numbers of all visits, or a reason why there are none."""
+        visits = self.environment.get("visits", 0)
+        timed = sum(len(row.get("visits", [])) >= visits for row in self.rows)
+        return timed + len(self.fits) + len(self.processes) + len(self.left_out)
+
+    @property
+    def begun(self):
+        """Timed rows that were not visited as often as planned."""
+        return len(self.rows) + len(self.fits) + len(self.processes) + len(self.left_out) - self.finished
 
     @property
     def complete(self):

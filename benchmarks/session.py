@@ -1,31 +1,38 @@
-"""One run of the suites: the plan, the group being measured, progress, and the file that grows row by row."""
+"""One run of the suites: the plan, the visits to its groups, progress, and the file that grows as they end.
+
+A machine that other work shares is slow for seconds or minutes at a time, and a tensor keeps its pages, good or bad, as
+long as it lives. Rounds that follow each other share such luck. So each timed group is visited several times, all other
+groups in between and everything in it made anew, and the rounds of its visits are taken together.
+"""
 
 import gc
 import time
 
 from . import harness, machine, rows, run_file
-from .groups import TIMED
+from .groups import TIMED, LeftOut
 from .providers import BY_NAME
+
+VISITS = {"cpu": 3, "cuda": 1}
+"""To each timed group. What disturbs one of three moves a median little. A GPU is nobody else's, and a visit costs."""
 
 BUDGETS = {"op": 6.0, "module": 20.0, "model": 20.0}
 QUICK_BUDGETS = {"op": 4.0, "module": 15.0, "model": 12.0}
-"""Seconds of interleaved rounds in a group, by level. (With 1.5 for an operator, 10 for a module and 8 for a model, the
-medians of two quick runs differed by more than 5 % in 33 of 171 rows.)"""
+"""Seconds of interleaved rounds in a group, all visits together, by level."""
 
 SUITE_BUDGETS = {"latency": (10.0, 5.0), "scaling": (8.0, 4.0)}
 """Where a suite has its own, in full and quick."""
 
 WEIGHTS = {"op": 1.0, "module": 3.0, "model": 6.0}
 SUITE_WEIGHTS = {"scaling": 2.0, "memory": 10.0, "processes": 10.0}
-COMPILE_WEIGHT = 8.0
-"""How long a row takes, relative to an operator's, and a compiled one more; for the time that is left."""
+COMPILE_WEIGHT, AGAIN_WEIGHT = 8.0, 2.0
+"""How long a row takes, relative to an operator's, and a compiled one more, at its first visit and at each later one,
+which finds compiled code on disk; for the time that is left."""
 
 BAR = 24
 """Characters of the progress bar."""
 
-SAME_RUN = ("device", "threads", "t2t_fast", "torch", "compile_mode", "float32_matmul_precision", "quick")
+SAME_RUN = ("device", "threads", "t2t_fast", "torch", "compile_mode", "float32_matmul_precision", "quick", "visits")
 """What a resumed run must have in common with its first part."""
-
 
 KINDS = ("rows", "fits", "processes", "left_out")
 """The lists of the run file."""
@@ -35,14 +42,19 @@ TRY_AGAIN = (TIME_LIMIT, FAILED)
 """Reasons that may be gone when a run is resumed."""
 
 
-def weight(group, name):
-    """How long a row takes, relative to others."""
-    own = SUITE_WEIGHTS.get(group.suite, WEIGHTS[group.level])
-    return own + COMPILE_WEIGHT * BY_NAME[name].compiled
+def visits(group, device):
+    """How many times a group is measured."""
+    return VISITS[device] if group.suite in TIMED else 1
+
+
+def weight(group, name, device, visit):
+    """How long a row takes at a visit (0 is the first), relative to others."""
+    own = SUITE_WEIGHTS.get(group.suite, WEIGHTS[group.level]) / visits(group, device)
+    return own + BY_NAME[name].compiled * (AGAIN_WEIGHT if visit else COMPILE_WEIGHT)
 
 
 def budget(group, quick):
-    """Seconds of interleaved rounds in a group."""
+    """Seconds of interleaved rounds in a group, all visits together."""
     if group.suite in SUITE_BUDGETS:
         return SUITE_BUDGETS[group.suite][quick]
     return (QUICK_BUDGETS if quick else BUDGETS)[group.level]
@@ -55,7 +67,7 @@ def clock_time(seconds):
 
 def describe(device, quick, command):
     """What is noted of the machine before anything is measured."""
-    return {**machine.describe(device), "quick": quick, "command": command}
+    return {**machine.describe(device), "quick": quick, "visits": VISITS[device], "command": command}
 
 
 def differences(before, now):
@@ -63,6 +75,12 @@ def differences(before, now):
     return [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in SAME_RUN if before.get(key) != now.get(key)
     ]
+
+
+def _whole(kept, group, names):
+    """Whether all of a group's rows are there, with as many visits each."""
+    found = [kept.get((group.id, name)) for name in names]
+    return None not in found and len({len(entry["visits"]) for kind, entry in found if kind == "rows"}) <= 1
 
 
 class Run:
@@ -82,8 +100,10 @@ class Run:
         self.environment = None
         self.found = {}
         """(group id, provider) -> (kind, entry) in the order of the file, kind being one of :data:`KINDS`."""
+        self._failures = {}
+        """(group id, provider) -> the exception that its row raises."""
+        self._visit = 0
         self._fresh, self._unsaved = 0.0, False
-        self._group, self._results = None, {}
         self._before = run_file.read(path) if path is not None and path.exists() else None
 
     def add(self, group, name):
@@ -104,29 +124,45 @@ class Run:
         }
         for group, names in self.plan.items():
             # providers of a group are compared round by round: rows of other rounds must not stand beside new ones
-            if group.suite in TIMED and not all((group.id, name) in kept for name in names):
+            if group.suite in TIMED and not _whole(kept, group, names):
                 kept = {key: found for key, found in kept.items() if key[0] != group.id}
         self.found = kept
 
     def kept(self, group, name):
-        """(kind, entry) of a row that was finished before the run was resumed, or ``None``."""
-        return self.found.get((group.id, name))
+        """(kind, entry) of a row that needs no measurement any more, or ``None``."""
+        done = self._visited(group, name) >= visits(group, self.device) and (group.id, name) not in self._failures
+        return self.found[group.id, name] if done else None
+
+    def _visited(self, group, name):
+        """How many visits a row has behind it. One that was left out needs none."""
+        kind, entry = self.found.get((group.id, name), (None, None))
+        if kind is None:
+            return 0
+        return len(entry["visits"]) if kind == "rows" else visits(group, self.device)
 
     def say(self, text):
-        """Progress: rows done, time passed and left."""
+        """Progress: rows done (in this round of visits, where there are several), time passed and left."""
         seconds = time.monotonic() - self.started
-        planned = [(group, name) for group, names in self.plan.items() for name in names]
-        finished = sum((group.id, name) in self.found for group, name in planned)
-        waiting = sum(weight(group, name) for group, name in planned if (group.id, name) not in self.found)
+        done = {(group, name): self._visited(group, name) for group, names in self.plan.items() for name in names}
+        finished = sum(count > self._visit or count >= visits(group, self.device) for (group, _), count in done.items())
+        work = waiting = 0.0
+        for (group, name), count in done.items():
+            shares = [weight(group, name, self.device, visit) for visit in range(visits(group, self.device))]
+            work, waiting = work + sum(shares), waiting + sum(shares[count:])
         left = f", about {clock_time(seconds * waiting / self._fresh)} left" if self._fresh else ""
-        filled = BAR * finished // max(1, len(planned))
+        filled = round(BAR * (1 - waiting / work)) if work else 0
         bar = f"{'█' * filled}{'░' * (BAR - filled)} " if self.live else ""
-        self.write(f"{bar}[{finished}/{len(planned)} rows, {clock_time(seconds)}{left}] {text}")
+        several = VISITS[self.device]
+        visit = f"visit {self._visit + 1} of {several}: " if several > 1 else ""
+        self.write(f"{bar}[{visit}{finished}/{len(done)} rows, {clock_time(seconds)}{left}] {text}")
 
-    def out_of_time(self, group):
-        """Whether the limit forbids to start this group."""
-        started = group == self._group
-        return self.limit is not None and not started and time.monotonic() - self.started > self.limit
+    def _out_of_time(self):
+        return self.limit is not None and time.monotonic() - self.started > self.limit
+
+    def check_time(self):
+        """Raise :class:`LeftOut` if the limit forbids to start anything."""
+        if self._out_of_time():
+            raise LeftOut(f"{TIME_LIMIT} {self.limit:.0f} s had passed")
 
     def measure_machine(self):
         """Describe the machine and take its limits, once in a run."""
@@ -136,46 +172,72 @@ class Run:
             self.environment = describe(self.device, self.quick, self.command)
             self.environment["limits"] = machine.limits(self.device)
 
-    def result(self, group, name):
-        """What became of a provider; its whole group is measured when the first of its rows asks."""
+    def timed(self, group, name):
+        """The finished row of a provider that is timed. The first to ask has all groups of its dtype measured.
+
+        Raises:
+            LeftOut: there was no time for its group, or there is a reason why it has no numbers.
+            Exception: what went wrong when it was measured.
+        """
+        for visit in range(visits(group, self.device)):
+            self._visit = visit
+            for other in self.plan:
+                if other.suite in TIMED and other.dtype == group.dtype:
+                    self._measure(other)
+        if (group.id, name) in self._failures:
+            raise self._failures[group.id, name]
+        if (group.id, name) not in self.found:
+            self.check_time()
+        return self.found[group.id, name][1]
+
+    def _measure(self, group):
+        """Visit a group, unless it has been visited this time or no time is left."""
+        names = [name for name in self.plan[group] if self._visited(group, name) == self._visit]
+        if not names or self._out_of_time():
+            return
         self.measure_machine()
-        if group != self._group:
-            self._group, self._results = group, {}
-            names = self.plan[group]
-
-            def say(text):
-                self.say(f"{group.id}: {text}")
-
-            try:
-                self._results = harness.measure(
-                    group, names, self.device, budget(group, self.quick), say, thorough=not self.quick
-                )
-            except Exception as failure:  # noqa: BLE001
-                # without its inputs or truth no row of the group can be measured; each says so
-                self._results = dict.fromkeys(names, failure)
-        return self._results[name]
-
-    def release(self):
-        """Let go of the last group's models and inputs, which would take memory from what comes next."""
-        self._group, self._results = None, {}
+        earlier = {name: self.found[group.id, name][1] for name in names if self._visit}
+        try:
+            results = harness.measure(
+                group,
+                names,
+                self.device,
+                budget(group, self.quick),
+                lambda text: self.say(f"{group.id}: {text}"),
+                thorough=not (self.quick or self._visit),
+                visits=visits(group, self.device),
+                rounds=next((row["visits"][0] for row in earlier.values()), None),
+            )
+        except Exception as failure:  # noqa: BLE001
+            # without its inputs or truth no row of the group can be measured; each says so
+            results = dict.fromkeys(names, failure)
+        rows.join(results, earlier)
+        for name in names:
+            if isinstance(results[name], Exception):
+                self._failures[group.id, name] = results[name]
+                self.leave_out(group, name, results[name])
+            else:
+                found = rows.row(group, name, results, self.environment["limits"], self.device, earlier.get(name))
+                self.finish("rows", found, group, name)
+        # models and inputs would take memory from what comes next
+        del results
         gc.collect()
 
-    def row(self, group, name):
-        """The finished row of a provider that was timed."""
-        found = rows.row(group, name, self._results, self.environment["limits"], self.device)
-        self.finish("rows", found, group, name)
-        return found
-
-    def leave_out(self, group, name, reason):
+    def leave_out(self, group, name, failure):
         """Note why a planned row has no numbers."""
+        reason = str(failure) if isinstance(failure, LeftOut) else f"{FAILED} {type(failure).__name__}: {failure}"
         self.finish("left_out", {"group": group.id, "provider": name, "reason": reason}, group, name)
 
     def finish(self, kind, entry, group, name):
         """Put an entry into one of the file's lists."""
-        # one that was left out before and measured now takes a place at the end
-        self.found.pop((group.id, name), None)
+        before = self.found.get((group.id, name))
+        if before is not None and before[0] != kind:
+            # one that was left out before and measured now takes a place at the end
+            del self.found[group.id, name]
+        done = self._visited(group, name)
         self.found[group.id, name] = (kind, entry)
-        self._fresh += weight(group, name)
+        for visit in range(done, self._visited(group, name)):
+            self._fresh += weight(group, name, self.device, visit)
         self._unsaved = True
         if group.suite not in TIMED:
             self.save()  # these take long each; rows of a group are finished within moments of each other

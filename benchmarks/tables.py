@@ -43,6 +43,7 @@ ROWS = (
     "p20_s",
     "p80_s",
     "p95_s",
+    "visits",
     "rounds",
     "speedup_median",
     "speedup_p20",
@@ -156,6 +157,7 @@ def flat(row):
         "suite": suite(row),
         "backends": None if backends is None else "; ".join(f"{op}={name}" for op, name in backends.items()),
         **_seconds(row),
+        "visits": len(row.get("visits", [])) or 1,
         **{f"speedup_{key}": speedup.get(key) for key in ("median", "p20", "p80")},
         "floor_share": floor_share(row),
     }

@@ -54,6 +54,22 @@ def test_the_interval_covers_the_median_as_often_as_it_says():
     assert 0.95 <= covered <= 0.97  # 95.9 % by the formula
 
 
+def test_the_interval_holds_the_median_of_every_visit():
+    values = [1.0] * 20 + [3.0] * 6
+    assert compare.interval(compare.Rounds(values, [])) == compare.median_interval(values) == (1, 1)
+    assert compare.interval(compare.Rounds(values, [20, 6])) == (1, 3)
+
+
+def test_a_visit_that_was_disturbed_widens_the_band():
+    """The median moved by a third, but both runs have seen visits of either kind."""
+    times = [0.03] * 11 + [0.04] * 8 + [0.03] * 11, [0.03] * 8 + [0.04] * 22
+    visits = [11, 8, 11], [8, 11, 11]
+    a, b = (made({"upstream": [0.1] * 30, "t2t_fast": t}, visits=v) for t, v in zip(times, visits, strict=True))
+    assert verdicts(compare.compare(a, b))["t2t_fast", "speed-up"] == "within noise"
+    without = [run._replace(rows=[{**row, "visits": []} for row in run.rows]) for run in (a, b)]
+    assert verdicts(compare.compare(*without))["t2t_fast", "speed-up"] == "slower"
+
+
 def test_a_slower_row_is_found_whatever_the_machine_does():
     """B runs on a machine that is twice as slow; t2t_fast lost another fifth, the compiled row nothing."""
     a = made({"upstream": scattered(0.1, 1), "t2t_fast": scattered(0.03, 2), "t2t_fast-compiled": scattered(0.02, 3)})

@@ -18,6 +18,7 @@ def made_row(provider, times, *, group="module-performer-224px-b8-fp32-inference
         "label": BY_NAME[provider].label,
         "another_function": False,
         "times": times,
+        "visits": [len(times)],
         "seconds": summary(times),
         "speedup": ratios([0.1] * len(times), times),
         "images_per_s": 80.0,
@@ -29,6 +30,7 @@ def made_row(provider, times, *, group="module-performer-224px-b8-fp32-inference
         "first_call_s": 0.1,
         "error": 1e-6,
         "gradient_error": None,
+        "front_end_times": None,
         "front_end_share": None,
         "amdahl_limit": None,
     }
