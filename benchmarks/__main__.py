@@ -7,6 +7,7 @@ measured and goes on with ``--resume``. ``--compare A.json B.json`` measures not
 
 import argparse
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,14 @@ from .groups import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 130
+
+KEEP_MEMORY = {
+    "MALLOC_TOP_PAD_": "1000000000",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+}
+"""glibc settings under which freed memory stays with the process. By themselves, blocks of some MB come from the system
+page by page at every call, and what a page costs there is the luck of a moment, on a virtual machine above all."""
 
 
 def parser():
@@ -33,6 +42,9 @@ def parser():
     found.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"some of {', '.join(SUITES)}")
     found.add_argument("--filter", help='rows whose name fits, as pytest\'s -k: "module and performer and not 384px"')
     found.add_argument("--device", choices=("cpu", "cuda"), help='by default "cuda" if there is a GPU')
+    found.add_argument(
+        "--keep-memory", action="store_true", help="have glibc keep freed memory: fewer fresh pages for everyone"
+    )
     found.add_argument("--max-seconds", type=float, metavar="N", help="start no new group of rows after N seconds")
     found.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run files: what became slower, 1 if anything did"
@@ -55,6 +67,7 @@ def command_line(arguments):
     words += ["--quick"] if arguments.quick else []
     words += ["--suite", *arguments.suite] if arguments.suite else []
     words += ["--filter", arguments.filter] if arguments.filter else []
+    words += ["--keep-memory"] if arguments.keep_memory else []
     words += ["--max-seconds", f"{arguments.max_seconds:g}"] if arguments.max_seconds is not None else []
     return shlex.join(words)
 
@@ -100,6 +113,8 @@ def obstacle(arguments, out):
 
     from . import run_file, session
 
+    if arguments.keep_memory and platform.libc_ver()[0] != "glibc":
+        return f"--keep-memory needs glibc, this is {platform.system()} with {platform.libc_ver()[0] or 'another libc'}"
     if arguments.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda needs a GPU, torch.cuda.is_available() is False"
     rows = out / "rows.json"
@@ -153,6 +168,8 @@ def main(argv=None):
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     out = (own_folder(arguments.device) if arguments.report is None else arguments.report).resolve()
+    if arguments.keep_memory:
+        os.environ.update(KEEP_MEMORY)
     reason = obstacle(arguments, out)
     if reason is not None:
         print(f"python -m benchmarks: {reason}", file=sys.stderr)

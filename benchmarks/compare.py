@@ -51,7 +51,17 @@ BETTER = ("faster", "less memory", "more images")
 ORDER = (*WORSE, *BETTER, "within noise", "not judged", "gone", "new", "same")
 """Verdicts, in the order of the table."""
 
-CONDITIONS = ("device", "threads", "driver", "torch", "compile_mode", "float32_matmul_precision", "quick", "visits")
+CONDITIONS = (
+    "device",
+    "threads",
+    "malloc",
+    "driver",
+    "torch",
+    "compile_mode",
+    "float32_matmul_precision",
+    "quick",
+    "visits",
+)
 """What is warned of where the runs' environments differ."""
 
 
@@ -119,10 +129,23 @@ class Comparison(NamedTuple):
         """The changes for the worse of this package's own rows; those of its peers are told and decide nothing."""
         return [change for change in self.changes if change.verdict in WORSE and ours(change.provider)]
 
-    def repeated(self, measure):
-        """(rows whose medians differ by less than the threshold, rows) by a measure: "speedup" or "time"."""
-        found = self.ratios[measure].values()
-        return sum(max(ratio.value, 1 / ratio.value) < 1 + self.threshold for ratio in found), len(found)
+    def repeated(self, measure, drift=1.0):
+        """(rows whose medians differ by less than the threshold, rows) by a measure: "speedup" or "time".
+
+        Args:
+            drift: a factor that all of B's numbers are taken to have, see :attr:`drift`.
+        """
+        found = [ratio.value / drift for ratio in self.ratios[measure].values()]
+        return sum(max(value, 1 / value) < 1 + self.threshold for value in found), len(found)
+
+    @property
+    def drift(self):
+        """How much longer the same work took in B: the median of upstream's ratios, which no change of ours moves.
+
+        ``None`` without rows of upstream in both runs.
+        """
+        found = [ratio.value for (_, provider), ratio in self.ratios["time"].items() if provider == BASELINE]
+        return median(found) if found else None
 
 
 def median_interval(values):
@@ -280,7 +303,7 @@ def _warnings(a, b):
     """Why the runs of two files are hard to compare."""
     found = []
     for condition in CONDITIONS:
-        before, after = a.environment.get(condition), b.environment.get(condition)
+        before, after = a.environment.get(condition) or None, b.environment.get(condition) or None
         if before != after:
             found.append(f"{condition}: {before} in A, {after} in B")
     dtypes = [sorted({row.get("dtype", "?") for row in run.rows}) for run in (a, b)]

@@ -69,6 +69,10 @@ def summary(comparison):
     words.append(
         f"{len(comparison.regressions) or 'no'} regression{'s' if len(comparison.regressions) != 1 else ''} of t2t_fast"
     )
+    drift = comparison.drift
+    if drift is not None:
+        same, total = comparison.repeated("time", drift)
+        shares.append(f"and of {same} ({same / total:.0%}) without the machine's drift, {drift:.3f} by upstream's rows")
     return f"{', '.join(words)}; within {comparison.threshold:.3g} of each other: {', '.join(shares)}"
 
 
@@ -101,6 +105,9 @@ def data(comparison):
         same, total = comparison.repeated(measure)
         rows = [{"group": group, "provider": name, **ratio._asdict()} for (group, name), ratio in found.items()]
         measures[measure] = {"within_threshold": same, "of": total, "rows": rows}
+    if comparison.drift is not None:
+        measures["time"] |= {"drift": comparison.drift}
+        measures["time"]["within_threshold_without_drift"] = comparison.repeated("time", comparison.drift)[0]
     return {
         "environments": dict(zip("ab", comparison.environments, strict=True)),
         "by": comparison.by,

@@ -148,25 +148,27 @@ def _first_call(subject, implementation, forward, device):
     return out.detach(), gradients, seconds, backward
 
 
-def prepare(subject, provider, device, clock, thorough=True):
+def prepare(subject, provider, device, clock, thorough=True, check=True):
     """Build, check, compile and warm up one provider; raises ``AssertionError`` where a check fails.
 
     With dropout active nothing can be compared exactly, so a module's or model's training is checked twice: in eval
     mode exactly, then in train mode, as it is timed, within dropout's noise. Not ``thorough``: compiled code only the
-    second way, because for it the first means to compile once more.
+    second way, because for it the first means to compile once more. Without ``check`` nothing is compared.
     """
     implementation = subject.make(provider.source)
     forward = _forward(subject, provider, implementation, device)
     dropout = subject.training and implementation.module is not None
     error = gradient_error = backward = None
-    if thorough or not (dropout and provider.compiled):
+    if check and (thorough or not (dropout and provider.compiled)):
         out, gradients, first, backward = _first_call(subject, implementation, forward, device)
         error, gradient_error = subject.check(out, gradients, implementation)
         implementation.clear()
-    if dropout:
-        implementation.module.train()
+    if dropout or not check:
+        if dropout:
+            implementation.module.train()
         out, gradients, first, backward = _first_call(subject, implementation, forward, device)
-        subject.check(out, gradients, implementation, noisy=True)
+        if check:
+            subject.check(out, gradients, implementation, noisy=True)
         implementation.clear()
     del out, gradients
     step = _step(subject, implementation, forward, backward)
@@ -244,8 +246,8 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
 
     Args:
         names: of the providers; budget: seconds for the interleaved rounds of all ``visits``, of which this is one;
-            say: called with a line of progress; thorough: see :func:`prepare`; rounds: of the visit before, to have as
-            many again.
+            say: called with a line of progress; thorough: see :func:`prepare`; rounds: of the first visit, if this is a
+            later one: it has as many, and what was checked and the memory that was measured then are not again.
 
     Returns:
         name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that its row must raise.
@@ -255,7 +257,7 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
     if device == "cuda":
         torch.cuda.empty_cache()
     clock = clocks.clock(device, group.suite)
-    results = {}
+    results, first = {}, rounds is None
     say("inputs and float64 truth")
     subject = subjects.build(group, device)
     for name in names:
@@ -264,9 +266,9 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
         if needed > 0.8 * available_bytes(device):
             results[name] = LeftOut(f"needs about {needed / 1e9:.0f} GB, free are {available_bytes(device) / 1e9:.0f}")
             continue
-        say(f"{provider.label}: check{', compile' if provider.compiled else ''}, warm up")
+        say(f"{provider.label}: {'check, ' if first else ''}{'compile, ' if provider.compiled else ''}warm up")
         try:
-            results[name] = prepare(subject, provider, device, clock, thorough)
+            results[name] = prepare(subject, provider, device, clock, thorough, check=first)
         except Exception as failure:  # noqa: BLE001 - raised again by this provider's row; its peers are still measured
             foreign = provider.package and not isinstance(failure, LeftOut)
             results[name] = LeftOut(f"failed: {type(failure).__name__}: {failure}") if foreign else failure
@@ -274,7 +276,7 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
     if group.level == "model" and isinstance(results.get(BASELINE), Participant):
         results[FRONT_END] = front_end(subject, results[BASELINE].implementation, clock)
         timed.append(results[FRONT_END])
-    if rounds is None:
+    if first:
         seconds = sum(clock.turn_seconds(p.call_seconds, p.calls) for p in timed)
         rounds = rounds_for(seconds, budget, group.suite, visits)
     if timed:
@@ -284,6 +286,8 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
         if participant.name == FRONT_END:
             continue
         participant.facts["cost"] = subject.cost
+        if not first:
+            continue
         try:
             participant.facts |= measure_memory(subject, BY_NAME[participant.name], participant, device)
         except Exception as failure:  # noqa: BLE001 - as above

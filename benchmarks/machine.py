@@ -1,5 +1,6 @@
 """Where a number was measured: versions, device, settings, and what the machine can do at best."""
 
+import os
 import platform
 import re
 import time
@@ -42,6 +43,7 @@ def describe(device):
         **environment(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "malloc": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("MALLOC_")},
         "compile_mode": COMPILE_MODES[device],
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "packages": {name: version(name) for name in PACKAGES},

@@ -23,8 +23,20 @@ def _against_cost(group, seconds, cost, limits):
     return dict(zip(AGAINST_COST, (*found, floor, median / floor, floor / median), strict=True))
 
 
+FACTS = (
+    "error",
+    "gradient_error",
+    "first_call_s",
+    "warm_up_s",
+    "calls_per_round",
+    "saved_bytes",
+    "peak_bytes",
+)
+"""What a first visit finds out besides the times."""
+
+
 def join(results, earlier):
-    """Put the rounds of a group's earlier visits before those of ``results``, and keep the first visit's other facts.
+    """Put the rounds of a group's earlier visits before those of ``results``; other facts are the first visit's.
 
     Args:
         results: of :func:`harness.measure`, changed in place; earlier: the rows so far, by provider; none at the first
@@ -34,7 +46,7 @@ def join(results, earlier):
         participant = results[name]
         if isinstance(participant, Participant):
             participant.times[:0] = before["times"]
-            participant.facts |= {key: before[key] for key in participant.facts.keys() & before.keys()}
+            participant.facts = {"cost": participant.facts["cost"], **{key: before[key] for key in FACTS}}
             if name == BASELINE and FRONT_END in results:
                 results[FRONT_END].times[:0] = before["front_end_times"]
 

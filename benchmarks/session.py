@@ -16,7 +16,7 @@ VISITS = {"cpu": 3, "cuda": 1}
 """To each timed group. What disturbs one of three moves a median little. A GPU is nobody else's, and a visit costs."""
 
 BUDGETS = {"op": 6.0, "module": 20.0, "model": 20.0}
-QUICK_BUDGETS = {"op": 4.0, "module": 15.0, "model": 12.0}
+QUICK_BUDGETS = {"op": 3.0, "module": 12.0, "model": 10.0}
 """Seconds of interleaved rounds in a group, all visits together, by level."""
 
 SUITE_BUDGETS = {"latency": (10.0, 5.0), "scaling": (8.0, 4.0)}
@@ -31,7 +31,17 @@ which finds compiled code on disk; for the time that is left."""
 BAR = 24
 """Characters of the progress bar."""
 
-SAME_RUN = ("device", "threads", "t2t_fast", "torch", "compile_mode", "float32_matmul_precision", "quick", "visits")
+SAME_RUN = (
+    "device",
+    "threads",
+    "malloc",
+    "t2t_fast",
+    "torch",
+    "compile_mode",
+    "float32_matmul_precision",
+    "quick",
+    "visits",
+)
 """What a resumed run must have in common with its first part."""
 
 KINDS = ("rows", "fits", "processes", "left_out")

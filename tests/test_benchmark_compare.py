@@ -90,6 +90,22 @@ def test_a_slower_row_is_found_whatever_the_machine_does():
     assert verdicts(back)["t2t_fast", "speed-up"] == "faster" and not back.regressions
 
 
+def test_drift_of_the_machine_is_told_and_taken_out_of_times():
+    """Everything takes 1.2 times as long in B, but one row that stayed as it was."""
+    environment = {**ENVIRONMENT, "malloc": {}}
+    a = made({"upstream": [0.1] * 9, "t2t_fast": [0.03] * 9, "aten": [0.05] * 9}, environment=environment)
+    b = made({"upstream": [0.12] * 9, "t2t_fast": [0.036] * 9, "aten": [0.05] * 9})
+    found = compare.compare(a, b)
+    assert found.drift == pytest.approx(1.2) and not found.warnings
+    assert (found.repeated("time"), found.repeated("time", found.drift)) == ((1, 3), (2, 3))
+    words = "times of 1 of 3 rows (33%), and of 2 (67%) without the machine's drift, 1.200 by upstream's rows"
+    assert compare_words.summary(found).endswith(words)
+    time = compare_words.data(found)["time"]
+    assert (time["within_threshold"], time["within_threshold_without_drift"], time["of"]) == (1, 2, 3)
+    alone = compare.compare(made({"t2t_fast": [0.03] * 9}), made({"t2t_fast": [0.036] * 9}), by="time")
+    assert alone.drift is None and "drift" not in compare_words.summary(alone)
+
+
 def test_a_peer_that_became_slower_is_told_and_no_regression():
     peers = {"upstream": scattered(0.2, 1), "t2t_fast": scattered(0.05, 2)}
     a = made({**peers, "upstream-compiled": scattered(0.1, 3)})
@@ -178,7 +194,8 @@ def test_the_worst_comes_first_and_the_counts_last(tmp_path, capsys):
     assert told[:3] == [("slower", "aten-compiled"), ("slower", "t2t_fast"), ("faster", "aten")]
     assert lines[-1] == (
         "2 slower, 1 faster, 1 not judged, 2 regressions of t2t_fast; within 0.05 of each other: "
-        "speed-ups of 0 of 3 rows (0%), times of 1 of 4 rows (25%)"
+        "speed-ups of 0 of 3 rows (0%), times of 1 of 4 rows (25%), and of 1 (25%) "
+        "without the machine's drift, 1.000 by upstream's rows"
     )
     found = json.loads((tmp_path / "out.json").read_text())
     assert [change["verdict"] for change in found["changes"]] == ["slower", "slower", "faster", "not judged"]

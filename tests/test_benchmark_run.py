@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -177,7 +178,8 @@ class MadeMeasurements:
         say("measures")
         found = {}
         for name in names:
-            facts = {"cost": COST, "saved_bytes": None, "first_call_s": 7.0 + visit}
+            facts = {**dict.fromkeys(rows.FACTS), "cost": COST, "first_call_s": 7.0 + visit}
+            facts = facts if rounds is None else {"cost": COST, "first_call_s": 7.0 + visit}
             found[name] = harness.Participant(name, None, None, None, times=[1.0 + visit] * 2, facts=facts)
             found[name] = self.fails.get((group, name, visit), found[name])
         if group.level == "model":
@@ -352,6 +354,32 @@ def test_the_command_of_a_run_measures_the_same_again(tmp_path):
     )
     files = [word for word in command.suite_command(given, tmp_path) if word.endswith(".py")]
     assert [Path(file).stem for file in files] == ["test_module", "test_ops"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its settings are glibc's")
+def test_memory_that_is_kept_is_noted_and_part_of_the_command(tmp_path, monkeypatch):
+    def suites(arguments, out):
+        environment = {**ENVIRONMENT, **session.describe("cpu", True, command.command_line(arguments))}
+        run_file.write(out / "rows.json", run_file.RunFile(environment, [_row(FIRST, "upstream")], [], [], [], 1))
+        return 0
+
+    monkeypatch.setattr(command, "run_suites", suites)
+    monkeypatch.setattr(command.os, "environ", dict(os.environ))
+    words = ["--quick", "--device", "cpu", "--keep-memory", "--report", str(tmp_path)]
+    assert command.main(words) == 0
+    environment = run_file.read(tmp_path / "rows.json").environment
+    assert environment["malloc"] == command.KEEP_MEMORY and environment["command"].endswith("--quick --keep-memory")
+    before = {**environment, "malloc": {}}
+    (difference,) = session.differences(before, environment)
+    assert difference.startswith("malloc was {} and is {'MALLOC_")
+
+
+def test_memory_is_kept_by_glibc_only(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(command.os, "environ", dict(os.environ))
+    assert command.main(["--device", "cpu", "--keep-memory", "--report", str(tmp_path / "new")]) == 2
+    assert "--keep-memory needs glibc, this is" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_compare_through_the_users_command(tmp_path, capsys):

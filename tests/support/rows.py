@@ -28,6 +28,8 @@ def made_row(provider, times, *, group="module-performer-224px-b8-fp32-inference
         "saved_bytes": saved,
         "peak_bytes": peak,
         "first_call_s": 0.1,
+        "warm_up_s": 0.2,
+        "calls_per_round": 1,
         "error": 1e-6,
         "gradient_error": None,
         "front_end_times": None,
@@ -97,7 +99,6 @@ def timed(provider, group, seconds, upstream=0.1, **more):
         "floor_share": floor / seconds,
         "saved_bytes": None if group.mode == "inference" else 4e8 * seconds,
         "peak_bytes": 8e8 * seconds,
-        "warm_up_s": 0.2,
         "p95_s": 1.2 * seconds if group.suite == "latency" else None,
     }
     row = {**made_row(provider, times, group=group.id), **found, **more}
