@@ -10,10 +10,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support.interpreter import patch_language_once
 from t2t_fast import backends
 from t2t_fast.config import BACKENDS
 from t2t_fast.ops import native, triton_runtime
 from t2t_fast.ops.performer_attention import triton_impl
+
+patch_language_once()
 
 
 def pytest_addoption(parser):

@@ -1,9 +1,12 @@
-"""The suite's own rules: filled memory, seeds, skips without a device, ``--require-backend``."""
+"""The suite's own rules: filled memory, seeds, Triton's interpreter, skips, ``--require-backend``."""
 
 from pathlib import Path
 
 import pytest
 import torch
+
+from t2t_fast.ops import triton_runtime
+from t2t_fast.testing import CASES
 
 pytest_plugins = ["pytester"]
 
@@ -90,3 +93,20 @@ def test_gpu_tests_say_why_they_are_skipped(suite):
     result = suite.runpytest("-rs")
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*no CUDA device*"])
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="not under TRITON_INTERPRET=1")
+def test_the_interpreter_prepares_its_language_once_a_launch(monkeypatch):
+    """For each module whose functions the launch runs; and takes all of it back at the end."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    launches, modules = [], []
+    prepare, launch = interpreter._patch_lang_tensor, interpreter.GridExecutor.__call__
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", lambda *rest: modules.append(rest) or prepare(*rest))
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *a, **b: launches.append(a) or launch(*a, **b))
+    before = dict(vars(language))
+    CASES["performer_attention"]()[0].run("triton")
+    assert launches and len(launches) <= len(modules) <= 6 * len(launches)
+    assert vars(language) == before
