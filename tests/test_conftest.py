@@ -1,10 +1,12 @@
-"""The suite's own rules: filled memory, seeds, Triton's interpreter, skips, ``--require-backend``."""
+"""The suite's own rules: filled memory, seeds, division among processes, skips, ``--require-backend``."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import divide
 from t2t_fast.ops import triton_runtime
 from t2t_fast.testing import CASES
 
@@ -93,6 +95,70 @@ def test_gpu_tests_say_why_they_are_skipped(suite):
     result = suite.runpytest("-rs")
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*no CUDA device*"])
+
+
+def test_a_command_does_not_learn_that_it_was_started_by_one_worker_of_several():
+    assert not [name for name in os.environ if name.startswith("PYTEST_XDIST_")]
+
+
+SHARING = """
+import pytest
+
+def test_alone():
+    pass
+
+@pytest.fixture
+def own():
+    pass
+
+@pytest.fixture(scope="module")
+def made_once():
+    pass
+
+@pytest.fixture(scope="module", params=["a", "b"])
+def made_once_each(request):
+    pass
+
+@pytest.fixture
+def by_another(made_once):
+    pass
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_own(own, tmp_path_factory, number):
+    pass
+
+def test_first(made_once):
+    pass
+
+@pytest.mark.slow
+def test_each(made_once_each):
+    pass
+
+class TestInside:
+    def test_second(self, by_another):
+        pass
+
+    @pytest.mark.slow
+    def test_each_again(self, made_once_each):
+        pass
+"""
+
+
+def test_what_shares_stays_together_and_what_is_slow_comes_first(pytester):
+    items = pytester.getitems(SHARING)
+    divide(items)
+    groups = {item.name: [mark.args[0] for mark in item.iter_markers("xdist_group")] for item in items}
+    each = {
+        f"test_each{again}[{name}]": [f"{items[0].path.stem}-{number}"]
+        for again in ("", "_again")
+        for number, name in enumerate("ab")
+    }
+    together = [items[0].path.stem]
+    alone = {"test_alone": [], "test_own[1]": [], "test_own[2]": []}
+    assert groups == {**each, **alone, "test_first": together, "test_second": together}
+    assert {item.name for item in items[: len(each)]} == set(each)
+    # nothing else has moved
+    assert [item.name for item in items[len(each) :]] == [*alone, "test_first", "test_second"]
 
 
 @pytest.mark.interpret
