@@ -1,5 +1,6 @@
 # Everything runs in .venv, which the first target that needs it makes; once installed, all of it works offline.
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." is handed on: make test ARGS="-k soft_split".
+# Tests run in several processes, which keep what they print to themselves: make test ARGS="-n 0 -s" runs them in one.
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu bench lint env
 
@@ -21,7 +22,7 @@ demo: $(READY) ## a photo through a model before and after t2t_fast.swap: demo-r
 	@$(PY) -m t2t_fast demo $(ARGS)
 
 test: $(READY) ## all tests; those for a GPU are skipped without one
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
 
 gpu: ## on a machine with a GPU, without network: build, test, verify, measure into OUT=DIR
 	@$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu --out $(OUT) $(ARGS)

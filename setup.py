@@ -112,6 +112,15 @@ class BuildExt(build_ext):
                 self.give_up(MODULE, MODULE, reason)
                 self.leave_out(MODULE)
 
+    def copy_file(self, infile, outfile, *args, **kwargs):
+        """Copy in one step: whoever imports the package meanwhile finds the old file or the new one, and all of it."""
+        path = Path(outfile)
+        beside = path.with_name(f".{os.getpid()}-{path.name}")  # ends as the file does, so that all treat it so
+        _, copied = super().copy_file(infile, str(beside), *args, **kwargs)
+        if beside.exists():  # a dry run copies nothing
+            beside.replace(path)
+        return outfile, copied
+
     def configure(self, extension):
         """Give the module its include path, flags and what it says about the build."""
         self.force = True  # an old object would tell an old commit, date and mode

@@ -10,10 +10,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support.interpreter import patch_language_once
 from t2t_fast import backends
 from t2t_fast.config import BACKENDS
 from t2t_fast.ops import native, triton_runtime
 from t2t_fast.ops.performer_attention import triton_impl
+
+patch_language_once()
+
+# A worker of pytest-xdist tells of itself in its environment. The commands that tests run are no part of it: told so,
+# pytest-benchmark would measure nothing in the benchmarks' own suites.
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+    del os.environ[name]
 
 
 def pytest_addoption(parser):
@@ -26,7 +34,34 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """For ``-n auto``: one for each core and each 4 GB of memory, of which a worker uses up to three; up to eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return max(1, min(cores, int(gigabytes / 4), 8))
+
+
+def _shared(item):
+    """A name for what a module makes once for several tests, this one among them, or ``None``."""
+    indices = item.callspec.indices if hasattr(item, "callspec") else {}
+    found = {name: found[-1] for name, found in item._fixtureinfo.name2fixturedefs.items()}
+    own = [name for name, each in found.items() if each.scope != "function" and each.baseid.endswith(".py")]
+    return "-".join([item.path.stem, *(str(indices[name]) for name in own if name in indices)]) if own else None
+
+
+def divide(items):
+    """Tests that share something go to one worker, which makes it once; what takes long begins early."""
+    for item in items:
+        if (shared := _shared(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(shared))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        divide(items)
     if torch.cuda.is_available():
         return
     without_device = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")

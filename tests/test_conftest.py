@@ -1,9 +1,14 @@
-"""The suite's own rules: filled memory, seeds, skips without a device, ``--require-backend``."""
+"""The suite's own rules: filled memory, seeds, division among processes, skips, ``--require-backend``."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+from conftest import divide
+from t2t_fast.ops import triton_runtime
+from t2t_fast.testing import CASES
 
 pytest_plugins = ["pytester"]
 
@@ -90,3 +95,84 @@ def test_gpu_tests_say_why_they_are_skipped(suite):
     result = suite.runpytest("-rs")
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*no CUDA device*"])
+
+
+def test_a_command_does_not_learn_that_it_was_started_by_one_worker_of_several():
+    assert not [name for name in os.environ if name.startswith("PYTEST_XDIST_")]
+
+
+SHARING = """
+import pytest
+
+def test_alone():
+    pass
+
+@pytest.fixture
+def own():
+    pass
+
+@pytest.fixture(scope="module")
+def made_once():
+    pass
+
+@pytest.fixture(scope="module", params=["a", "b"])
+def made_once_each(request):
+    pass
+
+@pytest.fixture
+def by_another(made_once):
+    pass
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_own(own, tmp_path_factory, number):
+    pass
+
+def test_first(made_once):
+    pass
+
+@pytest.mark.slow
+def test_each(made_once_each):
+    pass
+
+class TestInside:
+    def test_second(self, by_another):
+        pass
+
+    @pytest.mark.slow
+    def test_each_again(self, made_once_each):
+        pass
+"""
+
+
+def test_what_shares_stays_together_and_what_is_slow_comes_first(pytester):
+    items = pytester.getitems(SHARING)
+    divide(items)
+    groups = {item.name: [mark.args[0] for mark in item.iter_markers("xdist_group")] for item in items}
+    each = {
+        f"test_each{again}[{name}]": [f"{items[0].path.stem}-{number}"]
+        for again in ("", "_again")
+        for number, name in enumerate("ab")
+    }
+    together = [items[0].path.stem]
+    alone = {"test_alone": [], "test_own[1]": [], "test_own[2]": []}
+    assert groups == {**each, **alone, "test_first": together, "test_second": together}
+    assert {item.name for item in items[: len(each)]} == set(each)
+    # nothing else has moved
+    assert [item.name for item in items[len(each) :]] == [*alone, "test_first", "test_second"]
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="not under TRITON_INTERPRET=1")
+def test_the_interpreter_prepares_its_language_once_a_launch(monkeypatch):
+    """For each module whose functions the launch runs; and takes all of it back at the end."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    launches, modules = [], []
+    prepare, launch = interpreter._patch_lang_tensor, interpreter.GridExecutor.__call__
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", lambda *rest: modules.append(rest) or prepare(*rest))
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *a, **b: launches.append(a) or launch(*a, **b))
+    before = dict(vars(language))
+    CASES["performer_attention"]()[0].run("triton")
+    assert launches and len(launches) <= len(modules) <= 6 * len(launches)
+    assert vars(language) == before
