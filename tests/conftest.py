@@ -2,6 +2,8 @@
 
 import os
 import re
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +12,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from support.interpreter import patch_language_once
+from support import interpreter
 from t2t_fast import backends
 from t2t_fast.config import BACKENDS
 from t2t_fast.ops import native, triton_runtime
 from t2t_fast.ops.performer_attention import triton_impl
 
-patch_language_once()
+ROOT = Path(__file__).resolve().parent.parent
+
+interpreter.hasten()
 
 # A worker of pytest-xdist tells of itself in its environment. The commands that tests run are no part of it: told so,
 # pytest-benchmark would measure nothing in the benchmarks' own suites.
@@ -42,26 +46,34 @@ def pytest_xdist_auto_num_workers():
     return max(1, min(cores, int(gigabytes / 4), 8))
 
 
-def _shared(item):
-    """A name for what a module makes once for several tests, this one among them, or ``None``."""
-    indices = item.callspec.indices if hasattr(item, "callspec") else {}
-    found = {name: found[-1] for name, found in item._fixtureinfo.name2fixturedefs.items()}
-    own = [name for name, each in found.items() if each.scope != "function" and each.baseid.endswith(".py")]
-    return "-".join([item.path.stem, *(str(indices[name]) for name in own if name in indices)]) if own else None
+@cache
+def _makes_once(path):
+    """Whether a file of tests makes something once for several of them."""
+    return 'scope="module"' in (ROOT / path).read_text(encoding="utf-8")
 
 
-def divide(items):
-    """Tests that share something go to one worker, which makes it once; what takes long begins early."""
-    for item in items:
-        if (shared := _shared(item)) is not None:
-            item.add_marker(pytest.mark.xdist_group(shared))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def scope(nodeid):
+    """The name of what goes to one worker as a whole: a file whose tests share something, or a test by itself."""
+    path = nodeid.partition("::")[0]
+    return path if _makes_once(path) else nodeid
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For ``--dist loadgroup``, whose own way does nothing under pytest 9.2."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = scope
+    return scheduler
+
+
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
-        divide(items)
+        # what takes long begins early, so that none of it runs alone at the end
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
     without_device = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")

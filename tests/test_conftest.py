@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import divide
+import conftest
+from conftest import scope
 from t2t_fast.ops import triton_runtime
 from t2t_fast.testing import CASES
 
@@ -101,64 +102,46 @@ def test_a_command_does_not_learn_that_it_was_started_by_one_worker_of_several()
     assert not [name for name in os.environ if name.startswith("PYTEST_XDIST_")]
 
 
-SHARING = """
-import pytest
-
-def test_alone():
-    pass
-
-@pytest.fixture
-def own():
-    pass
-
-@pytest.fixture(scope="module")
-def made_once():
-    pass
-
-@pytest.fixture(scope="module", params=["a", "b"])
-def made_once_each(request):
-    pass
-
-@pytest.fixture
-def by_another(made_once):
-    pass
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_own(own, tmp_path_factory, number):
-    pass
-
-def test_first(made_once):
-    pass
-
-@pytest.mark.slow
-def test_each(made_once_each):
-    pass
-
-class TestInside:
-    def test_second(self, by_another):
-        pass
-
-    @pytest.mark.slow
-    def test_each_again(self, made_once_each):
-        pass
-"""
+def test_tests_that_share_what_takes_long_stay_together():
+    checks = [f"tests/test_triton_report.py::test_machine_code[{name}]" for name in ("registers", "completeness")]
+    assert {scope(nodeid) for nodeid in checks} == {"tests/test_triton_report.py"}
+    alone = ["tests/test_swap.py::test_one", "tests/test_swap.py::TestSome::test_two[a::b]"]
+    assert [scope(nodeid) for nodeid in alone] == alone
 
 
-def test_what_shares_stays_together_and_what_is_slow_comes_first(pytester):
-    items = pytester.getitems(SHARING)
-    divide(items)
-    groups = {item.name: [mark.args[0] for mark in item.iter_markers("xdist_group")] for item in items}
-    each = {
-        f"test_each{again}[{name}]": [f"{items[0].path.stem}-{number}"]
-        for again in ("", "_again")
-        for number, name in enumerate("ab")
-    }
-    together = [items[0].path.stem]
-    alone = {"test_alone": [], "test_own[1]": [], "test_own[2]": []}
-    assert groups == {**each, **alone, "test_first": together, "test_second": together}
-    assert {item.name for item in items[: len(each)]} == set(each)
-    # nothing else has moved
-    assert [item.name for item in items[len(each) :]] == [*alone, "test_first", "test_second"]
+def test_workers_get_files_that_share_as_a_whole(pytester, monkeypatch):
+    pytest.importorskip("xdist")
+    own = Path(conftest.__file__)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(own.parents[1]), str(own.parent)]))
+    pytester.makeconftest(
+        f"""
+        from importlib.util import module_from_spec, spec_from_file_location
+
+        spec = spec_from_file_location("suite", {str(own)!r})
+        suite = module_from_spec(spec)
+        spec.loader.exec_module(suite)
+        suite.ROOT = suite.Path(__file__).parent
+        pytest_xdist_make_scheduler = suite.pytest_xdist_make_scheduler
+        """
+    )
+    shared = """
+        import os
+        import pytest
+
+        @pytest.fixture(scope="module")
+        def worker():
+            return os.getpid()
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_shared(worker, number):
+            with open(f"{__name__}-{worker}", "a"):
+                pass
+        """
+    pytester.makepyfile(test_a=shared, test_b=shared)
+    result = pytester.runpytest_subprocess("-n", "2", "--dist", "loadgroup")
+    result.assert_outcomes(passed=12)
+    made = sorted(path.name.partition("-")[0] for path in pytester.path.glob("test_?-*"))
+    assert made == ["test_a", "test_b"]
 
 
 @pytest.mark.interpret
