@@ -6,6 +6,7 @@ Rotating inputs: every call gets the same checked values in another place in mem
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ class Subject:
 
     Attributes:
         gradient: the upstream gradient, or ``None`` for a model, whose step makes a loss from ``labels``.
-        truth: output and gradients by name, float64 on the CPU; gradients only in training.
+        make_truth: computes :attr:`truth` when it is first asked for: what was checked before needs none.
         tolerance: line of the tolerance table, or ``None`` for a model.
         make: source -> :class:`Implementation`.
         cost: :class:`costs.Cost` per image.
@@ -116,12 +117,17 @@ class Subject:
 
     group: object
     device: str
-    truth: tuple
+    make_truth: Callable
     tolerance: str | None
     make: Callable
     cost: costs.Cost
     gradient: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+
+    @cached_property
+    def truth(self):
+        """Output and gradients by name, float64 on the CPU; gradients only in training."""
+        return self.make_truth()
 
     @property
     def training(self):
@@ -241,11 +247,10 @@ def _operator(group, device):
             truth=own_truth,
         )
 
-    expected = truth(op.sources["upstream"])
     return Subject(
         group,
         device,
-        expected,
+        lambda: truth(op.sources["upstream"]),
         op.name,
         make,
         op.cost(element_size(group.dtype)),
@@ -324,11 +329,10 @@ def _module(group, device):
 
     images, _ = _images(group, "cpu")
     original_there = deepcopy(original).to(device)
-    truth = _truth(original_there, images.to(device), backward if group.mode == "training" else None)
     return Subject(
         group,
         device,
-        truth,
+        lambda: _truth(original_there, images.to(device), backward if group.mode == "training" else None),
         "t2t_module",
         _implementations(group, device, original),
         costs.t2t_module(group.subject, group.size, MODULE_WIDTH, element_size(group.dtype)),
@@ -353,7 +357,7 @@ def _model(group, device):
     return Subject(
         group,
         device,
-        truth(deepcopy(original)),
+        lambda: truth(deepcopy(original)),
         None,
         # a learning rate of 0 does all the work and leaves the parameters what was checked
         _implementations(

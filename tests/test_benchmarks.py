@@ -344,6 +344,27 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     assert len(results["upstream"].times) == harness.MIN_ROUNDS
 
 
+@pytest.mark.parametrize("level", ["op", "module"])
+def test_a_later_visit_has_as_many_rounds_and_needs_no_truth(monkeypatch, level):
+    subject_of = {"op": "token_mlp-stage1", "module": "performer"}
+    group = Group(level, subject_of[level], 64, 1, "fp32", "training", False)
+    build, made = subjects.build, []
+
+    def without_truth(*place):
+        made.append(build(*place))
+        monkeypatch.setattr(made[-1], "make_truth", lambda: pytest.fail("asks for the truth"))
+        return made[-1]
+
+    monkeypatch.setattr(subjects, "build", without_truth)
+    results = harness.measure(group, ["upstream", "t2t_fast"], "cpu", 0.0, lambda text: None, visits=3, rounds=5)
+    assert [len(participant.times) for participant in results.values()] == [5, 5]
+    for participant in results.values():
+        facts = participant.facts
+        assert facts["error"] is facts["gradient_error"] is None and "peak_bytes" not in facts
+        module = participant.implementation.module
+        assert module is None or module.training  # as it is timed at the first visit
+
+
 def test_a_provider_that_does_not_fit_is_left_out_with_its_reason(monkeypatch):
     monkeypatch.setattr(harness, "available_bytes", lambda device: 1e6)
     group = Group("module", "transformer", 64, 1, "fp32", "inference")
