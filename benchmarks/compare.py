@@ -303,6 +303,7 @@ def _warnings(a, b):
     """Why the runs of two files are hard to compare."""
     found = []
     for condition in CONDITIONS:
+        # no settings (an empty "malloc") are the same as a file from before they were noted
         before, after = a.environment.get(condition) or None, b.environment.get(condition) or None
         if before != after:
             found.append(f"{condition}: {before} in A, {after} in B")

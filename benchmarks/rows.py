@@ -32,7 +32,7 @@ FACTS = (
     "saved_bytes",
     "peak_bytes",
 )
-"""What a first visit finds out besides the times."""
+"""What :func:`harness.measure` finds out besides the times, at a first visit only."""
 
 
 def join(results, earlier):

@@ -151,7 +151,7 @@ class Run:
         return len(entry["visits"]) if kind == "rows" else visits(group, self.device)
 
     def say(self, text):
-        """Progress: rows done (in this round of visits, where there are several), time passed and left."""
+        """Progress: rows done (by this visit, while there are several), time passed and left."""
         seconds = time.monotonic() - self.started
         done = {(group, name): self._visited(group, name) for group, names in self.plan.items() for name in names}
         finished = sum(count > self._visit or count >= visits(group, self.device) for (group, _), count in done.items())
@@ -163,7 +163,8 @@ class Run:
         filled = round(BAR * (1 - waiting / work)) if work else 0
         bar = f"{'█' * filled}{'░' * (BAR - filled)} " if self.live else ""
         several = VISITS[self.device]
-        visit = f"visit {self._visit + 1} of {several}: " if several > 1 else ""
+        visiting = several > 1 and any(group.suite in TIMED and count < several for (group, _), count in done.items())
+        visit = f"visit {self._visit + 1} of {several}: " if visiting else ""
         self.write(f"{bar}[{visit}{finished}/{len(done)} rows, {clock_time(seconds)}{left}] {text}")
 
     def _out_of_time(self):

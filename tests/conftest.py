@@ -20,7 +20,8 @@ from t2t_fast.ops.performer_attention import triton_impl
 
 ROOT = Path(__file__).resolve().parent.parent
 
-interpreter.hasten()
+if triton_runtime.INTERPRETED:
+    interpreter.hasten()
 
 # A worker of pytest-xdist tells of itself in its environment. The commands that tests run are no part of it: told so,
 # pytest-benchmark would measure nothing in the benchmarks' own suites.
@@ -65,9 +66,11 @@ def pytest_xdist_make_scheduler(config, log):
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    scheduler = LoadScopeScheduling(config, log)
-    scheduler._split_scope = scope
-    return scheduler
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -7,14 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import t2t_fast
 from benchmarks import cases, costs, groups, harness, run_file, subjects, tables
-from benchmarks.clocks import CpuClock, CudaClock
 from benchmarks.goals import GOALS, judge
 from benchmarks.groups import Group
 from benchmarks.providers import Provider, providers
@@ -175,38 +173,6 @@ def test_percentiles():
 )
 def test_number_of_rounds(seconds, budget, expected):
     assert harness.rounds_for(seconds, budget) == expected
-
-
-def test_cpu_clock_times_the_calls_and_not_what_comes_before():
-    now = 0.0
-
-    def timer():
-        return now
-
-    def spend(seconds):
-        nonlocal now
-        now += seconds
-
-    implementation = SimpleNamespace(clear=lambda: spend(1000.0))
-    clock = CpuClock(timer)
-    assert clock.turn(lambda: spend(0.25), implementation, 4) == 0.25
-    assert clock.calls(0.0004) == 20
-    assert clock.calls(0.004) == 3
-    assert clock.calls(1.0) == 1
-
-
-def test_cuda_clock_takes_do_bench_median_and_clears_gradients(monkeypatch):
-    seen = {}
-
-    def do_bench(step, **options):
-        seen.update(options, result=step())
-        return 12.5
-
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench=do_bench))
-    implementation = SimpleNamespace(all_leaves=lambda: ["a leaf"])
-    assert CudaClock().turn(lambda: "called", implementation, 1) == 0.0125
-    assert (seen["result"], seen["grad_to_none"], seen["return_mode"]) == ("called", ["a leaf"], "median")
 
 
 def test_replayed_durations_are_exact():

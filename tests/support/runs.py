@@ -1,0 +1,30 @@
+"""Run files half-way, and runs that go on with them."""
+
+from benchmarks import run_file, session
+from benchmarks.groups import Group
+
+from .rows import ENVIRONMENT, made_row
+
+FIRST, SECOND = (Group("op", f"token_mlp-stage{stage}", 224, 8, "fp32", "inference", False, "ops") for stage in (1, 2))
+FITTING = Group("model", "t2t_vit_7", 224, None, "fp32", "training", False, "memory")
+
+
+def finished_row(group, provider):
+    """A row of a :class:`Group` with all the visits that a CPU run makes."""
+    return made_row(provider, [0.1, 0.2, 0.3], **{**group._asdict(), "group": group.id, "visits": [1, 1, 1]})
+
+
+def written(folder, found, left_out=(), fits=(), planned=99):
+    """The path of a run file in ``folder`` with these rows and no other environment than the made-up one."""
+    path = folder / "rows.json"
+    run_file.write(path, run_file.RunFile(ENVIRONMENT, list(found), list(fits), [], list(left_out), planned))
+    return path
+
+
+def resumed(path, *planned):
+    """A :class:`session.Run` that goes on with the file at ``path``; ``planned``: (group, provider) of each row."""
+    run = session.Run("cpu", True, path, None, "a command", lambda text: None)
+    for group, name in planned:
+        run.add(group, name)
+    run.begin()
+    return run
