@@ -11,7 +11,6 @@ pytest-benchmark can only run one function after the other, so its rows replay t
 """
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from math import ceil
 import torch
 
 import t2t_fast
+from build_support.compiling import available_memory
 from t2t_fast import memory
 
 from . import clocks, operators, subjects
@@ -238,7 +238,7 @@ def available_bytes(device):
     """Free memory of the device."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory()
 
 
 def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=None):

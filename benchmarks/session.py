@@ -7,6 +7,7 @@ groups in between and everything in it made anew, and the rounds of its visits a
 
 import gc
 import time
+import traceback
 
 from . import harness, machine, rows, run_file
 from .groups import TIMED, LeftOut
@@ -91,6 +92,13 @@ def _whole(kept, group, names):
     """Whether all of a group's rows are there, with as many visits each."""
     found = [kept.get((group.id, name)) for name in names]
     return None not in found and len({len(entry["visits"]) for kind, entry in found if kind == "rows"}) <= 1
+
+
+def _release(failure):
+    """Let go of the inputs and models in the frames of a failure's traceback: it is kept until its row raises it."""
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__ or failure.__context__
 
 
 class Run:
@@ -215,7 +223,7 @@ class Run:
                 self.device,
                 budget(group, self.quick),
                 lambda text: self.say(f"{group.id}: {text}"),
-                thorough=not (self.quick or self._visit),
+                thorough=not self.quick,
                 visits=visits(group, self.device),
                 rounds=next((row["visits"][0] for row in earlier.values()), None),
             )
@@ -225,6 +233,7 @@ class Run:
         rows.join(results, earlier)
         for name in names:
             if isinstance(results[name], Exception):
+                _release(results[name])
                 self._failures[group.id, name] = results[name]
                 self.leave_out(group, name, results[name])
             else:

@@ -22,13 +22,22 @@ class Step(NamedTuple):
     command: list[str]
 
 
+def available_memory():
+    """Bytes that programs can have without swapping. Free pages are fewer: Linux fills them with files, and drops those."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def job_count():
     """``MAX_JOBS``, else as many as there are cores for this process and memory for compilers."""
     chosen = os.environ.get("MAX_JOBS", "")
     if chosen.isdigit() and int(chosen) > 0:
         return int(chosen)
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // MEMORY_PER_JOB))
+    return max(1, min(len(os.sched_getaffinity(0)), available_memory() // MEMORY_PER_JOB))
 
 
 def find_ninja():

@@ -22,14 +22,19 @@ class MadeMeasurements:
 
     def __call__(self, group, names, device, budget, say, thorough, visits, rounds):
         visit = sum(group == before for before, *_ in self.asked)
-        self.asked.append((group, tuple(names), thorough, rounds))
+        assert thorough
+        self.asked.append((group, tuple(names), rounds))
         say("measures")
         found = {}
         for name in names:
             facts = {**dict.fromkeys(rows.FACTS), "cost": COST, "first_call_s": 7.0 + visit}
             facts = facts if rounds is None else {"cost": COST, "first_call_s": 7.0 + visit}
             found[name] = harness.Participant(name, None, None, None, times=[1.0 + visit] * 2, facts=facts)
-            found[name] = self.fails.get((group, name, visit), found[name])
+            try:
+                if (group, name, visit) in self.fails:
+                    raise self.fails[group, name, visit]
+            except Exception as failure:  # noqa: BLE001 - by its traceback it holds this frame, and so does a real one
+                found[name] = failure
         if group.level == "model":
             found[harness.FRONT_END] = harness.Participant(harness.FRONT_END, None, None, None, times=[0.5 + visit] * 2)
         self.made.append(weakref.ref(next(iter(found.values()))))
@@ -60,7 +65,7 @@ def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(monkeypa
     found = {(group, name): run.timed(group, name) for group, name in planned}
     both = ("upstream", "t2t_fast")
     assert measurements.asked == [
-        (group, both, first, None if first else 2) for first in (True, False, False) for group in (FIRST, MODEL)
+        (group, both, rounds) for rounds in (None, 2, 2) for group in (FIRST, MODEL)
     ]
     for row in found.values():
         assert (row["times"], row["visits"]) == ([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], [2, 2, 2])
@@ -78,8 +83,12 @@ def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(monkeypa
     assert run_file.read(tmp_path / "rows.json").complete
 
 
-def test_a_run_lets_go_of_a_group_before_the_next_and_before_memory_is_measured(monkeypatch):
-    run, measurements = _measured(monkeypatch, [(FIRST, "upstream"), (SECOND, "upstream")])
+@pytest.mark.parametrize("why", [None, groups.LeftOut("not installed"), AssertionError("wrong")], ids=repr)
+def test_a_run_lets_go_of_a_group_before_the_next_and_before_memory_is_measured(monkeypatch, why):
+    fails = {(FIRST, "aten", 0): why} if why else {}
+    run, measurements = _measured(
+        monkeypatch, [(FIRST, "upstream"), (FIRST, "aten"), (SECOND, "upstream")], fails=fails
+    )
     alive = []
     measure = harness.measure
 
@@ -101,7 +110,7 @@ def test_who_fails_at_a_later_visit_has_no_row_and_the_others_do(monkeypatch, tm
     assert run.kept(FIRST, "aten") is None
     with pytest.raises(AssertionError, match="output is wrong"):
         run.timed(FIRST, "aten")
-    assert [names for _, names, *_ in measurements.asked][-1] == ("upstream", "t2t_fast")
+    assert [names for _, names, _ in measurements.asked][-1] == ("upstream", "t2t_fast")
     run.save()
     left_out = run_file.read(path).left_out
     assert left_out == [{"group": FIRST.id, "provider": "aten", "reason": "failed: AssertionError: output is wrong"}]

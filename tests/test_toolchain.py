@@ -157,8 +157,19 @@ class TestJobs:
         if value is not None:
             monkeypatch.setenv("MAX_JOBS", value)
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
-        monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": gigabytes << 18, "SC_PAGE_SIZE": 4096}.get)
+        monkeypatch.setattr(compiling, "available_memory", lambda: gigabytes << 30)
         assert compiling.job_count() == jobs
+
+    def test_memory_that_holds_files_is_available(self, monkeypatch):
+        lines = "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n"
+        monkeypatch.setattr(Path, "read_text", lambda self: lines)
+        monkeypatch.setattr(Path, "exists", lambda self: True)
+        assert compiling.available_memory() == 5000 * 1024
+
+    def test_memory_of_a_system_without_meminfo(self, monkeypatch):
+        monkeypatch.setattr(Path, "exists", lambda self: False)
+        monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}.get)
+        assert compiling.available_memory() == 7 * 4096
 
 
 @pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "no-ninja"])
