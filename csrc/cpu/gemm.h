@@ -1,5 +1,13 @@
 // Matrix products of tiles that lie in the caches. Included once per instruction set, inside its namespace (see isa.h).
 
+// Before a loop over a register block: unrolled early enough for its accumulators to be registers from the first to the
+// last. Else GCC keeps a copy of each on the stack, before and after the sum.
+#if defined(__clang__)
+#define T2T_FAST_UNROLL _Pragma("unroll")
+#else
+#define T2T_FAST_UNROLL _Pragma("GCC unroll 6")
+#endif
+
 constexpr int64_t PANEL = T2T_FAST_PANEL * LANES;  // columns that one register block covers
 constexpr int64_t BLOCK_ROWS = 6;                  // rows that it covers: PANEL / LANES * 6 accumulators
 constexpr int64_t BLOCK_STEPS = 192;               // terms of the sum per pass: a panel of the right operand fits L1
@@ -61,21 +69,21 @@ template <int64_t ROWS, int64_t VECS>
 void block(Left a, const float* b, int64_t b_row, float* out, int64_t out_row, int64_t steps, const float* bias,
            bool add) {
   Vec total[ROWS][VECS];
-  for (int64_t r = 0; r < ROWS; ++r)
-    for (int64_t v = 0; v < VECS; ++v) total[r][v] = Vec{};
+  T2T_FAST_UNROLL for (int64_t r = 0; r < ROWS; ++r)
+    T2T_FAST_UNROLL for (int64_t v = 0; v < VECS; ++v) total[r][v] = Vec{};
   for (int64_t step = 0; step < steps; ++step) {
     Vec right[VECS];
-    for (int64_t v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
-    for (int64_t r = 0; r < ROWS; ++r) {
+    T2T_FAST_UNROLL for (int64_t v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
+    T2T_FAST_UNROLL for (int64_t r = 0; r < ROWS; ++r) {
       const float left = a.data[r * a.row];
-      for (int64_t v = 0; v < VECS; ++v) total[r][v] += left * right[v];
+      T2T_FAST_UNROLL for (int64_t v = 0; v < VECS; ++v) total[r][v] += left * right[v];
     }
     a.data += a.step;
     b += b_row;
   }
-  for (int64_t v = 0; v < VECS; ++v) {
+  T2T_FAST_UNROLL for (int64_t v = 0; v < VECS; ++v) {
     const Vec start = bias ? load(bias + v * LANES) : Vec{};
-    for (int64_t r = 0; r < ROWS; ++r) {
+    T2T_FAST_UNROLL for (int64_t r = 0; r < ROWS; ++r) {
       float* to = out + r * out_row + v * LANES;
       store(to, total[r][v] + (add ? load(to) : start));
     }

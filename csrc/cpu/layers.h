@@ -193,7 +193,8 @@ inline void token_mlp(const Workers& workers, const Tail& tail, int64_t batch, i
       const Rows v_tile = padded_rows(v.at(span.image, first), v.row, w.width, count, v_rows);
       const int64_t element = (span.image * length + first) * w.width;
       into_rows(out.at(span.image, first), out.row, w.width, count, spare, [&](float* to, int64_t row) {
-        tail_forward(w, y_rows, v_tile, element, count, scratch, to, row);
+        tail_project(w, y_rows, count, scratch);
+        tail_forward(w, v_tile, element, count, scratch, to, row);
       });
     });
   });
@@ -268,16 +269,20 @@ inline void performer_layer(const Workers& workers, const Split& split, const No
     KeyView view(f);
     view.merge(f, sums, span.first_slot, span.slots);
     if (span.slot == span.first_slot) view.write(f, saved, span.image);
+    // The tail's projection of a sum over features is the sum of their projections: once an image, not once a token.
+    const Buffer projected(f.count * f.wide);
+    gemm(f.count, width, width, {view.state, f.wide, 1}, panels_of(w.proj, width), projected, f.wide);
     QueryScratch scratch(f);
     TailScratch tail_scratch(w);
     const Buffer q_rows(TILE * f.wide), v_rows(TILE * f.wide), spare(TILE * f.wide);
     for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
       const float* k = *kqv[span.first_slot] + first * row;
-      attend(f, view, padded_rows(k + width, row, width, count, q_rows), count, scratch);
+      weigh_features(f, view, padded_rows(k + width, row, width, count, q_rows), count, scratch);
+      read_state(f, projected, count, scratch, tail_scratch.t, w.proj_bias);
       const Rows v = padded_rows(k + 2 * width, row, width, count, v_rows);
       const int64_t element = (span.image * length + first) * width;
       into_rows(out.at(span.image, first), out.row, width, count, spare, [&](float* to, int64_t to_row) {
-        tail_forward(w, scratch.y, v, element, count, tail_scratch, to, to_row);
+        tail_forward(w, v, element, count, tail_scratch, to, to_row);
       });
     });
   };

@@ -85,8 +85,12 @@ inline void pack_patch(const Split& split, int64_t image, int64_t token, float* 
   const float* data = split.image.data + image * split.image.batch_stride;
   const int64_t y0 = pixel_of<int64_t>(split.rows, token / split.columns.tokens, 0);
   const int64_t x0 = pixel_of<int64_t>(split.columns, token % split.columns.tokens, 0);
+  const int64_t wide = padded(width);
+  // As a whole register, and before the rest: LayerNorm reads it as one soon, for which single floats would have to
+  // leave the store buffer first.
+  if (width < wide) store(to + wide - LANES, Vec{});
   tap_major(split) ? pack_pixels(split, data, y0, x0, to) : pack_planes(split, data, y0, x0, to);
-  zero_floats(to + width, padded(width) - width);
+  if (width < wide) to[width] = 0;
 }
 
 // Adds a token's row to the pixels that it covers, within image rows [row_begin, row_end).

@@ -140,8 +140,9 @@ struct QueryScratch {
       : p(TILE * f.wide_count), along(TILE * f.wide_count), gate(TILE), y(TILE * f.wide) {}
 };
 
-// The attention's output of a tile to s.y; leaves the softmax over features in s.p and the gate in s.gate.
-inline void attend(const Features& f, const KeyView& keys, Rows q, int64_t tokens, QueryScratch& s) {
+// The softmax over features of a tile's queries to s.p, and their gate to s.gate.
+inline void weigh_features(const Features& f, const KeyView& keys, Rows q, int64_t tokens, QueryScratch& s) {
+  float* all_weights = s.along;  // of each token; nobody needs s.along yet
   f.scores(q, tokens, s.p);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = s.p + t * f.wide_count;
@@ -161,15 +162,34 @@ inline void attend(const Features& f, const KeyView& keys, Rows q, int64_t token
     const float weights = sum(total);
     const float scale = 1 / weights;
     for (int64_t i = 0; i < f.wide_count; i += LANES) store(row + i, load(row + i) * scale);
-    const float closed =
-        f.performer.eps > 0 ? exponential(splat(half_square_norm(q.at(t), f.wide) - top + f.log_gate))[0] : 0;
-    s.gate[t] = weights / (weights + closed);
+    all_weights[t] = weights;
+    s.gate[t] = half_square_norm(q.at(t), f.wide) - top + f.log_gate;
   }
-  gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(keys.state, f.wide), s.y, f.wide);
+  for (int64_t t = 0; t < tokens; t += LANES) {  // the last register may hold anything beyond the tokens
+    const Vec weights = load(all_weights + t);
+    const Vec closed = f.performer.eps > 0 ? exponential(load(s.gate + t)) : Vec{};
+    store(s.gate + t, weights / (weights + closed));
+  }
+}
+
+// The gate times what weigh_features() left of the softmax, times a state (count, wide): (tokens, wide). With a bias,
+// the bias is added.
+inline void read_state(const Features& f, const float* state, int64_t tokens, const QueryScratch& s, float* out,
+                       const float* bias = nullptr) {
+  gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(state, f.wide), out, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
-    float* row = s.y + t * f.wide;
-    for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * s.gate[t]);
+    float* row = out + t * f.wide;
+    for (int64_t c = 0; c < f.wide; c += LANES) {
+      const Vec y = load(row + c) * s.gate[t];
+      store(row + c, bias ? y + load(bias + c) : y);
+    }
   }
+}
+
+// The attention's output of a tile to s.y; leaves the softmax over features in s.p and the gate in s.gate.
+inline void attend(const Features& f, const KeyView& keys, Rows q, int64_t tokens, QueryScratch& s) {
+  weigh_features(f, keys, q, tokens, s);
+  read_state(f, keys.state, tokens, s, s.y);
 }
 
 // What a part of the queries leaves behind for the keys' backward, and w's gradient.

@@ -60,12 +60,16 @@ struct TailScratch {
   uint16_t* lane_buffer() const { return reinterpret_cast<uint16_t*>(static_cast<float*>(lanes)); }
 };
 
-// t and its normalised rows xhat (into s.n), 1 / standard deviation (into s.rstd). Returns the dropout's lanes.
-inline const uint16_t* tail_skip(const TailWeights& w, const float* y, Rows v, int64_t first_element, int64_t tokens,
-                                 TailScratch& s) {
+// y Wp^T + bp into s.t, which is what the rest starts from.
+inline void tail_project(const TailWeights& w, const float* y, int64_t tokens, TailScratch& s) {
+  gemm(tokens, w.width, w.width, {y, w.wide, 1}, panels_of(w.proj, w.width), s.t, w.wide, w.proj_bias);
+}
+
+// t (in the place of y Wp^T + bp), its normalised rows xhat (into s.n), 1 / standard deviation (into s.rstd). Returns the
+// dropout's lanes.
+inline const uint16_t* tail_skip(const TailWeights& w, Rows v, int64_t first_element, int64_t tokens, TailScratch& s) {
   const uint16_t* lanes = nullptr;
   if (w.dropout.active()) lanes = w.dropout.draw(first_element, tokens * w.width, s.lane_buffer());
-  gemm(tokens, w.width, w.width, {y, w.wide, 1}, panels_of(w.proj, w.width), s.t, w.wide, w.proj_bias);
   for (int64_t r = 0; r < tokens; ++r) {
     float* t = s.t + r * w.wide;
     float* n = s.n + r * w.wide;
@@ -88,10 +92,10 @@ inline void tail_affine(const TailWeights& w, const float* xhat, float* n, int64
       store(n + r * w.wide + c, load(xhat + r * w.wide + c) * load(w.norm_weight + c) + load(w.norm_bias + c));
 }
 
-// out: rows of whole registers, `out_row` apart; first_element counts the dropout's elements.
-inline void tail_forward(const TailWeights& w, const float* y, Rows v, int64_t first_element, int64_t tokens,
-                         TailScratch& s, float* out, int64_t out_row) {
-  const uint16_t* lanes = tail_skip(w, y, v, first_element, tokens, s);
+// From y Wp^T + bp in s.t. out: rows of whole registers, `out_row` apart; first_element counts the dropout's elements.
+inline void tail_forward(const TailWeights& w, Rows v, int64_t first_element, int64_t tokens, TailScratch& s,
+                         float* out, int64_t out_row) {
+  const uint16_t* lanes = tail_skip(w, v, first_element, tokens, s);
   tail_affine(w, s.n, s.n, tokens);
   gemm(tokens, w.hidden, w.width, {s.n, w.wide, 1}, panels_of(w.fc1, w.width), s.h, w.wide_hidden, w.fc1_bias);
   for (int64_t i = 0; i < tokens * w.wide_hidden; i += LANES) {
@@ -141,7 +145,8 @@ struct TailBackwardScratch {
 inline void tail_backward(const TailWeights& w, const float* y, Rows v, Rows grad, int64_t first_element,
                           int64_t tokens, TailScratch& s, TailBackwardScratch& b, TailSums& sums, float* d_y,
                           float* d_v) {
-  const uint16_t* lanes = tail_skip(w, y, v, first_element, tokens, s);
+  tail_project(w, y, tokens, s);
+  const uint16_t* lanes = tail_skip(w, v, first_element, tokens, s);
   const float* xhat = s.n;
   tail_affine(w, xhat, b.n, tokens);
   gemm(tokens, w.hidden, w.width, {b.n, w.wide, 1}, panels_of(w.fc1, w.width), s.h, w.wide_hidden, w.fc1_bias);
