@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
 
 def available_memory():
-    """Bytes that programs can have without swapping. Free pages are fewer: Linux fills them with files, and drops those."""
+    """Bytes that programs can have without swapping: also pages that hold files, which Linux drops when it must."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():

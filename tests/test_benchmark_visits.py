@@ -64,9 +64,7 @@ def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(monkeypa
     run, measurements = _measured(monkeypatch, planned, tmp_path / "rows.json", said=said)
     found = {(group, name): run.timed(group, name) for group, name in planned}
     both = ("upstream", "t2t_fast")
-    assert measurements.asked == [
-        (group, both, rounds) for rounds in (None, 2, 2) for group in (FIRST, MODEL)
-    ]
+    assert measurements.asked == [(group, both, rounds) for rounds in (None, 2, 2) for group in (FIRST, MODEL)]
     for row in found.values():
         assert (row["times"], row["visits"]) == ([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], [2, 2, 2])
         assert row["seconds"]["median"] == 2.0 and row["speedup"]["median"] == 1.0
