@@ -235,7 +235,7 @@ def estimated_bytes(group, provider):
 
 
 def available_bytes(device):
-    """Free memory of the device."""
+    """Bytes that a device can still give: "cuda" those that are free, "cpu" also those that hold files."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return available_memory()

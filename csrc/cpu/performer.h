@@ -134,15 +134,14 @@ struct KeyView {
 
 // Scratch for a tile of queries.
 struct QueryScratch {
-  Buffer p, along, gate, y;  // (TILE, wide_count), the same, (TILE), (TILE, wide)
+  Buffer p, along, weight_sum, gate, y;  // (TILE, wide_count), the same, (TILE), (TILE), (TILE, wide)
 
   explicit QueryScratch(const Features& f)
-      : p(TILE * f.wide_count), along(TILE * f.wide_count), gate(TILE), y(TILE * f.wide) {}
+      : p(TILE * f.wide_count), along(TILE * f.wide_count), weight_sum(TILE), gate(TILE), y(TILE * f.wide) {}
 };
 
 // The softmax over features of a tile's queries to s.p, and their gate to s.gate.
 inline void weigh_features(const Features& f, const KeyView& keys, Rows q, int64_t tokens, QueryScratch& s) {
-  float* all_weights = s.along;  // of each token; nobody needs s.along yet
   f.scores(q, tokens, s.p);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = s.p + t * f.wide_count;
@@ -159,21 +158,22 @@ inline void weigh_features(const Features& f, const KeyView& keys, Rows q, int64
       store(row + i, weight);
       total += weight;
     }
-    const float weights = sum(total);
-    const float scale = 1 / weights;
+    const float weight_sum = sum(total);
+    const float scale = 1 / weight_sum;
     for (int64_t i = 0; i < f.wide_count; i += LANES) store(row + i, load(row + i) * scale);
-    all_weights[t] = weights;
+    s.weight_sum[t] = weight_sum;
     s.gate[t] = half_square_norm(q.at(t), f.wide) - top + f.log_gate;
   }
-  for (int64_t t = 0; t < tokens; t += LANES) {  // the last register may hold anything beyond the tokens
-    const Vec weights = load(all_weights + t);
+  // Beyond the tokens the last register holds anything, in and out; nobody reads it.
+  for (int64_t t = 0; t < tokens; t += LANES) {
+    const Vec weights = load(s.weight_sum + t);
     const Vec closed = f.performer.eps > 0 ? exponential(load(s.gate + t)) : Vec{};
     store(s.gate + t, weights / (weights + closed));
   }
 }
 
-// The gate times what weigh_features() left of the softmax, times a state (count, wide): (tokens, wide). With a bias,
-// the bias is added.
+// What a tile of queries reads from a state (count, wide), after weigh_features(): gate p state, plus the bias (wide) if
+// there is one, into out (tokens, wide).
 inline void read_state(const Features& f, const float* state, int64_t tokens, const QueryScratch& s, float* out,
                        const float* bias = nullptr) {
   gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(state, f.wide), out, f.wide);

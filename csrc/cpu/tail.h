@@ -60,7 +60,7 @@ struct TailScratch {
   uint16_t* lane_buffer() const { return reinterpret_cast<uint16_t*>(static_cast<float*>(lanes)); }
 };
 
-// y Wp^T + bp into s.t, which is what the rest starts from.
+// y Wp^T + bp of a tile of y (tokens, wide) into s.t, which is what the rest starts from.
 inline void tail_project(const TailWeights& w, const float* y, int64_t tokens, TailScratch& s) {
   gemm(tokens, w.width, w.width, {y, w.wide, 1}, panels_of(w.proj, w.width), s.t, w.wide, w.proj_bias);
 }
