@@ -9,6 +9,7 @@ inside the operator.
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ class Request(NamedTuple):
     device: str
     dtype: torch.dtype
     sizes: dict
+    transform: str | None = None
+    """What of PyTorch follows the operations of the call, in words (``ops/transforms.py``)."""
 
 
 def always(request):
@@ -48,7 +51,44 @@ class Implementation(NamedTuple):
 
 _tables: dict[str, dict[str, Implementation]] = {}
 _absent: dict[str, dict[str, str]] = {}
-_chosen: dict[str | None, str] = {None: config.default_backend()}
+_DEFAULT = config.default_backend()
+
+
+class _Block(NamedTuple):
+    """One ``with backend(name, op):`` that is open; told apart by identity."""
+
+    name: str
+    op: str | None
+
+
+_open: ContextVar[tuple[_Block, ...]] = ContextVar("t2t_fast_backend", default=())
+_last: tuple[_Block, ...] = ()
+"""The open blocks as the last change left them in any thread, for compilers that cannot trace a ContextVar."""
+
+
+def _traces_context():
+    """Whether dynamo traces a read of a ContextVar and guards on its value (PyTorch 2.11 does not)."""
+    from torch._dynamo.variables import misc
+
+    return hasattr(misc, "ContextVarVariable")
+
+
+_traces_context._dynamo_marked_constant = True
+
+
+def _change(blocks):
+    global _last
+    _open.set(blocks)
+    _last = blocks
+
+
+def _selected(op):
+    """The backend that the innermost open block for ``op`` names, else the environment's."""
+    blocks = _last if torch.compiler.is_dynamo_compiling() and not _traces_context() else _open.get()
+    for block in reversed(blocks):
+        if block.op is None or block.op == op:
+            return block.name
+    return _DEFAULT
 
 
 def register(op, implementations, absent):
@@ -78,10 +118,9 @@ def _reason(op, name, request):
 
 def problem():
     """What is wrong with the backend that ``T2T_FAST_BACKEND`` asks for, or ``None``."""
-    name = _chosen.get(None)
-    if name in config.BACKENDS:
+    if _DEFAULT in config.BACKENDS:
         return None
-    return f"T2T_FAST_BACKEND must be one of {', '.join(config.BACKENDS)}, got {name!r}"
+    return f"T2T_FAST_BACKEND must be one of {', '.join(config.BACKENDS)}, got {_DEFAULT!r}"
 
 
 def resolve(op, request, name="auto"):
@@ -89,7 +128,7 @@ def resolve(op, request, name="auto"):
     if name not in config.BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(config.BACKENDS)}, got {name!r}")
     if name == "auto":
-        name = _chosen.get(op, _chosen[None])
+        name = _selected(op)
         if name not in config.BACKENDS:  # only what the environment set is unchecked so far
             raise ValueError(problem())
     if name != "auto":
@@ -116,7 +155,9 @@ def _refusal(op, name, request):
 def backend(name, op=None):
     """Choose the backend inside a ``with`` block, for every operator or for one.
 
-    The choice is process-wide (as ``torch.backends`` flags are), so threads of ``DataParallel`` see it too.
+    The choice holds in the thread and the asyncio task that opened the block; a new thread starts without one. Blocks
+    may overlap without nesting: each ends its own choice, and the innermost of those that are still open counts. (Code
+    compiled by a PyTorch that cannot trace a ``ContextVar``, such as 2.11, sees the choice of any thread.)
 
     Args:
         name: "auto", "triton", "native", "aten" or "reference".
@@ -130,15 +171,12 @@ def backend(name, op=None):
         raise ValueError(f"backend: name must be one of {', '.join(config.BACKENDS)}, got {name!r}")
     if op is not None and op not in _tables:
         raise ValueError(f"backend: op must be one of {', '.join(_tables)} or None, got {op!r}")
-    before = dict(_chosen)
-    if op is None:
-        _chosen.clear()
-    _chosen[op] = name
+    block = _Block(name, op)
+    _change((*_open.get(), block))
     try:
         yield
     finally:
-        _chosen.clear()
-        _chosen.update(before)
+        _change(tuple(each for each in _open.get() if each is not block))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ compiled kernels calls opaque operators of its own, with their own fake and auto
 """
 
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 
 from .. import backends
+from . import transforms
+
+OPAQUE = ("triton", "native")
+"""Backends whose kernels PyTorch cannot see into."""
 
 _library = torch.library.Library("t2t_fast", "DEF")
 
@@ -31,33 +35,50 @@ def define(name, signature, implementations, absent, autocast):
             where ``call(*args)`` runs the operator.
 
     Returns:
-        the callable operator.
+        the operator as a function.
     """
     backends.register(name, implementations, absent)
     _library.define(f"{name}({signature}, str backend) -> Tensor")
 
     def composite(*args):
-        return backends.implementation(name, args[-1]).call(*args[:-1])
+        *values, backend = args
+        if backend in OPAQUE and (transform := transforms.active()) is not None:
+            raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} takes no part in {transform}")
+        return backends.implementation(name, backend).call(*values)
 
     _library.impl(name, composite, "CompositeImplicitAutograd")
     operator = getattr(torch.ops.t2t_fast, name).default
 
+    def under_autocast(device, call, *args):
+        *values, backend = args
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return autocast(lambda *a: call(*a, backend), dtype, *values)
+
     for device in ("cpu", "cuda"):
+        _library.impl(name, partial(under_autocast, device, operator), f"Autocast{device.upper()}")
 
-        def under_autocast(*args, device=device):
-            *values, backend = args
-            dtype = torch.get_autocast_dtype(device)
-            with torch.autocast(device, enabled=False):
-                return autocast(lambda *a: operator(*a, backend), dtype, *values)
+    @wraps(operator)
+    def run(*args):
+        if not torch.jit.is_tracing():
+            return operator(*args)
+        # A trace would hold the operator itself. Of the plain operations inside it, it runs without this package.
+        device = args[0].device.type
+        if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+            return under_autocast(device, composite, *args)
+        return composite(*args)
 
-        _library.impl(name, under_autocast, f"Autocast{device.upper()}")
-    return operator
+    return run
 
 
 def opaque_obstacle(request, dtypes, kind):
     """Why opaque kernels of a kind ("native", "Triton") for ``dtypes`` cannot run a :class:`Request`, or ``None``."""
     if request.dtype not in dtypes:
         return f"no {kind} kernel for {str(request.dtype).removeprefix('torch.')}"
+    if request.transform == transforms.TRACING:
+        return f"a traced program would need the {kind} kernels where it runs"
+    if request.transform is not None:
+        return f"the {kind} kernels take no part in {request.transform}"
     # not is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
     if getattr(torch.compiler, "_is_exporting_flag", False):
         return f"an exported program would need the {kind} kernels where it runs"

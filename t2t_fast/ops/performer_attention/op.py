@@ -1,7 +1,7 @@
 """``t2t_fast::performer_attention``: positive random-feature attention, upstream's eps included."""
 
 from ...backends import Implementation, always
-from .. import native, triton_runtime
+from .. import native, transforms, triton_runtime
 from ..library import define
 from . import aten_impl, native_impl, reference, triton_impl
 
@@ -17,7 +17,7 @@ performer_attention = define(
     implementations={
         "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
         "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
-        "aten": Implementation(aten_impl.forward, always),
+        "aten": Implementation(aten_impl.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={},

@@ -5,7 +5,7 @@ The one operator that is made of others: it may import the implementations of ``
 """
 
 from ...backends import Implementation, always
-from .. import native, triton_runtime
+from .. import native, transforms, triton_runtime
 from ..library import define
 from ..token_mlp.op import SIGNATURE
 from . import aten_impl, native_impl, reference, triton_impl
@@ -26,7 +26,7 @@ performer_layer = define(
     implementations={
         "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
         "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
-        "aten": Implementation(aten_impl.forward, always),
+        "aten": Implementation(aten_impl.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={},

@@ -1,6 +1,7 @@
 """``t2t_fast::soft_split``: overlapping windows of an image as tokens."""
 
 from ...backends import Implementation, always
+from .. import transforms
 from ..library import define
 from . import aten_impl, native_impl, reference
 
@@ -9,7 +10,7 @@ soft_split = define(
     "Tensor x, int[2] kernel, int[2] stride, int[2] padding",
     implementations={
         "native": Implementation(native_impl.forward, native_impl.supports),
-        "aten": Implementation(aten_impl.forward, always),
+        "aten": Implementation(aten_impl.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={

@@ -1,7 +1,7 @@
 """``t2t_fast::soft_split_linear``: soft split, LayerNorm and Linear without the unfolded tokens in between."""
 
 from ...backends import Implementation, always
-from .. import native, triton_runtime
+from .. import native, transforms, triton_runtime
 from ..library import define
 from . import aten_impl, native_impl, reference, triton_impl
 
@@ -24,7 +24,7 @@ soft_split_linear = define(
     implementations={
         "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
         "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
-        "aten": Implementation(aten_impl.forward, always),
+        "aten": Implementation(aten_impl.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={},

@@ -1,7 +1,7 @@
 """``t2t_fast::token_mlp``: everything after the attention of a token layer, which is all per token."""
 
 from ...backends import Implementation, always
-from .. import native, triton_runtime
+from .. import native, transforms, triton_runtime
 from ..library import define
 from . import aten_impl, native_impl, reference, triton_impl
 
@@ -17,7 +17,7 @@ token_mlp = define(
     implementations={
         "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
         "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
-        "aten": Implementation(aten_impl.forward, always),
+        "aten": Implementation(aten_impl.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={},

@@ -1,0 +1,38 @@
+"""Which of PyTorch's program transformations follow the operations of a call.
+
+A kernel that PyTorch cannot see into has no tangents, no batching rule and no node that another program could run. A
+hand-written ``autograd.Function`` has a backward, but no tangents and no batching rule either. Under a transformation
+that needs them, such an implementation states the name of the transformation as its reason, and ``auto`` goes on to one
+made of plain operations, the "reference" backend at last.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+FUNCTIONAL = "torch.func transforms (grad, vjp, jvp, vmap)"
+FORWARD_MODE = "forward-mode derivatives"
+TRACING = "torch.jit.trace"
+
+
+def active():
+    """The transformation that follows operations now, one of this module's constants, or ``None``."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return FUNCTIONAL
+    if forward_ad._current_level >= 0:
+        return FORWARD_MODE
+    if torch.jit.is_tracing():
+        return TRACING
+    return None
+
+
+# Dynamo asks while it traces, and guards on the first two by itself.
+active._dynamo_marked_constant = True
+
+
+def plain(request):
+    """The ``supports`` of an implementation in PyTorch's operations with a hand-written backward."""
+    if request.transform in (FUNCTIONAL, FORWARD_MODE):
+        return f"its hand-written backward takes no part in {request.transform}"
+    if request.transform == TRACING and request.sizes.get("training", True):
+        return f"its hand-written backward cannot be recorded by {TRACING}"
+    return None
