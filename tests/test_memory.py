@@ -65,5 +65,5 @@ def test_peak_counts_the_scratch_memory_of_native_operators():
     layer = TokenPerformer(147, 64).eval()
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        peak = memory.peak_bytes(lambda: layer.forward_window(image, T2T_WINDOWS[0]), "cpu")
+        peak = memory.peak_bytes(lambda: layer(image, window=T2T_WINDOWS[0]), "cpu")
     assert peak >= 3136 * (192 + 64) * 4

@@ -1,13 +1,12 @@
 """``swap``: the fast forms in place of upstream's modules, on the instances that a model holds.
 
-A swap changes a module's class and nothing else: the object stays, and with it its parameters, hooks, training flag,
-dtype, device and every reference to it (an optimizer's, a wrapper's); ``unswap`` gives the class back. This works
-because the fast modules keep upstream's names of children and parameters. What is a T2T module is decided by
-structure (children, attributes, shapes), never by importing the other project; and because structure cannot show what
-a ``forward`` does, every match is proved on a copy with a small random input before anything is changed.
+A swap changes a module's class and nothing else (``swap_classes.py``): the object stays, and with it its parameters,
+hooks, attributes, methods and every reference to it (an optimizer's, a wrapper's); ``unswap`` gives it back. This
+works because the fast modules keep upstream's names of children and parameters. What is a T2T module is decided by
+structure (``swap_rules.py``), never by importing the other project; and because structure cannot show what a
+``forward`` does, every match is proved on a twin before anything is changed (``swap_proof.py``).
 """
 
-import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,18 +19,19 @@ from ..backends import Request, resolve
 from ..errors import BackendUnavailable, NothingToSwap
 from ..models import lanl
 from ..modules import Fold, TokenPerformer, Unfold
-from .swap_rules import FAST, LOOKED_FOR, Change, Mismatch, match
+from .swap_classes import original_class
+from .swap_proof import Mismatch, apply, prove
+from .swap_rules import FAST, LOOKED_FOR, Change, match
 
-_RECORD = "_t2t_fast_swapped"
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
-"""What a module's forward may raise on a probe that does not suit it."""
-
-PROBE_TOLERANCE = 1e-3
-"""Largest relative difference between a module and its fast form on the probe, in float32."""
+_FUSED = "(fused)"
 
 
 class Row(NamedTuple):
-    """One line of a report. ``target`` is empty where a module was left as it was, and ``reason`` says why."""
+    """One line of a report.
+
+    ``target`` is the new class; "(fused)" for a child that a swapped module does not call any more; empty where a
+    module was left as it was, and ``reason`` says why.
+    """
 
     path: str
     source: str
@@ -50,7 +50,7 @@ class SwapReport:
     @property
     def swapped(self):
         """Paths of the modules that changed."""
-        return [row.path for row in self.rows if row.target]
+        return [row.path for row in self.rows if row.target and row.target != _FUSED]
 
     @property
     def left(self):
@@ -66,72 +66,6 @@ class SwapReport:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
         return "\n".join([*lines, f"{len(self.swapped)} modules {self.done}, {len(self.left)} left"])
-
-
-def _apply(changes):
-    """Change classes. A record of what to undo stays in each module's ``__dict__``, out of ``state_dict``."""
-    for module, kind, attributes in changes:
-        before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
-        module.__dict__[_RECORD] = (type(module), before, tuple(attributes))
-        module.__class__ = kind
-        module.__dict__.update(attributes)
-
-
-def _undo(module):
-    original, before, names = module.__dict__.pop(_RECORD)
-    for name in names:
-        del module.__dict__[name]
-    module.__dict__.update(before)
-    module.__class__ = original
-    return original
-
-
-def _prove(module, plan, inner):
-    """Raise :class:`Mismatch` unless a copy of ``module`` gives the same result before and after its swap.
-
-    Args:
-        plan: of the module itself; inner: plans, proved already, of modules inside it.
-    """
-    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        raise Mismatch("its parameters are on the meta device, so the fast form could not be proved equal")
-    clone = copy.deepcopy(module)
-    for each in clone.modules():
-        for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
-            hooks.clear()
-    clone = clone.to("cpu", torch.float32).eval()
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x, expected = _run_original(clone, plan.probes)
-        twins = {id(old): new for old, new in zip(module.modules(), clone.modules(), strict=True)}
-        for each in (*inner, plan):
-            _apply(Change(twins[id(old)], kind, attributes) for old, kind, attributes in each.changes)
-        try:
-            result = clone(x)
-        except _FAILURES as error:
-            raise Mismatch(f"the fast form does not run on a probe: {error}") from error
-    if result.shape != expected.shape:
-        raise Mismatch(f"the original's result on a probe has shape {tuple(expected.shape)}, not {tuple(result.shape)}")
-    both = torch.isfinite(expected) & torch.isfinite(result)
-    scale = expected[both].norm().clamp_min(1e-12)
-    error = ((result - expected)[both].norm() / scale).item()
-    if not both.any() or error > PROBE_TOLERANCE:
-        raise Mismatch(f"its forward computes something else: on a probe the results differ by {error:.1e}")
-
-
-def _run_original(clone, shapes):
-    """The first probe that the original runs on, and its result."""
-    generator = torch.Generator().manual_seed(0)
-    failures = []
-    for shape in shapes:
-        x = torch.randn(shape, generator=generator)
-        try:
-            expected = clone(x)
-        except _FAILURES as error:
-            failures.append(f"{' x '.join(map(str, shape))} ({error})")
-            continue
-        if not isinstance(expected, torch.Tensor):
-            raise Mismatch(f"the original returns a {type(expected).__name__}, not a tensor")
-        return x, expected
-    raise Mismatch(f"the original does not run on a probe of {', nor of '.join(failures)}")
 
 
 def _patterns(name, value):
@@ -151,6 +85,15 @@ def _matches(path, patterns):
     return any(fnmatchcase(parent, pattern) for parent in parents for pattern in patterns)
 
 
+def _selected(path, include, exclude):
+    return (include is None or _matches(path, include)) and (exclude is None or not _matches(path, exclude))
+
+
+def _named(path, include):
+    """Whether a pattern matches this very path."""
+    return include is not None and any(fnmatchcase(path, pattern) for pattern in include)
+
+
 def _find(model, include, exclude):
     """What matches, [(path, module, plan)], and [Row] of what is left."""
     found, left, claimed = [], [], set()
@@ -159,32 +102,75 @@ def _find(model, include, exclude):
             continue
         source = type(module).__name__
         if isinstance(module, FAST):
+            claimed.update(id(child) for child in module.children() if isinstance(child, nn.Unfold))
             left.append(Row(path, source, "", "", "is fast already"))
             continue
         try:
-            plan = match(module, path)
+            plan = match(module)
         except Mismatch as mismatch:
             left.append(Row(path, source, "", "", str(mismatch)))
             continue
         if plan is None:
             continue
-        if (include is not None and not _matches(path, include)) or (exclude is not None and _matches(path, exclude)):
+        if not _selected(path, include, exclude):
             left.append(Row(path, source, "", "", "not selected by include and exclude"))
-            continue
-        if plan.caution and not (include is not None and any(fnmatchcase(path, pattern) for pattern in include)):
+        elif plan.caution and not _named(path, include):
             left.append(Row(path, source, "", "", plan.caution))
-            continue
-        claimed.update(id(change.module) for change in plan.changes)
-        found.append((path, module, plan))
+        else:
+            claimed.update(id(change.module) for change in (*plan.changes, *plan.parts))
+            found.append((path, module, plan))
     return found, left
+
+
+class _Swap(NamedTuple):
+    """Proved changes of one module, the last of which is that of the module at ``path``."""
+
+    path: str
+    changes: list[Change]
+    fused: tuple[tuple[str, str], ...] = ()
+
+
+def _prove_all(model, found, include, exclude):
+    """[:class:`_Swap`] of what is proved, and [Row] of what is left; from the inside out."""
+    proved, left = [], []
+    for path, module, plan in reversed(found):
+        inside = {id(each) for each in module.modules()}
+        inner = [change for swap in proved for change in swap.changes if id(change.module) in inside]
+        try:
+            if plan.reason:
+                raise Mismatch(plan.reason)
+            template = prove(module, [*inner, *plan.changes], plan.probes)
+            proved.append(_Swap(path, [*plan.changes[:-1], plan.changes[-1]._replace(template=template)], plan.fused))
+        except Mismatch as mismatch:
+            left.append(Row(path, type(module).__name__, "", "", str(mismatch)))
+            proved += _prove_parts(module, path, plan, inner, include, exclude)
+    return proved, left
+
+
+def _prove_parts(module, path, plan, inner, include, exclude):
+    """[:class:`_Swap`] of the children that can be swapped in a module that stays as it is."""
+    paths = {id(child): f"{path}.{name}" if path else name for name, child in module.named_modules()}
+    parts = [change for change in plan.parts if _selected(paths[id(change.module)], include, exclude)]
+    try:
+        if parts:
+            prove(module, [*inner, *parts], plan.probes)
+    except Mismatch:
+        return []  # the module's own reason says more
+    return [_Swap(paths[id(change.module)], [change]) for change in parts]
 
 
 _OPERATORS = {Unfold: "soft_split", Fold: "soft_composition", TokenPerformer: "performer_layer"}
 
 
-def _backend_of(module, kind):
-    """The backend of the main operator of ``kind`` on the device and in the dtype of the module's parameters."""
-    op = _OPERATORS.get(kind, "soft_split_linear")
+def backend_of(module):
+    """The backend of a fast module's main operator, on the device and in the dtype of its parameters.
+
+    Or "unfused: " and the reason, where it calls its children one by one.
+    """
+    why = module.obstacle() if hasattr(module, "obstacle") else None
+    if why is not None:
+        return f"unfused: {why}"
+    op = next((op for kind, op in _OPERATORS.items() if isinstance(module, kind)), "soft_split_linear")
     tensor = next(module.parameters(), torch.empty(0))
     try:
         return resolve(op, Request(tensor.device.type, tensor.dtype, {}))
@@ -220,33 +206,46 @@ def swap(model, *, include=None, exclude=None, dry_run=False):
         raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     found, left = _find(model, include, exclude)
-    proved, rows = [], list(left)
-    # From the inside out: a layer that cannot be swapped stays as it is inside its module.
-    for path, module, plan in reversed(found):
-        inside = {id(each) for each in module.modules()}
-        try:
-            _prove(module, plan, [inner for _, other, inner in proved if id(other) in inside])
-        except Mismatch as mismatch:
-            rows.append(Row(path, type(module).__name__, "", "", str(mismatch)))
-        else:
-            proved.append((path, module, plan))
+    proved, unproved = _prove_all(model, found, include, exclude)
+    left += unproved
     if not proved and not any(isinstance(module, FAST) for module in model.modules()):
-        reasons = [f"left: {row.path or '(the model)'} ({row.source}): {row.reason}" for row in rows]
+        reasons = [f"left: {row.path or '(the model)'} ({row.source}): {row.reason}" for row in left]
         lines = [f"swap: nothing to swap in {type(model).__name__}. Looked for", *LOOKED_FOR, *reasons]
         raise NothingToSwap("\n  ".join(lines))
-    for path, module, plan in proved:
-        kind = plan.changes[-1].kind
-        rows.append(Row(path, type(module).__name__, _name(kind), _backend_of(module, kind), ""))
-        if not dry_run:
-            _apply(plan.changes)
+    sources = {path: type(module).__name__ for path, module in model.named_modules()}
+    changes = [change for swap in proved for change in swap.changes]
+    for change in changes:
+        apply(change)
+    try:
+        rows = left + [row for swap in proved for row in _rows(model, swap, sources)]
+    finally:
+        if dry_run:
+            for change in changes:
+                _undo(change.module)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     rows.sort(key=lambda row: order[row.path])
     return SwapReport(tuple(rows), "would be swapped" if dry_run else "swapped")
 
 
+def _rows(model, swap, sources):
+    """The lines of one swap, while it is made."""
+    change, path = swap.changes[-1], swap.path
+    returns = f"returns a {change.template}" if change.template is not None else ""
+    yield Row(path, sources[path], _name(change.kind), backend_of(change.module), returns)
+    for child, worker in swap.fused:
+        if isinstance(getattr(change.module, worker), (*FAST, nn.Linear)):
+            child_path = f"{path}.{child}" if path else child
+            yield Row(child_path, sources[child_path], _FUSED, "", f"with {worker}")
+
+
 def _name(kind):
     package = "lanl." if kind.__module__ == lanl.__name__ else ""
     return f"{package}{kind.__name__}"
+
+
+def _undo(module):
+    """Give a module its original class back."""
+    module.__class__ = original_class(module)
 
 
 def unswap(model):
@@ -265,12 +264,11 @@ def unswap(model):
         raise TypeError(f"unswap: model must be a torch.nn.Module, got {type(model).__name__}")
     rows = []
     for path, module in model.named_modules():
-        if _RECORD not in module.__dict__:
-            continue
-        fast = type(module)
-        original = _undo(module)
-        if issubclass(fast, FAST):
-            rows.append(Row(path, _name(fast), original.__name__, "", ""))
+        original = original_class(module)
+        if original is not None:
+            if isinstance(module, FAST):
+                rows.append(Row(path, type(module).__name__, original.__name__, "", ""))
+            _undo(module)
     return SwapReport(tuple(rows), "unswapped")
 
 
@@ -283,11 +281,11 @@ def swapped(model, *, include=None, exclude=None):
     """
     before = set()
     if isinstance(model, nn.Module):
-        before.update(id(module) for module in model.modules() if _RECORD in module.__dict__)
+        before.update(id(module) for module in model.modules() if original_class(module) is not None)
     report = swap(model, include=include, exclude=exclude)
     try:
         yield report
     finally:
         for module in model.modules():
-            if _RECORD in module.__dict__ and id(module) not in before:
+            if original_class(module) is not None and id(module) not in before:
                 _undo(module)

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import check_pair
 from ..modules import T2TModule
-from ..ops.spec import T2T_WINDOWS
+from ..ops.spec import T2T_WINDOWS, grid_after
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
@@ -58,10 +58,11 @@ class T2TEmbed(nn.Module):
             raise ValueError(f"T2TEmbed: output_fmt must be one of {', '.join(FORMATS)} or None, got {output_fmt!r}")
         tokens = T2TModule(224 if img_size is None else img_size, tokens_type, in_chans, embed_dim, token_dim, windows)
         self.tokens_to_token = tokens
+        self.windows = tokens.windows
         if not bias:
             tokens.project.register_parameter("bias", None)
         tokens.to(device=device, dtype=dtype)
-        self.patch_size = tuple(prod(window.stride[axis] for window in tokens.windows) for axis in (0, 1))
+        self.patch_size = tuple(prod(window.stride[axis] for window in self.windows) for axis in (0, 1))
         self._check_patch_size(patch_size)
         self.flatten = flatten and output_fmt is None
         self.output_fmt = "NCHW" if output_fmt is None else str(getattr(output_fmt, "value", output_fmt))
@@ -98,7 +99,7 @@ class T2TEmbed(nn.Module):
         """Token grid (h, w) of an image of (H, W), padding included."""
         height, width = img_size
         pad_height, pad_width = self._padding(height, width)
-        return self.tokens_to_token.grid(height + pad_height, width + pad_width)
+        return grid_after(self.windows, height + pad_height, width + pad_width)
 
     def _padding(self, height, width):
         return (-height % self.patch_size[0], -width % self.patch_size[1]) if self.dynamic_img_pad else (0, 0)
@@ -113,7 +114,8 @@ class T2TEmbed(nn.Module):
         pad_height, pad_width = self._padding(height, width)
         if pad_height or pad_width:
             x = F.pad(x, (0, pad_width, 0, pad_height))
-        x, grid = self.tokens_to_token.forward_with_grid(x)
+        grid = grid_after(self.windows, *x.shape[2:])
+        x = self.tokens_to_token(x)
         if not self.flatten:
             x = _reformat(x, grid, self.output_fmt)
         return self.norm(x)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..ops.spec import grid_after
 from .blocks import block_stack
 from .position import resize_position_table, sinusoid_table
 
@@ -26,7 +27,7 @@ class Backbone(nn.Module):
 
     Args:
         name: attribute under which the tokeniser is kept (it prefixes the parameter names).
-        tokeniser: module with ``forward_with_grid(image) -> (tokens, (h, w))`` and ``grid_size``.
+        tokeniser: module with ``forward(image) -> tokens``, its ``windows`` and ``grid_size``.
         learned_positions: a learned table, initialised randomly, instead of the frozen sinusoid.
         distilled: a second extra token.
         others: as upstream's models.
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.grid_size = tokeniser.grid_size
+        self.windows = tokeniser.windows
         self.extra_tokens = 2 if distilled else 1
         self.position_mode = "bicubic"
         self._tokeniser_name = name
@@ -106,6 +108,14 @@ class Backbone(nn.Module):
             table = sinusoid_table(grid[0] * grid[1] + self.extra_tokens, self.embed_dim)
             return table.to(self.pos_embed)
         return resize_position_table(self.pos_embed, self.grid_size, grid, self.extra_tokens, self.position_mode)
+
+    def tokens(self, x):
+        """What the tokeniser makes of an image (B, C, H, W), and its grid.
+
+        The tokeniser is called as any module, so hooks and wrappers on it count; the grid follows from the windows that
+        it was built with.
+        """
+        return self.tokeniser(x), grid_after(self.windows, *x.shape[2:])
 
     def encode(self, tokens, grid):
         """Tokens (B, h*w, embed_dim) -> normalised (B, extra + h*w, num_features)."""

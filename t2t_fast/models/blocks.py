@@ -5,9 +5,10 @@ Sources in yitu-opensource/T2T-ViT: ``models/transformer_block.py``, ``t2t_vit_s
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ..modules import fusion
+from ..modules.attention import attend, heads, merged
 from ..modules.drop_path import DropPath
 from ..modules.token_transformer import Mlp
 
@@ -31,16 +32,14 @@ class Attention(nn.Module):
 
     def _project(self, x):
         """q, k and v as (B, heads, N, head_dim)."""
-        return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return heads(self.qkv(x), self.num_heads)
 
     def _gate(self, y):
         return y
 
     def forward(self, x):
-        q, k, v = self._project(x)
-        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        return self.proj_drop(self._gate(self.proj(y.transpose(1, 2).flatten(2))))
+        y = merged(attend(*self._project(x), self.scale, self.attn_drop))
+        return self.proj_drop(self._gate(self.proj(y)))
 
 
 class SELayer(nn.Module):
@@ -76,8 +75,10 @@ def _cheap_operation(channels):
 
 
 def _scale_channels(convolution, x):
-    """What that convolution does to (B, N, C), without transposing it."""
-    return x * convolution.weight.flatten()
+    """What that convolution does to (B, N, C), without transposing it where the convolution need not be called."""
+    if fusion.difference(convolution, nn.Conv1d) is None and not fusion.watched():
+        return x * convolution.weight.flatten()
+    return convolution(x.transpose(1, 2)).transpose(1, 2)
 
 
 class AttentionGhost(Attention):
@@ -93,15 +94,15 @@ class AttentionGhost(Attention):
         self.cheap_operation_v = _cheap_operation(half)
 
     def _project(self, x):
-        def heads(linear, cheap):
+        def ghost_heads(linear, cheap):
             half = linear(x)
             full = torch.cat([half, _scale_channels(cheap, half)], dim=2)
             return full.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
         return (
-            heads(self.q, self.cheap_operation_q),
-            heads(self.k, self.cheap_operation_k),
-            heads(self.v, self.cheap_operation_v),
+            ghost_heads(self.q, self.cheap_operation_q),
+            ghost_heads(self.k, self.cheap_operation_k),
+            ghost_heads(self.v, self.cheap_operation_v),
         )
 
 

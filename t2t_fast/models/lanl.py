@@ -7,13 +7,15 @@ adds ``v`` to its output (the backbone's too), and the window follows from the k
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..functional import window as make_window
-from ..modules.soft_split import SoftSplit
-from ..modules.t2t_module import walk
+from ..modules import fusion
+from ..modules.attention import attend, heads, merged
+from ..modules.soft_split import Unfold
+from ..modules.t2t_module import stages_obstacle, token_grid, walk
 from ..modules.token_transformer import TokenTransformer as _TokenTransformer
+from ..ops.spec import grid_after, square
 from .backbone import init_weights
 from .position import resize_position_table, sinusoid_table
 
@@ -45,9 +47,8 @@ class Attention(nn.Module):
 
     def mix(self, qkv):
         """Attention on packed (B, T, 3 * chan): the mixed values and the values themselves, (B, T, chan) each."""
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return y.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2)
+        q, k, v = heads(qkv, self.num_heads)
+        return merged(attend(q, k, v, self.scale)), merged(v)
 
     def forward(self, x):
         """(B, T, dim) -> (B, T, chan)."""
@@ -69,10 +70,24 @@ class NeuralNet(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+_PARTS = {
+    "norm1": fusion.layer_norm,
+    "attn": fusion.container(Attention, "qkv", "proj"),
+    "attn.qkv": fusion.linear,
+    "attn.proj": fusion.linear,
+    "norm2": fusion.layer_norm,
+    "neuralnet": fusion.container(NeuralNet, "fc1", "act", "fc2"),
+    "neuralnet.fc1": fusion.linear,
+    "neuralnet.act": fusion.gelu,
+    "neuralnet.fc2": fusion.linear,
+}
+
+
 class TokenTransformer(_TokenTransformer):
     """LayerNorm and attention (the width changes), then LayerNorm and MLP with a skip: (B, T, dim) -> (B, T, chan)."""
 
     mlp_name = "neuralnet"
+    _parts = _PARTS
 
     def __init__(
         self,
@@ -90,9 +105,6 @@ class TokenTransformer(_TokenTransformer):
         self.attn = Attention(dim, chan, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
         self.norm2 = norm_layer(chan)
         self.neuralnet = NeuralNet(chan, int(chan * hidden_chan_mul), chan, act_layer)
-
-    def _active_dropout(self):
-        return None
 
     def _projection_dropout(self):
         return 0.0
@@ -155,7 +167,7 @@ class Tokens2Token(nn.Module):
         channels, height, width = img_size
         first, second, third = windows = tuple(split_window(k) for k in softsplit_kernels)
         self.windows = windows
-        self.grid_size = self.grid(height, width)
+        self.grid_size = grid_after(windows, height, width)
         self.num_tokens = self.grid_size[0] * self.grid_size[1]
         options = dict(
             num_heads=num_heads,
@@ -166,25 +178,30 @@ class Tokens2Token(nn.Module):
             norm_layer=norm_layer,
         )
         self.token_chan = token_chan
-        self.soft_split0, self.soft_split1, self.soft_split2 = (SoftSplit(*window) for window in windows)
+        self.soft_split0, self.soft_split1, self.soft_split2 = (Unfold.of(window) for window in windows)
         self.transformer1 = TokenTransformer(channels * first.taps, token_chan, **options)
         self.transformer2 = TokenTransformer(token_chan * second.taps, token_chan, **options)
         self.project = nn.Linear(token_chan * third.taps, token_len)
 
     def grid(self, height, width):
         """Token grid (h, w) of an image of ``height`` x ``width``."""
-        for window in self.windows:
-            height, width = window.grid(height, width)
-        return height, width
+        return token_grid((self.soft_split0, self.soft_split1, self.soft_split2), height, width)
+
+    def obstacle(self):
+        """The first reason why a soft split is not fused with the layer behind it, or ``None``."""
+        return stages_obstacle(self, "transformer1", "transformer2", "project")
 
     def forward(self, x):
         """(B, C, H, W) -> (B, h*w, token_len)."""
-        return self.forward_with_grid(x)[0]
+        return self._stages(x)[-1][0]
 
     def forward_with_grid(self, x):
         """As :meth:`forward`, and the grid (h, w) of the tokens."""
+        return self._stages(x)[-1]
+
+    def _stages(self, x):
         splits = (self.soft_split0, self.soft_split1, self.soft_split2)
-        return walk(x, splits, (self.transformer1, self.transformer2), self.project)[-1]
+        return walk(x, splits, (self.transformer1, self.transformer2), self.project)
 
 
 class PatchTokenization(nn.Module):
@@ -196,7 +213,7 @@ class PatchTokenization(nn.Module):
         self.patch_size = patch_size
         self.grid_size = self.grid(height, width)
         self.num_tokens = self.grid_size[0] * self.grid_size[1]
-        self.split = SoftSplit(patch_size, patch_size, 0)
+        self.split = Unfold(patch_size, stride=patch_size)
         self.project = nn.Linear(channels * patch_size**2, token_len)
 
     def grid(self, height, width):
@@ -209,12 +226,13 @@ class PatchTokenization(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def forward(self, x):
+        """(B, C, H, W) -> (B, h*w, token_len)."""
         return self.forward_with_grid(x)[0]
 
     def forward_with_grid(self, x):
-        """Tokens (B, h*w, token_len) and the grid (h, w)."""
-        grid = self.grid(*x.shape[2:])
-        return walk(x, (self.split,), (), self.project)[-1][0], grid
+        """As :meth:`forward`, and the grid (h, w) of the tokens."""
+        self.grid(*x.shape[2:])
+        return walk(x, (self.split,), (), self.project)[-1]
 
 
 class ViTBackbone(nn.Module):
@@ -279,6 +297,7 @@ class ViTModel(nn.Module):
     ):
         super().__init__()
         self.patch_tokens = PatchTokenization(img_size, patch_size, token_len)
+        self.windows = (square(patch_size, patch_size, 0),)
         self.backbone = ViTBackbone(
             preds,
             token_len,
@@ -294,7 +313,7 @@ class ViTModel(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x):
-        return self.backbone(*self.patch_tokens.forward_with_grid(x))
+        return self.backbone(self.patch_tokens(x), grid_after(self.windows, *x.shape[2:]))
 
 
 class T2TViT(nn.Module):
@@ -329,6 +348,7 @@ class T2TViT(nn.Module):
             act_layer,
             norm_layer,
         )
+        self.windows = self.tokens_to_token.windows
         self.vit_backbone = ViTBackbone(
             preds,
             token_len,
@@ -344,4 +364,4 @@ class T2TViT(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x):
-        return self.vit_backbone(*self.tokens_to_token.forward_with_grid(x))
+        return self.vit_backbone(self.tokens_to_token(x), grid_after(self.windows, *x.shape[2:]))

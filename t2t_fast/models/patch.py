@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..modules.t2t_module import as_pair
+from ..ops.spec import square
 
 
 class PatchEmbed(nn.Module):
@@ -18,6 +19,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size = as_pair(img_size)
         self.patch_size = patch_size
+        self.windows = (square(patch_size, patch_size, 0),)
         self.grid_size = self.grid(*self.img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
@@ -35,9 +37,10 @@ class PatchEmbed(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def forward(self, x):
-        return self.forward_with_grid(x)[0]
+        """(B, in_chans, H, W) -> (B, h*w, embed_dim)."""
+        self.grid(*x.shape[2:])
+        return self.proj(x).flatten(2).transpose(1, 2)
 
     def forward_with_grid(self, x):
-        """Tokens (B, h*w, embed_dim) and the grid (h, w)."""
-        grid = self.grid(*x.shape[2:])
-        return self.proj(x).flatten(2).transpose(1, 2), grid
+        """As :meth:`forward`, and the grid (h, w) of the tokens."""
+        return self.forward(x), self.grid(*x.shape[2:])

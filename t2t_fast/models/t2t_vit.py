@@ -80,7 +80,7 @@ class T2TViT(Backbone):
 
     def forward_features(self, x):
         """The normalised class token (B, num_features)."""
-        return self.encode(*self.tokeniser.forward_with_grid(x))[:, 0]
+        return self.encode(*self.tokens(x))[:, 0]
 
     def forward(self, x):
         return self.head(self.forward_features(x))
@@ -91,10 +91,7 @@ class T2TViT(Backbone):
         The first two are the T2T module's tokens (token_dim channels), the last the backbone's normalised tokens
         (num_features channels). A "patch" tokeniser has only the last.
         """
-        if not isinstance(self.tokeniser, T2TModule):
-            stages = [self.tokeniser.forward_with_grid(x)]
-        else:
-            stages = self.tokeniser.forward_stages(x)
+        stages = [self.tokens(x)] if len(self.windows) == 1 else self.tokeniser(x, stages=True)
         tokens, grid = stages[-1]
         stages[-1] = self.encode(tokens, grid)[:, self.extra_tokens :], grid
         return [tokens.transpose(1, 2).unflatten(2, grid) for tokens, grid in stages]

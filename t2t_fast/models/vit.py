@@ -93,7 +93,7 @@ class ViT(Backbone):
 
     def forward_features(self, x):
         """What the head receives: (B, num_features), or a pair of (B, embed_dim) with ``distilled``."""
-        x = self.encode(*self.patch_embed.forward_with_grid(x))
+        x = self.encode(*self.tokens(x))
         if self.dist_token is None:
             return self.pre_logits(x[:, 0])
         return x[:, 0], x[:, 1]
@@ -107,6 +107,6 @@ class ViT(Backbone):
 
     def forward_stages(self, x):
         """The one feature map of a plain ViT: a list of one (B, C, h, w) at the patch's stride."""
-        tokens, grid = self.patch_embed.forward_with_grid(x)
+        tokens, grid = self.tokens(x)
         x = self.encode(tokens, grid)[:, self.extra_tokens :]
         return [x.transpose(1, 2).unflatten(2, grid)]

@@ -1,46 +1,238 @@
-"""When a layer may run as one fused operator: only if nobody watches or changes what is inside it.
+"""The gate before every fusion: a module skips the calls of its children only where nobody can notice.
 
-A fused operator reads the parameters of a child module and never calls it. So a child that has hooks, that overrides
-its class's ``forward``, or that is of another class (an adapter, a quantised layer) makes its layer run unfused: every
-hook fires, every override counts, and only speed is lost.
+A fused operator reads the parameters of child modules and calls none of them. That is allowed where each skipped child
+is a plain layer: of the expected class with that class's own ``forward``, without a hook of any kind, and with plain
+dense tensors that the operator can read. Everything else (a hook, a replaced ``forward``, a subclass, an adapter, a
+quantised layer, a wrapper) makes the layer run child by child, as upstream does. Only speed is lost.
+
+Nothing is remembered between two calls but what belongs to a class, so every change counts at the next call. The check
+takes a few microseconds.
 """
 
+import sys
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as _registry
+from torch.utils._python_dispatch import _disable_current_modes
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from ..errors import FLOATING
+from .drop_path import DropPath
+
+_OVERRIDES = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
+_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
+_BARE = frozenset(nn.Module().__dict__)
+"""Names in the ``__dict__`` of a module without any state."""
 
 
-def is_watched(module):
-    """Whether someone registered a hook on this very module."""
-    return any(len(getattr(module, name)) > 0 for name in _HOOKS)
-
-
-def is_plain(module, kind):
-    """Whether calling ``module`` does exactly what class ``kind`` does (parametrised weights are fine)."""
+def watched():
+    """Whether a hook is registered for all modules of the process."""
     return (
-        isinstance(module, kind)
-        and type(module).forward is kind.forward
-        and "forward" not in module.__dict__
-        and not is_watched(module)
+        _registry._global_forward_hooks
+        or _registry._global_forward_pre_hooks
+        or _registry._global_backward_hooks
+        or _registry._global_backward_pre_hooks
     )
 
 
-def is_exact_gelu(module):
-    """Whether ``module`` is a plain ``nn.GELU`` in its erf form."""
-    return is_plain(module, nn.GELU) and module.approximate == "none"
+def _name(cls, expected):
+    """A class in words: its name, with its module where the name alone would not tell it from the expected class."""
+    return cls.__name__ if cls.__name__ != expected.__name__ else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def obstacle(layer, kinds):
-    """Why ``layer`` cannot be fused, or ``None``.
+def difference(child, kind):
+    """What calling ``child`` does beyond ``kind.forward``, in words, or ``None``."""
+    cls = type(child)
+    if cls is not kind:
+        if child is None or not isinstance(child, kind) or cls.forward is not kind.forward:
+            return "is missing" if child is None else f"is {_name(cls, kind)}"
+        if any(getattr(cls, name) is not getattr(nn.Module, name) for name in _CALLS):
+            return f"is {_name(cls, kind)}"
+    state = child.__dict__
+    modules = state["_modules"]
+    if "parametrizations" in modules:
+        return "is parametrised"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return "has hooks"
+    if not _OVERRIDES.isdisjoint(state):
+        return "has a forward of its own"
+    if state.get("_compiled_call_impl") is not None:
+        return "is compiled"
+    return None
+
+
+def linear(child):
+    return difference(child, nn.Linear)
+
+
+def layer_norm(child):
+    found = difference(child, nn.LayerNorm)
+    if found is None and len(child.normalized_shape) != 1:
+        return f"normalises {len(child.normalized_shape)} dimensions"
+    return found
+
+
+def dropout(child):
+    """A dropout whose probability an operator can take; ``nn.Identity`` is one of 0."""
+    if type(child) is nn.Identity:
+        return difference(child, nn.Identity)
+    found = difference(child, nn.Dropout)
+    if found is None and child.training and child.p >= 1:
+        return "drops everything"
+    return found
+
+
+def no_dropout(child):
+    """A dropout that does nothing now."""
+    found = dropout(child)
+    return "is active" if found is None and rate(child) > 0 else found
+
+
+def no_drop_path(child):
+    """Stochastic depth that does nothing now."""
+    if type(child) is nn.Identity:
+        return difference(child, nn.Identity)
+    found = difference(child, DropPath)
+    return "is active" if found is None and child.training and child.drop_prob > 0 else found
+
+
+def gelu(child):
+    """GELU in its exact form: ``nn.GELU``, or a class without any state that computes the same."""
+    if isinstance(child, nn.GELU):
+        found = difference(child, nn.GELU)
+        return f"is GELU(approximate={child.approximate!r})" if found is None and child.approximate != "none" else found
+    if not isinstance(child, nn.Module):
+        return "is missing" if child is None else f"is {type(child).__name__}"
+    found = difference(child, type(child))
+    if found is None and not (_BARE.issuperset(child.__dict__) and not child._modules and _is_exact_gelu(type(child))):
+        return f"is {_name(type(child), nn.GELU)}"
+    return found
+
+
+_exact: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def _is_exact_gelu(cls):
+    """Whether modules of a class without state compute GELU; tried once for each class."""
+    if cls not in _exact:
+        _exact[cls] = _computes_gelu(cls)
+    return _exact[cls]
+
+
+_is_exact_gelu._dynamo_marked_constant = True
+
+
+def _computes_gelu(cls):
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for dtype in (torch.float32, torch.float64):
+            x = torch.linspace(-9, 9, 999, dtype=dtype, device="cpu").view(3, 9, 37)
+            for training in (False, True):
+                try:
+                    found = module.train(training)(x.clone())
+                except Exception:  # noqa: BLE001 - somebody else's code on an input that it may not expect
+                    return False
+                if not isinstance(found, torch.Tensor) or found.dtype != dtype or found.shape != x.shape:
+                    return False
+                if not torch.allclose(found, F.gelu(x), rtol=1e-6, atol=1e-6):
+                    return False
+    return True
+
+
+def container(kind, *names):
+    """A child of class ``kind`` with exactly the named children, whose ``forward`` is skipped, too."""
+
+    def check(child):
+        found = difference(child, kind)
+        if found is None and tuple(child._modules) != names:
+            return f"has the children {', '.join(child._modules) or 'none'}"
+        return found
+
+    return check
+
+
+def rate(child):
+    """The probability of a dropout that :func:`dropout` accepts, as it counts now."""
+    return child.p if child.training and type(child) is not nn.Identity else 0.0
+
+
+_FAKES = ("torch._subclasses.fake_tensor.FakeTensor", "torch._subclasses.functional_tensor.FunctionalTensor")
+
+
+def _is_fake(cls):
+    """Whether tensors of a class stand for plain ones while PyTorch traces a program."""
+    for path in _FAKES:
+        module, _, name = path.rpartition(".")
+        if cls is getattr(sys.modules.get(module), name, None):
+            return True
+    return False
+
+
+def _unreadable(tensor, first, dtypes):
+    """Why an operator that reads ``first`` cannot read ``tensor`` as well, in words, or ``None``."""
+    cls = type(tensor)
+    if cls is not nn.Parameter and cls is not torch.Tensor and not _is_fake(cls):
+        return f"is a {cls.__name__}"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return "is not dense"
+    if tensor.dtype not in FLOATING or tensor.dtype not in dtypes:
+        return f"is {tensor.dtype}, the layer's first parameter {first.dtype}"
+    if tensor.is_meta:
+        return "is on the meta device"
+    if tensor.device != first.device:
+        return f"is on {tensor.device}, the layer's first parameter on {first.device}"
+    return None
+
+
+def unreadable(module, first=None, *allowed):
+    """Why an operator cannot read a module's own parameters, in words, or ``None``.
+
+    Args:
+        first: a parameter whose device and dtype they must have; by default the first of them.
+        allowed: other dtypes that they may have.
+    """
+    for name, tensor in module._parameters.items():
+        if tensor is not None:
+            first = tensor if first is None else first
+            why = _unreadable(tensor, first, (first.dtype, *allowed))
+            if why is not None:
+                return f"{name} {why}"
+    return None
+
+
+def obstacle(layer, parts):
+    """Why ``layer`` must call its children one by one, in words, or ``None``.
 
     Args:
         layer: a module.
-        kinds: dotted child name -> class it must plainly be, or a predicate on the child.
+        parts: dotted path of a child that would be skipped -> function of this module that says what is wrong with it;
+            a parent comes before its children. Their parameters must have one dtype; the layer's own may be float32.
     """
-    for name, kind in kinds.items():
-        child = layer.get_submodule(name)
-        fits = is_plain(child, kind) if isinstance(kind, type) else kind(child)
-        if not fits:
-            state = "has hooks" if is_watched(child) else f"is {type(child).__name__}"
-            return f"{name} {state}"
-    return None
+    if watched():
+        return "a hook is registered for all modules"
+    found, first = {"": layer}, None
+    for path, check in parts.items():
+        parent, _, name = path.rpartition(".")
+        child = found[path] = found[parent]._modules.get(name)
+        why = check(child)
+        if why is not None:
+            return f"{path} {why}"
+        if first is None:
+            first = next((t for t in child._parameters.values() if t is not None), None)
+        why = unreadable(child, first)
+        if why is not None:
+            return f"{path}.{why}"
+    return unreadable(layer, first, torch.float32)
+
+
+def values_dtype(module):
+    """The dtype in which a module wants values: that of its first floating parameter, else float32."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

@@ -88,40 +88,54 @@ class FusedFoldUnfold(nn.Module):
         )
 
 
-class Unfold(nn.Module):
+class Unfold(nn.Unfold):
     """Drop-in for ``nn.Unfold`` (dilation 1) whose transposed output is contiguous tokens.
 
     Every T2T model transposes what ``nn.Unfold`` returns; here that transpose undoes a view instead of making one.
+
+    Args:
+        kernel_size, dilation, padding, stride: as ``nn.Unfold``; dilation must be 1.
     """
 
-    def __init__(self, kernel_size, stride=1, padding=0):
-        super().__init__()
-        self.window = window(kernel_size, stride, padding, function="Unfold")
+    def __init__(self, kernel_size, dilation=1, padding=0, stride=1):
+        _check_dilation("Unfold", dilation)
+        window(kernel_size, stride, padding, function="Unfold")
+        super().__init__(kernel_size, dilation, padding, stride)
 
-    def forward(self, x):
+    @classmethod
+    def of(cls, win):
+        """The module of a :class:`Window`."""
+        return cls(win.kernel, stride=win.stride, padding=win.padding)
+
+    def forward(self, input):
         """(B, C, H, W) -> (B, C*k*k, h*w), or without B."""
-        if x.ndim == 3:
-            return self.forward(x[None])[0]
-        return soft_split(x, *self.window).transpose(1, 2)
-
-    def extra_repr(self):
-        return str(self.window)
+        if input.ndim == 3:
+            return self.forward(input[None])[0]
+        return soft_split(input, self.kernel_size, self.stride, self.padding).transpose(1, 2)
 
 
-class Fold(nn.Module):
-    """Drop-in for ``nn.Fold`` (dilation 1); its output is contiguous, as upstream's."""
+class Fold(nn.Fold):
+    """Drop-in for ``nn.Fold`` (dilation 1); its output is contiguous, as upstream's.
 
-    def __init__(self, output_size, kernel_size, stride=1, padding=0):
-        super().__init__()
-        self.output_size = check_pair("Fold", "output_size", output_size, minimum=1)
-        self.window = window(kernel_size, stride, padding, function="Fold")
+    Args:
+        output_size, kernel_size, dilation, padding, stride: as ``nn.Fold``; dilation must be 1.
+    """
 
-    def forward(self, x):
+    def __init__(self, output_size, kernel_size, dilation=1, padding=0, stride=1):
+        _check_dilation("Fold", dilation)
+        check_pair("Fold", "output_size", output_size, minimum=1)
+        window(kernel_size, stride, padding, function="Fold")
+        super().__init__(output_size, kernel_size, dilation, padding, stride)
+
+    def forward(self, input):
         """(B, C*k*k, h*w) -> (B, C, H, W), or without B."""
-        if x.ndim == 2:
-            return self.forward(x[None])[0]
-        return soft_composition(x.transpose(1, 2), self.output_size, *self.window).contiguous()
+        if input.ndim == 2:
+            return self.forward(input[None])[0]
+        return soft_composition(
+            input.transpose(1, 2), self.output_size, self.kernel_size, self.stride, self.padding
+        ).contiguous()
 
-    def extra_repr(self):
-        height, width = check_pair("Fold", "output_size", self.output_size, minimum=1)  # a swapped one has upstream's
-        return f"{height}x{width}, {self.window}"
+
+def _check_dilation(name, dilation):
+    if dilation not in (1, (1, 1), [1, 1]):
+        raise ValueError(f"{name}: dilation must be 1, got {dilation!r}")

@@ -1,14 +1,16 @@
 """The tokens-to-token module, with upstream's parameter names, for any image size."""
 
+from math import isqrt, prod
+
 import torch
 from torch import nn
 
 from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
 from ..functional.layers import check_memory
-from ..ops.spec import T2T_WINDOWS
-from .fusion import is_plain, is_watched
-from .soft_split import SoftSplit
+from ..ops.spec import T2T_WINDOWS, Window, grid_after
+from . import fusion
+from .soft_split import Unfold
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
 
@@ -20,38 +22,84 @@ def as_pair(img_size):
     return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
-def _values(x, pixel_norm, module):
-    """An image of bytes as values, in the dtype of the module that takes them next."""
-    return image_values(x, pixel_norm, next(module.parameters()).dtype) if x.dtype == torch.uint8 else x
+def window_of(split):
+    """The :class:`Window` that the attributes of an ``nn.Unfold`` or a convolution describe; ``None`` if dilated."""
+    numbers = [getattr(split, name, None) for name in ("kernel_size", "stride", "padding")]
+    if any(n is None for n in numbers) or getattr(split, "dilation", 1) not in (1, (1, 1)):
+        return None
+    return Window(*((n, n) if isinstance(n, int) else tuple(n) for n in numbers))
+
+
+def token_grid(splits, height, width):
+    """Token grid (h, w) of an image after all of the ``splits``, which must tell their windows."""
+    windows = [window_of(split) for split in splits]
+    if None in windows:
+        name = type(splits[windows.index(None)]).__name__
+        raise ValueError(f"T2TModule: the grid is unknown, since a soft split is {name} and tells no window")
+    return grid_after(windows, height, width)
+
+
+def stage_obstacle(split, layer, names=("the soft split", "the layer behind it")):
+    """Why a soft split must be called before the layer behind it, in words, or ``None``."""
+    if fusion.watched():
+        return "a hook is registered for all modules"
+    why = fusion.difference(split, Unfold if isinstance(split, Unfold) else nn.Unfold)
+    if why is not None or window_of(split) is None:
+        return f"{names[0]} {why or 'is dilated'}"
+    kinds = [kind for kind in (TokenPerformer, TokenTransformer) if isinstance(layer, kind)]
+    why = fusion.difference(layer, kinds[0]) if kinds else fusion.linear(layer) or fusion.unreadable(layer)
+    return None if why is None else f"{names[1]} {why}"
+
+
+def stages_obstacle(module, *layers):
+    """The first :func:`stage_obstacle` of ``soft_split0``, ``soft_split1``, ... and the named layers behind them."""
+    for index, layer in enumerate(layers):
+        names = f"soft_split{index}", layer
+        why = stage_obstacle(*(getattr(module, name) for name in names), names)
+        if why is not None:
+            return why
+    return None
+
+
+def _grid_of(split, tokens, height, width):
+    """The grid of a soft split's tokens (B, L, C): by its window; where it tells none a square one, as upstream."""
+    window = window_of(split)
+    if window is not None:
+        return window.grid(height, width)
+    side = isqrt(tokens.shape[1])
+    if side * side != tokens.shape[1]:
+        raise ValueError(
+            f"T2TModule: a soft split that is {type(split).__name__}, without kernel_size, stride and padding, must "
+            f"give a square number of tokens, got {tokens.shape[1]}"
+        )
+    return side, side
 
 
 def walk(x, splits, layers, project, pixel_norm=None):
     """Soft split and layer, again and again, then soft split and projection, each pair fused where nothing forbids it.
 
+    Tokens (B, L, C) with their grid *are* an image in channels-last memory; a soft split gets that image, as upstream.
+
     Args:
         x: image (B, C, H, W).
-        splits: :class:`SoftSplit` modules; layers: one for each but the last; project: the last one's ``nn.Linear``.
+        splits: ``nn.Unfold`` modules; layers: one for each but the last; project: the last one's ``nn.Linear``.
         pixel_norm: (mean, std) for an image of uint8.
 
     Returns:
         a list of (tokens, grid), one a stage.
     """
-    grid, stages = None, []
-    for split, layer in zip(splits, layers, strict=False):
-        size = x.shape[2:] if grid is None else grid
-        if is_plain(split, SoftSplit) and hasattr(layer, "forward_window") and not is_watched(layer):
-            x = layer.forward_window(x, split.window, grid, pixel_norm if x.dtype == torch.uint8 else None)
+    stages = []
+    for split, layer in zip(splits, (*layers, project), strict=True):
+        if stage_obstacle(split, layer) is not None:
+            tokens = layer(split(image_values(x, pixel_norm, fusion.values_dtype(layer))).transpose(1, 2))
+        elif isinstance(layer, nn.Linear):
+            tokens = soft_split_linear(x, project.weight, project.bias, *window_of(split))
         else:
-            x = layer(split(_values(x, pixel_norm, layer), grid))
-        grid = split.window.grid(*size)
-        stages.append((x, grid))
-    split = splits[-1]
-    size = x.shape[2:] if grid is None else grid
-    if is_plain(split, SoftSplit) and is_plain(project, nn.Linear):
-        x = soft_split_linear(x, project.weight, project.bias, *split.window, grid=grid)
-    else:
-        x = project(split(x, grid))
-    stages.append((x, split.window.grid(*size)))
+            norm = pixel_norm if x.dtype == torch.uint8 else None
+            tokens = layer(x, window=window_of(split), pixel_norm=norm)
+        grid = _grid_of(split, tokens, *x.shape[2:])
+        stages.append((tokens, grid))
+        x = tokens.transpose(1, 2).unflatten(2, grid)
     return stages
 
 
@@ -75,6 +123,11 @@ class T2TModule(nn.Module):
     As torchvision's ``Normalize`` takes them, of pixels from 0 to 1. May be set at any time, also on a swapped model;
     images of floating dtype are taken for normalised.
     """
+
+    img_size = None
+    """(H, W) that :attr:`grid_size` and :attr:`num_patches` speak of; ``None`` in a swapped module."""
+
+    tokens_type = None
 
     def __init__(
         self,
@@ -102,9 +155,7 @@ class T2TModule(nn.Module):
             self.project = nn.Conv2d(token_dim, embed_dim, *third)
         else:
             layer = TokenPerformer if tokens_type == "performer" else TokenTransformer
-            self.soft_split0 = SoftSplit(*first)
-            self.soft_split1 = SoftSplit(*second)
-            self.soft_split2 = SoftSplit(*third)
+            self.soft_split0, self.soft_split1, self.soft_split2 = (Unfold.of(window) for window in self.windows)
             self.attention1 = layer(dim=in_chans * first.taps, in_dim=token_dim)
             self.attention2 = layer(dim=token_dim * second.taps, in_dim=token_dim)
             self.project = nn.Linear(token_dim * third.taps, embed_dim)
@@ -137,35 +188,45 @@ class T2TModule(nn.Module):
     @property
     def grid_size(self):
         """Token grid (h, w) of an image of ``img_size``."""
-        return self.grid(*self.img_size)
+        return None if self.img_size is None else self.grid(*self.img_size)
 
     @property
     def num_patches(self):
         """Tokens of an image of ``img_size``. (Upstream's floors where its splits round up; this counts.)"""
-        h, w = self.grid_size
-        return h * w
+        return None if self.img_size is None else prod(self.grid_size)
 
     def grid(self, height, width):
         """Token grid (h, w) of an image of ``height`` x ``width``."""
-        for window in self.windows:
-            height, width = window.grid(height, width)
-        return height, width
+        return token_grid(self._splits(), height, width)
 
-    def forward(self, x):
-        """(B, in_chans, H, W) -> (B, h*w, embed_dim)."""
-        return self.forward_with_grid(x)[0]
+    def _splits(self):
+        last = self.project if self.tokens_type == "convolution" else self.soft_split2
+        return self.soft_split0, self.soft_split1, last
+
+    def obstacle(self):
+        """The first reason why a soft split is not fused with the layer behind it, or ``None``."""
+        if self.tokens_type == "convolution":
+            return None
+        return stages_obstacle(self, "attention1", "attention2", "project")
+
+    def forward(self, x, stages=False):
+        """(B, in_chans, H, W) -> (B, h*w, embed_dim); with ``stages`` what :meth:`forward_stages` returns."""
+        found = self._stages(x)
+        return found if stages else found[-1][0]
 
     def forward_with_grid(self, x):
         """As :meth:`forward`, and the grid (h, w) of the tokens."""
-        return self.forward_stages(x)[-1]
+        return self._stages(x)[-1]
 
     def forward_stages(self, x):
         """Tokens and grid after each of the three stages: a list of three ((B, L, C), (h, w))."""
-        if self.tokens_type == "convolution":
-            stages, x = [], _values(x, self.pixel_norm, self)
-            for convolution in (self.soft_split0, self.soft_split1, self.project):
-                x = convolution(x)
-                stages.append((x.flatten(2).transpose(1, 2), tuple(x.shape[2:])))
-            return stages
-        splits = (self.soft_split0, self.soft_split1, self.soft_split2)
-        return walk(x, splits, (self.attention1, self.attention2), self.project, self.pixel_norm)
+        return self._stages(x)
+
+    def _stages(self, x):
+        if self.tokens_type != "convolution":
+            return walk(x, self._splits(), (self.attention1, self.attention2), self.project, self.pixel_norm)
+        stages, x = [], image_values(x, self.pixel_norm, fusion.values_dtype(self))
+        for convolution in self._splits():
+            x = convolution(x)
+            stages.append((x.flatten(2).transpose(1, 2), tuple(x.shape[2:])))
+        return stages

@@ -7,21 +7,21 @@ from torch import nn
 
 from ..functional import image_values, performer_attention, performer_layer, soft_split
 from ..ops.spec import square
-from .fusion import is_exact_gelu, obstacle
+from . import fusion
 
 _SINGLE = square(1, 1, 0)
 
-_CHILDREN = {
-    "norm1": nn.LayerNorm,
-    "kqv": nn.Linear,
-    "dp": nn.Dropout,
-    "proj": nn.Linear,
-    "norm2": nn.LayerNorm,
-    "mlp": nn.Sequential,
-    "mlp.0": nn.Linear,
-    "mlp.1": is_exact_gelu,
-    "mlp.2": nn.Linear,
-    "mlp.3": nn.Dropout,
+_PARTS = {
+    "norm1": fusion.layer_norm,
+    "kqv": fusion.linear,
+    "dp": fusion.dropout,
+    "proj": fusion.linear,
+    "norm2": fusion.layer_norm,
+    "mlp": fusion.container(nn.Sequential, "0", "1", "2", "3"),
+    "mlp.0": fusion.linear,
+    "mlp.1": fusion.gelu,
+    "mlp.2": fusion.linear,
+    "mlp.3": fusion.dropout,
 }
 
 
@@ -65,26 +65,23 @@ class TokenPerformer(nn.Module):
 
     def obstacle(self):
         """Why this layer runs unfused, or ``None``."""
-        return obstacle(self, _CHILDREN)
+        return fusion.obstacle(self, _PARTS)
 
-    def forward(self, x):
-        """(B, T, dim) -> (B, T, in_dim * head_cnt)."""
-        return self.forward_window(x, _SINGLE, grid=(1, x.shape[1]))
-
-    def forward_window(self, x, window, grid=None, pixel_norm=None):
-        """The layer on the soft split of ``x`` by ``window``, without forming it.
+    def forward(self, x, window=None, pixel_norm=None):
+        """The layer on tokens, or on the soft split of an image, which is then never formed.
 
         Args:
-            x: image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``; ``dim = C * k * k``.
-            window: a :class:`Window`.
+            x: tokens (B, T, dim); with ``window`` an image (B, C, H, W), any strides, where ``dim = C * k * k``.
+            window: the soft split's :class:`Window`.
             pixel_norm: (mean, std) for an image of uint8 (:func:`soft_split_linear`).
 
         Returns:
-            (B, h*w, in_dim * head_cnt).
+            (B, T, in_dim * head_cnt), T = h*w with ``window``.
         """
         if self.obstacle() is not None:
-            x = image_values(x, pixel_norm, self.kqv.weight.dtype)
-            return self._unfused(soft_split(x, *window, grid=grid))
+            if window is not None:
+                x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
+            return self._unfused(x)
         return performer_layer(
             x,
             self.kqv.weight,
@@ -98,21 +95,21 @@ class TokenPerformer(nn.Module):
             self.mlp[0].bias,
             self.mlp[2].weight,
             self.mlp[2].bias,
-            *window,
+            *(_SINGLE if window is None else window),
             norm1_weight=self.norm1.weight,
             norm1_bias=self.norm1.bias,
             norm1_eps=self.norm1.eps,
             eps=self.epsilon,
             norm_eps=self.norm2.eps,
-            proj_drop=self.dp.p if self.dp.training else 0.0,
-            mlp_drop=self.mlp[3].p if self.mlp[3].training else 0.0,
+            proj_drop=fusion.rate(self.dp),
+            mlp_drop=fusion.rate(self.mlp[3]),
             pixel_norm=pixel_norm,
-            grid=grid,
+            grid=(1, x.shape[1]) if window is None else None,
             memory=self.memory,
         )
 
     def _unfused(self, x):
-        """Child by child, so that hooks and replaced children count."""
+        """Child by child, as upstream."""
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         y = performer_attention(q, k, v, self.w, self.epsilon)
         x = v + self.dp(self.proj(y))

@@ -1,12 +1,12 @@
 """The Transformer layer of the T2T module, with upstream's parameter names."""
 
-import torch.nn.functional as F
 from torch import nn
 
 from ..functional import image_values, soft_split, soft_split_linear, token_mlp
 from ..ops.spec import square
+from . import fusion
+from .attention import attend, heads, merged
 from .drop_path import DropPath
-from .fusion import is_exact_gelu, obstacle
 
 _SINGLE = square(1, 1, 0)
 
@@ -40,10 +40,8 @@ class TokenAttention(nn.Module):
 
     def mix(self, qkv):
         """Attention on packed (B, T, 3 * in_dim): the mixed values and the values themselves, (B, T, in_dim) each."""
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        return y.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2)
+        q, k, v = heads(qkv, self.num_heads)
+        return merged(attend(q, k, v, self.scale, self.attn_drop)), merged(v)
 
     def forward(self, x):
         """(B, T, dim) -> (B, T, in_dim)."""
@@ -66,6 +64,22 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+_PARTS = {
+    "norm1": fusion.layer_norm,
+    "attn": fusion.container(TokenAttention, "qkv", "attn_drop", "proj", "proj_drop"),
+    "attn.qkv": fusion.linear,
+    "attn.proj": fusion.linear,
+    "attn.proj_drop": fusion.dropout,
+    "drop_path": fusion.no_drop_path,
+    "norm2": fusion.layer_norm,
+    "mlp": fusion.container(Mlp, "fc1", "act", "fc2", "drop"),
+    "mlp.fc1": fusion.linear,
+    "mlp.act": fusion.gelu,
+    "mlp.fc2": fusion.linear,
+    "mlp.drop": fusion.no_dropout,
+}
+
+
 class TokenTransformer(nn.Module):
     """LayerNorm and attention (no skip around them: the width changes), then LayerNorm and MLP with a skip.
 
@@ -75,6 +89,8 @@ class TokenTransformer(nn.Module):
 
     mlp_name = "mlp"
     """Name of the child with ``fc1``, ``act`` and ``fc2``; lanl's articles call it ``neuralnet``."""
+
+    _parts = _PARTS
 
     def __init__(
         self,
@@ -106,55 +122,34 @@ class TokenTransformer(nn.Module):
         self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), in_dim, act_layer=act_layer, drop=drop)
 
     def obstacle(self):
-        """Why this layer runs unfused, or ``None``."""
-        kinds = {
-            "norm1": nn.LayerNorm,
-            "attn": type(self.attn),
-            "attn.qkv": nn.Linear,
-            "attn.proj": nn.Linear,
-            "norm2": nn.LayerNorm,
-            self.mlp_name: type(getattr(self, self.mlp_name)),
-            f"{self.mlp_name}.fc1": nn.Linear,
-            f"{self.mlp_name}.act": is_exact_gelu,
-            f"{self.mlp_name}.fc2": nn.Linear,
-        }
-        found = obstacle(self, kinds)
-        return self._active_dropout() if found is None else found
+        """Why this layer runs unfused, or ``None``. Dropout in the MLP and stochastic depth have no fused form."""
+        return fusion.obstacle(self, self._parts)
 
-    def _active_dropout(self):
-        """Dropout inside the MLP and stochastic depth have no fused form; both are off by default, as upstream."""
-        if self.training and (self.mlp.drop.p > 0 or not isinstance(self.drop_path, nn.Identity)):
-            return "dropout inside the MLP or stochastic depth is active"
-        return None
-
-    def forward(self, x):
-        """(B, T, dim) -> (B, T, in_dim)."""
-        return self.forward_window(x, _SINGLE, grid=(1, x.shape[1]))
-
-    def forward_window(self, x, window, grid=None, pixel_norm=None):
-        """The layer on the soft split of ``x`` by ``window``, without forming it.
+    def forward(self, x, window=None, pixel_norm=None):
+        """The layer on tokens, or on the soft split of an image, which is then never formed.
 
         Args:
-            x: image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``; ``dim = C * k * k``.
-            window: a :class:`Window`.
+            x: tokens (B, T, dim); with ``window`` an image (B, C, H, W), any strides, where ``dim = C * k * k``.
+            window: the soft split's :class:`Window`.
             pixel_norm: (mean, std) for an image of uint8 (:func:`soft_split_linear`).
 
         Returns:
-            (B, h*w, in_dim).
+            (B, T, in_dim), T = h*w with ``window``.
         """
         if self.obstacle() is not None:
-            x = image_values(x, pixel_norm, self.attn.qkv.weight.dtype)
-            return self._unfused(soft_split(x, *window, grid=grid))
+            if window is not None:
+                x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
+            return self._unfused(x)
         qkv = soft_split_linear(
             x,
             self.attn.qkv.weight,
             self.attn.qkv.bias,
-            *window,
+            *(_SINGLE if window is None else window),
             norm_weight=self.norm1.weight,
             norm_bias=self.norm1.bias,
             norm_eps=self.norm1.eps,
             pixel_norm=pixel_norm,
-            grid=grid,
+            grid=(1, x.shape[1]) if window is None else None,
         )
         y, v = self.attn.mix(qkv)
         mlp = getattr(self, self.mlp_name)
@@ -174,9 +169,9 @@ class TokenTransformer(nn.Module):
         )
 
     def _projection_dropout(self):
-        return self.attn.proj_drop.p if self.attn.proj_drop.training else 0.0
+        return fusion.rate(self.attn.proj_drop)
 
     def _unfused(self, x):
-        """Child by child, so that hooks and replaced children count."""
+        """Child by child, as upstream."""
         x = self.attn(self.norm1(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -43,3 +43,10 @@ def square(kernel, stride, padding):
 
 T2T_WINDOWS = (square(7, 4, 2), square(3, 2, 1), square(3, 2, 1))
 """The three soft splits of T2T-ViT (paper, section 3.1)."""
+
+
+def grid_after(windows, height, width):
+    """Token grid (h, w) of an image after several soft splits, each on the tokens of the one before."""
+    for window in windows:
+        height, width = window.grid(height, width)
+    return height, width

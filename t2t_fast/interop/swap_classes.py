@@ -1,0 +1,90 @@
+"""The class of a swapped module: the original class with the fast ``forward`` on top.
+
+A swap changes an object's class and nothing else. The new class inherits from the original one first, so its methods,
+properties and class attributes stay, ``isinstance`` holds, and the instance's attributes count as before; only
+``forward`` is the fast one's, and what the fast class has beside it is there as well.
+"""
+
+import inspect
+from functools import cache, wraps
+
+from torch import nn
+
+_ORIGINAL = "_t2t_fast_original"
+
+
+@cache
+def swapped_class(original, fast, argument=None, template=None, hidden=()):
+    """A class that is both ``original`` and ``fast``, one for each combination.
+
+    Args:
+        original, fast: classes of modules.
+        argument: the name that ``original.forward`` gives its input, if ``fast`` gives it another one.
+        template: what ``forward`` returns of the stages (``swap_proof.Template``); ``None`` for what ``fast`` returns.
+        hidden: names of properties of ``fast`` that give way to the instance's own attributes.
+    """
+    forward = fast.forward if template is None else _returning(fast, template)
+    forward = forward if argument is None else _renamed(forward, argument, argument_of(fast))
+    namespace = {
+        "__doc__": f"``{original.__name__}`` with the forward of ``{fast.__name__}``.",
+        "__module__": __name__,
+        "__reduce_ex__": _reduce,
+        _ORIGINAL: original,
+        "_t2t_fast_arguments": (original, fast, argument, template, hidden),
+        **dict.fromkeys(hidden),
+        "forward": forward,
+    }
+    return type(fast.__name__, (fast,) if issubclass(fast, original) else (original, fast), namespace)
+
+
+def original_class(module):
+    """The class that a module had before it was swapped, or ``None``."""
+    return type(module).__dict__.get(_ORIGINAL)
+
+
+def collisions(module, fast):
+    """Names that both a module (or its class) and a fast class define, other than ``forward`` and ``extra_repr``."""
+    own = {name for cls in _above_module(fast) for name in vars(cls)} - {"forward", "extra_repr"}
+    theirs = {name for cls in _above_module(type(module)) for name in vars(cls)}
+    state = set(vars(module)).union(module._parameters, module._buffers, module._modules)
+    return {name for name in own & (theirs | state) if not name.startswith("__")}
+
+
+def _above_module(cls):
+    """The classes between a class and ``nn.Module`` (or PyTorch's own layers), it included."""
+    return [each for each in cls.__mro__ if issubclass(each, nn.Module) and not each.__module__.startswith("torch.nn")]
+
+
+def _returning(fast, template):
+    @wraps(fast.forward)
+    def forward(self, x):
+        return template.fill(x, fast._stages(self, x))
+
+    return forward
+
+
+def argument_of(cls):
+    """The name of the input of a class's ``forward``."""
+    return list(inspect.signature(cls.forward).parameters)[1]
+
+
+def _renamed(call, name, own):
+    """``call`` with the name ``name`` for its input, too."""
+
+    @wraps(call)
+    def forward(self, *arguments, **named):
+        if name in named:
+            named[own] = named.pop(name)
+        return call(self, *arguments, **named)
+
+    return forward
+
+
+def _reduce(self, protocol):
+    """Pickled as what the class is made of: it stands in no module under its name."""
+    return _restore, type(self)._t2t_fast_arguments, self.__dict__.copy()
+
+
+def _restore(*arguments):
+    cls = swapped_class(*arguments)
+    return cls.__new__(cls)

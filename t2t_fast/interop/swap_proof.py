@@ -1,0 +1,316 @@
+"""The proof of a swap: a twin of the module gives the same results and gradients before and after.
+
+The twin has the module's structure and attributes, and perturbed values of its own: a parameter that is 0 (a gate
+before training, LayerScale) or a running statistic at its start would hide what it does. It is on the CPU, in float64
+where the original can, has no hooks, and is called in eval and in training mode with all dropout off. The model itself,
+its random state and the settings of the process are neither used nor changed.
+"""
+
+import copy
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..backends import backend
+from .swap_classes import swapped_class
+
+
+class Mismatch(Exception):
+    """A module that looks like a candidate but cannot be swapped; the text is the reason."""
+
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest relative difference between a module and its fast form, in results and in each gradient."""
+
+
+def prove(module, changes, probes):
+    """Raise :class:`Mismatch` unless a twin of ``module`` computes the same before and after ``changes``.
+
+    Args:
+        changes: [:class:`swap_rules.Change`] of ``module`` and of modules inside it.
+        probes: shapes of inputs to try, the first on which the original runs counts.
+
+    Returns:
+        a :class:`Template` if the original returns no tensor but a structure of tensors and sizes, else ``None``.
+    """
+    with _neutral():
+        try:
+            x, expected, original = _original(module, probes)
+            template = None
+            if not isinstance(original, torch.Tensor) and changes[-1].module is module:
+                template = _template(module, changes, x, original)
+            fast = _swapped_twin(module, changes, x.dtype, template)
+            try:
+                found, _ = _evaluate(fast, x)
+                if template is not None:
+                    _check_sizes(module, fast, probes, x.dtype)
+            except Mismatch:
+                raise
+            except Exception as error:
+                raise Mismatch(f"the fast form does not run on a probe: {_words(error)}") from error
+        except Mismatch:
+            raise
+        except Exception as error:
+            raise Mismatch(f"it cannot be tried out on a copy: {_words(error)}") from error
+    _compare(found, expected, TOLERANCE[x.dtype])
+    return template
+
+
+def _words(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{': ' + lines[0][:200] if lines else ''}"
+
+
+@contextmanager
+def _neutral():
+    """A state that does not depend on the caller's: CPU, gradients, no autocast, the oracle's operators."""
+    with (
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        backend("reference"),
+    ):
+        torch.manual_seed(0)
+        yield
+
+
+def _original(module, probes):
+    """The first probe that the original runs on, in float64 if it can, its evaluation, and what it returned."""
+    failures = []
+    for dtype in TOLERANCE:
+        twin = _twin(module, dtype)
+        for shape in probes:
+            x = torch.randn(shape, dtype=dtype)
+            try:
+                return x, *_evaluate(twin, x)
+            except Mismatch:
+                raise
+            except Exception as error:  # noqa: BLE001 - somebody else's forward may raise anything
+                failures.append(f"{' x '.join(map(str, shape))} ({_words(error)})")
+    failures = failures[: len(probes)]
+    raise Mismatch(f"the original does not run on a probe of {', nor of '.join(failures)}")
+
+
+def _twin(module, dtype):
+    """A copy of ``module`` on the CPU with perturbed values in ``dtype`` and without hooks."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    memo, kept = {}, []
+    for each in module.modules():
+        if "forward" in each.__dict__:
+            raise Mismatch(f"{_path(module, each)}forward is replaced on the instance")
+        for name, value in each.__dict__.items():
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+                memo[id(value)] = OrderedDict()
+            for tensor in _tensors(value):
+                if id(tensor) not in memo:
+                    kept.append(tensor)  # an id is a tensor's own only while it lives
+                    memo[id(tensor)] = _perturbed(tensor, dtype, generator)
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise Mismatch(f"it cannot be copied, so nothing can be proved: {_words(error)}") from error
+
+
+def _path(module, inner):
+    path = next((path for path, each in module.named_modules() if each is inner), "")
+    return f"{path}." if path else "its "
+
+
+def _tensors(value):
+    """The tensors in an attribute and in the containers that it is made of."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _perturbed(tensor, dtype, generator):
+    """A tensor in ``dtype`` that is like ``tensor`` without having any of its values."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        raise Mismatch(f"it holds a {type(tensor).__name__}, which no copy on a CPU stands for")
+    if tensor.is_meta:
+        raise Mismatch("its parameters are on the meta device, so the fast form could not be proved equal")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise Mismatch("it holds a tensor that is not dense")
+    value = tensor.detach().to("cpu", copy=True)
+    if value.is_floating_point():
+        value = value.to(dtype).nan_to_num()
+        noise = torch.randn(value.shape, generator=generator, dtype=dtype, device="cpu")
+        positive = value.numel() > 0 and bool((value >= 0).all())
+        spread = value.std().item() if value.numel() > 1 else 0.0
+        value = value + noise * (0.02 + 0.1 * spread)
+        value = value.abs() if positive else value  # a variance stays one
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(value, requires_grad=value.is_floating_point())
+    return value
+
+
+def _swapped_twin(module, changes, dtype, template):
+    """A twin whose modules have their new classes, as :func:`apply` gives them."""
+    twin = _twin(module, dtype)
+    twins = dict(zip(map(id, module.modules()), twin.modules(), strict=True))
+    for change in changes:
+        own = template if change.module is module else change.template
+        apply(change._replace(module=twins[id(change.module)], template=own))
+    return twin
+
+
+def apply(change):
+    """Give a module its new class."""
+    module = change.module
+    module.__class__ = swapped_class(type(module), change.kind, change.argument, change.template, change.hidden)
+
+
+def _evaluate(twin, x):
+    """Results and gradients in eval and in training mode, [(name, tensor)], and what the first call returned."""
+    for each in twin.modules():
+        for name in ("p", "drop_prob"):
+            if isinstance(each.__dict__.get(name), (int, float)):
+                setattr(each, name, 0.0)
+    rows, first = [], None
+    for mode in ("eval", "training"):
+        twin.train(mode == "training")
+        twin.zero_grad(set_to_none=True)
+        given = x.clone().requires_grad_()
+        returned = twin(given.clone())  # no leaf, so that it may be written to
+        first = returned if first is None else first
+        results = list(_tensors(returned))
+        if not results:
+            raise Mismatch(f"the original returns a {type(returned).__name__} without tensors")
+        rows += [(f"in {mode} mode its result", result.detach().clone()) for result in results]
+        weights = [torch.linspace(-1, 1, result.numel(), dtype=x.dtype).view(result.shape) for result in results]
+        if not all(result.requires_grad for result in results):
+            raise Mismatch(f"in {mode} mode its result has no gradient")
+        sum((result * weight).sum() for result, weight in zip(results, weights, strict=True)).backward()
+        rows.append((f"in {mode} mode the gradient of its input", given.grad))
+        rows += [(f"in {mode} mode the gradient of {name}", p.grad) for name, p in twin.named_parameters()]
+    return rows, first
+
+
+def _compare(found, expected, tolerance):
+    if [name for name, _ in found] != [name for name, _ in expected]:
+        raise Mismatch("the fast form returns another number of tensors")
+    gradients = [value.norm() for name, value in expected if value is not None and "gradient" in name]
+    floor = 1e-3 * max(gradients).item()
+    for (name, ours), (_, theirs) in zip(found, expected, strict=True):
+        if ours is None and theirs is None:
+            continue
+        ours = torch.zeros_like(theirs) if ours is None else ours
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        if ours.shape != theirs.shape:
+            raise Mismatch(f"{name} on a probe has the shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        scale = max(theirs.norm().item(), floor if "gradient" in name else 1e-12)
+        error = (ours - theirs).norm().item() / scale
+        if not error <= tolerance:
+            raise Mismatch(
+                f"its forward computes something else: on a probe the results differ by {error:.1e} ({name})"
+            )
+
+
+def _check_sizes(module, fast, probes, dtype):
+    """Raise unless the original and its fast twin return the same sizes for every probe that the original runs on."""
+    twin = _twin(module, dtype).eval()
+    fast.eval()
+    for shape in probes:
+        x = torch.randn(shape, dtype=dtype)
+        try:
+            theirs = twin(x)
+        except Exception:  # noqa: BLE001 - an input that does not suit it
+            continue
+        if list(_sizes(theirs)) != list(_sizes(fast(x))):
+            raise Mismatch("the sizes that it returns do not follow from its stages")
+
+
+def _sizes(value):
+    """The sizes in what a module returns, those of its tensors among them."""
+    if isinstance(value, torch.Tensor):
+        yield tuple(value.shape)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _sizes(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _sizes(item)
+    else:
+        yield value
+
+
+class Template(NamedTuple):
+    """What a module returns, told by what is known at each of its stages.
+
+    Attributes:
+        kind: "tuple", "list", "dict", "none", "input", "input size", "grid", "tokens" or "image".
+        stage: of a grid, tokens or image.
+        items: of a tuple or list its templates, of a dict pairs of key and template.
+    """
+
+    kind: str
+    stage: int = 0
+    items: tuple = ()
+
+    def fill(self, x, stages):
+        """The structure for an input and its stages, [(tokens, grid)]."""
+        if self.kind == "tuple":
+            return tuple(item.fill(x, stages) for item in self.items)
+        if self.kind == "list":
+            return [item.fill(x, stages) for item in self.items]
+        if self.kind == "dict":
+            return {key: item.fill(x, stages) for key, item in self.items}
+        if self.kind in ("none", "input", "input size"):
+            return {"none": None, "input": x, "input size": x.shape}[self.kind]
+        tokens, grid = stages[self.stage]
+        if self.kind == "tokens":
+            return tokens
+        return grid if self.kind == "grid" else tokens.transpose(1, 2).unflatten(2, grid)
+
+    def __str__(self):
+        if self.kind in ("tuple", "list"):
+            return f"{self.kind} of {', '.join(map(str, self.items))}"
+        if self.kind == "dict":
+            return f"dict of {', '.join(f'{key}: {item}' for key, item in self.items)}"
+        return self.kind if self.kind in ("none", "input", "input size") else f"{self.kind} {self.stage + 1}"
+
+
+def _template(module, changes, x, returned):
+    """The template of a structure that the original returned for ``x``; the fast twin's stages tell its parts."""
+    *_, outer = changes
+    if not hasattr(outer.kind, "_stages"):
+        raise Mismatch(f"the original returns a {type(returned).__name__}, not a tensor")
+    twin = _swapped_twin(module, changes, x.dtype, None).eval()
+    with torch.no_grad():
+        stages = outer.kind._stages(twin, x)
+    return _recognised(returned, x, stages)
+
+
+def _recognised(value, x, stages):
+    if value is None:
+        return Template("none")
+    if isinstance(value, torch.Tensor):
+        if torch.equal(value, x):
+            return Template("input")
+        for index, (tokens, grid) in enumerate(stages):
+            image = tokens.transpose(1, 2).unflatten(2, grid)
+            for kind, known in (("tokens", tokens), ("image", image)):
+                if value.shape == known.shape and torch.allclose(value, known, rtol=1e-3, atol=1e-3):
+                    return Template(kind, index)
+        raise Mismatch(f"the original returns a tensor {tuple(value.shape)} that is none of its stages")
+    if isinstance(value, torch.Size) and value == x.shape:
+        return Template("input size")
+    if isinstance(value, tuple) and all(type(n) is int for n in value):
+        for index, (_, grid) in enumerate(stages):
+            if value == tuple(grid):
+                return Template("grid", index)
+    elif type(value) in (tuple, list):
+        return Template(type(value).__name__, 0, tuple(_recognised(item, x, stages) for item in value))
+    elif type(value) is dict:
+        return Template("dict", 0, tuple((key, _recognised(item, x, stages)) for key, item in value.items()))
+    raise Mismatch(f"the original returns a {type(value).__name__} ({value!r:.40}) that is no size of its stages")

@@ -1,0 +1,33 @@
+"""Softmax attention as every attention module here computes it."""
+
+import torch.nn.functional as F
+
+from ..ops import transforms
+from . import fusion
+
+
+def attend(q, k, v, scale, attn_drop=None):
+    """``dropout(softmax(scale q k^T)) v``: (B, heads, N, D) three times -> (B, heads, N, D).
+
+    PyTorch's fused attention, except where the weights themselves are wanted: by a dropout module that somebody watches
+    or has replaced, and by transformations that the fused form has no rule for.
+
+    Args:
+        attn_drop: the module that drops weights, or ``None``.
+    """
+    plain = attn_drop is None or (fusion.dropout(attn_drop) is None and not fusion.watched())
+    if plain and transforms.active() in (None, transforms.TRACING):
+        rate = 0.0 if attn_drop is None else fusion.rate(attn_drop)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=scale)
+    weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)
+    return (weights if attn_drop is None else attn_drop(weights)) @ v
+
+
+def heads(qkv, number):
+    """q, k and v of packed (B, T, 3 * number * D), each (B, number, T, D)."""
+    return qkv.unflatten(2, (3, number, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merged(y):
+    """(B, heads, T, D) -> (B, T, heads * D)."""
+    return y.transpose(1, 2).flatten(2)
