@@ -3,7 +3,7 @@
 import torch
 
 from ..backends import Request, resolve
-from ..errors import FLOATING, check_pair, check_tensor, check_together
+from ..errors import FLOATING, check_pair, check_tensor, check_together, known
 from ..ops.library import AUTOCAST_DEVICES
 from ..ops.pixels import normalisation, values
 from ..ops.spec import Window
@@ -37,7 +37,7 @@ def as_image(function, x, grid, *, dtypes=FLOATING):
     if grid is None:
         raise ValueError(f"{function}: x is 3-D tokens of shape {tuple(x.shape)}, so grid=(h, w) is needed")
     h, w = check_pair(function, "grid", grid, minimum=1)
-    if h * w != x.shape[1]:
+    if known(h * w != x.shape[1]):
         raise ValueError(f"{function}: grid {h} x {w} = {h * w} must count the tokens of x, got {x.shape[1]}")
     return x.transpose(1, 2).unflatten(2, (h, w))
 
@@ -91,7 +91,7 @@ def image_values(x, pixel_norm, dtype):
 def check_window(function, win, height, width):
     """The token grid of an image, which must have at least one token."""
     h, w = win.grid(height, width)
-    if h < 1 or w < 1:
+    if known(h < 1) or known(w < 1):
         (kh, kw), _, (ph, pw) = win
         raise ValueError(
             f"{function}: the window {kh} x {kw} must fit into the padded image, "

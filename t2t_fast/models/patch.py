@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..modules.t2t_module import as_pair
+from ..errors import check_pair
 
 
 class PatchEmbed(nn.Module):
@@ -16,7 +16,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
         super().__init__()
-        self.img_size = as_pair(img_size)
+        self.img_size = check_pair("PatchEmbed", "img_size", img_size, minimum=1)
         self.patch_size = patch_size
         self.grid_size = self.grid(*self.img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)

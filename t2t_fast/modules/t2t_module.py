@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..errors import check_pair
 from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
 from ..functional.layers import check_memory
@@ -13,11 +14,6 @@ from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
 
 TOKENS_TYPES = ("performer", "transformer", "convolution")
-
-
-def as_pair(img_size):
-    """``img_size`` as (H, W)."""
-    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
 def _values(x, pixel_norm, module):
@@ -94,7 +90,7 @@ class T2TModule(nn.Module):
             raise ValueError(f"T2TModule: windows must be three (kernel, stride, padding), got {len(windows)}")
         self.tokens_type = tokens_type
         self.windows = tuple(make_window(*each, function="T2TModule") for each in windows)
-        self.img_size = as_pair(img_size)
+        self.img_size = check_pair("T2TModule", "img_size", img_size, minimum=1)
         first, second, third = self.windows
         if tokens_type == "convolution":
             self.soft_split0 = nn.Conv2d(in_chans, token_dim, *first)

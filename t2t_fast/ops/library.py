@@ -42,16 +42,27 @@ def define(name, signature, implementations, absent, autocast):
     _library.impl(name, composite, "CompositeImplicitAutograd")
     operator = getattr(torch.ops.t2t_fast, name).default
 
-    for device in ("cpu", "cuda"):
+    def run(*args):
+        # torch.jit.trace would record the operator as one opaque node, with its sizes as constants
+        if not torch.jit.is_tracing():
+            return operator(*args)
+        kind = args[0].device.type
+        autocasts = kind in rules and torch.is_autocast_enabled(kind)
+        return rules[kind](*args) if autocasts else composite(*args)
 
-        def under_autocast(*args, device=device):
+    def rule(device):
+        def under_autocast(*args):
             *values, backend = args
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return autocast(lambda *a: operator(*a, backend), dtype, *values)
+                return autocast(lambda *a: run(*a, backend), dtype, *values)
 
+        return under_autocast
+
+    rules = {device: rule(device) for device in ("cpu", "cuda")}
+    for device, under_autocast in rules.items():
         _library.impl(name, under_autocast, f"Autocast{device.upper()}")
-    return operator
+    return run
 
 
 def opaque_obstacle(request, dtypes, kind):
