@@ -2,7 +2,13 @@
 
 ``TypeError`` for a wrong type, ``ValueError`` for a wrong shape, dtype, device or value; every check runs before
 anything is allocated or launched, so nothing is changed when one fails.
+
+A size is an int, a ``torch.SymInt`` (export, ``torch.compile``, ``make_fx``), or a 0-d tensor while ``torch.jit.trace``
+runs. The last two are never converted to an int here, so that traced programs keep free sizes.
 """
+
+import operator
+from collections.abc import Sequence
 
 import torch
 
@@ -34,9 +40,14 @@ def check_tensor(function, name, value, *, ndim=None, dtypes=FLOATING):
         raise ValueError(f"{function}: {name} must be one of {expected}, got {str(value.dtype).removeprefix('torch.')}")
 
 
+def known(condition):
+    """Whether a comparison of sizes holds; ``False`` for a tensor, which it is while ``torch.jit.trace`` runs."""
+    return not isinstance(condition, torch.Tensor) and bool(condition)
+
+
 def check_shape(function, name, value, shape, meaning):
     """Raise unless ``value`` has exactly ``shape``; ``meaning`` says where the expected numbers come from."""
-    if tuple(value.shape) != tuple(shape):
+    if len(value.shape) != len(shape) or any(known(n != m) for n, m in zip(value.shape, shape, strict=True)):
         raise ValueError(f"{function}: {name} must have shape {tuple(shape)} ({meaning}), got {tuple(value.shape)}")
 
 
@@ -58,14 +69,35 @@ def check_together(function, first_name, first, *, same_dtype=True, **others):
             )
 
 
+def as_size(value):
+    """``value`` as a size, or ``None``: NumPy integers and 0-d integer tensors are sizes, bool and floats are not."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, torch.Tensor):
+        if value.ndim > 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            return None
+        if torch.jit.is_tracing():
+            return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_pair(function, name, value, *, minimum):
-    """An int or a pair of ints, each at least ``minimum``, as a pair."""
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+    """One integer, or a sequence, array or tensor of two, each at least ``minimum``, as a pair of sizes."""
+    size = as_size(value)
+    if size is not None:
+        pair = (size, size)
+    elif isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1:
+        pair = tuple(as_size(each) for each in value)
+    else:
+        pair = ()
+    if len(pair) != 2 or None in pair:
         raise TypeError(f"{function}: {name} must be an int or a pair of ints, got {value!r}")
-    if min(pair) < minimum:
+    if any(known(each < minimum) for each in pair):
         raise ValueError(f"{function}: {name} must be at least {minimum}, got {value!r}")
-    return tuple(pair)
+    return pair
 
 
 def check_probability(function, name, value):

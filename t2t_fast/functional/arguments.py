@@ -3,9 +3,9 @@
 import torch
 
 from ..backends import Request, resolve
-from ..errors import FLOATING, check_pair, check_tensor, check_together
+from ..errors import FLOATING, check_pair, check_tensor, check_together, known
 from ..ops import transforms
-from ..ops.library import AUTOCAST_DEVICES
+from ..ops.library import AUTOCAST_DEVICES, wants_gradient
 from ..ops.pixels import normalisation, values
 from ..ops.spec import Window
 
@@ -38,7 +38,7 @@ def as_image(function, x, grid, *, dtypes=FLOATING):
     if grid is None:
         raise ValueError(f"{function}: x is 3-D tokens of shape {tuple(x.shape)}, so grid=(h, w) is needed")
     h, w = check_pair(function, "grid", grid, minimum=1)
-    if h * w != x.shape[1]:
+    if known(h * w != x.shape[1]):
         raise ValueError(f"{function}: grid {h} x {w} = {h * w} must count the tokens of x, got {x.shape[1]}")
     return x.transpose(1, 2).unflatten(2, (h, w))
 
@@ -92,7 +92,7 @@ def image_values(x, pixel_norm, dtype):
 def check_window(function, win, height, width):
     """The token grid of an image, which must have at least one token."""
     h, w = win.grid(height, width)
-    if h < 1 or w < 1:
+    if known(h < 1) or known(w < 1):
         (kh, kw), _, (ph, pw) = win
         raise ValueError(
             f"{function}: the window {kh} x {kw} must fit into the padded image, "
@@ -102,7 +102,12 @@ def check_window(function, win, height, width):
 
 
 def choose(op, x, backend, *, dtype=None, **sizes):
-    """The backend that runs ``op`` on ``x``, in its own dtype unless another one is given."""
+    """The backend that runs ``op`` on ``x``, in its own dtype unless another one is given.
+
+    Args:
+        sizes: of the operator's own; ``training``: whether a gradient is wanted, by default of ``x``.
+    """
+    sizes.setdefault("training", wants_gradient(x))
     return resolve(op, Request(x.device.type, dtype or x.dtype, sizes, transforms.active()), backend)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import check_pair, check_shape, check_tensor
+from ..errors import check_pair, check_shape, check_tensor, known
 from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
 from ..ops.kept import FOLDED
 from ..ops.library import wants_gradient
@@ -99,12 +99,12 @@ def _composition(function, tokens, output_size, kernel_size, stride, padding):
     size = check_pair(function, "output_size", output_size, minimum=1)
     win = window(kernel_size, stride, padding, function=function)
     h, w = check_window(function, win, *size)
-    if tokens.shape[1] != h * w:
+    if known(tokens.shape[1] != h * w):
         raise ValueError(
             f"{function}: tokens must have {h} x {w} = {h * w} tokens for output_size {size} and {win}, "
             f"got {tokens.shape[1]}"
         )
-    if tokens.shape[2] % win.taps:
+    if known(tokens.shape[2] % win.taps != 0):
         raise ValueError(
             f"{function}: the token width must be a multiple of the window's {win.taps} pixels, got {tokens.shape[2]}"
         )

@@ -13,7 +13,7 @@ from ..functional import window as make_window
 from ..modules import fusion
 from ..modules.attention import attend, heads, merged
 from ..modules.soft_split import Unfold
-from ..modules.t2t_module import stages_obstacle, token_grid, walk
+from ..modules.t2t_module import stages_obstacle, walk, windows_of
 from ..modules.token_transformer import TokenTransformer as _TokenTransformer
 from ..ops.spec import grid_after, square
 from .backbone import init_weights
@@ -185,7 +185,7 @@ class Tokens2Token(nn.Module):
 
     def grid(self, height, width):
         """Token grid (h, w) of an image of ``height`` x ``width``."""
-        return token_grid((self.soft_split0, self.soft_split1, self.soft_split2), height, width)
+        return grid_after(windows_of((self.soft_split0, self.soft_split1, self.soft_split2)), height, width)
 
     def obstacle(self):
         """The first reason why a soft split is not fused with the layer behind it, or ``None``."""

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..modules.t2t_module import as_pair
+from ..errors import check_pair
 from ..ops.spec import square
 
 
@@ -17,7 +17,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
         super().__init__()
-        self.img_size = as_pair(img_size)
+        self.img_size = check_pair("PatchEmbed", "img_size", img_size, minimum=1)
         self.patch_size = patch_size
         self.windows = (square(patch_size, patch_size, 0),)
         self.grid_size = self.grid(*self.img_size)

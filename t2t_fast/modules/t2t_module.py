@@ -5,6 +5,7 @@ from math import isqrt, prod
 import torch
 from torch import nn
 
+from ..errors import check_pair
 from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
 from ..functional.layers import check_memory
@@ -17,11 +18,6 @@ from .token_transformer import TokenTransformer
 TOKENS_TYPES = ("performer", "transformer", "convolution")
 
 
-def as_pair(img_size):
-    """``img_size`` as (H, W)."""
-    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-
-
 def window_of(split):
     """The :class:`Window` that the attributes of an ``nn.Unfold`` or a convolution describe; ``None`` if dilated."""
     numbers = [getattr(split, name, None) for name in ("kernel_size", "stride", "padding")]
@@ -30,13 +26,13 @@ def window_of(split):
     return Window(*((n, n) if isinstance(n, int) else tuple(n) for n in numbers))
 
 
-def token_grid(splits, height, width):
-    """Token grid (h, w) of an image after all of the ``splits``, which must tell their windows."""
+def windows_of(splits):
+    """The windows of soft splits, each of which must tell its own."""
     windows = [window_of(split) for split in splits]
     if None in windows:
         name = type(splits[windows.index(None)]).__name__
-        raise ValueError(f"T2TModule: the grid is unknown, since a soft split is {name} and tells no window")
-    return grid_after(windows, height, width)
+        raise ValueError(f"T2TModule: the token grid is unknown, since a soft split is {name} and tells no window")
+    return windows
 
 
 def stage_obstacle(split, layer, names=("the soft split", "the layer behind it")):
@@ -124,9 +120,6 @@ class T2TModule(nn.Module):
     images of floating dtype are taken for normalised.
     """
 
-    img_size = None
-    """(H, W) that :attr:`grid_size` and :attr:`num_patches` speak of; ``None`` in a swapped module."""
-
     tokens_type = None
 
     def __init__(
@@ -147,7 +140,7 @@ class T2TModule(nn.Module):
             raise ValueError(f"T2TModule: windows must be three (kernel, stride, padding), got {len(windows)}")
         self.tokens_type = tokens_type
         self.windows = tuple(make_window(*each, function="T2TModule") for each in windows)
-        self.img_size = as_pair(img_size)
+        self.img_size = check_pair("T2TModule", "img_size", img_size, minimum=1)
         first, second, third = self.windows
         if tokens_type == "convolution":
             self.soft_split0 = nn.Conv2d(in_chans, token_dim, *first)
@@ -186,6 +179,20 @@ class T2TModule(nn.Module):
         return [layer for layer in layers if isinstance(layer, TokenPerformer)]
 
     @property
+    def img_size(self):
+        """(H, W) that :attr:`grid_size` speaks of; of a swapped module by upstream's ``num_patches``, or ``None``."""
+        if "_img_size" in self.__dict__:
+            return self._img_size
+        patches = self.__dict__.get("num_patches")
+        if not isinstance(patches, int):
+            return None
+        return tuple(isqrt(patches) * prod(each.stride[axis] for each in self._windows()) for axis in (0, 1))
+
+    @img_size.setter
+    def img_size(self, img_size):
+        self._img_size = img_size
+
+    @property
     def grid_size(self):
         """Token grid (h, w) of an image of ``img_size``."""
         return None if self.img_size is None else self.grid(*self.img_size)
@@ -197,7 +204,10 @@ class T2TModule(nn.Module):
 
     def grid(self, height, width):
         """Token grid (h, w) of an image of ``height`` x ``width``."""
-        return token_grid(self._splits(), height, width)
+        return grid_after(self._windows(), height, width)
+
+    def _windows(self):
+        return windows_of(self._splits())
 
     def _splits(self):
         last = self.project if self.tokens_type == "convolution" else self.soft_split2

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 
-def taps_along(x, dim, kernel, stride, steps):
-    """The ``kernel`` strided slices of ``x`` along ``dim``, each ``steps`` long; ``x`` is padded already."""
+def taps_along(x, dim, kernel, stride):
+    """The ``kernel`` strided slices of ``x`` along ``dim``, one value per window each; ``x`` is padded already."""
     index = [slice(None)] * x.ndim
     for tap in range(kernel):
-        index[dim] = slice(tap, tap + stride * (steps - 1) + 1, stride)
+        # not tap + stride * (steps - 1) + 1, which export cannot prove to lie within a free size
+        index[dim] = slice(tap, x.shape[dim] - (kernel - 1 - tap), stride)
         yield x[tuple(index)]
 
 
@@ -36,11 +37,10 @@ def merge_statistics(count, mean, m2, window):
     for dim, kernel, stride in ((2, window.kernel[1], window.stride[1]), (1, window.kernel[0], window.stride[0])):
         if kernel == 1 and stride == 1:
             continue
-        steps = (mean.shape[dim] - kernel) // stride + 1
-        cells = list(taps_along(mean, dim, kernel, stride, steps))
+        cells = list(taps_along(mean, dim, kernel, stride))
         centre = sum(cells[1:], cells[0]) / kernel
         spread = sum((cell - centre).square() for cell in cells)
-        m2 = sum(taps_along(m2, dim, kernel, stride, steps)) + count * spread
+        m2 = sum(taps_along(m2, dim, kernel, stride)) + count * spread
         mean, count = centre, count * kernel
     return mean, m2
 
@@ -48,12 +48,11 @@ def merge_statistics(count, mean, m2, window):
 def cover_sum(x, size, window):
     """For every pixel of an image of ``size``, the sum of (B, h, w) values of the windows that cover it: (B, H, W)."""
     (kh, kw), (sh, sw), (ph, pw) = window
-    _, h, w = x.shape
-    for dim, kernel, stride, padding, steps, length in ((1, kh, sh, ph, h, size[0]), (2, kw, sw, pw, w, size[1])):
+    for dim, kernel, stride, padding, length in ((1, kh, sh, ph, size[0]), (2, kw, sw, pw, size[1])):
         shape = list(x.shape)
         shape[dim] = max(length + 2 * padding, kernel)
         out = x.new_zeros(shape)
-        for tap in taps_along(out, dim, kernel, stride, steps):
+        for tap in taps_along(out, dim, kernel, stride):
             tap += x
         x = out.narrow(dim, padding, length)
     return x
@@ -94,7 +93,7 @@ def compose(tokens, size, window):
     batch, _, columns = tokens.shape
     cells = tokens.view(batch, h, w, columns // window.taps, kh, kw)
     image = tokens.new_zeros(batch, height + 2 * ph, width + 2 * pw, columns // window.taps)
-    for dy, band in enumerate(taps_along(image, 1, kh, sh, h)):
-        for dx, pixels in enumerate(taps_along(band, 2, kw, sw, w)):
+    for dy, band in enumerate(taps_along(image, 1, kh, sh)):
+        for dx, pixels in enumerate(taps_along(band, 2, kw, sw)):
             pixels += cells[..., dy, dx]
     return image[:, ph : ph + height, pw : pw + width].permute(0, 3, 1, 2)

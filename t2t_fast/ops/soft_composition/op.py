@@ -7,7 +7,7 @@ from . import aten_impl, native_impl, reference
 
 soft_composition = define(
     "soft_composition",
-    "Tensor tokens, int[2] size, int[2] kernel, int[2] stride, int[2] padding",
+    "Tensor tokens, SymInt[2] size, int[2] kernel, int[2] stride, int[2] padding",
     implementations={
         "native": Implementation(native_impl.forward, native_impl.supports),
         "aten": Implementation(aten_impl.forward, transforms.plain),
