@@ -5,7 +5,7 @@ from torch import nn
 
 from ..ops.spec import grid_after
 from .blocks import block_stack
-from .position import resize_position_table, sinusoid_table
+from .position import resize_position_table, same_grid, sinusoid_table
 
 
 def init_weights(module):
@@ -102,7 +102,7 @@ class Backbone(nn.Module):
         interpolated ("bicubic", "bilinear": what the model learned about places is kept) or a new sinusoid
         ("sinusoid": what a model of that size would be built with).
         """
-        if tuple(grid) == tuple(self.grid_size):
+        if same_grid(grid, self.grid_size):
             return self.pos_embed
         if self.position_mode == "sinusoid":
             table = sinusoid_table(grid[0] * grid[1] + self.extra_tokens, self.embed_dim)

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ..ops.transforms import is_exporting
+
 
 def sinusoid_table(positions, width):
     """Sinusoidal table (1, positions, width) in float32, computed in float64.
@@ -15,6 +17,16 @@ def sinusoid_table(positions, width):
     angle = torch.arange(positions, dtype=torch.float64).unsqueeze(1) * rate
     table = torch.where(column % 2 == 0, angle.sin(), angle.cos())
     return table.float().unsqueeze(0)
+
+
+def same_grid(first, second):
+    """Whether two grids are the same; for an exported program with free sizes only if they are for every size."""
+    sizes = (*first, *second)
+    if not any(isinstance(n, torch.SymInt) for n in sizes) and not is_exporting():
+        return tuple(first) == tuple(second)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
 
 
 def resize_position_table(table, old_grid, new_grid, extra=1, mode="bicubic"):
@@ -30,7 +42,7 @@ def resize_position_table(table, old_grid, new_grid, extra=1, mode="bicubic"):
         (1, extra + h'*w', width) in the table's dtype; the table itself if the grid is the same.
     """
     old_grid, new_grid = tuple(old_grid), tuple(new_grid)
-    if old_grid == new_grid:
+    if same_grid(old_grid, new_grid):
         return table
     if table.shape[1] != extra + old_grid[0] * old_grid[1]:
         raise ValueError(

@@ -79,8 +79,7 @@ def opaque_obstacle(request, dtypes, kind):
         return f"a traced program would need the {kind} kernels where it runs"
     if request.transform is not None:
         return f"the {kind} kernels take no part in {request.transform}"
-    # not is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
-    if getattr(torch.compiler, "_is_exporting_flag", False):
+    if transforms.is_exporting():
         return f"an exported program would need the {kind} kernels where it runs"
     return None
 

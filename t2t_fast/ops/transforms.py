@@ -25,6 +25,12 @@ def active():
     return None
 
 
+def is_exporting():
+    """Whether ``torch.export`` records a program now."""
+    # not torch.compiler.is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 # Dynamo asks while it traces, and guards on the first two by itself.
 active._dynamo_marked_constant = True
 
