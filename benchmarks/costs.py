@@ -1,157 +1,42 @@
-"""What each operator must move and compute: bytes and FLOPs of a fused implementation, per image, from its sizes.
+"""What the T2T module and whole models must move and compute; the operators' costs are in ``t2t_fast/ops/costs.py``."""
 
-A cost is a list of kernels, because a floor is the sum over kernels of the slower of their two limits. A Performer
-layer forward is two of them (soft split + LayerNorm + Linear + keys; queries + tail), activations of ``element`` bytes
-are read and written once each, statistics and key state are in float32. Weights are left out: they do not grow with the
-batch. Letters: L tokens, E width, m random features, P = C*H*W pixels of the image that is split.
-"""
+from math import prod
 
-from typing import NamedTuple
-
+from t2t_fast.ops.costs import (
+    FEATURES,
+    WIDTH,
+    Cost,
+    Kernel,
+    chain,
+    fused_fold_unfold,
+    performer_attention,
+    performer_layer,
+    soft_composition,
+    soft_split,
+    soft_split_linear,
+    token_mlp,
+)
 from t2t_fast.ops.spec import T2T_WINDOWS
 
-WIDTH = 64
-"""Token width inside the T2T module."""
-
-FEATURES = 32
-"""Random features of its Performer."""
-
-
-class Kernel(NamedTuple):
-    """Bytes moved and floating-point operations."""
-
-    bytes: float
-    flops: float
-
-
-class Cost(NamedTuple):
-    """Kernels of the forward and of the backward pass, and the bytes that must be kept between them.
-
-    ``only``: the kernels of a forward pass that keeps nothing, where they are others.
-    """
-
-    forward: tuple[Kernel, ...]
-    backward: tuple[Kernel, ...] = ()
-    saved: float = 0.0
-    only: tuple[Kernel, ...] | None = None
-
-    @property
-    def inference(self):
-        """The kernels of a forward pass that keeps nothing."""
-        return self.forward if self.only is None else self.only
-
-    def kernels(self, mode):
-        """The kernels of "inference" or of "training" (forward and backward)."""
-        return self.inference if mode == "inference" else self.forward + self.backward
-
-    def bytes(self, mode):
-        return sum(kernel.bytes for kernel in self.kernels(mode))
-
-    def flops(self, mode):
-        return sum(kernel.flops for kernel in self.kernels(mode))
-
-    def floor(self, mode, bandwidth, flops):
-        """Seconds that no implementation of this design can beat at so many bytes/s and FLOP/s."""
-        return sum(max(kernel.bytes / bandwidth, kernel.flops / flops) for kernel in self.kernels(mode))
-
-
-def chain(*costs):
-    """The cost of one after the other."""
-    return Cost(
-        tuple(kernel for cost in costs for kernel in cost.forward),
-        tuple(kernel for cost in reversed(costs) for kernel in cost.backward),
-        sum(cost.saved for cost in costs),
-        tuple(kernel for cost in costs for kernel in cost.inference),
-    )
-
-
-def _sizes(channels, height, width, window):
-    h, w = window.grid(height, width)
-    return h * w, channels * window.taps, channels * height * width
-
-
-def soft_split(channels, height, width, window, element=2):
-    """Image read once, tokens written once; backward the other way round."""
-    length, columns, pixels = _sizes(channels, height, width, window)
-    kernel = Kernel((pixels + length * columns) * element, 0)
-    return Cost((kernel,), (kernel,))
-
-
-def soft_composition(channels, height, width, window, element=2):
-    """The same traffic as the soft split, with one addition per token element forward."""
-    length, columns, _ = _sizes(channels, height, width, window)
-    (split,) = soft_split(channels, height, width, window, element).forward
-    return Cost((split._replace(flops=length * columns),), (split,))
-
-
-def fused_fold_unfold(channels, height, width, window, element=2):
-    """Tokens read once and written once, the image in between never; backward is the same pass."""
-    length, columns, pixels = _sizes(channels, height, width, window)
-    kernel = Kernel(2 * length * columns * element, length * columns + pixels)
-    return Cost((kernel,), (kernel,))
-
-
-def soft_split_linear(channels, height, width, window, out, element=2, *, norm=True, image_gradient=True):
-    """One implicit GEMM; backward a weight gradient and, where asked for, an image gradient."""
-    length, columns, pixels = _sizes(channels, height, width, window)
-    product = 2 * length * columns * out
-    traffic = (pixels + out * length) * element
-    statistics = 8 * length if norm else 0
-    backward = [Kernel(traffic + statistics, product)]
-    if image_gradient:
-        # LayerNorm's share of the gradient needs the image and two scalars a token once more
-        correction = pixels * element + 16 * length if norm else 0
-        backward.append(Kernel(traffic + correction, product))
-    return Cost((Kernel(traffic + statistics, product),), tuple(backward), pixels * element + statistics)
-
-
-def _state(width, features):
-    return 4 * (features * width + features)
-
-
-def performer_attention(length, width=WIDTH, features=FEATURES, element=2):
-    """A pass over the keys and a pass over the queries, each way."""
-    row, state, product = width * length * element, _state(width, features), length * width * features
-    return Cost(
-        (Kernel(2 * row + state, 4 * product), Kernel(2 * row + state, 4 * product)),
-        (Kernel(3 * row + 2 * state, 10 * product), Kernel(4 * row + 2 * state, 8 * product)),
-        3 * row + state,
-    )
-
-
-def token_mlp(length, width=WIDTH, hidden=WIDTH, element=2):
-    """Reads y and v, writes the tokens; backward recomputes all but the last product."""
-    row, square, wide = width * length * element, width * width, width * hidden
-    return Cost(
-        (Kernel(3 * row, 2 * length * (square + 2 * wide)),),
-        (Kernel(5 * row, 2 * length * (3 * square + 5 * wide)),),
-        2 * row,
-    )
-
-
-def performer_layer(channels, height, width, window, element=2, *, image_gradient=False):
-    """Soft split, LayerNorm, kqv and the pass over the keys in one kernel; then the queries with the tail in it.
-
-    k, q and v are written once and never read for the keys; without a backward pass k and the statistics are not
-    written. The attention's output never reaches memory. Backward: the queries with the tail, the keys, the soft split.
-    """
-    length, _, pixels = _sizes(channels, height, width, window)
-    split = soft_split_linear(channels, height, width, window, 3 * WIDTH, element, image_gradient=image_gradient)
-    tail, row = token_mlp(length, element=element), WIDTH * length * element
-    state, product = _state(WIDTH, FEATURES), length * WIDTH * FEATURES
-    (first,) = split.forward
-    flops = first.flops + 4 * product
-    queries = Kernel(3 * row + state, 4 * product + tail.forward[0].flops)
-    return Cost(
-        (Kernel(first.bytes + state, flops), queries),
-        (
-            Kernel(5 * row + 8 * length + 2 * state, 10 * product + tail.backward[0].flops),
-            Kernel(5 * row + 16 * length + 2 * state, 8 * product),
-            *split.backward,
-        ),
-        split.saved + 3 * row + state,
-        (Kernel(pixels * element + 2 * row + state, flops), queries),
-    )
+__all__ = [
+    "FEATURES",
+    "WIDTH",
+    "Cost",
+    "Kernel",
+    "backbone",
+    "chain",
+    "fused_fold_unfold",
+    "performer_attention",
+    "performer_layer",
+    "soft_composition",
+    "soft_split",
+    "soft_split_linear",
+    "softmax_attention",
+    "t2t_module",
+    "t2t_stages",
+    "t2t_vit",
+    "token_mlp",
+]
 
 
 def softmax_attention(length, width=WIDTH, element=2):
@@ -175,7 +60,7 @@ def t2t_stages(tokens_type, size=224, embed_dim=384, element=2):
         if tokens_type == "performer":
             stages.append(performer_layer(*size, element, image_gradient=index > 0))
         else:
-            length, _, _ = _sizes(*size)
+            length = prod(window.grid(height, height))
             first = soft_split_linear(*size, 3 * WIDTH, element, image_gradient=index > 0)
             attention, tail = softmax_attention(length, element=element), token_mlp(length, element=element)
             # the tail keeps y and v, which the attention has kept already

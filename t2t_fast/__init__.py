@@ -6,7 +6,7 @@ Start with :func:`swap`, :func:`create_model` and :func:`verify`; the operators 
 __version__ = "0.1.0"
 
 from . import functional, models
-from .backends import backend, explain
+from .backends import backend
 from .capture import CapturedModel, capture
 from .errors import BackendUnavailable, CheckpointError, NothingToSwap
 from .interop import (
@@ -14,6 +14,7 @@ from .interop import (
     SwapReport,
     T2TEmbed,
     create_model,
+    explain,
     export_model,
     load_checkpoint,
     swap,

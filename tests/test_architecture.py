@@ -12,7 +12,7 @@ KERNELS = tuple(f"kernels{part}" for part in ("", "_backward", "_chunked", "_ima
 LAYERS = [
     ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
     ["t2t_fast.backends", "t2t_fast.memory"],
-    [f"t2t_fast.ops.{name}" for name in ("spec", "transforms", "windows", "philox", "pixels")],
+    [f"t2t_fast.ops.{name}" for name in ("spec", "transforms", "costs", "flops", "windows", "philox", "pixels")],
     [f"t2t_fast.ops.{name}" for name in ("library", "launch", "kept")],
     ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime", "t2t_fast.ops.tiles"],
     [f"t2t_fast.ops.*.{name}" for name in (*KERNELS, "launch", "layout", "call", "gradient", "tail")],

@@ -2,6 +2,7 @@
 
 from .checkpoints import LoadReport, load_checkpoint, read_state_dict
 from .create import create_model
+from .explain import ModelExplanation, explain
 from .export import ExportReport, export_model
 from .swap import SwapReport, swap, swapped, unswap
 from .timm_embed import T2TEmbed
@@ -9,9 +10,11 @@ from .timm_embed import T2TEmbed
 __all__ = [
     "ExportReport",
     "LoadReport",
+    "ModelExplanation",
     "SwapReport",
     "T2TEmbed",
     "create_model",
+    "explain",
     "export_model",
     "load_checkpoint",
     "read_state_dict",

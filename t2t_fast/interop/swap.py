@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from ..backends import Request, resolve
-from ..errors import BackendUnavailable, NothingToSwap
+from ..errors import NothingToSwap
 from ..models import lanl
-from ..modules import Fold, TokenPerformer, Unfold
+from .explain import backend_of
 from .swap_classes import original_class
 from .swap_proof import Mismatch, apply, prove
 from .swap_rules import FAST, LOOKED_FOR, Change, match
@@ -157,25 +155,6 @@ def _prove_parts(module, path, plan, inner, include, exclude):
     except Mismatch:
         return []  # the module's own reason says more
     return [_Swap(paths[id(change.module)], [change]) for change in parts]
-
-
-_OPERATORS = {Unfold: "soft_split", Fold: "soft_composition", TokenPerformer: "performer_layer"}
-
-
-def backend_of(module):
-    """The backend of a fast module's main operator, on the device and in the dtype of its parameters.
-
-    Or "unfused: " and the reason, where it calls its children one by one.
-    """
-    why = module.obstacle() if hasattr(module, "obstacle") else None
-    if why is not None:
-        return f"unfused: {why}"
-    op = next((op for kind, op in _OPERATORS.items() if isinstance(module, kind)), "soft_split_linear")
-    tensor = next(module.parameters(), torch.empty(0))
-    try:
-        return resolve(op, Request(tensor.device.type, tensor.dtype, {}))
-    except BackendUnavailable:
-        return "none"
 
 
 def swap(model, *, include=None, exclude=None, dry_run=False):

@@ -12,7 +12,7 @@ from functools import partial, wraps
 import torch
 
 from .. import backends
-from . import transforms
+from . import flops, transforms
 
 OPAQUE = ("triton", "native")
 """Backends whose kernels PyTorch cannot see into."""
@@ -44,6 +44,8 @@ def define(name, signature, implementations, absent, autocast):
         *values, backend = args
         if backend in OPAQUE and (transform := transforms.active()) is not None:
             raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} takes no part in {transform}")
+        if torch._C._len_torch_dispatch_stack():
+            flops.teach()
         return backends.implementation(name, backend).call(*values)
 
     _library.impl(name, composite, "CompositeImplicitAutograd")

@@ -1,0 +1,194 @@
+"""FLOPs of the operators that PyTorch cannot see into, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+The numbers are those of the cost table (``ops/costs.py``): the fused form's, what backward computes again included. The
+counter's module imports Triton, so nothing is registered before somebody else has imported it.
+"""
+
+import sys
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from . import costs
+from .spec import Window
+
+
+def _flops(kernels):
+    return sum(kernel.flops for kernel in kernels)
+
+
+def _split_linear(x, outputs, kernel, stride, padding, **options):
+    batch, *image = x
+    window = Window(tuple(kernel), tuple(stride), tuple(padding))
+    return batch, costs.soft_split_linear(*image, window, outputs, **options)
+
+
+def _native_split_linear(x, weight, bias, norm_weight, norm_bias, norm_eps, *window, out_shape):
+    batch, cost = _split_linear(x, weight[0], *window)
+    return batch * _flops(cost.forward)
+
+
+def _native_split_linear_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, *rest, out_shape):
+    *window, need_image, need_weight = rest
+    batch, cost = _split_linear(x, weight[0], *window, image_gradient=need_image)
+    product, *image = cost.backward
+    return batch * (need_weight * product.flops + _flops(image))
+
+
+def _triton_split_linear(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, stride, padding, *_, out_shape):
+    batch, cost = _split_linear(x, outputs, kernel, stride, padding)
+    return batch * _flops(cost.forward)
+
+
+def _products(x, grad, mean, rstd, norm, kernel, stride, padding, *_, out_shape):
+    batch, cost = _split_linear(x, grad[2], kernel, stride, padding, image_gradient=False)
+    return batch * _flops(cost.backward)
+
+
+def _image_gradient(grad, x, weight, offset, y, mean, rstd, *window, out_shape):
+    batch, cost = _split_linear(x, grad[2], *window)
+    return batch * cost.backward[1].flops
+
+
+def _attention(q, keys, w, passes):
+    """FLOPs of a pass over the keys and one over the queries, "forward" or "backward"; heads are sequences."""
+    features, width = w
+    sequences = 1
+    for size in q[:-2]:
+        sequences *= size
+    table = [getattr(costs.performer_attention(length, width, features), passes) for length in (keys, q[-2])]
+    first, second = (0, 1) if passes == "forward" else (1, 0)
+    return sequences * (table[0][first].flops + table[1][second].flops)
+
+
+def _attention_forward(q, k, v, w, *_, out_shape):
+    return _attention(q, k[-2], w, "forward")
+
+
+def _attention_backward(grad, q, k, v, w, *_, out_shape):
+    return _attention(q, k[-2], w, "backward")
+
+
+def _tail(y, hidden):
+    *batch, length, width = y
+    tokens = length
+    for size in batch:
+        tokens *= size
+    return costs.token_mlp(tokens, width, hidden)
+
+
+def _native_tail(y, v, *tail, out_shape):
+    return _flops(_tail(y, tail[5][0]).forward)
+
+
+def _native_tail_backward(grad, y, v, *tail, out_shape):
+    return _flops(_tail(y, tail[5][0]).backward)
+
+
+def _triton_tail(y, v, seed, options, tail, *_, out_shape):
+    return _flops(_tail(y, tail[4][0]).forward)
+
+
+def _triton_tail_backward(grad, y, v, seed, options, tail, *_, out_shape):
+    return _flops(_tail(y, tail[4][0]).backward)
+
+
+def _layer(x, window, w, hidden, **options):
+    batch, *image = x
+    features, width = w
+    window = Window(*(tuple(pair) for pair in window))
+    return batch, costs.performer_layer(*image, window, embed=width, features=features, hidden=hidden, **options)
+
+
+def _native_layer(x, weight, bias, norm1_weight, norm1_bias, norm1_eps, *rest, out_shape):
+    *window, w, _, _, _, _, _, _, fc1 = rest[:11]
+    batch, cost = _layer(x, window, w, fc1[0])
+    return batch * _flops(cost.forward)
+
+
+def _native_layer_backward(grad, x, weight, bias, norm1_weight, norm1_bias, norm1_eps, *rest, out_shape):
+    *window, w, _, _, _, _, _, _, fc1 = rest[:11]
+    need_image, need_weight, _ = rest[-3:]
+    batch, cost = _layer(x, window, w, fc1[0], image_gradient=need_image)
+    queries, keys, product, *image = cost.backward
+    again = cost.forward[0].flops  # kqv and the key state are computed again
+    return batch * (again + queries.flops + keys.flops + need_weight * product.flops + _flops(image))
+
+
+def _project(x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, *_, out_shape):
+    batch, cost = _layer(x, (kernel, stride, padding), w, w[1])
+    return batch * cost.forward[0].flops
+
+
+def _finish(kqv, w, eps, lz, state, seed, options, tail, out_shape):
+    batch, length, _ = kqv
+    features, width = w
+    (tail_kernel,) = _tail((batch, length, width), tail[4][0]).forward
+    return batch * costs.performer_attention(length, width, features).forward[1].flops + tail_kernel.flops
+
+
+def _read_out(q, w, *_, out_shape):
+    features, width = w
+    length = out_shape[-2]
+    sequences = 1
+    for size in out_shape[:-2]:
+        sequences *= size
+    return sequences * costs.performer_attention(length, width, features).forward[1].flops
+
+
+def _kqv_backward(grad, kqv, w, *_, out_shape):
+    batch, length, _ = kqv
+    features, width = w
+    return batch * _flops(costs.performer_attention(length, width, features).backward)
+
+
+def _composition(tokens, *_, out_shape):
+    batch, length, columns = tokens
+    return batch * length * columns  # the additions of costs.soft_composition
+
+
+FORMULAS = {
+    "t2t_fast_native": {
+        "soft_composition": _composition,
+        "fused_fold_unfold": _composition,
+        "soft_split_linear": _native_split_linear,
+        "soft_split_linear_backward": _native_split_linear_backward,
+        "performer_attention": _attention_forward,
+        "performer_attention_backward": _attention_backward,
+        "token_mlp": _native_tail,
+        "token_mlp_backward": _native_tail_backward,
+        "performer_layer": _native_layer,
+        "performer_layer_backward": _native_layer_backward,
+    },
+    "t2t_fast_triton": {
+        "soft_split_linear": _triton_split_linear,
+        "soft_split_linear_products": _products,
+        "soft_split_linear_image_gradient": _image_gradient,
+        "performer_attention": _attention_forward,
+        "performer_attention_backward": _attention_backward,
+        "performer_read_out": _read_out,
+        "performer_project": _project,
+        "performer_finish": _finish,
+        "performer_kqv_backward": _kqv_backward,
+        "token_mlp": _triton_tail,
+        "token_mlp_backward": _triton_tail_backward,
+    },
+}
+"""Library -> operator -> the FLOPs of one call, from its arguments with shapes for tensors."""
+
+
+def teach():
+    """Give the formulas to PyTorch's table, and to every counter that is counting now."""
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    for library, formulas in FORMULAS.items():
+        for name, formula in formulas.items():
+            packet = getattr(getattr(torch.ops, library), name, None)
+            if packet is not None and packet not in module.flop_registry:
+                module.register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, module.FlopCounterMode):
+            for packet, formula in module.flop_registry.items():
+                counter.flop_registry.setdefault(packet, formula)
