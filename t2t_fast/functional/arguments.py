@@ -4,7 +4,7 @@ import torch
 
 from ..backends import Request, resolve
 from ..errors import FLOATING, check_pair, check_tensor, check_together, known
-from ..ops import transforms
+from ..ops import transforms, windows
 from ..ops.library import AUTOCAST_DEVICES, wants_gradient
 from ..ops.pixels import normalisation, values
 from ..ops.spec import Window
@@ -40,7 +40,7 @@ def as_image(function, x, grid, *, dtypes=FLOATING):
     h, w = check_pair(function, "grid", grid, minimum=1)
     if known(h * w != x.shape[1]):
         raise ValueError(f"{function}: grid {h} x {w} = {h * w} must count the tokens of x, got {x.shape[1]}")
-    return x.transpose(1, 2).unflatten(2, (h, w))
+    return windows.as_image(x, (h, w))
 
 
 def check_pixels(function, x, pixel_norm):

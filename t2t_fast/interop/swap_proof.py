@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..backends import backend
+from ..ops.windows import as_image
 from .swap_classes import swapped_class
 
 
@@ -270,7 +271,7 @@ class Template(NamedTuple):
         tokens, grid = stages[self.stage]
         if self.kind == "tokens":
             return tokens
-        return grid if self.kind == "grid" else tokens.transpose(1, 2).unflatten(2, grid)
+        return grid if self.kind == "grid" else as_image(tokens, grid)
 
     def __str__(self):
         if self.kind in ("tuple", "list"):
@@ -298,7 +299,7 @@ def _recognised(value, x, stages):
         if torch.equal(value, x):
             return Template("input")
         for index, (tokens, grid) in enumerate(stages):
-            image = tokens.transpose(1, 2).unflatten(2, grid)
+            image = as_image(tokens, grid)
             for kind, known in (("tokens", tokens), ("image", image)):
                 if value.shape == known.shape and torch.allclose(value, known, rtol=1e-3, atol=1e-3):
                     return Template(kind, index)

@@ -8,6 +8,7 @@ from torch import nn
 from ..errors import check_pair
 from ..modules import T2TModule
 from ..ops.spec import T2T_WINDOWS, grid_after
+from ..ops.windows import as_image
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
@@ -124,8 +125,7 @@ class T2TEmbed(nn.Module):
 def _reformat(tokens, grid, output_fmt):
     """Tokens (B, h*w, C) in another layout."""
     if output_fmt == "NHWC":
-        return tokens.unflatten(1, grid)
+        return as_image(tokens, grid).permute(0, 2, 3, 1)
     if output_fmt == "NLC":
         return tokens
-    tokens = tokens.transpose(1, 2)
-    return tokens if output_fmt == "NCL" else tokens.unflatten(2, grid)
+    return tokens.transpose(1, 2) if output_fmt == "NCL" else as_image(tokens, grid)

@@ -97,7 +97,7 @@ class AttentionGhost(Attention):
         def ghost_heads(linear, cheap):
             half = linear(x)
             full = torch.cat([half, _scale_channels(cheap, half)], dim=2)
-            return full.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            return full.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
         return (
             ghost_heads(self.q, self.cheap_operation_q),

@@ -7,6 +7,7 @@ Sources in yitu-opensource/T2T-ViT: ``models/t2t_vit.py``, ``t2t_vit_se.py``, ``
 from torch import nn
 
 from ..modules.t2t_module import T2TModule
+from ..ops.windows import as_image
 from .backbone import Backbone, init_weights
 from .patch import PatchEmbed
 
@@ -94,7 +95,7 @@ class T2TViT(Backbone):
         stages = [self.tokens(x)] if len(self.windows) == 1 else self.tokeniser(x, stages=True)
         tokens, grid = stages[-1]
         stages[-1] = self.encode(tokens, grid)[:, self.extra_tokens :], grid
-        return [tokens.transpose(1, 2).unflatten(2, grid) for tokens, grid in stages]
+        return [as_image(tokens, grid) for tokens, grid in stages]
 
 
 class T2TViTSE(T2TViT):

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from ..ops.windows import as_image
 from .backbone import Backbone, init_weights
 from .patch import PatchEmbed
 
@@ -109,4 +110,4 @@ class ViT(Backbone):
         """The one feature map of a plain ViT: a list of one (B, C, h, w) at the patch's stride."""
         tokens, grid = self.tokens(x)
         x = self.encode(tokens, grid)[:, self.extra_tokens :]
-        return [x.transpose(1, 2).unflatten(2, grid)]
+        return [as_image(x, grid)]

@@ -25,7 +25,9 @@ def attend(q, k, v, scale, attn_drop=None):
 
 def heads(qkv, number):
     """q, k and v of packed (B, T, 3 * number * D), each (B, number, T, D)."""
-    return qkv.unflatten(2, (3, number, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    # not unflatten(), which an ONNX file would give the batch size of the trace
+    batch, tokens, width = qkv.shape
+    return qkv.view(batch, tokens, 3, number, width // (3 * number)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def merged(y):

@@ -10,6 +10,7 @@ from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
 from ..functional.layers import check_memory
 from ..ops.spec import T2T_WINDOWS, Window, grid_after
+from ..ops.windows import as_image
 from . import fusion
 from .soft_split import Unfold
 from .token_performer import TokenPerformer
@@ -95,7 +96,7 @@ def walk(x, splits, layers, project, pixel_norm=None):
             tokens = layer(x, window=window_of(split), pixel_norm=norm)
         grid = _grid_of(split, tokens, *x.shape[2:])
         stages.append((tokens, grid))
-        x = tokens.transpose(1, 2).unflatten(2, grid)
+        x = as_image(tokens, grid)
     return stages
 
 

@@ -62,13 +62,14 @@ def define(name, signature, implementations, absent, autocast):
 
     @wraps(operator)
     def run(*args):
-        if not torch.jit.is_tracing():
+        if transforms.active() is None:
             return operator(*args)
-        # A trace would hold the operator itself. Of the plain operations inside it, it runs without this package.
+        # A transformation has no rule for the operator itself, and a trace would hold it as one opaque node.
         device = args[0].device.type
-        if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-            return under_autocast(device, composite, *args)
-        return composite(*args)
+        autocasts = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+        # an ONNX file is for inference, and has no node for a hand-written backward
+        with torch.no_grad() if torch.onnx.is_in_onnx_export() else nullcontext():
+            return under_autocast(device, composite, *args) if autocasts else composite(*args)
 
     return run
 

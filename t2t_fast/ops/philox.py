@@ -46,8 +46,8 @@ def philox(counter, key, rounds=ROUNDS):
 
 def _lanes(first, last, seed):
     """The lanes of calls ``first`` to ``last``: eight (calls,) int64 tensors."""
-    calls = torch.arange(first, last, dtype=torch.int64, device=seed.device)
-    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    zero = seed & 0  # made of the seed, which torch.vmap gives every sample for itself
+    calls = torch.arange(first, last, dtype=torch.int64, device=seed.device) + zero
     # A counter word that is the same for all calls stays a scalar, which makes two of the rounds half as long. The
     # mask must stay even where it changes nothing: Inductor computes what is linear in an arange in 32 bits.
     counter = (calls & _WORD, zero if last <= _WORD else calls >> 32)

@@ -6,6 +6,8 @@ that needs them, such an implementation states the name of the transformation as
 made of plain operations, the "reference" backend at last.
 """
 
+import warnings
+
 import torch
 from torch.autograd import forward_ad
 
@@ -25,6 +27,15 @@ def active():
     return None
 
 
+def constant(size):
+    """A size that must not be free, as an int where ``torch.jit.trace`` made a tensor of it."""
+    if not isinstance(size, torch.Tensor):
+        return size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return int(size)
+
+
 def is_exporting():
     """Whether ``torch.export`` records a program now."""
     # not torch.compiler.is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
@@ -39,6 +50,6 @@ def plain(request):
     """The ``supports`` of an implementation in PyTorch's operations with a hand-written backward."""
     if request.transform in (FUNCTIONAL, FORWARD_MODE):
         return f"its hand-written backward takes no part in {request.transform}"
-    if request.transform == TRACING and request.sizes.get("training", True):
+    if request.transform == TRACING and request.sizes.get("training", True) and not torch.onnx.is_in_onnx_export():
         return f"its hand-written backward cannot be recorded by {TRACING}"
     return None

@@ -17,6 +17,12 @@ def taps_along(x, dim, kernel, stride):
         yield x[tuple(index)]
 
 
+def as_image(tokens, grid):
+    """Tokens (B, h*w, C) as the image (B, C, h, w) in channels-last memory that they are: a view."""
+    # not unflatten(), which an ONNX file would give the batch size of the trace
+    return tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], *grid)
+
+
 def merge_statistics(count, mean, m2, window):
     """Mean and sum of squared deviations of every window, from those of its cells of ``count`` values each.
 

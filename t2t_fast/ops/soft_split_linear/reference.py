@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from ..library import accumulation_dtype
 from ..pixels import values
+from ..transforms import constant
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):
@@ -15,5 +16,5 @@ def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, p
     wide = accumulation_dtype(x.dtype)
     gamma = None if norm_weight is None else norm_weight.to(wide)
     beta = None if norm_bias is None else norm_bias.to(wide)
-    tokens = F.layer_norm(tokens.to(wide), tokens.shape[-1:], gamma, beta, norm_eps).to(x.dtype)
+    tokens = F.layer_norm(tokens.to(wide), (constant(tokens.shape[-1]),), gamma, beta, norm_eps).to(x.dtype)
     return F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)

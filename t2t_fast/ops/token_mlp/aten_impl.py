@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..library import accumulation_dtype, product
 from ..philox import dropout_, keep_masks
+from ..transforms import constant
 from .tail import Tail, differentiable
 
 
@@ -30,7 +31,7 @@ def run(y, v, tail, options, seed):
     keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
     t = _skip(v, y, tail, options, keep_proj)
     gamma, beta = (None if p is None else p.to(t.dtype) for p in (tail.norm_weight, tail.norm_bias))
-    n = F.layer_norm(t, t.shape[-1:], gamma, beta, options.norm_eps).to(y.dtype)
+    n = F.layer_norm(t, (constant(t.shape[-1]),), gamma, beta, options.norm_eps).to(y.dtype)
     a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias))
     f = _linear(a, tail.fc2_weight, tail.fc2_bias).to(t.dtype)
     return t.add_(dropout_(f, options.mlp_drop, keep_mlp)).to(y.dtype)

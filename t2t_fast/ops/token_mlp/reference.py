@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from ..library import accumulation_dtype
 from ..philox import keep_masks
+from ..transforms import constant
 
 
 def _cast(dtype, *tensors):
@@ -36,5 +37,5 @@ def forward(
     gamma, beta = _cast(wide, norm_weight, norm_bias)
     keep_proj, keep_mlp = keep_masks(seed, y.shape, proj_drop, mlp_drop)
     t = v + _dropout(F.linear(y, wp, bp), proj_drop, keep_proj)
-    n = F.layer_norm(t.to(wide), t.shape[-1:], gamma, beta, norm_eps).to(y.dtype)
+    n = F.layer_norm(t.to(wide), (constant(t.shape[-1]),), gamma, beta, norm_eps).to(y.dtype)
     return t + _dropout(F.linear(F.gelu(F.linear(n, w1, b1)), w2, b2), mlp_drop, keep_mlp)
