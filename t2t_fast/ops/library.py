@@ -42,10 +42,11 @@ def define(name, signature, implementations, absent, autocast):
 
     def composite(*args):
         *values, backend = args
-        if backend in OPAQUE and (transform := transforms.active()) is not None:
-            raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} takes no part in {transform}")
-        if torch._C._len_torch_dispatch_stack():
-            flops.teach()
+        if backend in OPAQUE:
+            if (transform := transforms.active()) is not None:
+                raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} takes no part in {transform}")
+            if torch._C._len_torch_dispatch_stack():
+                flops.teach()
         return backends.implementation(name, backend).call(*values)
 
     _library.impl(name, composite, "CompositeImplicitAutograd")

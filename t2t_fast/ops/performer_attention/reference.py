@@ -5,11 +5,12 @@ import math
 import torch
 
 from ..library import accumulation_dtype
+from ..transforms import constant
 
 
 def features(x, w):
     """Positive random features ``exp(w x - |x|^2 / 2) / sqrt(m)``: (..., L, E), (m, E) -> (..., L, m)."""
-    return torch.exp(x @ w.mT - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(w.shape[0])
+    return torch.exp(x @ w.mT - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(constant(w.shape[0]))
 
 
 def forward(q, k, v, w, eps, key_mask=None):
