@@ -84,6 +84,11 @@ def problem():
     return f"T2T_FAST_BACKEND must be one of {', '.join(config.BACKENDS)}, got {name!r}"
 
 
+def automatic(op):
+    """Whether a call of ``op`` that names no backend takes the first that can run it."""
+    return _chosen.get(op, _chosen[None]) == "auto"
+
+
 def resolve(op, request, name="auto"):
     """The backend that runs ``request``: the argument if given, else the context's choice, else the first in order."""
     if name not in config.BACKENDS:

@@ -5,6 +5,7 @@ import torch
 from ..backends import Request, resolve
 from ..errors import FLOATING, check_pair, check_tensor, check_together
 from ..ops.library import AUTOCAST_DEVICES
+from ..ops.native import noticed
 from ..ops.pixels import normalisation, values
 from ..ops.spec import Window
 
@@ -102,7 +103,8 @@ def check_window(function, win, height, width):
 
 def choose(op, x, backend, *, dtype=None, **sizes):
     """The backend that runs ``op`` on ``x``, in its own dtype unless another one is given."""
-    return resolve(op, Request(x.device.type, dtype or x.dtype, sizes), backend)
+    request = Request(x.device.type, dtype or x.dtype, sizes)
+    return noticed(op, request, backend, resolve(op, request, backend))
 
 
 def running_dtype(x):
