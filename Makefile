@@ -5,7 +5,7 @@
 .PHONY: help demo test gpu bench lint env
 
 PYTHON ?= python3
-OUT ?= benchmarks/results/gpu-$(shell date -u +%Y-%m-%d)
+GPU_OUT ?= benchmarks/results/gpu-$(shell date -u +%Y-%m-%d)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,8 +24,8 @@ demo: $(READY) ## a photo through a model before and after t2t_fast.swap: demo-r
 test: $(READY) ## all tests; those for a GPU are skipped without one
 	@$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
 
-gpu: ## on a machine with a GPU, without network: build, test, verify, measure into OUT=DIR
-	@$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu --out $(OUT) $(ARGS)
+gpu: ## on a machine with a GPU, without network: build, test, verify, measure into GPU_OUT=DIR
+	@$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu --out $(GPU_OUT) $(ARGS)
 
 bench: $(READY) ## the benchmarks that this machine can run
 	@$(PY) -m t2t_fast bench $(ARGS)

@@ -8,6 +8,7 @@ were built and what the CPU offers. ``T2T_FAST_BUILD`` says what to build:
   none  a pure-Python package
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def build_date():
 
 
 def pybind11_headers(built):
-    """The folder of pybind11's headers: of the package, else of the copy that PyTorch brings along."""
+    """The folder of pybind11's headers: of the package, else of the copy in PyTorch."""
     try:
         import pybind11
     except ImportError:
@@ -78,7 +79,14 @@ class BuildExt(build_ext):
         if self.mode == "none":
             self.leave_out(MODULE)
         super().run()
+        self.record()
         print(f"t2t_fast: {self.summary()} (T2T_FAST_BUILD={self.mode})", flush=True)
+
+    def record(self):
+        """Write down beside the package what was asked for and what is missing; ``_extension.py`` reads it."""
+        path = Path(self.folders[-1], "t2t_fast", "_build.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"mode": self.mode, "missing": self.missing}) + "\n")
 
     def build_operators(self):
         """The library with the most operators that were asked for and can be built, or ``None``."""
@@ -129,7 +137,7 @@ class BuildExt(build_ext):
             "MODE": self.mode,
             "FLAGS": " ".join(operators.FLAGS),
             "OPERATORS": "" if built is None else "cpu" if built.cuda is None else "cpu cuda",
-            "TORCH": built.torch if built else "",
+            "TORCH": built.torch.version if built else "",
             "CUDA": built.cuda or "" if built else "",
             "ARCHITECTURES": " ".join(built.architectures) if built else "",
             "COMMIT": commit(),
@@ -148,7 +156,8 @@ class BuildExt(build_ext):
         built = [MODULE] if MODULE in names else []
         if self.operators is not None:
             cuda, architectures = self.operators.cuda, " ".join(self.operators.architectures)
-            built.append("the operators for " + (f"CPU and CUDA {cuda} ({architectures})" if cuda else "the CPU"))
+            kinds = f"CPU and CUDA {cuda} ({architectures})" if cuda else "the CPU"
+            built.append(f"the operators for {kinds} with {self.operators.torch.name}")
         parts = {"cuda": "CUDA operators", "cpu": "operators", MODULE: MODULE}
         if self.operators is None:
             del parts["cuda"]  # what the other operators lack, these lack too

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from .groups import SUITES
@@ -72,8 +73,8 @@ def command_line(arguments):
     return shlex.join(words)
 
 
-def suite_command(arguments, out):
-    """The pytest command of a run."""
+def suite_command(arguments, out, seconds=None):
+    """The pytest command of a run that starts no new group after ``seconds``, or without a limit."""
     suites = [suite for suite in SUITES if suite in (arguments.suite or SUITES)]
     command = [sys.executable, "-m", "pytest", *(str(Path("benchmarks", f"test_{suite}.py")) for suite in suites)]
     # the project's own options are for its tests
@@ -82,8 +83,8 @@ def suite_command(arguments, out):
     command += [f"--bench-device={arguments.device}", f"--bench-command={command_line(arguments)}"]
     if arguments.quick:
         command += ["--bench-quick"]
-    if arguments.max_seconds is not None:
-        command += [f"--bench-seconds={arguments.max_seconds}"]
+    if seconds is not None:
+        command += [f"--bench-seconds={seconds}"]
     if arguments.filter:
         command += ["-k", arguments.filter]
     return command
@@ -92,19 +93,44 @@ def suite_command(arguments, out):
 def run_suites(arguments, out):
     """Run pytest with an empty Inductor cache, so that "first call" means what it says.
 
+    Each time a row has cost the process its CUDA context, another process goes on without that row.
+
     Returns:
-        its exit code; 130 if somebody stopped it.
+        its exit code, 1 if a row did that; 130 if somebody stopped it.
     """
+    from .session import CONTEXT_LOST
+
+    started, losses = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="t2t-fast-bench-") as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        process = subprocess.Popen(suite_command(arguments, out), cwd=ROOT, env=environment)
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # from a terminal it has been told as well
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            return INTERRUPTED
+        while True:
+            seconds = arguments.max_seconds
+            if seconds is not None:
+                seconds = max(0.0, seconds - (time.monotonic() - started))
+            process = subprocess.Popen(suite_command(arguments, out, seconds), cwd=ROOT, env=environment)
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                # from a terminal it has been told as well
+                process.send_signal(signal.SIGINT)
+                process.wait()
+                return INTERRUPTED
+            found = losses_in(out)
+            if code != CONTEXT_LOST or len(found) <= len(losses):
+                return code or min(1, len(losses))
+            losses = found
+            print(f"python -m benchmarks: {losses[-1]}; going on in another process", file=sys.stderr, flush=True)
+
+
+def losses_in(out):
+    """The rows that ended a CUDA context, each with its reason."""
+    from . import run_file
+    from .groups import LOST
+
+    if not (out / "rows.json").exists():
+        return []
+    left_out = run_file.read(out / "rows.json").left_out
+    return [f"{each['group']}, {each['provider']}: {each['reason']}" for each in left_out if LOST in each["reason"]]
 
 
 def obstacle(arguments, out):

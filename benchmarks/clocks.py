@@ -95,6 +95,17 @@ def _until_done(step, implementation):
     return time.perf_counter() - start
 
 
+def context_lost(device):
+    """Whether the CUDA context of this process has ended with an error, which every later call would raise again."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def clock(device, suite=None):
     """The clock of a device: for the suite "latency" the wait for a single call."""
     if suite == "latency":

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from . import fit, harness, processes
-from .groups import DTYPES, LeftOut, groups
+from .groups import DTYPES, ContextLost, LeftOut, groups
 from .providers import BY_NAME, providers
-from .session import Run
+from .session import CONTEXT_LOST, Run
 
 RUN = pytest.StashKey[Run]()
 
@@ -113,6 +113,8 @@ def find(row, request):
         except LeftOut as reason:
             run.leave_out(group, name, reason)
             pytest.skip(str(reason))
+        except ContextLost as failure:
+            pytest.exit(str(failure), CONTEXT_LOST)
         except Exception as failure:
             run.leave_out(group, name, failure)
             raise

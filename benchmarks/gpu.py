@@ -1,12 +1,16 @@
-"""Everything that a GPU machine can tell, offline, in under ten minutes: ``python -m benchmarks.gpu --out DIR``.
+"""Everything that a GPU machine can tell, offline, in eight minutes: ``python -m benchmarks.gpu --out DIR``.
 
-Builds in place, measures the headline rows, runs ``t2t-fast verify``, the gpu-marked tests that are not slow, the
-half-precision comparison, attention's error against norm, a short training run of a swapped model beside upstream's and
-the kernel report, then measures rows by ``torch.compile``, and as many of the other rows as fit into the time that is
-left. ``--quick`` takes under three minutes; ``gpu_plan.py`` has the parts. Every part has a time limit, a log of its
-own, and its line in ``summary.json`` and ``summary.md`` as soon as it ends; all of it then goes into ``DIR.tar.gz``. A
-run that is cut off leaves what it had, and a second call into the same folder goes on. Without a GPU: one line that
-says why, exit code 1.
+Builds in place for the card's own architecture, compiles kernels by all cores, measures the headline rows, runs
+``t2t-fast verify``, the gpu-marked tests that are not slow, the half-precision comparison, attention's error against
+norm, a short training run of a swapped model beside upstream's and the kernel report, then measures rows by
+``torch.compile``, and as many of the other rows as fit into the time that is left. ``--total`` sets that time, which
+counts from the start of the process; ``--quick`` takes under three minutes; ``gpu_plan.py`` has the parts.
+
+Every part is a process with a time limit and a log of its own: an error that ends its CUDA context ends no other part.
+Its line is in ``summary.json`` and ``summary.md`` as soon as it ends; all of it then goes into one archive of at most
+16 MB, ``DIR.tar.gz`` or ``--archive FILE``, and ``summary.md`` also to ``--summary FILE``. A run that is cut off or
+killed leaves what it had, and a second call into the same folder goes on. Without a GPU: one line that says why, exit
+code 1.
 """
 
 import argparse
@@ -21,7 +25,7 @@ from itertools import groupby
 from pathlib import Path
 
 from .gpu_plan import END_SECONDS, ROOT, TOTAL_SECONDS, WORTH_STARTING, Part, Stage, plan
-from .gpu_process import Running, cores, end
+from .gpu_process import Running, cores, end, process_age, trouble
 from .gpu_summary import (
     CUT_OFF,
     FAILED,
@@ -75,6 +79,12 @@ class Gpu:
 
         return machine.run_name(self.name)
 
+    def capability(self):
+        """The card's compute capability, as ``TORCH_CUDA_ARCH_LIST`` names it ("9.0")."""
+        import torch
+
+        return ".".join(map(str, torch.cuda.get_device_capability()))
+
     def architecture(self):
         """The card's, if the kernel report knows it ("sm_90"), else ``None``."""
         import torch
@@ -105,11 +115,13 @@ class Progress:
     """The lines of a plan's parts, and the files that are written as each part ends.
 
     Args:
-        parts: the plan; out: folder of the run; summary: what ``summary.json`` says besides.
+        parts: the plan; out: folder of the run; summary: what ``summary.json`` says besides; started: of the clock,
+            when the run began; page, archive: of :func:`gpu_summary.write`.
     """
 
-    def __init__(self, parts, out, summary):
-        self.parts, self.out, self.summary = parts, out, summary
+    def __init__(self, parts, out, summary, started, page=None, archive=None):
+        self.parts, self.out, self.summary, self.started = parts, out, summary, started
+        self.page, self.archive = page, archive
         self.lines = {}
         self.succeeded = True
         """Whether nothing that this call has started went wrong."""
@@ -135,9 +147,10 @@ class Progress:
 
     def write(self):
         """Both summaries and the archive."""
+        self.summary["seconds"] = round(time.monotonic() - self.started, 1)
         self.summary["parts"] = [self.lines[part.name] for part in self.parts if part.name in self.lines]
         self.summary["suites"] = collect(self.out)
-        write(self.out, self.summary)
+        write(self.out, self.summary, self.page, self.archive)
 
 
 def _now():
@@ -194,8 +207,12 @@ def _note(part, running, progress, interrupted):
     code = None if running.stopped else running.process.returncode
     result = (INTERRUPTED if interrupted else CUT_OFF) if running.stopped else FAILED if code else OK
     more = {"code": code, "log": running.log.name, "command": running.words()}
+    log = running.log.read_text(errors="replace")
     if result == FAILED:
-        more["reason"] = f"exit code {code}"
+        cause = trouble(log)
+        more["reason"] = f"exit code {code}{cause and ': '}{cause or ''}"
+    elif result == OK and (lines := log.strip().splitlines()):
+        more["said"] = lines[-1].strip("= ")[:160]
     progress.add(part, result, time.monotonic() - running.begun, running.seconds, **more)
     if part.folder is None or not (part.folder / "rows.json").exists():
         return
@@ -257,20 +274,22 @@ def _reserved(parts):
     return sum(part.seconds or 0 for part in parts if part.stage is None) + sum(stage.seconds for stage in stages)
 
 
-def run(parts, out, summary, total=TOTAL_SECONDS[False], earlier=None, only=None):
+def run(parts, out, summary, total=TOTAL_SECONDS[False], earlier=None, only=None, started=None, **files):
     """Run the parts; both summaries and the archive are written after each.
 
     Args:
         parts: of :func:`plan`; out: folder; summary: what ``summary.json`` says besides ("started", "quick",
             "environment"), completed here; total: seconds of the whole run; earlier: lines of a call before whose
-            finished parts need not run again; only: names of parts to run, all other lines being kept.
+            finished parts need not run again; only: names of parts to run, all other lines being kept; started: of the
+            clock, what the total counts from, by default now; files: ``page`` and ``archive`` of
+            :func:`gpu_summary.write`.
 
     Returns:
         whether nothing that was started went wrong.
     """
-    started = time.monotonic()
-    progress = Progress(parts, out, summary)
-    summary.pop("finished", None)
+    started = time.monotonic() if started is None else started
+    progress = Progress(parts, out, summary, started, **files)
+    summary["total"] = total
     chosen = _choose(progress, {line["part"]: line for line in earlier or ()}, only)
     progress.write()
     stages = [list(members) for _, members in groupby(chosen, key=lambda part: part.stage or part.name)]
@@ -322,7 +341,7 @@ def _earlier(out, summary):
     aside = next(name for number in range(1, 1000) if not (name := out.with_name(f"{out.name}-{number}")).exists())
     print(f"{out} holds another run, moved to {aside.name}", flush=True)
     out.rename(aside)
-    if archive_of(out).exists():
+    if archive_of(out).exists():  # one that --archive named is replaced
         archive_of(out).rename(archive_of(aside))
     out.mkdir()
     return []
@@ -352,8 +371,11 @@ def parse(argv):
         "--total",
         type=float,
         metavar="SECONDS",
-        help=f"of this call; by default {TOTAL_SECONDS[False]}, with --quick {TOTAL_SECONDS[True]}",
+        help="of this call, from the start of the process; "
+        f"by default {TOTAL_SECONDS[False]}, with --quick {TOTAL_SECONDS[True]}",
     )
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="where a copy of summary.md goes")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="by default DIR.tar.gz, beside the folder")
     found = parser.parse_args(argv)
     if found.total is None:
         found.total = TOTAL_SECONDS[found.quick]
@@ -362,15 +384,17 @@ def parse(argv):
     return parser, found
 
 
-def main(argv=None, device=None, make_plan=plan):
+def main(argv=None, device=None, make_plan=plan, started=None):
     """Run everything.
 
     Args:
-        argv: the command line; device, make_plan: replaced by the tests of this control flow.
+        argv: the command line; device, make_plan: replaced by the tests of this control flow; started: of the clock,
+            when the process started, by default now.
 
     Returns:
         0 if no part that was started went wrong, else 1; 130 if somebody stopped the run.
     """
+    started = time.monotonic() if started is None else started
     parser, arguments = parse(argv)
     device = Gpu() if device is None else device
     obstacle = device.obstacle()
@@ -384,22 +408,30 @@ def main(argv=None, device=None, make_plan=plan):
         parser.error(f"--only must name some of {', '.join(part.name for part in parts)}, got {unknown[0]!r}")
     environment, source = device.describe(), source_digest()
     summary = {"started": _now(), "quick": arguments.quick, "source": source, "environment": environment}
+    page = arguments.summary and arguments.summary.resolve()
+    archive = arguments.archive.resolve() if arguments.archive else archive_of(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         earlier = _earlier(out, summary)
+        for path in filter(None, (page, archive)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder")
     except (OSError, ValueError) as failure:
-        print(f"python -m benchmarks.gpu: --out: {failure}", file=sys.stderr)
+        print(f"python -m benchmarks.gpu: --out, --summary, --archive: {failure}", file=sys.stderr)
         return 1
     try:
         with _signals():
-            succeeded = run(parts, out, summary, arguments.total, earlier, arguments.only)
+            succeeded = run(
+                parts, out, summary, arguments.total, earlier, arguments.only, started, page=page, archive=archive
+            )
     except KeyboardInterrupt:
-        print(f"python -m benchmarks.gpu: interrupted; what there is lies in {archive_of(out)}", file=sys.stderr)
+        print(f"python -m benchmarks.gpu: interrupted; what there is lies in {archive}", file=sys.stderr)
         return 130
-    for path in (out / "summary.md", archive_of(out)):
+    for path in (page or out / "summary.md", archive):
         print(path)
     return 0 if succeeded else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(started=time.monotonic() - process_age()))

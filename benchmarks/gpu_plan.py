@@ -1,11 +1,13 @@
 """What ``make gpu`` runs: its parts in their order, and the most time that each may take.
 
-What only a GPU can tell comes first, and of that the headline rows, which check every result before they time it. No
-kernel is compiled when a run begins, and each takes Triton about a second: the shared test cases alone need 163 of them
-in bf16. What is not timed therefore runs side by side, one process a core. What ``torch.compile`` tunes for minutes has
-a part of its own, so that it cannot use up the time of the other rows.
+The native operators are built for the card's own architecture, and the kernels of the headline rows are compiled by all
+cores. Then come these rows, which check every result before they time it, then the checks, then the rest. No kernel is
+compiled when a run begins, and each takes Triton about a second: the shared test cases alone need 163 of them in bf16.
+What is not timed therefore runs side by side, one process a core. What ``torch.compile`` tunes for minutes has a part
+of its own, so that it cannot use up the time of the other rows.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +15,20 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TOTAL_SECONDS = {False: 570, True: 170}
-"""Of a whole run and of a quick one, with everything that :data:`END_SECONDS` is for."""
+TOTAL_SECONDS = {False: 480, True: 170}
+"""Of a whole run and of a quick one, from the start of its process, with everything that :data:`END_SECONDS` is for."""
 
 END_SECONDS = 25
 """Of a run's time, for what comes after the last part's limit: ten to end its processes, the report, the archive."""
 
 SUITES_MARGIN = 30
 """Seconds between the suites' last start of a group and the end of their part: a group with new kernels takes that."""
+
+MOST_COMPILING = 12
+"""Processes that compile kernels side by side: each loads PyTorch and takes memory of the GPU for a context."""
+
+CHECKS = ("verify-", "tests-")
+"""How the names of the parts begin whose failure says that the run's numbers are not to be trusted."""
 
 LEAST_FOR_ROWS = 10.0
 """Seconds in which the suites start groups, however short their part is; with less they would measure nothing."""
@@ -87,6 +95,22 @@ def _python(*words):
     return lambda seconds: [sys.executable, *map(str, words)]
 
 
+def _build(device, seconds):
+    """The native operators in place, for the card's own architecture unless the environment names others."""
+    own = device.capability()
+    words = [] if own is None or "TORCH_CUDA_ARCH_LIST" in os.environ else ["env", f"TORCH_CUDA_ARCH_LIST={own}"]
+    return Part("build", seconds, lambda limit: [*words, sys.executable, "setup.py", "build_ext", "--inplace"])
+
+
+def _compile(device, jobs, seconds, *suites):
+    """The kernels of the headline rows of some suites (none: of all), in several processes."""
+    shares = min(jobs, MOST_COMPILING)
+    stage = Stage("compile", seconds, shares)
+    for share in range(1, shares + 1):
+        words = ["--device", device.name, "--share", f"{share}/{shares}", *(["--suite", *suites] if suites else [])]
+        yield Part(f"compile-{share}", seconds, _python("-m", "benchmarks.gpu_compile", *words), stage=stage)
+
+
 def _suites(name, box, device, out, *more):
     """A part that measures rows into a folder of its name."""
 
@@ -134,29 +158,32 @@ def _numbers(device, out):
 
 
 def _full(device, out, jobs):
-    checks = Stage("checks", 170, jobs)
+    checks = Stage("checks", 140, jobs)
     return [
-        # every architecture takes two cores 33 seconds
-        Part("build", 75, _python("setup.py", "build_ext", "--inplace")),
+        # one architecture takes two cores 20 seconds
+        _build(device, 45),
+        # at most 5 groups of rows for each of 12 processes, 10 seconds of them to start
+        *_compile(device, jobs, 50),
         # bf16, nothing by torch.compile: modules, models, training, latency, operators, scaling, memory as they fit
-        _suites("headline", 120, device, out, "--quick", "--filter", "not compiled"),
+        _suites("headline", 100, device, out, "--quick", "--filter", "not compiled"),
         # bf16 first: what matters most, should the stage's time not do for all
         *(part._replace(stage=checks) for part in _verify(device, ("bf16",))),
         *(part._replace(stage=checks) for part in _tests(TESTS, others=True)),
         *(part._replace(stage=checks) for part in _verify(device, ("fp16", "fp32", "fp64"))),
         *(part._replace(stage=checks) for part in _numbers(device, out)),
         # max-autotune takes up to a minute for each of four compiled rows: the module's inference, then its training
-        _suites("compiled", 110, device, out, "--quick", "--suite", "module", "--filter", "not aten"),
+        _suites("compiled", 65, device, out, "--quick", "--suite", "module", "--filter", "not aten"),
         # what is left; the next call into the same folder goes on
         _suites("suites", None, device, out, "--filter", "not compiled"),
     ]
 
 
 def _quick(device, out, jobs):
-    checks = Stage("checks", 45, jobs)
+    checks = Stage("checks", 38, jobs)
     return [
         # a card's first build; what it has compiled at the limit, the next one keeps
-        Part("build", 40, _python("setup.py", "build_ext", "--inplace")),
+        _build(device, 30),
+        *_compile(device, jobs, 25, *QUICK_SUITES),
         # what build and checks leave, 60 seconds and more: the module's inference and training, then the lite model's
         _suites("headline", None, device, out, "--quick", "--suite", *QUICK_SUITES, "--filter", "not compiled"),
         *(part._replace(stage=checks) for part in _verify(device, ("bf16",))),
@@ -168,8 +195,8 @@ def plan(device, out, quick, jobs):
     """The parts in their order; in a quick run also, without a command, those that it leaves out.
 
     Args:
-        device: has a ``name`` for ``--device`` and an ``architecture()`` for the kernel report; out: folder of the run;
-            jobs: how many parts may run side by side.
+        device: has a ``name`` for ``--device``, an ``architecture()`` for the kernel report and a ``capability()`` for
+            the build; out: folder of the run; jobs: how many parts may run side by side.
     """
     parts = _full(device, out, jobs)
     if not quick:

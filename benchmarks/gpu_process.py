@@ -1,12 +1,15 @@
 """Commands of ``make gpu`` on their way: each with a log, a time limit, and a group of processes that can be ended."""
 
+import ctypes
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from .gpu_plan import ROOT
 
@@ -19,9 +22,45 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _interruptible():
-    """Hear SIGINT, which a shell without job control makes its jobs in the background ignore, and these inherit."""
+PLAUSIBLE_AGE = 120
+"""Seconds that imports may take; some containers count from another moment than the system's start."""
+
+
+def process_age():
+    """Seconds since the start of this process, imports included; 0 where the system does not tell."""
+    try:
+        # the start is the 22nd field, in ticks since the system's start; the second one is a name in parentheses
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):
+        return 0.0
+    return age if 0 <= age < PLAUSIBLE_AGE else 0.0
+
+
+TROUBLE = re.compile(
+    r"its call ended the process's CUDA context.*|CUDA error: .*|CUDA_ERROR_\w+.*|.*uncorrectable ECC.*"
+)
+"""What a log says of an error after which a process cannot use its GPU any more; the first such line is the cause."""
+
+
+def trouble(text):
+    """The first line of a log that tells of the GPU's trouble, without what stands before it; ``None``: of none."""
+    found = TROUBLE.search(text)
+    return None if found is None else found[0].strip()[:200]
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _child():
+    """Hear SIGINT, which a shell without job control makes its jobs in the background ignore, and these inherit.
+
+    Get one when the run is killed: nothing then uses the GPU or writes into the folder while the next call goes on.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 class Running:
@@ -49,7 +88,7 @@ class Running:
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_interruptible,
+                preexec_fn=_child,
             )
 
     @property

@@ -84,6 +84,23 @@ class LeftOut(RuntimeError):
     """Why a provider of a group has no numbers here, in words; its row is skipped and the report says so."""
 
 
+LOST = "its call ended the process's CUDA context"
+"""In the reason of a row that no later part of a run measures."""
+
+
+class ContextLost(RuntimeError):
+    """A provider's call ended the CUDA context of this process, after which every call fails, whatever it is.
+
+    Attributes:
+        provider: its name.
+    """
+
+    def __init__(self, provider, failure):
+        text = next(iter(str(failure).strip().splitlines()), "")
+        super().__init__(f"{LOST}: {type(failure).__name__}: {text}")
+        self.provider = provider
+
+
 class Group(NamedTuple):
     """What is measured; its providers are measured interleaved."""
 

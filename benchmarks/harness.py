@@ -25,7 +25,7 @@ from build_support.compiling import available_memory
 from t2t_fast import memory
 
 from . import clocks, operators, subjects
-from .groups import LeftOut
+from .groups import ContextLost, LeftOut
 from .providers import BACKENDS, BASELINE, BY_NAME, compiled
 from .subjects import Implementation
 
@@ -53,7 +53,12 @@ class Participant:
     facts: dict = field(default_factory=dict)
 
 
-def interleave(participants, clock, rounds):
+def _lost(name, failure, device):
+    """A :class:`ContextLost` if a provider's failure is one, else ``None``."""
+    return ContextLost(name, failure) if clocks.context_lost(device) else None
+
+
+def interleave(participants, clock, rounds, device="cpu"):
     """Time all participants: one turn each in every round, the order rotating by one from round to round."""
     gc.collect()
     enabled = gc.isenabled()
@@ -63,6 +68,10 @@ def interleave(participants, clock, rounds):
             first = index % len(participants)
             for participant in participants[first:] + participants[:first]:
                 participant.times.append(clock.turn(participant.step, participant.implementation, participant.calls))
+    except Exception as failure:
+        if (lost := _lost(participant.name, failure, device)) is not None:
+            raise lost from failure
+        raise
     finally:
         if enabled:
             gc.enable()
@@ -251,6 +260,9 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
 
     Returns:
         name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that its row must raise.
+
+    Raises:
+        ContextLost: a provider's call ended the CUDA context, so that nothing else can be measured in this process.
     """
     torch._dynamo.reset()
     gc.collect()
@@ -271,7 +283,9 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
         say(f"{provider.label}: {'check, ' if first else ''}{'compile, ' if provider.compiled else ''}warm up")
         try:
             results[name] = prepare(subject, provider, device, clock, thorough, check=first)
-        except Exception as failure:  # noqa: BLE001 - raised again by this provider's row; its peers are still measured
+        except Exception as failure:  # raised again by this provider's row; its peers are still measured
+            if (lost := _lost(name, failure, device)) is not None:
+                raise lost from failure
             foreign = provider.package and not isinstance(failure, LeftOut)
             results[name] = LeftOut(f"failed: {type(failure).__name__}: {failure}") if foreign else failure
     timed = [result for result in results.values() if isinstance(result, Participant)]
@@ -283,7 +297,7 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
         rounds = rounds_for(seconds, budget, group.suite, visits)
     if timed:
         say(f"{rounds} interleaved rounds of {len(timed)}")
-        interleave(timed, clock, rounds)
+        interleave(timed, clock, rounds, device)
     for participant in timed:
         if participant.name == FRONT_END:
             continue
@@ -292,6 +306,8 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
             continue
         try:
             participant.facts |= measure_memory(subject, BY_NAME[participant.name], participant, device)
-        except Exception as failure:  # noqa: BLE001 - as above
+        except Exception as failure:  # as above
+            if (lost := _lost(participant.name, failure, device)) is not None:
+                raise lost from failure
             results[participant.name] = failure
     return results

@@ -10,7 +10,7 @@ import time
 import traceback
 
 from . import harness, machine, rows, run_file
-from .groups import TIMED, LeftOut
+from .groups import LOST, TIMED, ContextLost, LeftOut
 from .providers import BY_NAME
 
 VISITS = {"cpu": 3, "cuda": 1}
@@ -47,6 +47,9 @@ SAME_RUN = (
 
 KINDS = ("rows", "fits", "processes", "left_out")
 """The lists of the run file."""
+
+CONTEXT_LOST = 75
+"""Exit code of a pytest session whose process has lost its CUDA context; a new one can go on with the run."""
 
 TIME_LIMIT, FAILED = "the time limit of", "failed:"
 TRY_AGAIN = (TIME_LIMIT, FAILED)
@@ -143,7 +146,11 @@ class Run:
         for group, names in self.plan.items():
             # providers of a group are compared round by round: rows of other rounds must not stand beside new ones
             if group.suite in TIMED and not _whole(kept, group, names):
-                kept = {key: found for key, found in kept.items() if key[0] != group.id}
+                kept = {
+                    (name, provider): (kind, entry)
+                    for (name, provider), (kind, entry) in kept.items()
+                    if name != group.id or LOST in entry.get("reason", "")
+                }
         self.found = kept
 
     def kept(self, group, name):
@@ -196,6 +203,7 @@ class Run:
 
         Raises:
             LeftOut: there was no time for its group, or there is a reason why it has no numbers.
+            ContextLost: nothing else can be measured in this process; the row that is to blame is left out.
             Exception: what went wrong when it was measured.
         """
         for visit in range(visits(group, self.device)):
@@ -227,6 +235,11 @@ class Run:
                 visits=visits(group, self.device),
                 rounds=next((row["visits"][0] for row in earlier.values()), None),
             )
+        except ContextLost as failure:
+            # the front end's turns run upstream's code
+            culprit = failure.provider if failure.provider in names else names[0]
+            self.leave_out(group, culprit, LeftOut(failure))
+            raise
         except Exception as failure:  # noqa: BLE001
             # without its inputs or truth no row of the group can be measured; each says so
             results = dict.fromkeys(names, failure)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .compiling import Step, job_count, run_steps
-from .toolchain import find_architectures, find_compiler, find_toolkit, find_torch, gencode
+from .toolchain import Torch, find_architectures, find_compiler, find_toolkit, find_torch, gencode
 
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -20,7 +20,7 @@ class Operators(NamedTuple):
 
     library: Path
     headers: Path
-    torch: str
+    torch: Torch
     cuda: str | None
     architectures: list[str]
 
@@ -61,7 +61,7 @@ def build(root, with_cuda):
     library = FOLDER / digest([*linker, *map(str, objects), *libraries]) / "_ops.so"
     link = Step(library, objects, [*linker, "-o", str(library), *map(str, objects), *libraries])
     run_locked(root, compilations, link)
-    return Operators(root / library, headers, torch.version, toolkit and toolkit.version, architectures)
+    return Operators(root / library, headers, torch, toolkit and toolkit.version, architectures)
 
 
 def nvcc(toolkit, compiler):

@@ -1,5 +1,10 @@
-"""Finds what the operators are built with: PyTorch, a C++ compiler, the CUDA toolkit and its architectures."""
+"""Finds what the operators are built with: PyTorch, a C++ compiler, the CUDA toolkit and its architectures.
 
+PyTorch is located and never imported: its headers, its libraries and the text of ``torch/version.py`` are all that a
+build against the stable ABI uses.
+"""
+
+import ast
 import os
 import re
 import shlex
@@ -7,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +26,21 @@ class CannotBuild(Exception):
 
 
 class Torch(NamedTuple):
-    """The PyTorch to build against: its folder, its version, and that of its CUDA (``None``: without CUDA)."""
+    """The PyTorch to build against.
+
+    ``root`` is its folder, ``cuda`` the version of its CUDA (``None``: without CUDA); ``place`` says whose it is, empty
+    for that of the Python which builds.
+    """
 
     root: Path
     version: str
     cuda: str | None
+    place: str = ""
+
+    @property
+    def name(self):
+        """What messages call it."""
+        return f"PyTorch {self.version}{self.place and ' of '}{self.place}"
 
 
 class Toolkit(NamedTuple):
@@ -47,28 +63,146 @@ def find_compiler():
     return command
 
 
+LOCATE = """
+import sys
+from importlib.util import find_spec
+sys.path = [folder for folder in sys.path if folder]
+spec = find_spec("torch")
+print(spec.origin if spec is not None else None)
+"""
+
+
 def find_torch():
-    """The PyTorch that this Python imports, if operators can be built against it."""
+    """The PyTorch to build against, if operators can be built against it.
+
+    That is the one that this Python would import. Where a front end isolates the build there is none on its path; then
+    it is that of the first environment which has one: the environment that pip installs into, the active one, the front
+    end's own, the base Python. Operators built with any PyTorch run under every other one.
+
+    Raises:
+        CannotBuild: there is none, or the first one does not fit.
+    """
     if sys.platform != "linux":
         raise CannotBuild("they are built on Linux only")
+    spec = find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        return described(Path(spec.origin).parent, "")
+    outside, asked = front_end(), set()
+    for interpreter, place in interpreters(outside):
+        if interpreter not in asked and (root := located(interpreter, outside.variables)) is not None:
+            return described(root, place)
+        asked.add(interpreter)
+    raise CannotBuild("no PyTorch is found; install it first, and activate its environment")
+
+
+class FrontEnd(NamedTuple):
+    """The process that started this build: the folder it runs in, the words of its command, its environment variables.
+
+    pip and uv change variables for the build alone, so these are the user's.
+    """
+
+    folder: str
+    command: list[str]
+    variables: dict[str, str]
+
+
+def front_end():
+    """The front end, as far as Linux tells: without it, this process's own folder and variables."""
+    process = Path("/proc", str(os.getppid()))
+
+    def words(name):
+        try:
+            return [os.fsdecode(word) for word in (process / name).read_bytes().split(b"\0") if word]
+        except OSError:
+            return []
+
+    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    variables = dict(word.partition("=")[::2] for word in words("environ"))
+    return FrontEnd(os.path.realpath(process / "cwd"), words("cmdline"), variables or own)
+
+
+def interpreters(outside):
+    """The Pythons whose PyTorch an isolated build may use, best first: (path, whose it is)."""
+    # pip runs an isolated build by the interpreter that it installs for, and hides its packages
+    yield sys.executable, "the environment it installs into"
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        for folder in filter(None, (outside.variables.get(name), os.environ.get(name))):
+            yield os.path.join(folder, "bin", "python"), "the active environment"
+    # as in "ENV/bin/python -m build" and "uv pip install --python ENV", and where uv looks by itself
+    for word in [*outside.command, ".venv"]:
+        path = os.path.join(outside.folder, word.removeprefix("--python="))
+        python = path if re.fullmatch(r"python[\d.]*", os.path.basename(path)) else os.path.join(path, "bin", "python")
+        yield python, "the front end's environment"
+    yield getattr(sys, "_base_executable", None) or sys.executable, "the base Python"
+
+
+LOCATE = """
+import sys
+from importlib.util import find_spec
+sys.path = [folder for folder in sys.path if folder]
+spec = find_spec("torch")
+print(spec.origin if spec is not None else None)
+"""
+
+
+def located(interpreter, variables):
+    """The folder of the PyTorch that an interpreter would import with these environment variables, or ``None``."""
+    if not (os.path.isfile(interpreter) and os.access(interpreter, os.X_OK)):
+        return None
     try:
-        import torch
-    except (ImportError, OSError) as error:
-        raise CannotBuild(
-            f"this build cannot import PyTorch ({error}); pip install --no-build-isolation uses the installed one"
-        ) from error
-    found = Torch(Path(torch.__file__).parent, str(torch.__version__), torch.version.cuda)
-    if tuple(int(number) for number in found.version.split(".")[:2]) < OLDEST_TORCH:
-        raise CannotBuild(f"PyTorch {found.version} is older than {'.'.join(map(str, OLDEST_TORCH))}")
-    if not (found.root / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
-        raise CannotBuild(f"PyTorch {found.version} is installed without its C++ headers")
+        result = subprocess.run([interpreter, "-c", LOCATE], env=variables, capture_output=True, text=True)
+    except OSError:
+        return None
+    last = result.stdout.strip().rpartition("\n")[2]  # a .pth file may have printed something before
+    return None if result.returncode != 0 or last in ("", "None") else Path(last).parent
+
+
+def described(root, place):
+    """The PyTorch in a folder.
+
+    Raises:
+        CannotBuild: no operators can be built against it.
+    """
+    try:
+        told = {name: text for name, text in assignments(root / "version.py") if name in ("__version__", "cuda")}
+    except (OSError, SyntaxError) as error:
+        raise CannotBuild(f"PyTorch{place and ' of '}{place} does not tell its version: {error}") from error
+    found = Torch(root, str(told.get("__version__")), told.get("cuda"), place)
+    number = re.match(r"(\d+)\.(\d+)", found.version)
+    if number is None:
+        raise CannotBuild(f"{found.name} has no version of the form 2.11")
+    if tuple(map(int, number.groups())) < OLDEST_TORCH:
+        raise CannotBuild(f"{found.name} is older than {'.'.join(map(str, OLDEST_TORCH))}")
+    if not (root / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        raise CannotBuild(f"{found.name} is installed without its C++ headers")
+    try:
+        kinds = [kind_of_binary(path) for path in (root / "lib" / "libtorch.so", "/proc/self/exe")]
+    except OSError as error:
+        raise CannotBuild(f"{found.name} is installed without its libraries: {error.strerror}") from error
+    if kinds[0] != kinds[1]:
+        raise CannotBuild(f"{found.name} is built for another kind of processor")
     return found
+
+
+def assignments(path):
+    """(name, value) of each constant that a module's text assigns to a name; nothing is run."""
+    for node in ast.parse(path.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(getattr(node, "value", None), ast.Constant):
+            yield from ((target.id, node.value.value) for target in targets if isinstance(target, ast.Name))
+
+
+def kind_of_binary(path):
+    """What the head of a binary says of the processor that it is for: word size, byte order, instruction set."""
+    with open(path, "rb") as file:
+        head = file.read(20)
+    return head[4:6], head[18:20]
 
 
 def find_toolkit(torch):
     """The CUDA toolkit that ``CUDA_HOME`` (or ``CUDA_PATH``) names, else that of the nvcc on ``PATH``."""
     if torch.cuda is None:
-        raise CannotBuild(f"PyTorch {torch.version} is built without CUDA")
+        raise CannotBuild(f"{torch.name} is built without CUDA")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which(os.path.join(home, "bin", "nvcc") if home else "nvcc")
     if nvcc is None and home:
@@ -82,7 +216,7 @@ def find_toolkit(torch):
     if version is None:
         raise CannotBuild(f"{nvcc} --dryrun does not tell its version")
     if version[1] != torch.cuda.split(".")[0]:
-        raise CannotBuild(f"nvcc is of CUDA {version[1]}.{version[2]}, PyTorch {torch.version} of CUDA {torch.cuda}")
+        raise CannotBuild(f"nvcc is of CUDA {version[1]}.{version[2]}, {torch.name} is built with CUDA {torch.cuda}")
     flags = {name: shlex.split(words) for name, words in re.findall(r"^#\$ (\w+)=(.*)$", told, re.MULTILINE)}
     includes = flags.get("INCLUDES", []) + flags.get("SYSTEM_INCLUDES", [])
     return Toolkit(nvcc, f"{version[1]}.{version[2]}", includes, flags.get("LIBRARIES", []))

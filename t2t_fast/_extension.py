@@ -4,6 +4,7 @@ That one of them is missing or broken is a reason, never an error.
 """
 
 import importlib
+import json
 import re
 import struct
 import sys
@@ -14,6 +15,34 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LIBRARY = HERE / "_ops.so"  # one name for every Python: it uses none
 REBUILD = "reinstall t2t_fast to build it again"
+COMMAND = "T2T_FAST_BUILD={} pip install --force-reinstall --no-deps ."
+"""In the source folder: it builds the operators for a kind of device, or says why it cannot."""
+
+
+@cache
+def _record():
+    """What ``setup.py`` wrote down: ``mode`` that was asked for, ``missing`` parts with reasons; empty without it."""
+    try:
+        found = json.loads((HERE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {"mode": None, "missing": {}}
+    return {"mode": None, "missing": {}} | (found if isinstance(found, dict) else {})
+
+
+def _not_built(part):
+    """Why a part of the build ("cuda", "cpu", "t2t_fast._C") is not there."""
+    if _record()["mode"] == "none":
+        return "not built, as T2T_FAST_BUILD=none asked for at installation"
+    reason = _record()["missing"].get(part, "T2T_FAST_BUILD=cpu at installation builds it, or says why it cannot")
+    return f"not built ({reason})"
+
+
+def lacking(device):
+    """Why an installation without native operators for a kind of device lacks them, or ``None``: it was asked to."""
+    mode = _record()["mode"]
+    if mode == "none" or (mode == "cpu" and device == "cuda"):
+        return None
+    return operators_error() or _not_built(device)
 
 
 @cache
@@ -37,7 +66,7 @@ def _attempt():
 def _attempt_operators():
     """Load the operators and return ``None``, or return why that cannot be; tried once in a process."""
     if not LIBRARY.is_file():
-        return "not built (pip install --no-build-isolation with T2T_FAST_BUILD=cpu builds it, or says why it cannot)"
+        return _not_built("cpu")
     if damage := _damage(LIBRARY):
         return damage
     import torch
@@ -57,7 +86,7 @@ def _absence():
     if binaries:
         found = ", ".join(sorted(binaries))
         return f"built for another Python: found {found}, this one loads _C{EXTENSION_SUFFIXES[0]}; reinstall t2t_fast"
-    return "not built (T2T_FAST_BUILD=cpu at installation builds it, or says why it cannot)"
+    return _not_built("t2t_fast._C")
 
 
 def _damage(path):

@@ -123,6 +123,11 @@ def problem():
     return f"T2T_FAST_BACKEND must be one of {', '.join(config.BACKENDS)}, got {_DEFAULT!r}"
 
 
+def automatic(op):
+    """Whether a call of ``op`` that names no backend takes the first that can run it."""
+    return _selected(op) == "auto"
+
+
 def resolve(op, request, name="auto"):
     """The backend that runs ``request``: the argument if given, else the context's choice, else the first in order."""
     if name not in config.BACKENDS:

@@ -4,10 +4,11 @@ Builds run on copies in temporary folders, offline, with the tools of the runnin
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-import sysconfig
+import zipfile
 from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -15,7 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from build_support.toolchain import CannotBuild, find_architectures, find_compiler, find_toolkit, find_torch
+from build_support.toolchain import (
+    CannotBuild,
+    find_architectures,
+    find_compiler,
+    find_toolkit,
+    find_torch,
+    located,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = f"_C{EXTENSION_SUFFIXES[0]}"
@@ -42,6 +50,11 @@ NO_CUDA = NO_OPERATORS or reason(lambda: find_architectures(find_toolkit(find_to
 # not by find_spec: setuptools' import hook takes that for pip running, and torch.compile fails in the whole process
 PIP = any(metadata.distributions(name="pip"))
 
+# in an environment of its own, as virtual environments are by default, a build would still find the base Python's
+BASE = getattr(sys, "_base_executable", None) or sys.executable
+BASE_HAS_TORCH = located(BASE, {}) is not None
+
+needs_no_torch = pytest.mark.skipif(BASE_HAS_TORCH, reason="the base Python here has PyTorch, so every build finds it")
 needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 needs_operators = pytest.mark.skipif(NO_OPERATORS is not None, reason=f"operators cannot be built: {NO_OPERATORS}")
 needs_pip = pytest.mark.skipif(not PIP, reason="pip is not installed here")
@@ -66,21 +79,27 @@ def copy_project(folder, kernels=True, module=True):
     return folder
 
 
-def hide(folder, *modules):
-    """A PYTHONPATH under which none of the modules can be imported."""
-    folder.mkdir(exist_ok=True)
-    for name in modules:
-        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")")
+def stand_in_torch(folder, version="2.11.0+cpu", cuda=None):
+    """A PYTHONPATH with all that a build uses of a PyTorch of that version; headers and libraries are the real ones.
+
+    It cannot be imported: a build has no reason to.
+    """
+    package = folder / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('a build imports PyTorch')")
+    (package / "version.py").write_text(f"__version__ = {version!r}\ncuda: str | None = {cuda!r}\n")
+    for name in ("include", "lib"):
+        (package / name).symlink_to(Path(torch.__file__).parent / name)
     return str(folder)
 
 
-def stand_in_torch(folder, version="2.11.0+cpu", cuda=None):
-    """A PYTHONPATH with all that a build uses of a PyTorch of that version; headers and libraries are the real ones."""
-    package = folder / "torch"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"__version__ = {version!r}\nclass version:\n    cuda = {cuda!r}\n")
-    for name in ("include", "lib"):
-        (package / name).symlink_to(Path(torch.__file__).parent / name)
+def tools(folder, *names):
+    """A PYTHONPATH with these packages of the running environment alone, as a front end gives them to a build."""
+    folder.mkdir()
+    for name in names:
+        package = metadata.distribution(name)
+        for top in {file.parts[0] for file in package.files} - {"..", "__pycache__"}:
+            (folder / top).symlink_to(package.locate_file(top))
     return str(folder)
 
 
@@ -108,7 +127,7 @@ esac
 def run(folder, *command, **variables):
     """The finished process; its output has both streams."""
     decided = {"T2T_FAST_BUILD", "SOURCE_DATE_EPOCH", "PYTHONPATH", "CC", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"}
-    decided |= {"MAKEFLAGS", "MAKELEVEL"}
+    decided |= {"MAKEFLAGS", "MAKELEVEL", "VIRTUAL_ENV", "CONDA_PREFIX"}
     environment = {name: value for name, value in os.environ.items() if name not in decided}
     environment |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
     return subprocess.run(
@@ -125,8 +144,10 @@ def python(folder, *arguments, **variables):
     return run(folder, sys.executable, *arguments, **variables)
 
 
-def build_in_place(folder, **variables):
-    return python(folder, "setup.py", "build_ext", "--inplace", **variables)
+def build_in_place(folder, interpreter=sys.executable, **variables):
+    """By a shell, since a build asks the process that starts it for its environment: it must not find pytest's."""
+    command = [interpreter, "setup.py", "build_ext", "--inplace"]
+    return run(folder, shutil.which("sh"), "-c", '"$@"; exit $?', "sh", *command, **variables)
 
 
 def build_wheel(source, into, **variables):
@@ -139,17 +160,35 @@ def build_wheel(source, into, **variables):
 
 
 def pip_install(interpreter, source, *options, **variables):
-    command = [sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-build-isolation", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-deps"]
     result = run(source.parent, *command, *options, source, **variables)
     assert result.returncode == 0, result.stdout
+    return result
 
 
-def make_venv(folder):
-    """The Python of an empty virtual environment that also sees this environment's packages, after its own."""
+def make_wheelhouse(folder, *names):
+    """A folder with wheels of these installed packages, from which an isolated build installs them without network."""
+    folder.mkdir()
+    for name in names:
+        package = metadata.distribution(name)
+        (tag,) = re.findall("^Tag: (.*)$", package.read_text("WHEEL"), re.MULTILINE)
+        files = [file for file in package.files if ".." not in file.parts and file.suffix != ".pyc"]
+        (record,) = (file for file in files if file.name == "RECORD" and len(file.parts) == 2)
+        with zipfile.ZipFile(folder / f"{name}-{package.version}-{tag}.whl", "w") as wheel:
+            for file in files:
+                if file is not record:
+                    wheel.write(file.locate(), str(file))
+            wheel.writestr(str(record), "".join(f"{file},,\n" for file in files))
+    return str(folder)
+
+
+def make_venv(folder, *paths):
+    """The Python of an empty virtual environment that also sees what is in these folders, after its own packages."""
+    folder.mkdir(parents=True, exist_ok=True)
     run(folder, sys.executable, "-m", "venv", "--without-pip", folder / "venv")
     interpreter = folder / "venv" / "bin" / "python"
     own = run(folder, interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
-    Path(own, "outer.pth").write_text(sysconfig.get_path("purelib"))
+    Path(own, "outer.pth").write_text("\n".join(map(str, paths)))
     return interpreter
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import run_file, session, subjects
+from benchmarks import clocks, harness, run_file, session, subjects
+from benchmarks.groups import ContextLost
 from support.rows import ENVIRONMENT, made_row
 from support.runs import FIRST, FITTING, SECOND, finished_row, resumed, written
 from t2t_fast.cli import main as t2t_fast_command
@@ -178,6 +179,75 @@ def test_the_command_of_a_run_measures_the_same_again(tmp_path):
     )
     files = [word for word in command.suite_command(given, tmp_path) if word.endswith(".py")]
     assert [Path(file).stem for file in files] == ["test_module", "test_ops"]
+
+
+LOSING = """
+from benchmarks import clocks, harness, machine, session
+
+session.VISITS["cpu"], session.QUICK_BUDGETS["op"] = 1, 0.1
+machine.limits = lambda device: {"bytes_per_s": 1e10, "flop_per_s": {"fp32": 1e11}}
+prepare, lost = harness.prepare, []
+clocks.context_lost = lambda device: bool(lost)
+
+def losing(subject, provider, *arguments, **named):
+    if provider.name == "aten":
+        lost.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\\nCUDA kernel errors might be ...")
+    if lost:
+        raise RuntimeError("no call works any more")
+    return prepare(subject, provider, *arguments, **named)
+
+harness.prepare = losing
+"""
+
+
+@needs_pytest_benchmark
+@pytest.mark.slow
+def test_a_row_that_ends_the_cuda_context_is_left_out_and_the_run_goes_on_in_another_process(
+    tmp_path, monkeypatch, capfd
+):
+    """Simulated: a provider fails, and so does every later call in its process."""
+    (tmp_path / "losing.py").write_text(LOSING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p losing")
+    out = tmp_path / "run"
+    words = ["--device", "cpu", "--quick", "--suite", "ops", "--filter", "token_mlp and inference"]
+    assert command.main([*words, "--report", str(out)]) == 1
+    run = run_file.read(out / "rows.json")
+    assert {row["provider"] for row in run.rows} == {"upstream", "t2t_fast"}
+    ((group, provider, reason),) = (each.values() for each in run.left_out)
+    assert (group, provider) == ("op-token_mlp-stage1-224px-b8-fp32-inference", "aten")
+    expected = (
+        "its call ended the process's CUDA context: RuntimeError: CUDA error: an illegal memory access was encountered"
+    )
+    assert reason == expected
+    assert f"{group}, aten: {expected}; going on in another process" in capfd.readouterr().err
+
+
+def test_a_lost_context_in_a_timed_turn_is_its_participants(monkeypatch):
+    class Clock:
+        def turn(self, step, implementation, calls):
+            raise ValueError("wrong")
+
+    participant = harness.Participant("aten", None, None, None)
+    monkeypatch.setattr(harness.clocks, "context_lost", lambda device: device == "cuda")
+    with pytest.raises(ContextLost, match="ValueError: wrong") as failure:
+        harness.interleave([participant], Clock(), 1, "cuda")
+    assert failure.value.provider == "aten"
+    with pytest.raises(ValueError, match="wrong"):
+        harness.interleave([participant], Clock(), 1, "cpu")
+
+
+def test_a_lost_context_is_one_that_cannot_be_waited_for(monkeypatch):
+    assert not clocks.context_lost("cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not clocks.context_lost("cuda")
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert clocks.context_lost("cuda")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its settings are glibc's")

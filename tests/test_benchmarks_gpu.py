@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_plan, gpu_process, run_file
+from benchmarks import gpu, gpu_compile, gpu_plan, gpu_process, gpu_summary, harness, run_file
+from benchmarks.groups import Group, groups
+from benchmarks.providers import BY_NAME
 from support.rows import ENVIRONMENT, made_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,9 @@ class FakeGpu:
 
     def architecture(self):
         return "sm_90"
+
+    def capability(self):
+        return None  # the build is for all architectures, as that of the environment
 
 
 def _python(text):
@@ -102,6 +107,8 @@ def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
     assert str(ROOT) not in (out / "summary.json").read_text()
     page = (out / "summary.md").read_text()
     assert "| [tests](02-tests.log) | failed |" in page and "exit code 1" in page
+    assert "**FAILED: tests. No check ran.**" in page
+    assert "| [build](01-build.log) | ok | 0 | 30 | built |" in page
     assert "had" in capsys.readouterr().out
     files = {path for path in out.rglob("*") if path.is_file()}
     assert _archived(out) == {f"run/{path.relative_to(out)}": path.read_bytes() for path in files}
@@ -203,6 +210,101 @@ def test_gpu_part_without_a_limit_leaves_later_parts_theirs(tmp_path):
     assert (tmp_path / "01-headline.log").read_text() == "100\n"
 
 
+def test_gpu_run_counts_its_time_from_the_start_of_the_process(tmp_path):
+    parts = [gpu.Part("headline", None, lambda seconds: _say(f"{seconds:.0f}")(seconds))]
+    assert gpu.run(parts, tmp_path, _summary(), total=gpu_plan.END_SECONDS + 200, started=time.monotonic() - 120)
+    assert (tmp_path / "01-headline.log").read_text() == "80\n"
+    assert 120 <= _read(tmp_path)[0]["seconds"] < 130
+    code = "import time; time.sleep(1); from benchmarks.gpu_process import process_age; print(process_age())"
+    age = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+    assert 1 <= age < 30
+
+
+def test_gpu_run_without_a_start_that_is_plausible(monkeypatch):
+    monkeypatch.setattr(gpu_process, "PLAUSIBLE_AGE", 0)
+    assert gpu_process.process_age() == 0
+
+
+def test_gpu_run_puts_its_page_and_its_archive_where_it_is_told(tmp_path, capsys):
+    page, archive = tmp_path / "there" / "page.md", tmp_path / "there" / "all.tgz"
+    words = ["--summary", str(page), "--archive", str(archive)]
+    plan = [gpu.Part("build", 30, _say("built")), gpu.Part("tests-a", 30, _say("good"))]
+    assert _main(tmp_path / "run", lambda *_: plan, *words) == 0
+    assert page.read_text() == (tmp_path / "run" / "summary.md").read_text()
+    assert "**Every part that ran succeeded, and every check passed.**" in page.read_text()
+    assert not (tmp_path / "run.tar.gz").exists()
+    with tarfile.open(archive) as file:
+        assert "run/02-tests-a.log" in file.getnames()
+    assert capsys.readouterr().out.splitlines()[-2:] == [str(page), str(archive)]
+    assert _main(tmp_path / "run", lambda *_: plan, "--summary", str(tmp_path)) == 1
+    assert f"--out, --summary, --archive: {tmp_path} is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("most", [60_000, 20_000])
+def test_gpu_archive_leaves_out_the_largest_logs_and_then_what_else_is_large(tmp_path, monkeypatch, most):
+    """30 kB each, of which nothing can be compressed away."""
+    monkeypatch.setattr(gpu_summary, "ARCHIVE_BYTES", most)
+    for name, size in (("a.log", 30_000), ("b.log", 40_000), ("c.png", 25_000), ("rows/rows.json", 15_000)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(os.urandom(size))
+    gpu.run([gpu.Part("build", 30, _say("built"))], tmp_path, _summary())
+    left_out = {60_000: ["b.log", "a.log"], 20_000: ["b.log", "a.log", "01-build.log", "c.png"]}[most]
+    archive = Path(f"{tmp_path}.tar.gz")
+    assert archive.stat().st_size <= most
+    kept = {"summary.json", "summary.md", "rows/rows.json", "01-build.log", "c.png"} - set(left_out)
+    assert set(_archived(tmp_path)) == {f"{tmp_path.name}/{name}" for name in kept}
+    assert _read(tmp_path)[0]["not_in_archive"] == left_out
+    assert f"Too large for the archive: {', '.join(left_out)}" in (tmp_path / "summary.md").read_text()
+
+
+def test_gpu_run_whose_checks_fail_says_so_beside_every_number(tmp_path):
+    _rows(tmp_path / "headline")
+    error = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
+    parts = [
+        gpu.Part("headline", 30, _say("measured")),
+        gpu.Part("verify-a", 30, _say(f"row 1\n{error}\nCompile with TORCH_USE_CUDA_DSA\nlast words", 1)),
+        gpu.Part("tests-a", 30, _say("went on")),
+        gpu.Part("tests-b", 30, _say("went on")),
+    ]
+    assert not gpu.run(parts, tmp_path, _summary())
+    lines = _read(tmp_path)[1]
+    assert [line["result"] for line in lines.values()] == ["ok", "failed", "ok", "ok"]
+    assert lines["verify-a"]["reason"] == "exit code 1: CUDA error: an illegal memory access was encountered"
+    page = (tmp_path / "summary.md").read_text()
+    assert "**CHECKS FAILED: verify-a. Do not trust the numbers of this run.**" in page.splitlines()[2]
+    assert "## headline: CHECKS FAILED" in page and "| measured (CHECKS FAILED) |" in page
+    assert "| tests-* (2) | ok |" in page
+    assert len(page.splitlines()) < 60
+
+
+def test_gpu_run_that_is_killed_leaves_nothing_running_and_goes_on(tmp_path):
+    out = tmp_path / "run"
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from benchmarks import gpu
+from test_benchmarks_gpu import FakeGpu, _say, _sleep
+parts = [gpu.Part("build", 30, _say("built")), gpu.Part("tests-a", 30, _sleep(60))]
+gpu.main(["--out", {str(out)!r}], FakeGpu(), lambda *_: parts)
+"""
+    log = out / "02-tests-a.log"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:
+        while not (log.exists() and log.read_text().startswith("begun")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        (child,) = Path("/proc", str(process.pid), "task", str(process.pid), "children").read_text().split()
+        process.kill()
+    state = Path("/proc", child, "stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the part goes on without its run"
+        time.sleep(0.05)
+    assert [line["part"] for line in _read(out)[0]["parts"]] == ["build"]
+    parts = [gpu.Part("build", 30, _say("never")), gpu.Part("tests-a", 30, _say("good"))]
+    assert _main(out, lambda *_: parts) == 0
+    assert log.read_text() == "good\n" and (out / "01-build.log").read_text() == "built\n"
+
+
 def _counted(tmp_path, name, code=0):
     """A command that notes each of its runs."""
     text = f"open({str(tmp_path / 'runs')!r}, 'a').write({name + ' '!r}); raise SystemExit({code})"
@@ -292,22 +394,75 @@ def test_gpu_run_puts_the_goals_into_its_summary(tmp_path):
 
 
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "default"])
-def test_gpu_plan(tmp_path, quick):
+def test_gpu_plan(tmp_path, quick, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     device = gpu.Gpu()
-    device.architecture = lambda: "sm_90"
+    device.architecture, device.capability = (lambda: "sm_90"), (lambda: "9.0")
     parts = gpu.plan(device, tmp_path, quick, 4)
     assert len({part.name for part in parts}) == len(parts)
     run = [part for part in parts if part.command is not None]
     stages = dict.fromkeys(part.stage.name if part.stage else part.name for part in run)
-    assert list(stages) == ["build", "headline", "checks", *([] if quick else ["compiled", "suites"])]
-    headline = run[1].command(300.0)
+    assert list(stages) == ["build", "compile", "headline", "checks", *([] if quick else ["compiled", "suites"])]
+    own = ["env", "TORCH_CUDA_ARCH_LIST=9.0", sys.executable, "setup.py", "build_ext", "--inplace"]
+    assert run[0].command(45.0) == own
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert gpu.plan(device, tmp_path, quick, 4)[0].command(45.0) == own[2:]
+    shares = [part.command(50.0) for part in run if part.name.startswith("compile-")]
+    assert [words[words.index("--share") + 1] for words in shares] == ["1/4", "2/4", "3/4", "4/4"]
+    headline = next(part for part in run if part.name == "headline").command(300.0)
+    compiled = {*shares[0][shares[0].index("--suite") + 1 :]} if quick else {"all"}
+    measured = {*headline[headline.index("--suite") + 1 : headline.index("--filter")]} if quick else {"all"}
+    assert compiled == measured
     assert headline[1:7] == ["-m", "benchmarks", "--device", "cuda", "--report", str(tmp_path / "headline")]
     assert headline[headline.index("--max-seconds") + 1] == "270"
     assert "--quick" in headline
     # what has no limit finds time, even if all others need theirs
     total = gpu_plan.TOTAL_SECONDS[quick]
     assert total - gpu_plan.END_SECONDS - gpu._reserved(run) >= gpu_plan.WORTH_STARTING
-    assert total <= (170 if quick else 570)
+    assert total <= (170 if quick else 480)
+
+
+def test_gpu_plan_compiles_what_the_headline_rows_launch():
+    """Each call once, in one of the shares."""
+    found = gpu_compile.calls(gpu_plan.QUICK_SUITES, "cuda")
+    wanted = {group.id for suite in gpu_plan.QUICK_SUITES for group in groups(suite, "cuda", True)}
+    assert {group.id for group, _ in found} == wanted
+    assert {provider.name for _, provider in found} >= {"t2t_fast", "t2t_fast-low"}
+    assert not [provider.name for _, provider in found if provider.compiled or provider.captured]
+    shared = [call for number in (1, 2, 3) for call in gpu_compile.share(found, number, 3)]
+    assert sorted(map(str, shared)) == sorted(map(str, found))
+
+
+def test_gpu_compile_makes_first_calls_forward_and_backward(monkeypatch, capsys):
+    """On this processor; what runs out of memory is left to the rows, what fails is told, the rest goes on."""
+    small, failing, large = (
+        (Group("op", "token_mlp-stage1", 32, batch, "fp32", "training", False, "ops"), BY_NAME["aten"])
+        for batch in (1, 2, 3)
+    )
+    prepare, made = harness.prepare, []
+
+    def watched(subject, *arguments, **named):
+        if subject.group.batch == 2:
+            raise ValueError("no kernel")
+        if subject.group.batch == 3:
+            raise torch.OutOfMemoryError("full")
+        made.append(prepare(subject, *arguments, **named))
+        return made[-1]
+
+    monkeypatch.setattr(harness, "prepare", watched)
+    monkeypatch.setattr(gpu_compile, "calls", lambda suites, device: [failing, large, small])
+    assert gpu_compile.main(["--device", "cpu", "--share", "2/2"]) == 0
+    assert gpu_compile.main(["--device", "cpu"]) == 1
+    printed = capsys.readouterr().out.splitlines()[1:]
+    assert printed == [
+        "op-token_mlp-stage1-32px-b2-fp32-training, aten: ValueError: no kernel",
+        "op-token_mlp-stage1-32px-b3-fp32-training, aten: too little memory beside the other processes",
+        "op-token_mlp-stage1-32px-b1-fp32-training, aten: ready",
+    ]
+    assert made[0].facts["error"] is None and made[0].facts["first_call_s"] > 0
+    with pytest.raises(SystemExit):
+        gpu_compile.main(["--share", "3/2"])
+    assert "must be like 2/8, got '3/2'" in capsys.readouterr().err
 
 
 def test_gpu_plan_knows_every_operator_and_test_file():
@@ -324,11 +479,14 @@ def _small(parts):
     """The plan's parts with boxes for two CPU cores and a minute; of the checks, one of each kind comes first."""
     boxes = {"build": 40, "headline": 45, "compiled": 2, "suites": 2}
     parts = [
-        part._replace(seconds=boxes.get(part.name, 12), stage=part.stage and gpu.Stage("checks", 12, len(KINDS)))
+        part._replace(
+            seconds=boxes.get(part.name, 12),
+            stage=part.stage and gpu.Stage(part.stage.name, 12, len(KINDS)),
+        )
         for part in parts
     ]
     names = [part.name for part in parts]
-    first = [parts[names.index(name)] for name in ("build", "headline", *KINDS)]
+    first = [parts[names.index(name)] for name in ("build", "compile-1", "headline", *KINDS)]
     return first + [part for part in parts if part not in first]
 
 
@@ -349,14 +507,14 @@ def test_gpu_plan_on_the_processor(tmp_path):
     assert results["build"] == "ok" and summary["finished"]
     for name, part in parts.items():
         assert "reason" in part if results[name] == "no time left" else (out / part["log"]).exists(), name
-    assert "no time left" not in {results[name] for name in ("compiled", "suites", *KINDS)}
+    assert "no time left" not in {results[name] for name in ("compile-1", "compiled", "suites", *KINDS)}
     run = run_file.read(out / "headline" / "rows.json")
     assert run.environment["device"] and "cpu" in run.environment["command"]
     assert any(row["provider"] == "t2t_fast" and min(row["times"]) > 0 for row in run.rows)
     assert summary["suites"]["headline"]["rows"] == len(run.rows)
     assert (out / "headline" / "table.md").exists() and list((out / "headline").glob("*.png"))
     page = (out / "summary.md").read_text()
-    assert all(name in page for name in results) and "## headline" in page
+    assert all(name in page or f"| {name.partition('-')[0]}-* (" in page for name in results) and "## headline" in page
     files = {path for path in out.rglob("*") if path.is_file()}
     assert _archived(out) == {f"run/{path.relative_to(out)}": path.read_bytes() for path in files}
     # the build in place left the checkout as it was

@@ -1,6 +1,7 @@
 """Building in place: every mode of ``T2T_FAST_BUILD``, what is built where something is missing, and what it says."""
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -24,22 +25,22 @@ from building import (
     binaries,
     build_in_place,
     copy_project,
-    hide,
+    make_venv,
+    needs_no_torch,
     needs_operators,
     python,
     run,
     said,
     stand_in_nvcc,
     stand_in_torch,
+    tools,
 )
 from t2t_fast import _extension
 
 BOTH = {MODULE, LIBRARY}
-ISOLATED = (
-    "this build cannot import PyTorch (No module named 'torch'); "
-    "pip install --no-build-isolation uses the installed one"
-)
+NO_TORCH = "no PyTorch is found; install it first, and activate its environment"
 FAILED = "a compiler failed, its messages are above"
+CPU = "the operators for the CPU with PyTorch 2.11.0+cpu"
 
 
 @pytest.fixture
@@ -85,7 +86,8 @@ class TestBuilt:
     def test_one_line_says_it(self, built):
         folder, result = built
         assert result.returncode == 0, result.stdout
-        assert said(result) == "t2t_fast: built t2t_fast._C and the operators for the CPU (T2T_FAST_BUILD=cpu)"
+        what = f"t2t_fast._C and the operators for the CPU with PyTorch {torch.__version__}"
+        assert said(result) == f"t2t_fast: built {what} (T2T_FAST_BUILD=cpu)"
         assert binaries(folder) == BOTH
 
     def test_build_info(self, native):
@@ -158,7 +160,7 @@ def test_only_what_has_changed_is_compiled_again(project, monkeypatch, with_ninj
         """When each object file was made."""
         found = operators.build(project, with_cuda=False)
         assert found.library.is_file()
-        assert (found.torch, found.cuda, found.architectures) == (torch.__version__, None, [])
+        assert (found.torch.version, found.cuda, found.architectures) == (torch.__version__, None, [])
         return {path.name: path.stat().st_mtime_ns for path in (project / "build").rglob("*.o")}
 
     first = build()
@@ -196,16 +198,17 @@ def test_a_pure_python_package_that_was_asked_for(project):
     assert result.returncode == 0, result.stdout
     assert said(result) == "t2t_fast: pure Python, nothing native is built: not asked for (T2T_FAST_BUILD=none)"
     assert not binaries(project)
+    assert json.loads((project / "t2t_fast" / "_build.json").read_text()) == {"mode": "none", "missing": {}}
 
 
-@pytest.mark.parametrize("case", ["nowhere", "path", "no-torch-no-pybind11"])
+@pytest.mark.parametrize("case", ["nowhere", "path", pytest.param("no-torch-no-pybind11", marks=needs_no_torch)])
 def test_auto_without_anything_to_build_with(project, tmp_path, case):
     variables, why = {
         "nowhere": (NOWHERE, "there is no C++ compiler: /nowhere/c++ is not found"),
         "path": ({"PATH": str(tmp_path)}, "there is no C++ compiler: c++ is not found"),
         "no-torch-no-pybind11": (
-            {"PYTHONPATH": hide(tmp_path / "hidden", "torch", "pybind11")},
-            f"{NO_COMPILER}" if NO_COMPILER else f"{ISOLATED}; pybind11 is not installed",
+            {"PYTHONPATH": tools(tmp_path / "tools", "setuptools"), "interpreter": make_venv(tmp_path)},
+            f"{NO_COMPILER}" if NO_COMPILER else f"{NO_TORCH}; pybind11 is not installed",
         ),
     }[case]
     for name in BOTH:
@@ -230,15 +233,19 @@ class TestAuto:
         assert binaries(project) == files
         return said(result).removeprefix("t2t_fast: built ").removesuffix(" (T2T_FAST_BUILD=auto)")
 
-    def test_build_isolation(self, project, tmp_path):
-        """pip's isolated environment has pybind11 but no PyTorch."""
-        line = self.build(project, {MODULE}, PYTHONPATH=hide(tmp_path / "hidden", "torch"))
-        assert line == f"t2t_fast._C; no operators: {ISOLATED}"
+    @needs_no_torch
+    def test_no_pytorch(self, project, tmp_path):
+        """The build has pybind11, as in every isolated environment, and finds no PyTorch anywhere."""
+        path = tools(tmp_path / "tools", "setuptools", "pybind11")
+        line = self.build(project, {MODULE}, PYTHONPATH=path, interpreter=make_venv(tmp_path))
+        assert line == f"t2t_fast._C; no operators: {NO_TORCH}"
 
     def test_pytorch_without_cuda(self, project, tmp_path):
         line = self.build(project, BOTH, PYTHONPATH=stand_in_torch(tmp_path / "torch"))
-        cpu = "t2t_fast._C and the operators for the CPU"
+        cpu = "t2t_fast._C and the operators for the CPU with PyTorch 2.11.0+cpu"
         assert line == f"{cpu}; no CUDA operators: PyTorch 2.11.0+cpu is built without CUDA"
+        record = json.loads((project / "t2t_fast" / "_build.json").read_text())
+        assert record == {"mode": "auto", "missing": {"cuda": "PyTorch 2.11.0+cpu is built without CUDA"}}
 
     def test_an_older_pytorch(self, project, tmp_path):
         line = self.build(project, {MODULE}, PYTHONPATH=stand_in_torch(tmp_path / "torch", "2.9.1"))
@@ -253,7 +260,7 @@ class TestAuto:
     def test_no_toolkit(self, project, tmp_path):
         path = stand_in_torch(tmp_path / "torch", cuda="13.0")
         line = self.build(project, BOTH, PYTHONPATH=path, CUDA_HOME="/nowhere")
-        assert line.endswith("for the CPU; no CUDA operators: CUDA_HOME is /nowhere, where no bin/nvcc can be run")
+        assert line.endswith(CPU + "; no CUDA operators: CUDA_HOME is /nowhere, where no bin/nvcc can be run")
 
     def test_nvcc_fails(self, project, tmp_path):
         (project / "csrc" / "cuda").mkdir()
@@ -261,20 +268,20 @@ class TestAuto:
         home = stand_in_nvcc(tmp_path / "cuda", compiles="echo unsupported; exit 1")
         path = stand_in_torch(tmp_path / "torch", cuda="13.0")
         line = self.build(project, BOTH, PYTHONPATH=path, CUDA_HOME=str(home))
-        assert line.endswith("for the CPU; no CUDA operators: " + FAILED)
+        assert line.endswith(CPU + "; no CUDA operators: " + FAILED)
 
     def test_pybind11_of_pytorch_serves_where_there_is_none(self, tmp_path):
         (tmp_path / "hidden").mkdir()
         (tmp_path / "hidden" / "pybind11.py").write_text("raise ImportError")
         project = copy_project(tmp_path / "project", kernels=False)
         path = os.pathsep.join([str(tmp_path / "hidden"), stand_in_torch(tmp_path / "torch")])
-        assert self.build(project, BOTH, PYTHONPATH=path).startswith("t2t_fast._C and the operators for the CPU; ")
+        assert self.build(project, BOTH, PYTHONPATH=path).startswith(f"t2t_fast._C and {CPU}; ")
 
     def test_only_the_module_fails(self, project, tmp_path):
         (project / "csrc" / "bindings.cpp").write_text("no C++")
         line = self.build(project, {LIBRARY}, PYTHONPATH=stand_in_torch(tmp_path / "torch"))
         reasons = ["no CUDA operators: PyTorch 2.11.0+cpu is built without CUDA", f"no t2t_fast._C: {FAILED}"]
-        assert line.split("; ") == ["the operators for the CPU", *reasons]
+        assert line.split("; ") == [CPU, *reasons]
 
     def test_only_the_operators_fail(self, project, tmp_path):
         (project / "csrc" / "operators.cpp").write_text("no C++")
@@ -285,16 +292,34 @@ class TestAuto:
 OPERATORS_CANNOT = "the operators cannot be built"
 
 
-@pytest.mark.parametrize("case", ["value", "nowhere", "isolated", "cpu-only", "no-toolkit", "source", "module"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "value",
+        "nowhere",
+        pytest.param("no-torch", marks=needs_no_torch),
+        "cpu-only",
+        "no-toolkit",
+        "source",
+        "module",
+    ],
+)
 def test_what_was_asked_for_and_cannot_be_built_is_an_error(project, tmp_path, case):
-    if case in ("isolated", "cpu-only", "no-toolkit", "source", "module") and NO_OPERATORS:
+    if case in ("no-torch", "cpu-only", "no-toolkit", "source", "module") and NO_OPERATORS:
         pytest.skip(NO_OPERATORS)
     cpu = {"T2T_FAST_BUILD": "cpu", "PYTHONPATH": stand_in_torch(tmp_path / "torch")}
     cuda = {"T2T_FAST_BUILD": "cuda", "PYTHONPATH": stand_in_torch(tmp_path / "torch13", "2.11.0", "13.0")}
     variables, message = {
         "value": ({"T2T_FAST_BUILD": "gpu"}, "T2T_FAST_BUILD must be one of auto, cuda, cpu, none, got 'gpu'"),
         "nowhere": (cpu | NOWHERE, f"cpu: {OPERATORS_CANNOT}: there is no C++ compiler: /nowhere/c++ is not found"),
-        "isolated": (cpu | {"PYTHONPATH": hide(tmp_path / "hidden", "torch")}, f"cpu: {OPERATORS_CANNOT}: {ISOLATED}"),
+        "no-torch": (
+            {
+                "T2T_FAST_BUILD": "cpu",
+                "PYTHONPATH": tools(tmp_path / "tools", "setuptools"),
+                "interpreter": make_venv(tmp_path) if case == "no-torch" else None,
+            },
+            f"cpu: {OPERATORS_CANNOT}: {NO_TORCH}",
+        ),
         "cpu-only": (
             cpu | {"T2T_FAST_BUILD": "cuda"},
             f"cuda: {OPERATORS_CANNOT}: PyTorch 2.11.0+cpu is built without CUDA",
@@ -312,6 +337,6 @@ def test_what_was_asked_for_and_cannot_be_built_is_an_error(project, tmp_path, c
 
 
 def test_the_version_is_read_without_importing_torch(project):
-    (project / "torch.py").write_text("raise ImportError('torch was imported')")
+    (project / "torch.py").write_text("raise SystemExit('torch was imported')")
     result = python(project, "setup.py", "--version", PYTHONPATH=str(project))
     assert result.stdout.splitlines()[-1] == t2t_fast.__version__

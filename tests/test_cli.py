@@ -157,6 +157,14 @@ def test_a_backend_that_the_environment_should_not_have_set(value, words):
         assert done.returncode == 2 and done.stderr.startswith("t2t-fast: error: T2T_FAST_BACKEND must be one of")
 
 
+def test_env_says_why_there_are_no_operators_for_cuda(capsys, monkeypatch):
+    info = dict.fromkeys(("mode", "compiler", "torch", "cuda"))
+    monkeypatch.setattr("t2t_fast._extension.build_info", lambda: info)
+    monkeypatch.setattr("t2t_fast._extension.lacking", lambda device: f"not built for {device}, for a test")
+    _, out, _ = run(capsys, "env")
+    assert re.search(r"operators for CUDA +not built for cuda, for a test\n", out)
+
+
 def test_env_says_why_there_is_no_native_build(capsys, monkeypatch):
     monkeypatch.setattr("t2t_fast._extension.build_info", lambda: None)
     monkeypatch.setattr("t2t_fast._extension.load_error", lambda: "not built, for a test")

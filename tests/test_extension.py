@@ -1,19 +1,24 @@
 """Loading native code: binaries of every kind beside ``_extension.py``, and what it says of them in words."""
 
 import importlib
+import json
+import re
 import shutil
 import struct
 import sys
 import sysconfig
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
 
+import t2t_fast
 from build_support.toolchain import find_compiler
 from building import LIBRARY, MODULE, ROOT, copy_project, needs_compiler, python, run
-from t2t_fast import _extension
+from t2t_fast import _extension, backends, functional
+from t2t_fast.ops import native
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads the head of Linux's binaries")
 NOT_BINARIES = {"empty": b"", "text": b"no ELF file", "windows": b"MZ" + bytes(500)}
@@ -32,6 +37,11 @@ def package(tmp_path, monkeypatch, request):
 
 def load(package):
     return importlib.import_module(f"{package.name}._extension")
+
+
+def record(package, mode, **missing):
+    """What ``setup.py`` writes down."""
+    (package / "_build.json").write_text(json.dumps({"mode": mode, "missing": missing}))
 
 
 def library(path, text, *flags):
@@ -68,6 +78,10 @@ class TestModule:
 
     def test_not_built(self, package):
         assert self.refused(load(package)).startswith("not built (T2T_FAST_BUILD=cpu at installation builds it, ")
+
+    def test_not_built_for_a_reason_that_is_known(self, package):
+        record(package, "auto", **{"t2t_fast._C": "there is no C++ compiler"})
+        assert self.refused(load(package)) == "not built (there is no C++ compiler)"
 
     def test_for_another_python(self, package):
         (package / "_C.cpython-38-x86_64-linux-gnu.so").touch()
@@ -118,8 +132,27 @@ class TestOperators:
         return extension.operators_error()
 
     def test_not_built(self, package):
-        words = "not built (pip install --no-build-isolation with T2T_FAST_BUILD=cpu builds it, "
-        assert self.refused(load(package)).startswith(words)
+        assert self.refused(load(package)).startswith("not built (T2T_FAST_BUILD=cpu at installation builds it, ")
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '"auto"', '{"mode": 1}', '{"missing": {}}'])
+    def test_a_record_of_the_build_that_says_nothing(self, package, content):
+        (package / "_build.json").write_text(content)
+        assert self.refused(load(package)).startswith("not built (T2T_FAST_BUILD=cpu at installation builds it, ")
+
+    @pytest.mark.parametrize(
+        ("mode", "missing", "words", "lacking"),
+        [
+            ("auto", {"cpu": "no compiler", "cuda": "no compiler"}, "not built (no compiler)", ("cpu", "cuda")),
+            ("cpu", {}, "not built (T2T_FAST_BUILD=cpu at installation builds it, or says why it cannot)", ("cpu",)),
+            ("none", {}, "not built, as T2T_FAST_BUILD=none asked for at installation", ()),
+        ],
+    )
+    def test_not_built_as_the_record_of_the_build_says(self, package, mode, missing, words, lacking):
+        record(package, mode, **missing)
+        extension = load(package)
+        assert self.refused(extension) == words
+        for device in ("cpu", "cuda"):
+            assert extension.lacking(device) == (words if device in lacking else None)
 
     @pytest.mark.parametrize("content", NOT_BINARIES.values(), ids=NOT_BINARIES)
     def test_no_binary(self, package, content):
@@ -180,6 +213,130 @@ class TestOperators:
     def test_good(self):
         assert _extension.operators_error() is None
         assert torch.ops.t2t_fast_native.soft_split.default._schema.name == "t2t_fast_native::soft_split"
+
+
+WITHOUT_NATIVE_CODE = """
+import sys, warnings
+
+warnings.simplefilter("always")
+warnings.showwarning = lambda message, category, *place: print("warned:", category.__name__, message)
+import torch, t2t_fast
+from t2t_fast import functional, reference
+
+x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 147)
+print(t2t_fast.explain("soft_split").chosen("soft_split"))
+functional.soft_split(x, 3, 2, 1, backend="aten")
+functional.soft_split_linear(x.double(), w.double(), kernel_size=7, stride=4, padding=2)
+with t2t_fast.backend("aten"):
+    functional.soft_split(x, 3, 2, 1)
+torch.export.export(t2t_fast.SoftSplit(3, 2, 1), (x,))
+print("called")
+call = lambda x: functional.soft_split_linear(functional.soft_split(x, 3, 2, 1), w[:, :27], kernel_size=1, grid=(4, 4))
+if sys.argv[1] == "compiled":
+    call = torch.compile(call, backend="eager", fullgraph=True)
+call(x)
+call(torch.cat([x, x]))
+"""
+
+
+@pytest.fixture(scope="module")
+def without_native_code(tmp_path_factory):
+    """A PYTHONPATH with the package as an installation without native code has it."""
+    folder = tmp_path_factory.mktemp("pure")
+    shutil.copytree(ROOT / "t2t_fast", folder / "t2t_fast", ignore=shutil.ignore_patterns("*.so", "_build.json"))
+    return folder
+
+
+class TestWarning:
+    """That ``auto`` takes plain operations only because native code was not built is said once, at the first call."""
+
+    @pytest.fixture
+    def missing(self, monkeypatch):
+        """In this process the operators are not built, and nothing was said of it yet."""
+        monkeypatch.setattr(native, "_MISSING", "not built (for a test)")
+        monkeypatch.setattr(native, "_warned", False)
+        monkeypatch.setattr(_extension, "lacking", lambda device: "not built (for a test)")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        torch._dynamo.reset()
+
+    @staticmethod
+    def call(dtype=torch.float32, **options):
+        return functional.soft_split(torch.ones(1, 3, 8, 8, dtype=dtype), 3, 2, 1, **options)
+
+    @ON_LINUX
+    @pytest.mark.parametrize("how", ["eager", "compiled"])
+    @pytest.mark.parametrize("mode", ["auto", "none"])
+    def test_an_installation_without_native_code(self, without_native_code, how, mode):
+        if mode == "auto" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            pytest.skip("auto would not take the native layers on this CPU")
+        record(without_native_code / "t2t_fast", mode, cpu="there is no C++ compiler: c++ is not found")
+        path = str(without_native_code)
+        result = python("/", "-c", WITHOUT_NATIVE_CODE, how, PYTHONPATH=path, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stdout
+        first, second, *warned = [line for line in result.stdout.splitlines() if "t2t_fast" in line or " " not in line]
+        assert (first, second) == ("aten", "called")
+        words = [
+            "warned: RuntimeWarning t2t_fast: soft_split runs as plain PyTorch operations, since the native operators",
+            "for cpu are not built (there is no C++ compiler: c++ is not found): a Performer T2T module takes about",
+            "twice as long. To build them, run in its source folder:",
+            "T2T_FAST_BUILD=cpu pip install --force-reinstall --no-deps .",
+            "(T2T_FAST_BACKEND=aten keeps plain operations and silences this)",
+        ]
+        assert warned == ([" ".join(words)] if mode == "auto" else [])
+
+    def test_once(self, missing):
+        with pytest.warns(RuntimeWarning, match="soft_split runs as plain PyTorch operations") as found:
+            self.call()
+            self.call()
+            functional.soft_composition(torch.ones(1, 16, 27), (8, 8), 3, 2, 1)
+        assert len(found) == 1
+        assert "\n" not in str(found[0].message)
+
+    @pytest.mark.parametrize("case", ["argument", "context", "variable", "no kernel", "mask", "old CPU", "explain"])
+    def test_never_where_something_else_decides(self, missing, monkeypatch, recwarn, case):
+        if case == "argument":
+            self.call(backend="aten")
+        if case == "context":
+            with t2t_fast.backend("aten", op="soft_split"):
+                self.call()
+        if case == "variable":
+            monkeypatch.setitem(backends._chosen, None, "aten")
+            self.call()
+        if case == "no kernel":
+            x, w = torch.ones(1, 3, 8, 8, dtype=torch.float64), torch.ones(4, 27, dtype=torch.float64)
+            functional.soft_split_linear(x, w, kernel_size=3)
+        if case == "mask":
+            q = torch.ones(1, 4, 8)
+            functional.performer_attention(q, q, q, torch.ones(4, 8), key_mask=torch.ones(1, 4, dtype=torch.bool))
+        if case == "old CPU":
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+            self.call()
+        if case == "explain":
+            t2t_fast.explain()
+        assert [str(each.message) for each in recwarn if "t2t_fast" in str(each.message)] == []
+
+    def test_an_error_that_a_user_made_of_it_comes_once(self, missing):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            with pytest.raises(RuntimeWarning, match="T2T_FAST_BUILD=cpu pip install"):
+                self.call()
+            self.call()
+
+    def test_on_cuda_only_what_would_have_a_kernel_there(self, missing):
+        """By the choice alone, which needs no device."""
+        for op in backends.operators():
+            native._warned = False
+            request = backends.Request("cuda", torch.float32, {})
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                assert native.noticed(op, request, "auto", "aten") == "aten"
+            said = [str(each.message) for each in found]
+            assert len(said) == (op in native.CUDA_KERNELS)
+            assert all("T2T_FAST_BUILD=cuda pip install" in text for text in said)
+
+    def test_the_operators_that_have_a_kernel_on_cuda(self):
+        registered = re.findall(r'library\.impl\("(\w+)"', (ROOT / "csrc" / "cuda" / "operators.cpp").read_text())
+        assert set(registered) == set(native.CUDA_KERNELS)
 
 
 @pytest.mark.slow

@@ -9,6 +9,9 @@ import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,11 +28,14 @@ from building import (
     build_wheel,
     copy_project,
     make_venv,
+    make_wheelhouse,
+    needs_no_torch,
     needs_operators,
     needs_pip,
     pip_install,
     python,
     run,
+    stand_in_torch,
 )
 
 REPORT = """
@@ -49,6 +55,11 @@ print(json.dumps({
 """
 
 
+NOT_ISOLATED = "--no-build-isolation"
+NO_HOME = "/dev/null/home"
+"""Nobody can write below it, not even root."""
+
+
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project whose operators have no kernels: it compiles in a moment."""
@@ -57,7 +68,7 @@ def project(tmp_path):
 
 @pytest.fixture
 def fresh_venv(tmp_path):
-    return make_venv(tmp_path)
+    return make_venv(tmp_path, sysconfig.get_path("purelib"))
 
 
 @needs_pip
@@ -175,7 +186,7 @@ class TestArchiveAndItsWheel:
 @pytest.mark.slow
 class TestInstall:
     def test_editable(self, project, fresh_venv):
-        pip_install(fresh_venv, project, "--editable", T2T_FAST_BUILD="none")
+        pip_install(fresh_venv, project, NOT_ISOLATED, "--editable", T2T_FAST_BUILD="none")
         where = "import importlib.util; print(importlib.util.find_spec('t2t_fast').origin)"
         assert run("/", fresh_venv, "-c", where).stdout.strip() == str(project / "t2t_fast" / "__init__.py")
         assert (fresh_venv.parent / "t2t-fast").is_file()
@@ -183,12 +194,12 @@ class TestInstall:
 
     @needs_operators
     def test_editable_with_native_code(self, project, fresh_venv):
-        pip_install(fresh_venv, project, "--editable", T2T_FAST_BUILD="cpu")
+        pip_install(fresh_venv, project, NOT_ISOLATED, "--editable", T2T_FAST_BUILD="cpu")
         assert binaries(project) == {MODULE, LIBRARY}
 
     @needs_operators
     def test_installed_where_nothing_can_be_written(self, project, fresh_venv):
-        pip_install(fresh_venv, project, T2T_FAST_BUILD="cpu")
+        pip_install(fresh_venv, project, NOT_ISOLATED, T2T_FAST_BUILD="cpu")
         code = (
             "from t2t_fast import _extension as e; e.operators(); "
             "print(e.load_error(), e.operators_error(), e.build_info()['mode'], e.load().__file__, e.LIBRARY)"
@@ -208,6 +219,109 @@ class TestInstall:
         files = [os.path.join(package, name) for name in (MODULE, LIBRARY)]
         assert result.stdout.split()[-5:] == ["None", "None", "cpu", *files]
         assert {folder: os.listdir(folder) for folder in folders} == before
+
+
+def installed(interpreter):
+    """The folder of the package that an environment has, and what the record of its build says."""
+    find = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    folder = Path(run("/", interpreter, "-c", find).stdout.strip(), "t2t_fast")
+    return folder, json.loads((folder / "_build.json").read_text())
+
+
+UV = shutil.which("uv") or shutil.which("uv", path=sysconfig.get_path("scripts"))
+
+
+@needs_pip
+@needs_operators
+@pytest.mark.slow
+class TestIsolation:
+    """A front end hides the environment's packages from the build, which finds PyTorch all the same."""
+
+    @pytest.fixture(scope="class")
+    def tools(self, tmp_path_factory):
+        """Where front ends find what the build requires, without network."""
+        folder = make_wheelhouse(tmp_path_factory.mktemp("tools") / "wheels", "setuptools", "pybind11")
+        return {"PIP_FIND_LINKS": folder, "UV_FIND_LINKS": folder, "UV_NO_INDEX": "1", "UV_OFFLINE": "1"}
+
+    @pytest.fixture
+    def small(self, tmp_path):
+        return copy_project(tmp_path / "project", kernels=False, module=False)
+
+    @pytest.fixture
+    def user(self, tmp_path):
+        """The Python of an environment with a PyTorch of its own, built without CUDA."""
+        return make_venv(tmp_path, stand_in_torch(tmp_path / "packages", "2.12.0+cpu"))
+
+    WITHOUT_CUDA: ClassVar = {"mode": "auto", "missing": {"cuda": "PyTorch 2.12.0+cpu of {} is built without CUDA"}}
+
+    def check(self, record, place):
+        assert record == json.loads(json.dumps(self.WITHOUT_CUDA).replace("{}", place))
+
+    def test_pip(self, project, fresh_venv, tools):
+        """Into an environment that sees this one's PyTorch; nowhere does the user have a home that can be written."""
+        result = pip_install(fresh_venv, project, "-v", T2T_FAST_BUILD="cpu", HOME=NO_HOME, **tools)
+        place = f"PyTorch {torch.__version__} of the environment it installs into"
+        what = f"t2t_fast._C and the operators for the CPU with {place}"
+        assert f"t2t_fast: built {what} (T2T_FAST_BUILD=cpu)" in result.stdout
+        code = "from t2t_fast import SoftSplit, _extension as e; import torch; SoftSplit(3)(torch.ones(1, 3, 8, 8)); "
+        code += "print(e.load_error(), e.operators_error(), e.LIBRARY, e.build_info()['torch'])"
+        result = run("/", fresh_venv, "-W", "error", "-c", code, HOME=NO_HOME)
+        folder, record = installed(fresh_venv)
+        assert result.stdout.split() == ["None", "None", str(folder / LIBRARY), torch.__version__]
+        assert record == {"mode": "cpu", "missing": {}}
+
+    def test_pip_into_an_environment_whose_pytorch_has_no_cuda(self, small, user, tools):
+        pip_install(user, small, **tools)
+        folder, record = installed(user)
+        self.check(record, "the environment it installs into")
+        assert {MODULE, LIBRARY} <= {path.name for path in folder.iterdir()}
+
+    @needs_no_torch
+    def test_pip_without_pytorch(self, small, tmp_path, tools):
+        """It installs, and the first call says what is missing, what that costs, and what mends it."""
+        bare = make_venv(tmp_path)
+        result = pip_install(bare, small, "-v", **tools)
+        missing = "no PyTorch is found; install it first, and activate its environment"
+        assert f"t2t_fast: built t2t_fast._C; no operators: {missing} (T2T_FAST_BUILD=auto)" in result.stdout
+        folder, record = installed(bare)
+        assert record == {"mode": "auto", "missing": {"cuda": missing, "cpu": missing}}
+        assert not (folder / LIBRARY).exists()
+        code = "import torch, t2t_fast; t2t_fast.SoftSplit(3)(torch.ones(1, 3, 8, 8))"
+        result = run("/", bare, "-c", code, PYTHONPATH=sysconfig.get_path("purelib"))
+        assert result.returncode == 0, result.stdout
+        if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            assert (
+                "RuntimeWarning: t2t_fast: soft_split runs as plain PyTorch operations, since the native"
+                in result.stdout
+            )
+            assert f"are not built ({missing}): " in result.stdout
+
+    @pytest.mark.skipif(not any(metadata.distributions(name="build")), reason="build is not installed here")
+    def test_build_in_the_active_environment(self, small, user, tools, tmp_path):
+        """It makes an environment of its own and leaves VIRTUAL_ENV as it is."""
+        command = ["-m", "build", "--wheel", "--outdir", tmp_path / "wheels", small]
+        result = python(tmp_path, *command, VIRTUAL_ENV=str(user.parent.parent), **tools)
+        assert result.returncode == 0, result.stdout
+        (wheel,) = (tmp_path / "wheels").glob("*.whl")
+        assert not wheel.name.endswith("-none-any.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            self.check(json.loads(archive.read("t2t_fast/_build.json")), "the active environment")
+            assert {f"t2t_fast/{MODULE}", f"t2t_fast/{LIBRARY}"} <= set(archive.namelist())
+
+    @pytest.mark.skipif(UV is None, reason="uv is not installed here")
+    @pytest.mark.parametrize("how", ["named", "active"])
+    def test_uv(self, small, user, tools, tmp_path, how):
+        """It makes an environment of its own too, and sets VIRTUAL_ENV to that."""
+        folder = str(user.parent.parent)
+        named, place = ["--python", folder], "the front end's environment"
+        variables = {**tools, "UV_CACHE_DIR": str(tmp_path / "cache")}
+        if how == "active":
+            named, place, variables = [], "the active environment", {**variables, "VIRTUAL_ENV": folder}
+        result = run(tmp_path, UV, "pip", "install", "--no-deps", *named, small, **variables)
+        assert result.returncode == 0, result.stdout
+        folder, record = installed(user)
+        self.check(record, place)
+        assert {MODULE, LIBRARY} <= {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed here")

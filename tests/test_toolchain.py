@@ -1,16 +1,18 @@
 """What a build finds: the compiler, the CUDA toolkit behind any kind of nvcc, architectures, ninja, how many jobs."""
 
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from build_support import compiling, toolchain
 from build_support.compiling import Step
-from build_support.toolchain import CannotBuild, Toolkit, Torch
-from building import NO_CUDA, stand_in_nvcc
+from build_support.toolchain import CannotBuild, FrontEnd, Toolkit, Torch
+from building import NO_CUDA, NO_OPERATORS, ROOT, make_venv, python, run, stand_in_nvcc, stand_in_torch
 
 TORCH = Torch(Path("/torch"), "2.11.0", "13.0")
 
@@ -31,6 +33,155 @@ class TestCompiler:
         monkeypatch.setattr(toolchain.sysconfig, "get_config_var", lambda name: "/nowhere/g++ -pthread")
         monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name == "c++" else None)
         assert toolchain.find_compiler() == ["c++"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="operators are built on Linux only")
+class TestTorch:
+    """Where an isolated build finds PyTorch, and which one it refuses."""
+
+    @pytest.fixture
+    def environment(self, tmp_path):
+        """Makes the Python of an environment with a PyTorch of a version; without one for ``None``."""
+
+        def make(name, version=None):
+            paths = [] if version is None else [stand_in_torch(tmp_path / name / "packages", version)]
+            return make_venv(tmp_path / name, *paths)
+
+        return make
+
+    @pytest.fixture
+    def isolated(self, monkeypatch, environment, tmp_path):
+        """Isolates this process: its Python and the base Python have no PyTorch. Sets what the front end is."""
+        bare = str(environment("bare"))
+        monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+        monkeypatch.setattr(sys, "executable", bare)
+        monkeypatch.setattr(sys, "_base_executable", bare)
+        for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+            monkeypatch.delenv(name, raising=False)
+
+        def set_front_end(*command, **variables):
+            found = FrontEnd(str(tmp_path), list(map(str, command)), {"PATH": os.environ["PATH"], **variables})
+            monkeypatch.setattr(toolchain, "front_end", lambda: found)
+
+        set_front_end("make")
+        return set_front_end
+
+    @pytest.mark.skipif(NO_OPERATORS is not None, reason=str(NO_OPERATORS))
+    def test_the_one_that_this_python_imports_is_not_imported(self):
+        code = "import sys; from build_support.toolchain import find_torch; print(find_torch()); print(*sys.modules)"
+        found, modules = python(ROOT, "-c", code).stdout.splitlines()
+        assert f"version='{torch.__version__}', cuda={torch.version.cuda!r}, place=''" in found
+        assert "torch" not in modules.split()
+
+    def test_no_environment_has_one(self, isolated):
+        with pytest.raises(CannotBuild, match="no PyTorch is found; install it first, and activate its environment"):
+            toolchain.find_torch()
+
+    @pytest.mark.parametrize(
+        ("lead", "place"),
+        [
+            ("executable", "the environment it installs into"),
+            ("VIRTUAL_ENV", "the active environment"),
+            ("CONDA_PREFIX", "the active environment"),
+            ("own VIRTUAL_ENV", "the active environment"),
+            ("interpreter", "the front end's environment"),
+            ("--python FOLDER", "the front end's environment"),
+            ("--python=FOLDER", "the front end's environment"),
+            (".venv", "the front end's environment"),
+            ("base", "the base Python"),
+        ],
+    )
+    def test_environments(self, isolated, environment, monkeypatch, tmp_path, lead, place):
+        interpreter = environment("full", "2.14.0")
+        folder = interpreter.parent.parent
+        if lead == "executable":
+            monkeypatch.setattr(sys, "executable", str(interpreter))
+        elif lead == "base":
+            monkeypatch.setattr(sys, "_base_executable", str(interpreter))
+        elif lead == "own VIRTUAL_ENV":
+            monkeypatch.setenv("VIRTUAL_ENV", str(folder))
+        elif lead == ".venv":
+            (tmp_path / ".venv").symlink_to(folder)
+        elif lead.isupper():
+            isolated("uv", "build", **{lead: str(folder)})
+        else:
+            words = {
+                "interpreter": [interpreter.relative_to(tmp_path), "-m", "build"],
+                "--python FOLDER": ["/usr/bin/uv", "pip", "install", "--python", folder, "."],
+                "--python=FOLDER": ["/usr/bin/uv", "pip", "install", f"--python={folder.relative_to(tmp_path)}", "."],
+            }
+            isolated(*words[lead])
+        found = toolchain.find_torch()
+        assert (found.version, found.cuda, found.place) == ("2.14.0", None, place)
+        assert found.name == f"PyTorch 2.14.0 of {place}"
+
+    def test_the_environment_that_is_installed_into_goes_first(self, isolated, environment, monkeypatch):
+        monkeypatch.setattr(sys, "executable", str(environment("target", "2.12.0")))
+        isolated("pip", VIRTUAL_ENV=str(environment("active", "2.13.0").parent.parent))
+        assert toolchain.find_torch().version == "2.12.0"
+
+    def test_a_users_path_is_looked_at(self, isolated, tmp_path):
+        """pip takes PYTHONPATH away from an isolated build; modules of computing centres set it."""
+        isolated("pip", PYTHONPATH=stand_in_torch(tmp_path / "modules", "2.13.0"))
+        assert toolchain.find_torch().version == "2.13.0"
+
+    def test_interpreters_that_do_not_run_are_passed_over(self, isolated, environment, tmp_path):
+        broken = tmp_path / "python2"
+        broken.write_text("#!/nowhere/sh")
+        broken.chmod(0o755)
+        failing = tmp_path / "python3"
+        failing.write_text("#!/bin/sh\necho /nowhere/torch/__init__.py; exit 1")
+        failing.chmod(0o755)
+        isolated(broken, failing, VIRTUAL_ENV=str(tmp_path / "gone"), CONDA_PREFIX=str(environment("conda", "2.13.0")))
+        with pytest.raises(CannotBuild, match="no PyTorch is found"):
+            toolchain.find_torch()
+
+    @pytest.mark.parametrize(
+        ("case", "words"),
+        [
+            ("old", "PyTorch 2.9.1 of the environment it installs into is older than 2.11"),
+            ("headers", "PyTorch 2.14.0 of the environment it installs into is installed without its C.. headers"),
+            ("lib", "PyTorch 2.14.0 of the environment it installs into is installed without its libraries: No such "),
+            ("processor", "PyTorch 2.14.0 of the environment it installs into is built for another kind of processor"),
+            ("silent", "PyTorch of the environment it installs into does not tell its version: "),
+            ("nonsense", "PyTorch None of the environment it installs into has no version of the form 2.11"),
+        ],
+    )
+    def test_one_that_does_not_fit(self, isolated, environment, monkeypatch, tmp_path, case, words):
+        """The first one that is found decides, also where another environment has a better one."""
+        monkeypatch.setattr(sys, "executable", str(environment("full", "2.9.1" if case == "old" else "2.14.0")))
+        isolated("pip", VIRTUAL_ENV=str(environment("other", "2.14.0").parent.parent))
+        package = tmp_path / "full" / "packages" / "torch"
+        if case in ("headers", "lib", "processor"):
+            (package / {"headers": "include"}.get(case, "lib")).unlink()
+        if case == "processor":
+            (package / "lib").mkdir()
+            own = Path(sys._base_executable).resolve().read_bytes()[:20]
+            (package / "lib" / "libtorch.so").write_bytes(own[:18] + bytes([own[18] ^ 1, own[19]]))
+        if case == "silent":
+            (package / "version.py").unlink()
+        if case == "nonsense":
+            (package / "version.py").write_text("debug = False")
+        with pytest.raises(CannotBuild, match=words):
+            toolchain.find_torch()
+
+    def test_the_front_end_is_the_parent_process(self, tmp_path):
+        code = f"import sys; sys.path.append({str(ROOT)!r})\nfrom build_support.toolchain import front_end as f\n"
+        code += "import json; print(json.dumps(f()))"
+        command = ["sh", "-c", 'VIRTUAL_ENV=/of/the/build "$@"; exit $?', "front", sys.executable, "-c", code]
+        result = run(tmp_path, *command, VIRTUAL_ENV="/of/the/user")
+        folder, words, variables = json.loads(result.stdout)
+        assert (folder, words, variables["VIRTUAL_ENV"]) == (str(tmp_path), command, "/of/the/user")
+
+    def test_without_a_front_end_that_can_be_read(self, monkeypatch):
+        monkeypatch.setattr(os, "getppid", lambda: 0)
+        monkeypatch.setenv("PYTHONPATH", "/of/the/build")
+        monkeypatch.setenv("VIRTUAL_ENV", "/of/the/user")
+        _, command, variables = toolchain.front_end()
+        assert command == []
+        assert variables == {
+            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")
+        }
 
 
 class TestToolkit:
@@ -60,7 +211,7 @@ class TestToolkit:
         ("torch", "nvcc", "words"),
         [
             (TORCH._replace(cuda=None), {}, "PyTorch 2.11.0 is built without CUDA"),
-            (TORCH, {"version": "12.9"}, "nvcc is of CUDA 12.9, PyTorch 2.11.0 of CUDA 13.0"),
+            (TORCH, {"version": "12.9"}, "nvcc is of CUDA 12.9, PyTorch 2.11.0 is built with CUDA 13.0"),
         ],
         ids=["cpu-only", "other-major"],
     )

@@ -100,7 +100,10 @@ def _native():
     loaded = {name: "loaded" if reason is None else reason for name, reason in reasons.items()}
     if native.instruction_set() is not None:
         loaded["CPU kernels for"] = native.instruction_set()
-    return loaded | (_extension.build_info() or {})
+    info = _extension.build_info() or {}
+    if info and info["cuda"] is None and (why := _extension.lacking("cuda")):
+        loaded["operators for CUDA"] = why
+    return loaded | info
 
 
 def _matmul_precision():

@@ -6,6 +6,7 @@ from ..backends import Request, resolve
 from ..errors import FLOATING, check_pair, check_tensor, check_together, known
 from ..ops import transforms, windows
 from ..ops.library import AUTOCAST_DEVICES, wants_gradient
+from ..ops.native import noticed
 from ..ops.pixels import normalisation, values
 from ..ops.spec import Window
 
@@ -108,7 +109,8 @@ def choose(op, x, backend, *, dtype=None, **sizes):
         sizes: of the operator's own; ``training``: whether a gradient is wanted, by default of ``x``.
     """
     sizes.setdefault("training", wants_gradient(x))
-    return resolve(op, Request(x.device.type, dtype or x.dtype, sizes, transforms.active()), backend)
+    request = Request(x.device.type, dtype or x.dtype, sizes, transforms.active())
+    return noticed(op, request, backend, resolve(op, request, backend))
 
 
 def running_dtype(x):

@@ -3,9 +3,13 @@
 Everything is asked once, when the package is imported, so that ``torch.compile`` traces through plain constants.
 """
 
+import sys
+import warnings
+
 import torch
 
 from .. import _extension
+from ..backends import automatic, implementation
 from ..errors import FLOATING
 from .library import opaque_obstacle
 
@@ -33,12 +37,63 @@ def devices(name):
 
 
 def reason(request, kinds, dtypes=FLOATING):
-    """Why a native operator with kernels for ``kinds`` of device and ``dtypes`` cannot run ``request``, or ``None``."""
+    """Why a native operator with kernels for ``kinds`` of device and ``dtypes`` cannot run ``request``, or ``None``.
+
+    That it is not built is the last reason: with it, it would run.
+    """
+    obstacle = opaque_obstacle(request, dtypes, "native")
+    if obstacle is not None:
+        return obstacle
     if _MISSING is not None:
         return f"the native operators are missing: {_MISSING}"
     if request.device not in kinds:
         return f"no native kernel for {request.device} in this build"
-    return opaque_obstacle(request, dtypes, "native")
+    return None
+
+
+CUDA_KERNELS = ("soft_split", "soft_composition", "fused_fold_unfold")
+"""Operators that the library has for CUDA as well, if it is built for it."""
+
+_COST = {
+    # python -m benchmarks --suite module: aten against native, 1.7 (inference) and 2.1 (training) on two cores
+    "cpu": "a Performer T2T module takes about twice as long",
+    "cuda": "it takes more time and memory, how much has not been measured",
+}
+_warned = False
+
+
+def noticed(op, request, name, chosen):
+    """``chosen``, the backend of a call of ``op`` that asked for ``name``.
+
+    Warns, once in a process, if ``auto`` took ``aten`` for no other reason than that native code was not built.
+    """
+    if chosen == "aten" and name == "auto" and automatic(op):
+        why = implementation(op, "native").supports(request)
+        if why in (f"the native operators are missing: {_MISSING}", "no native kernel for cuda in this build"):
+            _warn(op, request.device)
+    return chosen
+
+
+def _warn(op, device):
+    global _warned
+    there = {
+        "cpu": torch.backends.cpu.get_cpu_capability().startswith("AVX"),  # else auto would pass the native layers over
+        "cuda": op in CUDA_KERNELS,
+    }
+    why = _extension.lacking(device)
+    if _warned or why is None or sys.platform != "linux" or not there.get(device):
+        return
+    _warned = True
+    text = (
+        f"t2t_fast: {op} runs as plain PyTorch operations, since the native operators for {device} are {why}: "
+        f"{_COST[device]}. To build them, run in its source folder: {_extension.COMMAND.format(device)} "
+        "(T2T_FAST_BACKEND=aten keeps plain operations and silences this)"
+    )
+    warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=5)
+
+
+# torch.compiler.assume_constant_result sets this, and imports the compiler to do so; dynamo warns when it traces
+_warn._dynamo_marked_constant = True
 
 
 def fake(name):
