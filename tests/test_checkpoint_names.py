@@ -144,6 +144,15 @@ def test_the_same_name_twice_is_an_error():
     assert load_checkpoint(twins.student, first).complete and same(twins.student, first)
 
 
+def test_a_model_that_has_a_part_under_two_names():
+    source = small()
+    model = Wrapped("module", small())
+    model.blocks = model.module.blocks
+    assert load_checkpoint(model, model.state_dict()).complete
+    assert load_checkpoint(model, prefixed("model.", source.state_dict())).complete
+    assert same(model.module, source.state_dict())
+
+
 def test_a_few_equal_endings_are_no_prefix():
     """Norms of another network have the shape of ours; that makes them no weights of ours."""
     model = small()

@@ -86,6 +86,13 @@ def test_a_classifier_of_mmpretrain(tmp_path):
     assert load_checkpoint(headless, path).left_out == ("head.weight", "head.bias")
 
 
+def test_upstreams_weights_in_mmpretrains_model():
+    source, model = tiny(mlp_ratio=3, tokens_type="transformer", num_classes=0), mmpretrain_model.T2TViT()
+    report = load_checkpoint(model, source.state_dict())
+    assert report.complete and "divides by its scale" in str(report)
+    assert torch.equal(model.encoder[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+
+
 def test_queries_have_biases_too():
     state = {"qkv.weight": torch.ones(12, 4), "qkv.bias": torch.ones(12)}
     model = nn.Module()

@@ -17,7 +17,7 @@ from . import files
 from .commit import own_tensors
 from .entries import as_tensor, choose
 from .fit import Fit, shapes
-from .names import match, without_wrappers
+from .names import check_distinct, match, without_wrappers
 from .report import LoadReport, Refused
 
 __all__ = ["LoadReport", "load_checkpoint", "read_state_dict", "unwrap"]
@@ -44,6 +44,7 @@ def read_state_dict(path, *, use_ema=True):
         state, source = choose(content, use_ema=use_ema, rate=len)
         state = {key: as_tensor(value) for key, value in state.items()}
         state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        check_distinct(state)
         return {short: state[key] for key, short in without_wrappers(state).items()}, source
     except Refused as error:
         raise CheckpointError(f"load_checkpoint: {name}: {error}") from error
@@ -76,7 +77,7 @@ def load_checkpoint(
 
     *mmpretrain* publishes upstream's weights under its own names, and they are loaded as such. But mmpretrain 1.2
     divides by its attention scale where upstream multiplies. For weights that it trained, ``trained_with="mmpretrain"``
-    multiplies the queries by a factor with which this model's logits are those of mmpretrain.
+    multiplies the queries by the factor with which this model's logits equal mmpretrain's.
 
     Args:
         model: an ``nn.Module``; wrappers of DataParallel, DistributedDataParallel and torch.compile are looked through.

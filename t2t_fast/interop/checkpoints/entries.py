@@ -10,6 +10,10 @@ from .report import Refused, listed
 
 _DEPTH = 2
 """Levels of dicts around a state dict."""
+_CANDIDATES = 100
+"""Dicts of tensors that are compared with the model, the largest ones."""
+_NAME_LENGTH = 1000
+"""Characters of a tensor's name."""
 _KNOWN = ("tensors", "state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", "model_ema")
 """Names that decide between entries that fit equally well, the preferred first."""
 _AVERAGED = re.compile(r"(?<![^._])ema(?![^._])", re.IGNORECASE)
@@ -20,7 +24,7 @@ def choose(content, *, use_ema, rate):
 
     Args:
         content: what was read: dicts inside dicts.
-        use_ema: prefer averaged weights, entries with "ema" in their name; ``False``: leave them alone.
+        use_ema: prefer averaged weights, entries with "ema" in their name; ``False``: do not use them.
         rate: function of {name: value} that returns a number, larger for what fits better.
 
     Raises:
@@ -28,10 +32,13 @@ def choose(content, *, use_ema, rate):
     """
     if not isinstance(content, Mapping):
         raise Refused(f"it must hold a dict of tensors, alone or under a name, got {type(content).__name__}")
-    found = dict(_dicts_of_tensors(content, (), set()))
+    found = sorted(_dicts_of_tensors(content, (), set()), key=lambda item: -len(item[1]))
+    found = dict(found[:_CANDIDATES])
     if not found:
         raise Refused(f"it holds no tensors; its entries are {listed(_kinds(content))}")
     rates = {source: rate(entry) for source, entry in found.items()}
+    if not any(rates.values()):
+        rates = {source: len(entry) for source, entry in found.items()}
     fitting = [source for source in found if 2 * rates[source] >= max(rates.values())]
     averaged = [source for source in fitting if _AVERAGED.search(source)]
     plain = [source for source in fitting if source not in averaged]
@@ -53,6 +60,8 @@ def _dicts_of_tensors(content, path, seen):
     """(name, {name: value}) of every dict that holds tensors, outermost first; each dict once."""
     seen.add(id(content))
     names = [name for name in content if isinstance(name, str)]
+    if any(len(name) > _NAME_LENGTH for name in names):
+        raise Refused(f"it holds a name of {max(map(len, names))} characters")
     if any(isinstance(content[name], (torch.Tensor, np.ndarray)) for name in names):
         yield ".".join(path) or "tensors", {name: content[name] for name in names}
     for name in names:

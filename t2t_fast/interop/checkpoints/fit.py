@@ -1,4 +1,4 @@
-"""A checkpoint's tensors on a model: what goes where, resized, transposed, rescaled, and which head the model gets."""
+"""Fits a checkpoint's tensors to a model: names, shapes, position tables, matrices' order, attention scale, heads."""
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def shapes(state):
 
 
 class Fit:
-    """The plan of a load: every tensor finished and checked, nothing written.
+    """The plan of a load: every value is finished and checked, nothing is written before :meth:`commit`.
 
     Args:
         model: an ``nn.Module``.
@@ -212,6 +212,8 @@ class Fit:
                 "taken for weights of upstream's code, as mmpretrain publishes them; if mmpretrain 1.2 trained them, "
                 "give trained_with='mmpretrain', since its attention divides by the scale that upstream multiplies by"
             )
+        if self.layout != "mmpretrain" and layout(self.target) == "mmpretrain":
+            yield "mmpretrain 1.2's attention divides by its scale, so its logits differ from those of upstream's code"
         if self.layout == "paddlevit":
             yield "PaddleViT's LayerNorm has eps 1e-6, upstream's and this package's 1e-5"
 
@@ -233,7 +235,7 @@ class Fit:
         values = writing.separate([self.copies[name] for name in names], targets)
         wrong = writing.conflicts(dict(zip(names, zip(targets, values, strict=True), strict=True)))
         if wrong:
-            raise Refused(f"{', '.join(wrong)} share memory in the model, but have other values in the checkpoint")
+            raise Refused(f"the checkpoint has different values for memory that the model shares: {', '.join(wrong)}")
         attributes = [(owner, name, head) for _, owner, name, head in self.heads]
         attributes += [
             (owner, "num_classes", getattr(head, "out_features", 0))
@@ -244,7 +246,7 @@ class Fit:
 
 
 def _misfit(value, ours):
-    """Why a value cannot stand for one of the model's tensors without loss; ``None`` if it can."""
+    """Why a value cannot become one of the model's tensors, for messages; ``None`` if it can."""
     wanted = writing.describe(ours)
     kinds = [(x.is_floating_point(), x.is_complex()) for x in (value, ours)]
     if value.shape != ours.shape or kinds[0] != kinds[1]:

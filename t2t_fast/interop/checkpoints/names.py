@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint belongs to which of a model: wrappers, other projects' names, prefixes.
 
-Names of both sides are made comparable by the same function, so that it does not matter whose file goes into whose
-model; then the pair of prefixes is looked for under which most of them agree.
+One function translates the names of both sides, so any project's file can go into any project's model. :func:`match`
+then finds the prefixes under which most names agree.
 """
 
 import re
@@ -44,25 +44,38 @@ def layout(names):
 
 
 def without_wrappers(names):
-    """{name: name without wrapping modules}. Raises :class:`Refused` if two fall together."""
-    short = {name: _WRAPPER.sub("", name) for name in names}
-    for name, count in Counter(short.values()).items():
-        if count > 1:
-            same = listed([key for key, value in short.items() if value == name])
+    """{name: name without wrapping modules}; names that would become equal stay as they are."""
+    return _apart(names, lambda name: _WRAPPER.sub("", name))
+
+
+def check_distinct(names):
+    """Raise :class:`Refused` if two of a checkpoint's names differ by wrapping modules alone."""
+    seen = {}
+    for name in names:
+        short = _WRAPPER.sub("", name)
+        if short in seen:
+            same = listed([seen[short], name])
             raise Refused(f"it has the same name twice, with and without the prefix of a wrapper: {same}")
-    return short
+        seen[short] = name
 
 
 def comparable(names):
-    """{name: upstream's name for it, without wrappers}; where two would fall together they stay apart."""
+    """{name: upstream's name for it, without wrappers}; names that would become equal stay apart."""
     short = without_wrappers(names)
-    theirs = {}
-    for name, value in short.items():
-        for pattern, replacement in _RULES:
-            value = pattern.sub(replacement, value)
-        theirs[name] = value
-    count = Counter(theirs.values())
-    return {name: value if count[value] == 1 else short[name] for name, value in theirs.items()}
+    upstreams = _apart(short.values(), _upstreams)
+    return {name: upstreams[value] for name, value in short.items()}
+
+
+def _upstreams(name):
+    for pattern, replacement in _RULES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _apart(names, change):
+    changed = {name: change(name) for name in names}
+    count = Counter(changed.values())
+    return {name: value if count[value] == 1 else name for name, value in changed.items()}
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,9 @@ def match(source, target):
         Refused: the same name twice, or several prefixes fit equally well.
     """
     if source.keys() <= target.keys() or target.keys() <= source.keys():
-        return Match({name: name for name in source}, ("", ""), _score({name: name for name in source}, source, target))
+        same = {name: name for name in source}
+        return Match(same, ("", ""), _score(same, source, target))
+    check_distinct(source)
     theirs, ours = comparable(source), comparable(target)
     named = {value: name for name, value in theirs.items()}
     needed = (min(len(source), len(target)) + 1) // 2
@@ -127,7 +142,7 @@ def match(source, target):
 
 
 def _score(pairs, source, target):
-    """Pairs with equal shapes, and pairs at all. A matrix may lie transposed, as PaddlePaddle's do."""
+    """The number of pairs with equal shapes, and of all pairs. PaddlePaddle's matrices are transposed."""
     pairs = [(source[theirs], target[ours]) for theirs, ours in pairs.items() if ours in target]
     return sum(a is not None and b is not None and a in (b, b[::-1]) for a, b in pairs), len(pairs)
 

@@ -1,4 +1,4 @@
-"""PaddlePaddle's ``.pdparams``: a pickle of a dict of NumPy arrays, from which nothing but arrays is built.
+"""Reads PaddlePaddle's ``.pdparams``, a pickle of a dict of NumPy arrays, and builds nothing but arrays from it.
 
 Source of the format: ``paddle.save`` in PaddlePaddle's ``python/paddle/framework/io.py``.
 """
@@ -16,16 +16,16 @@ _BUFFER = ("numpy.core.numeric._frombuffer", "numpy.core.multiarray._frombuffer"
 
 
 def read(file, size):
-    """{name: tensor} of the file, nested as it is there. Raises :class:`Refused`, or what a broken pickle leads to."""
+    """{name: tensor} of the file, nested as it is there. Raises :class:`Refused`, or anything for a broken pickle."""
     return _plain(_Reader(file, size, longest=size).load(), depth=0)
 
 
 def _plain(value, depth):
-    """Arrays as tensors, down to the depth at which a state dict is looked for."""
+    """The value with its arrays as tensors, down to the depth at which ``entries.py`` looks for a state dict."""
     if isinstance(value, dict) and depth < 3:
         return {name: _plain(entry, depth + 1) for name, entry in value.items()}
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], _Array):
-        value = value[1]  # PaddlePaddle writes a tensor by itself as its name and its array
+        value = value[1]  # PaddlePaddle pickles a single tensor as (name, array)
     return value.tensor() if isinstance(value, _Array) else value
 
 
@@ -61,7 +61,7 @@ class _Array:
         self.numpy = np.frombuffer(data, dtype.numpy).reshape(shape, order=order)
 
     def tensor(self):
-        """A copy as a tensor. PaddlePaddle has no uint16; it writes bfloat16 so, as NumPy lacks it."""
+        """A copy as a tensor. uint16 is bfloat16, which NumPy lacks; PaddlePaddle has no uint16 tensors."""
         array = np.array(self.numpy, dtype=self.numpy.dtype.newbyteorder("="), order="C")
         if array.dtype == np.uint16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

@@ -1,8 +1,7 @@
-"""Reads pickles without running them: every opcode is interpreted here, no class is imported, no function called.
+"""Reads pickles without running them: opcodes are interpreted here, no class is imported and no function called.
 
-:class:`Machine` is the interpreter. What a global, a call or a persistent id means is left to its subclasses: one
-inspects files of ``torch.save`` before PyTorch reads them (``torch_files.py``), one builds arrays from PaddlePaddle's
-(``paddle_files.py``).
+Subclasses of :class:`Machine` define what a call or a persistent id means: ``torch_files.py`` inspects files of
+``torch.save`` before PyTorch reads them, ``paddle_files.py`` builds arrays.
 """
 
 import pickletools
@@ -10,7 +9,7 @@ import pickletools
 from .report import Refused
 
 KEY_STEPS = 1000
-"""Nested entries of a tuple that may be hashed. Hashing recurses, and its time grows with every shared part."""
+"""Nested entries of a tuple that may be hashed. Hashing recurses, and visits a shared part once per reference."""
 TUPLE_STEPS = 10_000
 """Nested entries of any tuple of tuples."""
 LINE_LENGTH = 4096
@@ -149,7 +148,7 @@ class Machine:
         elif name in ("REDUCE", "NEWOBJ"):
             args, function = stack.pop(), stack.pop()
             if not isinstance(function, Global) or not isinstance(args, Tuple):
-                raise Refused("it calls something that is no name")
+                raise Refused("it calls something that is not a named function")
             stack.append(self.call(function, args))
         elif name == "BUILD":
             state = stack.pop()
@@ -170,8 +169,8 @@ class Machine:
 
 
 def _global(module, attribute):
-    """The name under Python 3 and NumPy 1, which is what files of every version are compared with."""
+    """The name as of Python 3 and NumPy 1, so that files of every version use the same one."""
     if not (isinstance(module, str) and isinstance(attribute, str)):
-        raise Refused("it names something that is no module")
+        raise Refused("it names a class by something else than strings")
     module = {"__builtin__": "builtins"}.get(module, module)
     return Global(f"{module.replace('numpy._core.', 'numpy.core.')}.{attribute}")

@@ -1,8 +1,8 @@
 """Files of ``torch.save``: inspected first, then read by ``torch.load(weights_only=True)``.
 
-``weights_only`` keeps a file from running code. It does not keep one from exhausting memory or time, or from ending the
-process: compressed records are unpacked whole before their size is compared, storages of the old format are allocated
-as declared and grow with a view, and hashing a deep tuple overflows the stack. The inspection refuses these.
+``weights_only`` keeps a file from running code, but not from exhausting memory or time, or from ending the process:
+compressed records are unpacked before their size is compared, storages of the old format are allocated as declared and
+grow with a view, and hashing a deep tuple overflows the stack. The inspection refuses such files.
 """
 
 import argparse
@@ -55,15 +55,15 @@ _ITEMSIZES = (
 PLAIN_DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16)")
 """NumPy's names of dtypes that are numbers."""
 LONGEST_STRING = 1 << 26
-"""Bytes of a string in the pickle of a checkpoint, whose numbers lie outside of it."""
+"""Bytes of a string in the pickle of torch.save, which stores the tensors outside of it."""
 _LOADING = threading.Lock()
 
 
 def read(file, size):
-    """What the file holds, its tensors on the CPU. Raises :class:`Refused`, or what ``torch.load`` stumbles over."""
+    """What the file holds, its tensors on the CPU. Raises :class:`Refused`, or anything that ``torch.load`` does."""
     _inspect(file, size)
     file.seek(0)
-    # The classes that are allowed are the process's, so loads take turns and leave what the user has allowed.
+    # The list of allowed classes belongs to the process, so loads take turns and keep what the user has allowed.
     with _LOADING:
         allowed = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([entry for entry in _harmless() if entry not in allowed]):
@@ -80,7 +80,7 @@ def refused_class(name):
 
 
 def _harmless():
-    """Classes beside torch's own: the command line that upstream saves, and the numbers of NumPy 1 and 2."""
+    """Classes allowed beside torch's own: the command line that upstream saves, and numbers of NumPy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"}
@@ -96,7 +96,7 @@ def _inspect(file, size):
         return
     inspector = _Inspector(file, size, size)
     if start[:1] != b"\x80" or inspector.load() != _LEGACY_MAGIC:
-        raise Refused("it is no file of torch.save")
+        raise Refused("it was not written by torch.save")
     for _ in ("protocol", "system", "content", "keys of storages"):
         inspector.load()
 
@@ -110,9 +110,9 @@ def _pickle_of_archive(file, size):
         if sum(max(record.file_size, record.compress_size) for record in records) > size:
             raise Refused("its records declare more bytes than it has")
         names = [record.filename.lower() for record in records]
-        pickles = [record for record in records if re.fullmatch("[^/]+/data.pkl", record.filename)]
+        pickles = [record for record in records if re.fullmatch(r"[^/]+/data\.pkl", record.filename)]
         if len(pickles) != 1 or len(set(names)) < len(names):
-            raise Refused("it is no archive of torch.save")
+            raise Refused("it is a zip archive, but not one of torch.save")
         return archive.read(pickles[0])
 
 
@@ -122,7 +122,7 @@ class _Storage:
 
 
 class _Object:
-    """What a call would have returned."""
+    """Stands for what a call would return."""
 
     def __init__(self, name):
         self.name = name
@@ -203,7 +203,7 @@ class _Inspector(Machine):
         if count and end * itemsize > storage.numel * storage.itemsize:
             raise Refused("it holds a tensor that is larger than its storage")
         if count * itemsize > self._file_size:
-            raise Refused(f"it holds a tensor of {count} elements, more than it has bytes")
+            raise Refused(f"it declares a tensor of {count} elements in {self._file_size} bytes")
 
 
 def _count(value):
