@@ -54,7 +54,7 @@ BAD = {
     ),
     "whole module": ("m.pth", lambda p: saved(p, nn.Linear(2, 2)), r"it holds a pickled torch\.nn\.modules\.linear"),
     "list": ("m.pth", lambda p: saved(p, [torch.ones(2)]), "must hold a dict of tensors.*got list"),
-    "numbers": ("m.pth", lambda p: saved(p, {"epoch": 3}), "its entry 'epoch' is a int"),
+    "numbers": ("m.pth", lambda p: saved(p, {"epoch": 3}), r"it holds no tensors; its entries are epoch \(int\)"),
     "no tensors": ("m.pth", lambda p: saved(p, {"state_dict": {}}), "holds no tensors"),
     "same name twice": (
         "m.pth",
@@ -108,8 +108,9 @@ def test_safetensors_missing_names_the_extra(tmp_path, monkeypatch):
         (dict(num_classes=-1), ValueError, "num_classes must be at least 0, got -1"),
         (dict(source_grid="14x14"), TypeError, "source_grid must be an int or a pair of ints, got '14x14'"),
         (dict(grid=(0, 3)), ValueError, r"grid must be at least 1, got \(0, 3\)"),
+        (dict(trained_with="timm"), ValueError, "trained_with must be None or 'mmpretrain', got 'timm'"),
     ],
-    ids=["class text", "class bool", "class negative", "grid text", "grid zero"],
+    ids=["class text", "class bool", "class negative", "grid text", "grid zero", "trained with"],
 )
 def test_bad_arguments(tmp_path, options, error, text):
     path = saved(tmp_path / "m.pth", tiny().state_dict())

@@ -12,7 +12,6 @@ from support.checkpoints import SMALL, TINY, fingerprint, resized_table, same, s
 from t2t_fast import reference
 from t2t_fast.errors import CheckpointError
 from t2t_fast.interop.checkpoints import load_checkpoint
-from t2t_fast.interop.key_maps import to_upstream
 from t2t_fast.interop.swap import swap
 from t2t_fast.models import T2TViT, ViT, lanl
 
@@ -102,22 +101,6 @@ def test_upstream_weights_from_a_file_give_upstream_numbers(tmp_path, name, buil
 def _mmpretrain_name(key):
     key = key.replace("blocks.", "encoder.").replace(".norm1.", ".ln1.").replace(".norm2.", ".ln2.")
     return key.replace(".mlp.fc1.", ".ffn.layers.0.0.").replace(".mlp.fc2.", ".ffn.layers.1.")
-
-
-@pytest.mark.parametrize("prefix", ["", "backbone."], ids=["backbone", "classifier"])
-@pytest.mark.parametrize("name", ["t2t_vit_t_14", "t2t_vit_t_19", "t2t_vit_t_24"])
-def test_mmpretrain_names_are_upstreams(name, prefix):
-    state = {prefix + key: key for key in golden.key_table(f"mmpretrain_{name}")["tensors"]}
-    heads = {"head.layers.head.weight": "w", "head.layers.head.bias": "b"} if prefix else {}
-    mapped, layout = to_upstream({**state, **heads})
-    expected = set(golden.key_table(f"official_{name}")["tensors"])
-    assert layout == "mmpretrain"
-    assert set(mapped) == (expected if prefix else expected - {"head.weight", "head.bias"})
-
-
-def test_other_names_are_left_alone():
-    state = dict.fromkeys(["encoder.0.norm1.weight", "backbone.cls_token"])
-    assert to_upstream(state) == (state, "upstream")
 
 
 def test_values_are_copied_into_the_same_parameters(tmp_path):

@@ -300,7 +300,7 @@ class TestWarning:
             with t2t_fast.backend("aten", op="soft_split"):
                 self.call()
         if case == "variable":
-            monkeypatch.setitem(backends._chosen, None, "aten")
+            monkeypatch.setattr(backends, "_DEFAULT", "aten")
             self.call()
         if case == "no kernel":
             x, w = torch.ones(1, 3, 8, 8, dtype=torch.float64), torch.ones(4, 27, dtype=torch.float64)

@@ -14,8 +14,9 @@ def create_model(name, *, img_size=224, in_chans=3, num_classes=1000, checkpoint
         name: one of :func:`list_models`.
         img_size: int or (H, W): the size whose token grid the stored position table has. Other sizes work at call time.
         in_chans, num_classes: channels of the image; classes, 0 for no head.
-        checkpoint: path of a file that :func:`load_checkpoint` reads. Its position table is resized to ``img_size``;
-            if it has another class count (or no head), the head is newly initialised and a warning says so.
+        checkpoint: path of a file that :func:`load_checkpoint` reads, or a state dict. Its position table is resized to
+            ``img_size``; if it has another class count (or no head), the head is newly initialised and a warning says
+            so.
         options: other arguments of the model's class, such as ``drop_path_rate``, ``qk_scale``, ``norm_layer``.
 
     Returns:
@@ -38,7 +39,7 @@ def create_model(name, *, img_size=224, in_chans=3, num_classes=1000, checkpoint
         report = load_checkpoint(model, checkpoint, num_classes=num_classes)
         if report.reinitialised:
             warnings.warn(
-                f"create_model: {checkpoint} has no head of {num_classes} classes, so "
+                f"create_model: {report.path} has no head of {num_classes} classes, so "
                 f"{', '.join(report.reinitialised)} are newly initialised",
                 stacklevel=2,
             )

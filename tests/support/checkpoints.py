@@ -1,6 +1,7 @@
 """Small models, and files with their weights."""
 
 import hashlib
+import pickle
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,19 @@ def fingerprint(model):
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def exact_state(model):
+    """What a load that fails must leave as it was: values, the objects that hold them, modes, the random state."""
+    return (
+        fingerprint(model),
+        [(name, id(p), p.requires_grad, p.data_ptr()) for name, p in model.named_parameters(remove_duplicate=False)],
+        [(name, id(b), b.data_ptr()) for name, b in model.named_buffers(remove_duplicate=False)],
+        [(name, id(m), type(m), m.training, getattr(m, "num_classes", None)) for name, m in model.named_modules()],
+        torch.get_rng_state().tolist(),
+    )
 
 
 def same(model, state):
@@ -38,6 +50,17 @@ def same(model, state):
 def saved(path, content, **options):
     torch.save(content, path, **options)
     return path
+
+
+def paddle_file(state, protocol=4, rename=lambda name: name, **entries):
+    """The bytes of a ``.pdparams`` of these weights: matrices are (in, out), except the Performer's random features."""
+    arrays = {
+        rename(name): value.numpy().T.copy() if value.ndim == 2 and not name.endswith(".w") else value.numpy()
+        for name, value in state.items()
+    }
+    return pickle.dumps(
+        {**arrays, "StructuredToParameterName@@": dict.fromkeys(arrays, "linear_0.w_0"), **entries}, protocol
+    )
 
 
 def resized_table(table, old, new, extra=1, mode="bicubic"):

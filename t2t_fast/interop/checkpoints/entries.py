@@ -1,0 +1,85 @@
+"""Which dict of a checkpoint is the state dict, and its values as tensors."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from .report import Refused, listed
+
+_DEPTH = 2
+"""Levels of dicts around a state dict."""
+_CANDIDATES = 100
+"""Dicts of tensors that are compared with the model, the largest ones."""
+_NAME_LENGTH = 1000
+"""Characters of a tensor's name."""
+_KNOWN = ("tensors", "state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", "model_ema")
+"""Names that decide between entries that fit equally well, the preferred first."""
+_AVERAGED = re.compile(r"(?<![^._])ema(?![^._])", re.IGNORECASE)
+
+
+def choose(content, *, use_ema, rate):
+    """The state dict inside what a file holds, and the name of its entry ("tensors" if it is all there is).
+
+    Args:
+        content: what was read: dicts inside dicts.
+        use_ema: prefer averaged weights, entries with "ema" in their name; ``False``: do not use them.
+        rate: function of {name: value} that returns a number, larger for what fits better.
+
+    Raises:
+        Refused: no dict of tensors, or several that fit equally well.
+    """
+    if not isinstance(content, Mapping):
+        raise Refused(f"it must hold a dict of tensors, alone or under a name, got {type(content).__name__}")
+    found = sorted(_dicts_of_tensors(content, (), set()), key=lambda item: -len(item[1]))
+    found = dict(found[:_CANDIDATES])
+    if not found:
+        raise Refused(f"it holds no tensors; its entries are {listed(_kinds(content))}")
+    rates = {source: rate(entry) for source, entry in found.items()}
+    if not any(rates.values()):
+        rates = {source: len(entry) for source, entry in found.items()}
+    fitting = [source for source in found if 2 * rates[source] >= max(rates.values())]
+    averaged = [source for source in fitting if _AVERAGED.search(source)]
+    plain = [source for source in fitting if source not in averaged]
+    wanted = averaged or plain if use_ema else plain
+    if not wanted:
+        raise Refused(f"it holds averaged weights alone ({listed(averaged)}); use_ema=True loads them")
+    best = max(rates[source] for source in wanted)
+    rivals = sorted((source for source in wanted if rates[source] == best), key=_preference)
+    if len(rivals) > 1 and _preference(rivals[0]) == _preference(rivals[1]):
+        raise Refused(f"it holds several state dicts that fit equally well, {listed(rivals)}; give one as a state dict")
+    return found[rivals[0]], rivals[0]
+
+
+def _preference(source):
+    return _KNOWN.index(source) if source in _KNOWN else len(_KNOWN)
+
+
+def _dicts_of_tensors(content, path, seen):
+    """(name, {name: value}) of every dict that holds tensors, outermost first; each dict once."""
+    seen.add(id(content))
+    names = [name for name in content if isinstance(name, str)]
+    if any(len(name) > _NAME_LENGTH for name in names):
+        raise Refused(f"it holds a name of {max(map(len, names))} characters")
+    if any(isinstance(content[name], (torch.Tensor, np.ndarray)) for name in names):
+        yield ".".join(path) or "tensors", {name: content[name] for name in names}
+    for name in names:
+        if isinstance(content[name], Mapping) and len(path) < _DEPTH and id(content[name]) not in seen:
+            yield from _dicts_of_tensors(content[name], (*path, name), seen)
+
+
+def _kinds(content):
+    return [f"{name} ({type(value).__name__})" for name, value in content.items() if isinstance(name, str)] or ["none"]
+
+
+def as_tensor(value):
+    """A tensor, where the value is one, an array or a number; else the value itself."""
+    try:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+        if isinstance(value, (bool, int, float, np.bool_, np.number)):
+            return torch.as_tensor(value)
+    except (RuntimeError, TypeError, ValueError):  # wider than any dtype of torch
+        return value
+    return value

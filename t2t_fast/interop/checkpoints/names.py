@@ -1,0 +1,179 @@
+"""Which tensor of a checkpoint belongs to which of a model: wrappers, other projects' names, prefixes.
+
+One function translates the names of both sides, so any project's file can go into any project's model. :func:`match`
+then finds the prefixes under which most names agree.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from .report import Refused, listed
+
+# Modules that wrap another one: DataParallel and DDP, torch.compile, activation checkpointing, FSDP.
+_WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# Other projects' names for upstream's, in order. tests/golden/README.md has the tables.
+_RULES = tuple(
+    (re.compile(rf"(?<![^.]){pattern}"), name)
+    for pattern, name in (
+        # mmpretrain's T2T_ViT
+        (r"encoder\.(?=\d+\.)", "blocks."),
+        (r"ln([12])\.", r"norm\1."),
+        (r"ffn\.layers\.0\.0\.", "mlp.fc1."),
+        (r"ffn\.layers\.1\.", "mlp.fc2."),
+        (r"head\.layers\.head\.", "head."),
+        # PaddleViT's T2T_ViT
+        (r"patch_embed\.attn([12])\.", r"tokens_to_token.attention\1."),
+        (r"patch_embed\.proj\.", "tokens_to_token.project."),
+        # a timm model with T2TEmbed
+        (r"patch_embed\.tokens_to_token\.", "tokens_to_token."),
+    )
+)
+# Names by which a project's files are recognised.
+_LAYOUTS = {
+    "mmpretrain": re.compile(r"(?<![^.])encoder\.0\.ln1\."),
+    "paddlevit": re.compile(r"(?<![^.])patch_embed\.attn[12]\."),
+    "vit-pytorch": re.compile(r"(?<![^.])to_patch_embedding\.\d+\.layers\."),
+    "lanl": re.compile(r"(?<![^.])tokens_to_token\.transformer[12]\."),
+}
+
+
+def layout(names):
+    """Whose names these are: "mmpretrain", "paddlevit", "vit-pytorch", "lanl", else "upstream"."""
+    return next((project for project, sign in _LAYOUTS.items() if any(map(sign.search, names))), "upstream")
+
+
+def without_wrappers(names):
+    """{name: name without wrapping modules}; names that would become equal stay as they are."""
+    return _apart(names, lambda name: _WRAPPER.sub("", name))
+
+
+def check_distinct(names):
+    """Raise :class:`Refused` if two of a checkpoint's names differ by wrapping modules alone."""
+    seen = {}
+    for name in names:
+        short = _WRAPPER.sub("", name)
+        if short in seen:
+            same = listed([seen[short], name])
+            raise Refused(f"it has the same name twice, with and without the prefix of a wrapper: {same}")
+        seen[short] = name
+
+
+def comparable(names):
+    """{name: upstream's name for it, without wrappers}; names that would become equal stay apart."""
+    short = without_wrappers(names)
+    upstreams = _apart(short.values(), _upstreams)
+    return {name: upstreams[value] for name, value in short.items()}
+
+
+def _upstreams(name):
+    for pattern, replacement in _RULES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _apart(names, change):
+    changed = {name: change(name) for name in names}
+    count = Counter(changed.values())
+    return {name: value if count[value] == 1 else name for name, value in changed.items()}
+
+
+@dataclass(frozen=True)
+class Match:
+    """How the names of a checkpoint become a model's.
+
+    Attributes:
+        names: {name in the checkpoint: name in the model's terms}, whether the model has it or not. What would fall
+            together with another name is left out.
+        prefix: (prefix of the checkpoint's names, the model's prefix that replaces it).
+        score: (names with equal shapes, equal names).
+    """
+
+    names: dict[str, str]
+    prefix: tuple[str, str]
+    score: tuple[int, int]
+
+
+def match(source, target):
+    """Find the prefixes under which ``source`` fits ``target`` best.
+
+    A pair (prefix of the source, prefix of the target) is tried if at least half of the smaller side could agree under
+    it; names outside of both may agree under shorter ones (a classifier beside its backbone).
+
+    Args:
+        source, target: {name: shape}, with ``None`` for what has none.
+
+    Returns:
+        a :class:`Match`.
+
+    Raises:
+        Refused: the same name twice, or several prefixes fit equally well.
+    """
+    if source.keys() <= target.keys() or target.keys() <= source.keys():
+        same = {name: name for name in source}
+        return Match(same, ("", ""), _score(same, source, target))
+    check_distinct(source)
+    theirs, ours = comparable(source), comparable(target)
+    named = {value: name for name, value in theirs.items()}
+    needed = (min(len(source), len(target)) + 1) // 2
+    best, score, rivals = None, (0, 0), []
+    for old in _prefixes(named, needed):
+        for new in _prefixes(ours.values(), needed):
+            pairs = {
+                named[old + value.removeprefix(new)]: name
+                for name, value in ours.items()
+                if value.startswith(new) and old + value.removeprefix(new) in named
+            }
+            found = _score(pairs, source, target)
+            if found > score:
+                best, score, rivals = (old, new, pairs), found, []
+            elif found == score and best is not None and pairs != best[2]:
+                rivals.append((old, new))
+    if best is None or score[1] < needed:
+        best, score, rivals = ("", "", {}), (0, 0), []
+    old, new, pairs = best
+    if rivals and score[0]:
+        rival = " and ".join(repr(prefix) for prefix in ((old, new), rivals[0]))
+        raise Refused(
+            f"its names fit the model's equally well under several prefixes (of the checkpoint, of the model): "
+            f"{rival}; give the state dict, or the part of the model, that is meant"
+        )
+    return Match(_renamed(theirs, ours, old, new, pairs), (old, new), score)
+
+
+def _score(pairs, source, target):
+    """The number of pairs with equal shapes, and of all pairs. PaddlePaddle's matrices are transposed."""
+    pairs = [(source[theirs], target[ours]) for theirs, ours in pairs.items() if ours in target]
+    return sum(a is not None and b is not None and a in (b, b[::-1]) for a, b in pairs), len(pairs)
+
+
+def _prefixes(names, needed):
+    """Dotted prefixes that at least ``needed`` of the names have, the shortest first."""
+    count = Counter({"": needed})
+    for name in names:
+        end = name.find(".")
+        while end >= 0:
+            count[name[: end + 1]] += 1
+            end = name.find(".", end + 1)
+    return sorted((prefix for prefix, many in count.items() if many >= needed), key=lambda prefix: prefix.count("."))
+
+
+def _renamed(theirs, ours, old, new, pairs):
+    """The pairs, and every other name in the model's terms: under the nearest outer prefixes where the model has it."""
+    names, taken = dict(pairs), set(pairs.values())
+    free = {value: name for name, value in ours.items() if name not in taken}
+    for name, value in theirs.items():
+        candidates = [b + value[len(a) :] for a in _outer(old) for b in _outer(new) if value.startswith(a)]
+        found = next((free[candidate] for candidate in candidates if candidate in free), candidates[0])
+        if name not in names and found not in taken:
+            names[name] = found
+            taken.add(found)
+    return names
+
+
+def _outer(prefix):
+    """The prefix and the shorter ones around it, down to none."""
+    yield prefix
+    while prefix:
+        prefix = prefix[: prefix[:-1].rfind(".") + 1]
+        yield prefix

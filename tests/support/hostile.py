@@ -1,0 +1,121 @@
+"""Builders of files that are broken, lie about their sizes, or would run code: by hand, as no library writes them."""
+
+import io
+import json
+import pickle
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+from contextlib import contextmanager
+
+import torch
+
+MAGIC = 0x1950A86A20F9469CFC6C
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+class View:
+    """Pickles as a float32 tensor of a storage, with whatever sizes it is told."""
+
+    def __init__(self, size=(48,), stride=(1,), offset=0, numel=48, key="0", kind=torch.FloatStorage):
+        self.size, self.stride, self.offset = size, stride, offset
+        self.storage = Storage(kind, key, numel)
+
+    def __reduce__(self):
+        arguments = (self.storage, self.offset, self.size, self.stride, False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+class Storage:
+    def __init__(self, kind, key, numel):
+        self.identity = ("storage", kind, key, "cpu", numel)
+
+
+def dumped(content, legacy=False):
+    """The pickle of ``content``, its :class:`Storage` objects as persistent ids."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return value.identity + (None,) * legacy if isinstance(value, Storage) else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue()
+
+
+def archive(path, content, storages=None, *, compress=False, extra=()):
+    """A zip file as of torch.save: ``content`` (an object, or the bytes of a pickle) and {key: bytes} of storages."""
+    data = content if isinstance(content, bytes) else dumped(content)
+    storages = {"0": bytes(4 * 48)} if storages is None else storages
+    records = [("m/data.pkl", data), ("m/byteorder", b"little"), ("m/version", b"3\n")]
+    records += [(f"m/data/{key}", value) for key, value in storages.items()]
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else 0) as file:
+        warnings.simplefilter("ignore")  # names that are there twice
+        for name, value in (*records, *extra):
+            file.writestr(name, value)
+
+
+def opcodes(*parts):
+    """A pickle of a dict under construction, one entry of which is what ``parts`` push, by hand."""
+    return b"\x80\x02}X\x01\0\0\0w" + b"".join(parts) + b"s."
+
+
+def long(number):
+    """The opcode that pushes an integer of eight bytes."""
+    return b"\x8a\x08" + struct.pack("<q", number)
+
+
+def legacy(path, content, storages=None, *, magic=MAGIC, protocol=1001, keys=None):
+    """A file as of torch.save before 1.6: pickles, then the storages, each after its number of elements."""
+    storages = {"0": bytes(4 * 48)} if storages is None else storages
+    keys = sorted(storages) if keys is None else keys
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    parts = [pickle.dumps(part, 2) for part in (magic, protocol, system)] + [
+        dumped(content, True),
+        pickle.dumps(keys, 2),
+    ]
+    parts += [struct.pack("<q", len(value) // 4) + value for value in storages.values()]
+    path.write_bytes(b"".join(parts))
+
+
+def safetensors(path, header, data=b"", length=None):
+    """A safetensors file: the length of the header, the header (JSON or bytes), the data."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+
+
+def rewritten(path, old, new):
+    """Replace bytes of a file."""
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+@contextmanager
+def peak_memory():
+    """A list that receives how many bytes the process's memory rose by; empty where the system does not tell."""
+    rise = []
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = _status("VmRSS")
+    except OSError:
+        yield rise
+        return
+    yield rise
+    rise.append(_status("VmHWM") - before)
+
+
+def _status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
