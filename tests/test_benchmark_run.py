@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import clocks, harness, run_file, session, subjects
+from benchmarks import clocks, harness, report, run_file, session, subjects
 from benchmarks.groups import ContextLost
 from support.rows import ENVIRONMENT, made_row
 from support.runs import FIRST, FITTING, SECOND, finished_row, resumed, written
@@ -210,6 +210,7 @@ def test_a_row_that_ends_the_cuda_context_is_left_out_and_the_run_goes_on_in_ano
     (tmp_path / "losing.py").write_text(LOSING)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p losing")
+    monkeypatch.setattr(report, "write", lambda rows, out: [])
     out = tmp_path / "run"
     words = ["--device", "cpu", "--quick", "--suite", "ops", "--filter", "token_mlp and inference"]
     assert command.main([*words, "--report", str(out)]) == 1

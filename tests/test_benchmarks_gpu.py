@@ -228,7 +228,7 @@ def test_gpu_run_without_a_start_that_is_plausible(monkeypatch):
 def test_gpu_run_puts_its_page_and_its_archive_where_it_is_told(tmp_path, capsys):
     page, archive = tmp_path / "there" / "page.md", tmp_path / "there" / "all.tgz"
     words = ["--summary", str(page), "--archive", str(archive)]
-    plan = [gpu.Part("build", 30, _say("built")), gpu.Part("tests-a", 30, _say("good"))]
+    plan = [gpu.Part("build", 30, _say("built")), gpu.Part("tests-a", 30, _say("3 passed in 1 s"))]
     assert _main(tmp_path / "run", lambda *_: plan, *words) == 0
     assert page.read_text() == (tmp_path / "run" / "summary.md").read_text()
     assert "**Every part that ran succeeded, and every check passed.**" in page.read_text()
@@ -263,8 +263,8 @@ def test_gpu_run_whose_checks_fail_says_so_beside_every_number(tmp_path):
     parts = [
         gpu.Part("headline", 30, _say("measured")),
         gpu.Part("verify-a", 30, _say(f"row 1\n{error}\nCompile with TORCH_USE_CUDA_DSA\nlast words", 1)),
-        gpu.Part("tests-a", 30, _say("went on")),
-        gpu.Part("tests-b", 30, _say("went on")),
+        gpu.Part("tests-a", 30, _say("1 passed in 1 s")),
+        gpu.Part("tests-b", 30, _say("1 passed in 1 s")),
     ]
     assert not gpu.run(parts, tmp_path, _summary())
     lines = _read(tmp_path)[1]
@@ -275,6 +275,19 @@ def test_gpu_run_whose_checks_fail_says_so_beside_every_number(tmp_path):
     assert "## headline: CHECKS FAILED" in page and "| measured (CHECKS FAILED) |" in page
     assert "| tests-* (2) | ok |" in page
     assert len(page.splitlines()) < 60
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"verify-a": "green", "tests-a": "== 5 passed, 2 skipped in 3.00s =="}, "Every part that ran succeeded, and"),
+        ({"verify-a": "green", "tests-a": "== 202 skipped in 3.00s =="}, "1 of 2 checks are incomplete."),
+        ({"build": "built"}, "No check ran."),
+    ],
+)
+def test_gpu_run_says_what_was_checked(tmp_path, parts, words):
+    assert gpu.run([gpu.Part(name, 30, _say(said)) for name, said in parts.items()], tmp_path, _summary())
+    assert (tmp_path / "summary.md").read_text().splitlines()[2].startswith(f"**{words}")
 
 
 def test_gpu_run_that_is_killed_leaves_nothing_running_and_goes_on(tmp_path):

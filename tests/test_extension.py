@@ -264,8 +264,7 @@ class TestWarning:
         return functional.soft_split(torch.ones(1, 3, 8, 8, dtype=dtype), 3, 2, 1, **options)
 
     @ON_LINUX
-    @pytest.mark.parametrize("how", ["eager", "compiled"])
-    @pytest.mark.parametrize("mode", ["auto", "none"])
+    @pytest.mark.parametrize(("mode", "how"), [("auto", "eager"), ("auto", "compiled"), ("none", "compiled")])
     def test_an_installation_without_native_code(self, without_native_code, how, mode):
         if mode == "auto" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             pytest.skip("auto would not take the native layers on this CPU")

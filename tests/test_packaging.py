@@ -228,6 +228,13 @@ def installed(interpreter):
     return folder, json.loads((folder / "_build.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """Variables by which front ends find what the build requires, without network."""
+    folder = make_wheelhouse(tmp_path_factory.mktemp("offline") / "wheels", "setuptools", "pybind11")
+    return {"PIP_FIND_LINKS": folder, "UV_FIND_LINKS": folder, "UV_NO_INDEX": "1", "UV_OFFLINE": "1"}
+
+
 UV = shutil.which("uv") or shutil.which("uv", path=sysconfig.get_path("scripts"))
 
 
@@ -236,12 +243,6 @@ UV = shutil.which("uv") or shutil.which("uv", path=sysconfig.get_path("scripts")
 @pytest.mark.slow
 class TestIsolation:
     """A front end hides the environment's packages from the build, which finds PyTorch all the same."""
-
-    @pytest.fixture(scope="class")
-    def tools(self, tmp_path_factory):
-        """Where front ends find what the build requires, without network."""
-        folder = make_wheelhouse(tmp_path_factory.mktemp("tools") / "wheels", "setuptools", "pybind11")
-        return {"PIP_FIND_LINKS": folder, "UV_FIND_LINKS": folder, "UV_NO_INDEX": "1", "UV_OFFLINE": "1"}
 
     @pytest.fixture
     def small(self, tmp_path):
@@ -257,30 +258,30 @@ class TestIsolation:
     def check(self, record, place):
         assert record == json.loads(json.dumps(self.WITHOUT_CUDA).replace("{}", place))
 
-    def test_pip(self, project, fresh_venv, tools):
+    def test_pip(self, small, fresh_venv, offline):
         """Into an environment that sees this one's PyTorch; nowhere does the user have a home that can be written."""
-        result = pip_install(fresh_venv, project, "-v", T2T_FAST_BUILD="cpu", HOME=NO_HOME, **tools)
+        result = pip_install(fresh_venv, small, "-v", T2T_FAST_BUILD="cpu", HOME=NO_HOME, **offline)
         place = f"PyTorch {torch.__version__} of the environment it installs into"
         what = f"t2t_fast._C and the operators for the CPU with {place}"
         assert f"t2t_fast: built {what} (T2T_FAST_BUILD=cpu)" in result.stdout
         code = "from t2t_fast import SoftSplit, _extension as e; import torch; SoftSplit(3)(torch.ones(1, 3, 8, 8)); "
-        code += "print(e.load_error(), e.operators_error(), e.LIBRARY, e.build_info()['torch'])"
+        code += "print(e.operators_error(), e.LIBRARY)"
         result = run("/", fresh_venv, "-W", "error", "-c", code, HOME=NO_HOME)
         folder, record = installed(fresh_venv)
-        assert result.stdout.split() == ["None", "None", str(folder / LIBRARY), torch.__version__]
+        assert result.stdout.split() == ["None", str(folder / LIBRARY)]
         assert record == {"mode": "cpu", "missing": {}}
 
-    def test_pip_into_an_environment_whose_pytorch_has_no_cuda(self, small, user, tools):
-        pip_install(user, small, **tools)
+    def test_pip_into_an_environment_whose_pytorch_has_no_cuda(self, small, user, offline):
+        pip_install(user, small, **offline)
         folder, record = installed(user)
         self.check(record, "the environment it installs into")
         assert {MODULE, LIBRARY} <= {path.name for path in folder.iterdir()}
 
     @needs_no_torch
-    def test_pip_without_pytorch(self, small, tmp_path, tools):
+    def test_pip_without_pytorch(self, small, tmp_path, offline):
         """It installs, and the first call says what is missing, what that costs, and what mends it."""
         bare = make_venv(tmp_path)
-        result = pip_install(bare, small, "-v", **tools)
+        result = pip_install(bare, small, "-v", **offline)
         missing = "no PyTorch is found; install it first, and activate its environment"
         assert f"t2t_fast: built t2t_fast._C; no operators: {missing} (T2T_FAST_BUILD=auto)" in result.stdout
         folder, record = installed(bare)
@@ -297,10 +298,10 @@ class TestIsolation:
             assert f"are not built ({missing}): " in result.stdout
 
     @pytest.mark.skipif(not any(metadata.distributions(name="build")), reason="build is not installed here")
-    def test_build_in_the_active_environment(self, small, user, tools, tmp_path):
+    def test_build_in_the_active_environment(self, small, user, offline, tmp_path):
         """It makes an environment of its own and leaves VIRTUAL_ENV as it is."""
         command = ["-m", "build", "--wheel", "--outdir", tmp_path / "wheels", small]
-        result = python(tmp_path, *command, VIRTUAL_ENV=str(user.parent.parent), **tools)
+        result = python(tmp_path, *command, VIRTUAL_ENV=str(user.parent.parent), **offline)
         assert result.returncode == 0, result.stdout
         (wheel,) = (tmp_path / "wheels").glob("*.whl")
         assert not wheel.name.endswith("-none-any.whl")
@@ -310,11 +311,11 @@ class TestIsolation:
 
     @pytest.mark.skipif(UV is None, reason="uv is not installed here")
     @pytest.mark.parametrize("how", ["named", "active"])
-    def test_uv(self, small, user, tools, tmp_path, how):
+    def test_uv(self, small, user, offline, tmp_path, how):
         """It makes an environment of its own too, and sets VIRTUAL_ENV to that."""
         folder = str(user.parent.parent)
         named, place = ["--python", folder], "the front end's environment"
-        variables = {**tools, "UV_CACHE_DIR": str(tmp_path / "cache")}
+        variables = {**offline, "UV_CACHE_DIR": str(tmp_path / "cache")}
         if how == "active":
             named, place, variables = [], "the active environment", {**variables, "VIRTUAL_ENV": folder}
         result = run(tmp_path, UV, "pip", "install", "--no-deps", *named, small, **variables)
@@ -331,6 +332,12 @@ class TestMakefile:
         assert result.returncode == 0
         listed = [line.split()[1] for line in result.stdout.splitlines()]
         assert listed == ["help", "demo", "test", "gpu", "bench", "lint", "env"]
+
+    def test_gpu_writes_where_it_is_told_and_not_where_another_tool_is(self, project):
+        """Systems that lend machines set OUT."""
+        command = run(project, "make", "-n", "gpu", "GPU_OUT=/there", "ARGS=--quick", OUT="/of/the/system").stdout
+        assert command.strip().endswith("-m benchmarks.gpu --out /there --quick")
+        assert "/of/the/system" not in run(project, "make", "-n", "gpu", OUT="/of/the/system").stdout
 
     @pytest.mark.slow
     def test_environment_is_made_once_and_again_where_it_was_left_half_made(self, project):
