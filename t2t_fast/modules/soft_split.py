@@ -4,7 +4,7 @@ from math import prod
 
 from torch import nn
 
-from ..errors import check_pair
+from ..errors import check_pair, check_tensor
 from ..functional import fused_fold_unfold, soft_composition, soft_split, window
 
 
@@ -72,13 +72,14 @@ class FusedFoldUnfold(nn.Module):
 
     def forward(self, tokens, output_size=None):
         """(B, h*w, C*k*k) -> the same shape; also (B, t*h*w, C*k*k), the tokens of t frames one after another."""
+        check_tensor("FusedFoldUnfold", "tokens", tokens, ndim=3)
         size = self.output_size if output_size is None else output_size
         if size is None:
             raise ValueError("FusedFoldUnfold: output_size is needed, at construction or at the call")
         size = check_pair("FusedFoldUnfold", "output_size", size, minimum=1)
         length = prod(self.window.grid(*size))
-        if tokens.ndim == 3 and length > 0 and tokens.shape[1] % length == 0:
-            frames = tokens.reshape(-1, length, tokens.shape[2])
+        if length > 0 and tokens.shape[1] > 0 and tokens.shape[1] % length == 0:
+            frames = tokens.unflatten(1, (tokens.shape[1] // length, length)).flatten(0, 1)
             return fused_fold_unfold(frames, size, *self.window).view(tokens.shape)
         return fused_fold_unfold(tokens, size, *self.window)
 
@@ -100,6 +101,7 @@ class Unfold(nn.Module):
 
     def forward(self, x):
         """(B, C, H, W) -> (B, C*k*k, h*w), or without B."""
+        check_tensor("Unfold", "x", x, ndim=(3, 4))
         if x.ndim == 3:
             return self.forward(x[None])[0]
         return soft_split(x, *self.window).transpose(1, 2)
@@ -118,6 +120,7 @@ class Fold(nn.Module):
 
     def forward(self, x):
         """(B, C*k*k, h*w) -> (B, C, H, W), or without B."""
+        check_tensor("Fold", "x", x, ndim=(2, 3))
         if x.ndim == 2:
             return self.forward(x[None])[0]
         return soft_composition(x.transpose(1, 2), self.output_size, *self.window).contiguous()
