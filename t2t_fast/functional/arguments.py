@@ -68,7 +68,11 @@ def check_pixels(function, x, pixel_norm):
         return []
     if pixel_norm is None:
         raise ValueError(f"{function}: x is an image of uint8, so pixel_norm=(mean, std) is needed")
-    channels = x.shape[1]
+    return normalisation(*check_pixel_norm(function, pixel_norm, x.shape[1]))
+
+
+def check_pixel_norm(function, pixel_norm, channels):
+    """(mean, std) of an image's channels as two lists of Python numbers."""
     try:
         given = [[as_number(value) for value in each] for each in pixel_norm]
     except TypeError:  # no sequence of sequences
@@ -77,14 +81,14 @@ def check_pixels(function, x, pixel_norm):
         raise TypeError(f"{function}: pixel_norm must be (mean, std), two sequences of numbers, got {pixel_norm!r}")
     if [len(each) for each in given] != [channels, channels]:
         raise ValueError(
-            f"{function}: pixel_norm must be (mean, std), each with the {channels} channels of x, got {pixel_norm!r}"
+            f"{function}: pixel_norm must be (mean, std), each with the image's {channels} channels, got {pixel_norm!r}"
         )
     mean, std = given
     if not all(map(math.isfinite, mean)):
         raise ValueError(f"{function}: pixel_norm's mean must be finite, got {pixel_norm[0]!r}")
     if not all(s > 0 for s in std):
         raise ValueError(f"{function}: pixel_norm's std must be above 0, got {pixel_norm[1]!r}")
-    return normalisation(mean, std)
+    return mean, std
 
 
 def check_parameters(function, x, pixels, parameters):

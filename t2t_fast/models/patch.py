@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..errors import check_pair
+from ..modules.options import check_options
 
 
 class PatchEmbed(nn.Module):
@@ -16,6 +17,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
         super().__init__()
+        check_options("PatchEmbed", locals())
         self.img_size = check_pair("PatchEmbed", "img_size", img_size, minimum=1)
         self.patch_size = patch_size
         self.grid_size = self.grid(*self.img_size)
