@@ -34,6 +34,30 @@ inline Element element_of(const Tensor& tensor, const char* function) {
   }
 }
 
+// The limits of t2t_fast/errors.py. Below them no sum or product that a kernel forms of sizes, strides and counts leaves
+// int64: positions along an axis stay below 2^32, and a count times the bytes of an element or the threads below 2^63.
+constexpr int64_t LARGEST = INT32_MAX;                // of a window or image along an axis, padding included
+constexpr int64_t MOST_VALUES = int64_t{1} << 56;     // of a tensor, and of the unfolded tokens
+
+// Checks that a tensor of these sizes, empty ones counted as 1, has no more values than allowed.
+inline void check_count(const char* function, const Sizes& sizes) {
+  int64_t count = 1;
+  for (int64_t size : sizes) {
+    check(size >= 0, function, "a size is negative");
+    const int64_t factor = size > 1 ? size : 1;
+    check(count <= MOST_VALUES / factor, function, "the sizes give more than 2^56 values");
+    count *= factor;
+  }
+}
+
+// Checks what both directions of a split need: the counts of its image and of its tokens.
+inline SplitShape checked(const char* function, SplitShape shape) {
+  check_count(function, {shape.batch, shape.channels, shape.rows.pixels, shape.columns.pixels});
+  check_count(function, {shape.batch, shape.channels, shape.rows.tokens, shape.columns.tokens, shape.rows.kernel,
+                         shape.columns.kernel});
+  return shape;
+}
+
 // The shape of the split of an image (batch, channels, size[0], size[1]).
 inline SplitShape split_shape(const char* function, int64_t batch, int64_t channels, const Sizes& size,
                               const Sizes& kernel, const Sizes& stride, const Sizes& padding, Element element) {
@@ -43,10 +67,13 @@ inline SplitShape split_shape(const char* function, int64_t batch, int64_t chann
   for (int i = 0; i < 2; ++i) {
     check(kernel[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && size[i] >= 0, function,
           "kernel and stride must be at least 1, padding and size at least 0");
+    check(kernel[i] <= LARGEST && stride[i] <= LARGEST && padding[i] <= LARGEST && size[i] <= LARGEST &&
+              size[i] + 2 * padding[i] <= LARGEST,
+          function, "kernel, stride and the padded image must be at most 2^31 - 1 along an axis");
     check(size[i] + 2 * padding[i] >= kernel[i], function, "the window must fit into the padded image");
     axes[i] = {size[i], token_count(size[i], kernel[i], stride[i], padding[i]), kernel[i], stride[i], padding[i]};
   }
-  return {batch, channels, axes[0], axes[1], element};
+  return checked(function, {batch, channels, axes[0], axes[1], element});
 }
 
 // The shape of the split whose tokens (batch, h*w, channels*kh*kw) these are.
@@ -60,11 +87,17 @@ inline SplitShape composition_shape(const char* function, const Tensor& tokens, 
   const int64_t taps = shape.rows.kernel * shape.columns.kernel;
   check(tokens.size(2) % taps == 0, function, "the token width must be a multiple of the window's pixels");
   shape.channels = tokens.size(2) / taps;
-  return shape;
+  return checked(function, shape);
+}
+
+// The stride of an axis; 0 along an axis of one value, which may have any (a 1 stays, it tells the memory order).
+inline int64_t stride_of(const Tensor& tensor, int64_t dim) {
+  const int64_t stride = tensor.stride(dim);
+  return tensor.size(dim) > 1 || stride == 1 ? stride : 0;
 }
 
 inline Image<const void*> image_of(const Tensor& image) {
-  return {image.const_data_ptr(), image.stride(0), image.stride(1), image.stride(2), image.stride(3)};
+  return {image.const_data_ptr(), stride_of(image, 0), stride_of(image, 1), stride_of(image, 2), stride_of(image, 3)};
 }
 
 inline int64_t element_bytes(const Tensor& tensor) {

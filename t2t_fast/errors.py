@@ -1,18 +1,28 @@
 """The package's errors, and the checks that name the argument, what was expected and what came.
 
-``TypeError`` for a wrong type, ``ValueError`` for a wrong shape, dtype, device or value; every check runs before
-anything is allocated or launched, so nothing is changed when one fails.
+``TypeError`` for a wrong type, ``ValueError`` for a wrong shape, dtype, layout, device or value; every check runs
+before anything is allocated or launched, so nothing is changed when one fails.
 
 A size is an int, a ``torch.SymInt`` (export, ``torch.compile``, ``make_fx``), or a 0-d tensor while ``torch.jit.trace``
 runs. The last two are never converted to an int here, so that traced programs keep free sizes.
 """
 
+import numbers
 import operator
 from collections.abc import Sequence
 
 import torch
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+LARGEST = 2**31 - 1
+"""The largest size, stride or padding along an axis, and the largest padded image along it."""
+MOST_VALUES = 2**56
+"""The most values of a tensor, and of the tokens that a soft split would have.
+
+Below these limits sums and products of sizes fit into 64 bits, bytes and threads included. The native code repeats them
+(``csrc/tensors.h``).
+"""
 
 
 class BackendUnavailable(RuntimeError):
@@ -27,46 +37,94 @@ class CheckpointError(ValueError):
     """A checkpoint could not be read or does not fit; the model is unchanged."""
 
 
-def check_tensor(function, name, value, *, ndim=None, dtypes=FLOATING):
-    """Raise unless ``value`` is a tensor of one of the ranks ``ndim`` (int or tuple) and one of ``dtypes``."""
+# ---- tensors
+
+
+def check_tensor(function, name, value, *, ndim=None, dtypes=FLOATING, optional=False):
+    """Raise unless ``value`` is a dense tensor of one of the ranks ``ndim`` (int or tuple) and one of ``dtypes``.
+
+    ``optional`` allows ``None``.
+    """
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    ranks = (ndim,) if isinstance(ndim, int) else ndim
-    if ranks is not None and value.ndim not in ranks:
-        expected = " or ".join(f"{rank}-D" for rank in ranks)
+        if optional and value is None:
+            return
+        expected = "a torch.Tensor or None" if optional else "a torch.Tensor"
+        raise TypeError(f"{function}: {name} must be {expected}, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
+        raise ValueError(f"{function}: {name} must be a dense tensor, got a {kind} one")
+    if ndim is not None and value.ndim != ndim and (isinstance(ndim, int) or value.ndim not in ndim):
+        expected = " or ".join(f"{rank}-D" for rank in ((ndim,) if isinstance(ndim, int) else ndim))
         raise ValueError(f"{function}: {name} must be {expected}, got {value.ndim}-D of shape {tuple(value.shape)}")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{function}: {name} must be one of {expected}, got {str(value.dtype).removeprefix('torch.')}")
 
 
-def known(condition):
-    """Whether a comparison of sizes holds; ``False`` for a tensor, which it is while ``torch.jit.trace`` runs."""
-    return not isinstance(condition, torch.Tensor) and bool(condition)
-
-
 def check_shape(function, name, value, shape, meaning):
     """Raise unless ``value`` has exactly ``shape``; ``meaning`` says where the expected numbers come from."""
+    if not torch.jit.is_tracing() and value.shape == shape:
+        return
     if len(value.shape) != len(shape) or any(known(n != m) for n, m in zip(value.shape, shape, strict=True)):
         raise ValueError(f"{function}: {name} must have shape {tuple(shape)} ({meaning}), got {tuple(value.shape)}")
 
 
-def check_together(function, first_name, first, *, same_dtype=True, **others):
-    """Raise unless every given tensor is on ``first``'s device and, if asked, of its dtype; ``None`` is skipped."""
+def check_filled(function, name, value, first=0):
+    """Raise if one of the axes of ``value`` from ``first`` on is empty."""
+    for size in value.shape[first:]:
+        if known(size < 1):
+            allowed = " but the first" if first else ""
+            raise ValueError(f"{function}: {name} must have no empty axis{allowed}, got shape {tuple(value.shape)}")
+
+
+def check_together(function, first_name, first, *, same_dtype=True, dtype_of=None, dtypes=FLOATING, **others):
+    """Raise unless every tensor of ``others`` is dense, of one of ``dtypes`` and on ``first``'s device.
+
+    ``None`` is skipped.
+
+    Args:
+        same_dtype: whether the dtype must be that of ``first``, or of the (name, tensor) ``dtype_of``.
+    """
+    like_name, like = dtype_of or (first_name, first)
     for name, value in others.items():
         if value is None:
             continue
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{function}: {name} must be a torch.Tensor or None, got {type(value).__name__}")
+        check_tensor(function, name, value, dtypes=dtypes, optional=True)
         if value.device != first.device:
             raise ValueError(
                 f"{function}: {name} must be on the device of {first_name} ({first.device}), got {value.device}"
             )
-        if same_dtype and value.dtype != first.dtype:
+        if same_dtype and value.dtype != like.dtype:
             raise ValueError(
-                f"{function}: {name} must have the dtype of {first_name} ({first.dtype}), got {value.dtype}; "
+                f"{function}: {name} must have the dtype of {like_name} ({like.dtype}), got {value.dtype}; "
                 "convert one of them, or run under torch.autocast"
             )
+
+
+# ---- sizes
+
+
+def known(condition):
+    """Whether a comparison of sizes holds; ``False`` for a tensor, which it is while ``torch.jit.trace`` runs."""
+    return condition if isinstance(condition, bool) else not isinstance(condition, torch.Tensor) and bool(condition)
+
+
+def exceeds(n, limit):
+    """Whether a size is above a limit of the arithmetic; ``False`` for a free size, which must not be restricted."""
+    return not torch.compiler.is_compiling() and isinstance(n, int) and n > limit
+
+
+def check_count(function, what, *sizes):
+    """Raise unless a tensor of these sizes, empty ones counted as 1, has at most :data:`MOST_VALUES` values."""
+    if torch.compiler.is_compiling():
+        return
+    count = 1
+    for n in sizes:
+        if not isinstance(n, int):
+            return
+        count *= n or 1
+    if count > MOST_VALUES:
+        raise ValueError(f"{function}: {what} must have at most 2**56 values, got {' x '.join(map(str, sizes))}")
 
 
 def as_size(value):
@@ -89,20 +147,63 @@ def check_pair(function, name, value, *, minimum):
     size = as_size(value)
     if size is not None:
         pair = (size, size)
-    elif isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1:
-        pair = tuple(as_size(each) for each in value)
+    elif isinstance(value, (tuple, Sequence)) or getattr(value, "ndim", 0) == 1:
+        pair = tuple([as_size(each) for each in value])
     else:
         pair = ()
-    if len(pair) != 2 or None in pair:
+    if len(pair) != 2 or pair[0] is None or pair[1] is None:
         raise TypeError(f"{function}: {name} must be an int or a pair of ints, got {value!r}")
-    if any(known(each < minimum) for each in pair):
-        raise ValueError(f"{function}: {name} must be at least {minimum}, got {value!r}")
+    for size in pair:
+        if known(size < minimum):
+            raise ValueError(f"{function}: {name} must be at least {minimum}, got {value!r}")
+        if exceeds(size, LARGEST):
+            raise ValueError(f"{function}: {name} must be at most {LARGEST}, got {value!r}")
     return pair
 
 
-def check_probability(function, name, value):
-    """Raise unless ``value`` is a number in [0, 1)."""
-    if not isinstance(value, (int, float)):
+def check_sizes(function, *, minimum=1, **values):
+    """Raise unless each of ``values`` is an integer from ``minimum`` to :data:`LARGEST`."""
+    for name, value in values.items():
+        size = as_size(value)
+        if size is None:
+            raise TypeError(f"{function}: {name} must be an int, got {value!r}")
+        if known(size < minimum):
+            raise ValueError(f"{function}: {name} must be at least {minimum}, got {value!r}")
+        if exceeds(size, LARGEST):
+            raise ValueError(f"{function}: {name} must be at most {LARGEST}, got {value!r}")
+
+
+# ---- numbers
+
+
+def as_number(value):
+    """``value`` as a Python number, or ``None``: what PyTorch's functions take for a float, and no complex number."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value
+    if isinstance(value, numbers.Real):  # NumPy's scalars are
+        return float(value)
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and not value.is_complex() and not value.requires_grad:
+        return value.item()
+    return None
+
+
+def check_number(function, name, value, *, above=None, minimum=None, below=None, maximum=None):
+    """``value`` as a Python number, within the bounds that are given (which NaN never is)."""
+    number = as_number(value)
+    if number is None:
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{function}: {name} must be at least 0 and below 1, got {value!r}")
+    bounds = (
+        ("above", above, above is None or number > above),
+        ("at least", minimum, minimum is None or number >= minimum),
+        ("below", below, below is None or number < below),
+        ("at most", maximum, maximum is None or number <= maximum),
+    )
+    if number != number or not all(holds for _, _, holds in bounds):
+        expected = " and ".join(f"{word} {bound}" for word, bound, _ in bounds if bound is not None) or "a number"
+        raise ValueError(f"{function}: {name} must be {expected}, got {value!r}")
+    return number
+
+
+def check_probability(function, name, value):
+    """``value`` as a Python number in [0, 1)."""
+    return check_number(function, name, value, minimum=0, below=1)

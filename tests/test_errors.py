@@ -215,7 +215,7 @@ BAD = {
     ),
     "T2TModule: windows": (lambda: T2TModule(windows=[(7, 4, 2)]), ValueError, "windows must be three"),
     "T2TViT: block": (lambda: models.T2TViT(block="conv"), ValueError, "block must be one of plain, se, ghost, dense"),
-    "T2TViT: heads": (lambda: models.T2TViT(embed_dim=10, num_heads=3), ValueError, "num_heads must divide dim"),
+    "T2TViT: heads": (lambda: models.T2TViT(embed_dim=10, num_heads=3), ValueError, "num_heads must divide embed_dim"),
     "T2TViTGhost: mlp_ratio": (
         lambda: models.T2TViTGhost(embed_dim=12, num_heads=3, mlp_ratio=2.0, depth=1), ValueError, "mlp_ratio must be 3",
     ),

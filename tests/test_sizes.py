@@ -1,5 +1,6 @@
 """What counts as a size: any integer that ``F.unfold`` takes, and the sizes that tracers make, which stay free."""
 
+import math
 import warnings
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from t2t_fast import _extension
 from t2t_fast.functional import fused_fold_unfold, soft_composition, soft_split, soft_split_linear, window
 from t2t_fast.models.patch import PatchEmbed
 from t2t_fast.modules import FusedFoldUnfold, SoftComposition, SoftSplit, T2TModule
@@ -145,3 +147,78 @@ def test_export_keeps_free_sizes(name, backend):
     _check_free(
         export(Program(name, backend), (torch.randn(1, 3, 16, 20),), dynamic_shapes=[free]).module(), name, backend
     )
+
+
+TOO_LARGE = {
+    "kernel_size": (lambda n: soft_split(IMAGE, n), "kernel_size must be at most 2147483647, got "),
+    "stride": (lambda n: soft_split(IMAGE, 1, n, n), "stride must be at most 2147483647, got "),
+    "padding": (lambda n: soft_split(IMAGE, 1, 1, (0, n)), "padding must be at most 2147483647, got "),
+    "grid": (lambda n: soft_split(TOKENS, 1, grid=n), "grid must be at most 2147483647, got "),
+    "output_size": (lambda n: soft_composition(TOKENS, n, 1), "output_size must be at most 2147483647, got "),
+    "img_size": (lambda n: T2TModule((n, 3)), "img_size must be at most 2147483647, got "),
+}
+
+
+@pytest.mark.parametrize("size", [2**31, 2**61, 2**63 - 1, 2**63, 2**200])
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_sizes_beyond_the_arithmetic(name, size):
+    call, text = TOO_LARGE[name]
+    with pytest.raises(ValueError, match=text):
+        call(size)
+
+
+def test_products_beyond_the_arithmetic():
+    one = torch.ones(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="padding must leave the padded image at most 2147483647 pixels along an axis"):
+        soft_split(one, 1, 1, 2**30)
+    with pytest.raises(
+        ValueError, match=r"the unfolded tokens must have at most 2\*\*56 values, got 1 x 2147483647 x "
+    ):
+        soft_split(one, 1, 1, 2**30 - 1)
+    with pytest.raises(ValueError, match=r"the image must have at most 2\*\*56 values, got 1 x 1 x 2147483647 x "):
+        soft_composition(one[0], 2**31 - 1, 1, 2**31 - 1)
+    with pytest.raises(ValueError, match=r"the result must have at most 2\*\*56 values, got 1 x 1 x 1 x "):
+        soft_split_linear(one, torch.ones(1, 1).expand(2**57, 1))
+
+
+def gradient_of(call, x):
+    x = x.clone().requires_grad_()
+    call(x).square().sum().backward()
+    return x.grad
+
+
+# few windows, far apart, or very many: (kernel, stride, padding); the last says that aten has the memory for it
+EXTREMES = {
+    "one window": (2, 2**31 - 1, 0, True),
+    "two windows 2**30 apart": (1, 2**30, 2**30 - 6, False),
+    "wider than a stride apart": (3, 2**30, 2**30 - 6, False),
+    "rows far apart": ((1, 3), (2**30, 2), (2**30 - 6, 1), False),
+    "columns far apart": ((3, 1), (2, 2**30), (1, 2**30 - 6), False),
+    "padding of a million": ((2, 1), (3, 2**20), (10**6, 0), True),
+    "one row of windows": ((1, 12), 1, (0, 4), True),
+    "kernel as the padded image": ((209, 9), 7, (100, 0), True),
+}
+
+
+@pytest.mark.parametrize("backend", ["native", "aten"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_windows(name, backend):
+    """Legal, and the same numbers as the reference."""
+    *arguments, small = EXTREMES[name]
+    if backend == "aten" and not small:
+        pytest.skip("aten pads the image")
+    if backend == "native" and not _extension.operators():
+        pytest.skip(f"native: {_extension.operators_error()}")
+    image = torch.randn(1, 2, 9, 9)
+    win = window(*arguments)
+    tokens = torch.randn(1, math.prod(win.grid(9, 9)), 2 * win.taps)
+    weight = torch.randn(5, 2 * win.taps)
+    for call in (
+        lambda chosen: soft_split(image, *win, backend=chosen),
+        lambda chosen: soft_composition(tokens, 9, *win, backend=chosen),
+        lambda chosen: fused_fold_unfold(tokens, 9, *win, backend=chosen),
+        lambda chosen: soft_split_linear(image, weight, None, *win, norm_eps=1e-5, backend=chosen),
+        lambda chosen: gradient_of(lambda x: soft_split(x, *win, backend=chosen), image),
+        lambda chosen: gradient_of(lambda x: soft_split_linear(x, weight, None, *win, backend=chosen), image),
+    ):
+        torch.testing.assert_close(call(backend), call("reference"), rtol=1e-4, atol=1e-4)

@@ -56,9 +56,10 @@ class Scratch {
       }
     }
     const std::size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
-    const std::size_t size = (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
-    void* data = std::aligned_alloc(alignment, size);
-    if (data == nullptr) throw std::bad_alloc();
+    const std::size_t step = EXACT ? 1 : alignment;
+    const std::size_t size = (std::max<std::size_t>(bytes, 1) + step - 1) / step * step;
+    void* data = nullptr;
+    if (posix_memalign(&data, alignment, size) != 0) throw std::bad_alloc();
     expect_full_use(data, size);
     const std::lock_guard<std::mutex> guard(scratch.mutex_);
     scratch.count(size);
@@ -89,7 +90,12 @@ class Scratch {
   }
 
  private:
-  static constexpr std::size_t LIMIT = std::size_t{64} << 20;
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool EXACT = true;  // a block ends where it was asked to end, so that the sanitizer sees overruns
+#else
+  static constexpr bool EXACT = false;
+#endif
+  static constexpr std::size_t LIMIT = EXACT ? 0 : std::size_t{64} << 20;
 
   Scratch() { kept_.reserve(1024); }  // giving back must not allocate
 

@@ -25,7 +25,7 @@ Workers workers_for(int64_t tokens) {
 // The data of a float32 tensor on the CPU whose rows are contiguous; null for none.
 const float* data_of(const char* function, const Tensor& tensor) {
   check(tensor.scalar_type() == torch::headeronly::ScalarType::Float, function, "every tensor must be float32");
-  check(!tensor.is_cuda(), function, "every tensor must be on the CPU");
+  check(tensor.is_cpu(), function, "every tensor must be on the CPU");
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
@@ -39,6 +39,7 @@ class Parameters {
     check(tensor->dim() == static_cast<int64_t>(size.size()), function_, "a parameter has the wrong rank");
     for (size_t i = 0; i < size.size(); ++i)
       check(tensor->size(i) == size[i], function_, "a parameter has the wrong shape");
+    check_count(function_, size);
     held_.push_back(torch::stable::contiguous(*tensor));
     return data_of(function_, held_.back());
   }
@@ -70,6 +71,7 @@ struct Input {
     check(tensor.dim() == 3 && like.dim() == 3, function, "tokens must be 3-D");
     check(tensor.size(0) == like.size(0) && tensor.size(1) == length && tensor.size(2) == like.size(2), function,
           "tokens must agree in batch, length and width");
+    check_count(function, {tensor.size(0), tensor.size(1), tensor.size(2)});
     tokens = {data_of(function, tensor), tensor.stride(0), tensor.stride(1)};
   }
 };
@@ -80,7 +82,7 @@ Split split_of(const char* function, const Tensor& x, const Sizes& kernel, const
   check(x.dim() == 4, function, "x must be 4-D");
   const SplitShape shape =
       split_shape(function, x.size(0), x.size(1), {x.size(2), x.size(3)}, kernel, stride, padding, Element::float32);
-  return {{data_of(function, x), x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
+  return {{data_of(function, x), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2), stride_of(x, 3)},
           shape.batch, shape.channels, shape.rows, shape.columns};
 }
 
@@ -96,10 +98,12 @@ Tensor image_gradient(bool wanted, const Split& split, const Tensor& like, Image
   return tensor;
 }
 
-NormLinear linear_of(Parameters& held, const Split& split, const Tensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+NormLinear linear_of(const char* function, Parameters& held, const Split& split, const Tensor& weight,
+                     const OptionalTensor& bias, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                      std::optional<double> norm_eps) {
+  check(weight.dim() == 2, function, "the weight must be 2-D");
   const int64_t inputs = split.width(), outputs = weight.size(0);
+  check_count(function, {split.batch, split.tokens(), outputs});
   return {inputs,
           outputs,
           held.get(weight, {outputs, inputs}),
@@ -124,7 +128,8 @@ struct LinearGradients {
   }
 };
 
-Performer performer_of(Parameters& held, const Tensor& w, int64_t width, double eps) {
+Performer performer_of(const char* function, Parameters& held, const Tensor& w, int64_t width, double eps) {
+  check(w.dim() == 2 && w.size(0) >= 1, function, "w must be 2-D, with at least one feature");
   return {width, w.size(0), held.get(w, {w.size(0), width}), eps};
 }
 
@@ -141,10 +146,13 @@ struct TailArguments {
   const OptionalTensor& seed;
 
   Tail read(Parameters& held, const char* function, int64_t width) const {
+    check(proj_drop >= 0 && proj_drop < 1 && mlp_drop >= 0 && mlp_drop < 1, function,
+          "dropout probabilities must be at least 0 and below 1");
+    check(fc1_weight.dim() == 2, function, "fc1_weight must be 2-D");
     uint64_t key = 0;
     if (proj_drop > 0 || mlp_drop > 0) {
       check(seed && seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long &&
-                !seed->is_cuda(),
+                seed->is_cpu(),
             function, "dropout needs an int64 seed on the CPU");
       key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     }
@@ -191,7 +199,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   const char* function = "soft_split_linear";
   Parameters held(function);
   const Split split = split_of(function, x, kernel, stride, padding);
-  const NormLinear linear = linear_of(held, split, weight, bias, norm_weight, norm_bias, norm_eps);
+  const NormLinear linear = linear_of(function, held, split, weight, bias, norm_weight, norm_bias, norm_eps);
   Tensor out = empty({split.batch, split.tokens(), linear.outputs}, x);
   kernels().soft_split_linear(workers_for(split.batch * split.tokens()), split, linear, floats(out));
   return out;
@@ -204,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   const char* function = "soft_split_linear_backward";
   Parameters held(function);
   const Split split = split_of(function, x, kernel, stride, padding);
-  const NormLinear linear = linear_of(held, split, weight, bias, norm_weight, norm_bias, norm_eps);
+  const NormLinear linear = linear_of(function, held, split, weight, bias, norm_weight, norm_bias, norm_eps);
   const float* grad_data = held.get(grad, {split.batch, split.tokens(), linear.outputs});
   const LinearGradients out(linear, need_weight, x);
   Image<float*> image;
@@ -221,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
   check(q.dim() == 3 && k.dim() == 3, function, "tokens must be 3-D");
   const Input queries(function, q, q, q.size(1)), keys(function, k, q, k.size(1)), values(function, v, q, k.size(1));
   const int64_t batch = q.size(0), width = q.size(2);
-  const Performer performer = performer_of(held, w, width, eps);
+  const Performer performer = performer_of(function, held, w, width, eps);
   check(k.size(1) >= 1, function, "there must be at least one key");
   Tensor out = empty({batch, q.size(1), width}, q);
   Tensor lz = empty({batch, performer.features}, q), state = empty({batch, performer.features, width}, q);
@@ -239,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   const Input queries(function, q, q, q.size(1)), keys(function, k, q, k.size(1)), values(function, v, q, k.size(1));
   const Input gradients(function, grad, q, q.size(1));
   const int64_t batch = q.size(0), width = q.size(2);
-  const Performer performer = performer_of(held, w, width, eps);
+  const Performer performer = performer_of(function, held, w, width, eps);
   const KeyState saved = {const_cast<float*>(held.get(lz, {batch, performer.features})),
                           const_cast<float*>(held.get(state, {batch, performer.features, width}))};
   Tensor d_q = empty({batch, q.size(1), width}, q), d_k = empty({batch, k.size(1), width}, q);
@@ -299,10 +307,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_forward(
   const char* function = "performer_layer";
   Parameters held(function);
   const Split split = split_of(function, x, kernel, stride, padding);
-  const NormLinear linear = linear_of(held, split, weight, bias, norm1_weight, norm1_bias, norm1_eps);
+  const NormLinear linear = linear_of(function, held, split, weight, bias, norm1_weight, norm1_bias, norm1_eps);
   const int64_t width = w.size(1), batch = split.batch, length = split.tokens();
+  const Performer performer = performer_of(function, held, w, width, eps);
   check(linear.outputs == 3 * width, function, "the Linear must give k, q and v of w's width");
-  const Performer performer = performer_of(held, w, width, eps);
   const Tail tail = TailArguments{proj_weight, proj_bias, norm_weight, norm_bias, norm_eps,  fc1_weight, fc1_bias,
                                   fc2_weight,  fc2_bias,  proj_drop,   mlp_drop,  seed}
                         .read(held, function, width);
@@ -325,10 +333,10 @@ layer_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const 
   const char* function = "performer_layer_backward";
   Parameters held(function);
   const Split split = split_of(function, x, kernel, stride, padding);
-  const NormLinear linear = linear_of(held, split, weight, bias, norm1_weight, norm1_bias, norm1_eps);
+  const NormLinear linear = linear_of(function, held, split, weight, bias, norm1_weight, norm1_bias, norm1_eps);
   const int64_t width = w.size(1), batch = split.batch, length = split.tokens();
+  const Performer performer = performer_of(function, held, w, width, eps);
   check(linear.outputs == 3 * width, function, "the Linear must give k, q and v of w's width");
-  const Performer performer = performer_of(held, w, width, eps);
   const Tail tail = TailArguments{proj_weight, proj_bias, norm_weight, norm_bias, norm_eps,  fc1_weight, fc1_bias,
                                   fc2_weight,  fc2_bias,  proj_drop,   mlp_drop,  seed}
                         .read(held, function, width);

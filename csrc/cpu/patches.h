@@ -69,11 +69,14 @@ inline void pack_planes(const Split& split, const float* image, int64_t y0, int6
         zero_floats(to, kernel);
         continue;
       }
-      const float* from = image + c * split.image.channel_stride + (y0 + dy) * split.image.row_stride + x0 * step;
+      const float* from = image + c * split.image.channel_stride + (y0 + dy) * split.image.row_stride +
+                          (x0 + dx.first) * step;
       if (plain) {
         std::memcpy(to, from, kernel * sizeof(float));
       } else {
-        for (int64_t x = 0; x < kernel; ++x) to[x] = x >= dx.first && x < dx.last ? from[x * step] : 0;
+        zero_floats(to, dx.first);
+        for (int64_t x = dx.first; x < dx.last; ++x, from += step) to[x] = *from;
+        zero_floats(to + dx.last, kernel - dx.last);
       }
     }
   }

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 128 * 1024;  // of image rows; within the second-level cache of every CPU
 constexpr int64_t kActiveLines = 256;          // cache lines that one token's runs lie in; within the first level
+constexpr int64_t kLeastColumns = 1024;        // of a tile, if these are at least one token and at most 32
 constexpr int64_t kGrain = 32768;              // elements that are worth a thread
 
 // A range cut into parts of nearly equal size.
@@ -36,7 +37,8 @@ Parts channel_blocks(const SplitShape& shape) {
 // Tiles of `total` tokens or pixels, `step` padded columns apart, whose image rows fit into the scratch.
 Parts column_tiles(const SplitShape& shape, const Parts& blocks, int64_t total, int64_t step, int64_t element_bytes) {
   const int64_t width = kScratchBytes / (shape.rows.kernel * blocks.size * element_bytes) - shape.columns.kernel;
-  return {std::max<int64_t>(total, 1), std::max<int64_t>(32, width / step)};
+  const int64_t least = std::clamp<int64_t>(kLeastColumns / step, 1, 32);  // one token where strides are huge
+  return {std::max<int64_t>(total, 1), std::max(least, width / step)};
 }
 
 // Runs `task(outer, begin, end)` over all of `outer` x [0, inner), cut anywhere.
@@ -244,7 +246,11 @@ void fused_fold_unfold(const SplitShape& shape, const Tokens<T>& tokens, T* out)
       int64_t y = y_begin, next = begin;  // the next row to normalise, the next token row to emit
       for (int64_t i = first_token(padded_rows, y_begin); next < end; ++i) {
         for (; y < std::min(y_end, i * rows.stride); ++y) {
-          if (y % rows.stride < rows.kernel) normalise(y);  // not between windows that leave gaps
+          if (y % rows.stride < rows.kernel) {
+            normalise(y);
+          } else {
+            y += rows.stride - y % rows.stride - 1;  // over the gap, to the next window
+          }
         }
         for (; next < end && next * rows.stride + rows.kernel <= y; ++next) emit_row(next);
         if (i <= last) {

@@ -56,7 +56,7 @@ void for_images(const Workers& workers, int64_t batch, int64_t length, const Pha
 
 // How many images for_images() works on at a time; their tasks' first slots are below this.
 inline int64_t images_at_a_time(const Workers& workers, int64_t batch) {
-  return batch >= workers.count ? workers.count : 1;
+  return batch >= workers.count ? workers.count : std::min<int64_t>(batch, 1);
 }
 
 // Calls tile(first, count) for the tiles of [begin, end).

@@ -1,9 +1,22 @@
 """Checks and choices that several functions share."""
 
+import math
+
 import torch
 
 from ..backends import Request, resolve
-from ..errors import FLOATING, check_pair, check_tensor, check_together, known
+from ..errors import (
+    FLOATING,
+    LARGEST,
+    as_number,
+    check_count,
+    check_filled,
+    check_pair,
+    check_tensor,
+    check_together,
+    exceeds,
+    known,
+)
 from ..ops import transforms, windows
 from ..ops.library import AUTOCAST_DEVICES, wants_gradient
 from ..ops.native import noticed
@@ -32,6 +45,7 @@ def same_dtype(x):
 def as_image(function, x, grid, *, dtypes=FLOATING):
     """(B, C, H, W) view of an image, or of tokens (B, L, C) with a grid."""
     check_tensor(function, "x", x, ndim=(3, 4), dtypes=dtypes)
+    check_filled(function, "x", x, first=1)
     if x.ndim == 4:
         if grid is not None:
             raise ValueError(f"{function}: grid is for tokens (3-D), but x is 4-D of shape {tuple(x.shape)}")
@@ -56,14 +70,27 @@ def check_pixels(function, x, pixel_norm):
         return []
     if pixel_norm is None:
         raise ValueError(f"{function}: x is an image of uint8, so pixel_norm=(mean, std) is needed")
-    channels = x.shape[1]
-    if len(pixel_norm) != 2 or any(len(each) != channels for each in pixel_norm):
+    return normalisation(*check_pixel_norm(function, pixel_norm, x.shape[1]))
+
+
+def check_pixel_norm(function, pixel_norm, channels):
+    """(mean, std) of an image's channels as two lists of Python numbers."""
+    try:
+        given = [[as_number(value) for value in each] for each in pixel_norm]
+    except TypeError:  # no sequence of sequences
+        given = [[None]]
+    if any(None in each for each in given):
+        raise TypeError(f"{function}: pixel_norm must be (mean, std), two sequences of numbers, got {pixel_norm!r}")
+    if [len(each) for each in given] != [channels, channels]:
         raise ValueError(
-            f"{function}: pixel_norm must be (mean, std), each with the {channels} channels of x, got {pixel_norm!r}"
+            f"{function}: pixel_norm must be (mean, std), each with the image's {channels} channels, got {pixel_norm!r}"
         )
-    if not all(s > 0 for s in pixel_norm[1]):
+    mean, std = given
+    if not all(map(math.isfinite, mean)):
+        raise ValueError(f"{function}: pixel_norm's mean must be finite, got {pixel_norm[0]!r}")
+    if not all(s > 0 for s in std):
         raise ValueError(f"{function}: pixel_norm's std must be above 0, got {pixel_norm[1]!r}")
-    return normalisation(*pixel_norm)
+    return mean, std
 
 
 def check_parameters(function, x, pixels, parameters):
@@ -73,10 +100,9 @@ def check_parameters(function, x, pixels, parameters):
         pixels: of :func:`check_pixels`; parameters: by name, on x's device and in that dtype, or ``None``.
     """
     first = next(iter(parameters))
-    name, leader = (first, parameters[first]) if pixels else ("x", x)
-    check_together(function, "x", x, same_dtype=False, **parameters)
-    check_together(function, name, leader, same_dtype=same_dtype(x), **parameters)
-    return leader
+    leader = (first, parameters[first]) if pixels else ("x", x)
+    check_together(function, "x", x, same_dtype=same_dtype(x), dtype_of=leader, **parameters)
+    return leader[1]
 
 
 def image_values(x, pixel_norm, dtype):
@@ -84,21 +110,33 @@ def image_values(x, pixel_norm, dtype):
 
     Args:
         x: (B, C, H, W), uint8 or floating; pixel_norm: (mean, std), each with C numbers, for uint8.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, dtype or value.
     """
+    check_tensor("image_values", "x", x, ndim=(3, 4), dtypes=IMAGES)
     if x.dtype != torch.uint8:
         return x
     return values(x, check_pixels("image_values", x, pixel_norm), dtype)
 
 
-def check_window(function, win, height, width):
-    """The token grid of an image, which must have at least one token."""
-    h, w = win.grid(height, width)
+def check_window(function, win, shape):
+    """The token grid of an image of ``shape`` (B, C, H, W), which must have at least one token."""
+    batch, channels, *size = shape
+    padded = (size[0] + 2 * win.padding[0], size[1] + 2 * win.padding[1])
+    h, w = win.grid(*size)
     if known(h < 1) or known(w < 1):
-        (kh, kw), _, (ph, pw) = win
         raise ValueError(
-            f"{function}: the window {kh} x {kw} must fit into the padded image, "
-            f"got {height + 2 * ph} x {width + 2 * pw}"
+            f"{function}: the window {win.kernel[0]} x {win.kernel[1]} must fit into the padded image, "
+            f"got {padded[0]} x {padded[1]}"
         )
+    if exceeds(padded[0], LARGEST) or exceeds(padded[1], LARGEST):
+        raise ValueError(
+            f"{function}: padding must leave the padded image at most {LARGEST} pixels along an axis, "
+            f"got {padded[0]} x {padded[1]}"
+        )
+    check_count(function, "the image", *shape)
+    check_count(function, "the unfolded tokens", batch, h, w, channels, *win.kernel)
     return h, w
 
 

@@ -2,7 +2,16 @@
 
 import torch
 
-from ..errors import check_probability, check_shape, check_tensor, check_together
+from ..errors import (
+    check_count,
+    check_filled,
+    check_number,
+    check_probability,
+    check_shape,
+    check_tensor,
+    check_together,
+    known,
+)
 from ..ops.library import wants_gradient
 from ..ops.performer_attention.op import performer_attention as _performer_attention
 from ..ops.performer_layer.op import performer_layer as _performer_layer
@@ -57,10 +66,12 @@ def performer_attention(q, k, v, w, eps=1e-8, *, key_mask=None, backend="auto"):
     check_shape(function, "k", k, (*q.shape[:-2], k.shape[-2], q.shape[-1]), "batch and width of q")
     check_shape(function, "v", v, k.shape, "the shape of k")
     _check_features(function, w, q.shape[-1], q.dtype)
-    if k.shape[-2] < 1:
+    check_count(function, "q", *q.shape)
+    check_count(function, "k", *k.shape)
+    if known(k.shape[-2] < 1):
         raise ValueError(f"{function}: k must have at least one token, got shape {tuple(k.shape)}")
-    _check_eps(function, eps)
-    check_together(function, "q", q, same_dtype=False, key_mask=key_mask)
+    eps = check_number(function, "eps", eps, minimum=0)
+    check_together(function, "q", q, same_dtype=False, dtypes=(torch.bool,), key_mask=key_mask)
     if key_mask is not None:
         check_tensor(function, "key_mask", key_mask, ndim=2, dtypes=(torch.bool,))
         check_shape(function, "key_mask", key_mask, (k.shape[0], k.shape[-2]), "batch and tokens of k")
@@ -80,22 +91,15 @@ def performer_attention(q, k, v, w, eps=1e-8, *, key_mask=None, backend="auto"):
 
 def _check_features(function, w, width, dtype):
     check_shape(function, "w", w, (w.shape[0], width), "(random features, token width)")
-    if w.shape[0] < 1:
+    if known(w.shape[0] < 1):
         raise ValueError(f"{function}: w must have at least one random feature, got shape {tuple(w.shape)}")
     if w.dtype not in (dtype, torch.float32):
         allowed = " or ".join(map(str, dict.fromkeys((dtype, torch.float32))))
         raise ValueError(f"{function}: w must be {allowed}, got {w.dtype}")
 
 
-def _check_eps(function, eps):
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"{function}: eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"{function}: eps must be at least 0, got {eps!r}")
-
-
 def _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop):
-    """The arguments of ``token_mlp`` that ``performer_block`` shares."""
+    """The arguments of ``token_mlp`` that ``performer_layer`` shares; its three numbers as Python numbers."""
     for name in ("proj_weight", "fc1_weight", "fc2_weight"):
         check_tensor(function, name, tail[name], ndim=2)
     check_together(function, "the tokens", x, same_dtype=same_dtype(x), **tail)
@@ -113,10 +117,11 @@ def _check_tail(function, x, width, tail, norm_eps, proj_drop, mlp_drop):
     for name, (shape, meaning) in shapes.items():
         if tail[name] is not None:
             check_shape(function, name, tail[name], shape, meaning)
-    if not norm_eps > 0:
-        raise ValueError(f"{function}: norm_eps must be above 0, got {norm_eps!r}")
-    check_probability(function, "proj_drop", proj_drop)
-    check_probability(function, "mlp_drop", mlp_drop)
+    return (
+        check_number(function, "norm_eps", norm_eps, above=0),
+        check_probability(function, "proj_drop", proj_drop),
+        check_probability(function, "mlp_drop", mlp_drop),
+    )
 
 
 MEMORY = ("fast", "low")
@@ -125,18 +130,17 @@ MEMORY = ("fast", "low")
 
 def check_memory(function, memory):
     """Raise unless ``memory`` is one of :data:`MEMORY`."""
-    if memory not in MEMORY:
+    if not isinstance(memory, str) or memory not in MEMORY:
         raise ValueError(f"{function}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
 
 
 def _seed_for(function, x, seed, proj_drop, mlp_drop):
+    """The seed of the dropouts, a fresh one unless it is given; ``None`` without a dropout."""
+    check_tensor(function, "seed", seed, ndim=0, dtypes=(torch.int64,), optional=True)
+    check_together(function, "the tokens", x, same_dtype=False, dtypes=(torch.int64,), seed=seed)
     if not proj_drop and not mlp_drop:
         return None
-    if seed is None:
-        return fresh_seed(x.device)
-    check_tensor(function, "seed", seed, ndim=0, dtypes=(torch.int64,))
-    check_together(function, "the tokens", x, same_dtype=False, seed=seed)
-    return seed
+    return fresh_seed(x.device) if seed is None else seed
 
 
 def token_mlp(
@@ -182,6 +186,7 @@ def token_mlp(
     """
     function = "token_mlp"
     check_tensor(function, "y", y, ndim=3)
+    check_count(function, "y", *y.shape)
     check_tensor(function, "v", v, ndim=3)
     check_shape(function, "v", v, y.shape, "the shape of y")
     check_together(function, "y", y, same_dtype=same_dtype(y), v=v)
@@ -195,7 +200,7 @@ def token_mlp(
         "fc2_weight": fc2_weight,
         "fc2_bias": fc2_bias,
     }
-    _check_tail(function, y, y.shape[-1], tail, norm_eps, proj_drop, mlp_drop)
+    norm_eps, proj_drop, mlp_drop = _check_tail(function, y, y.shape[-1], tail, norm_eps, proj_drop, mlp_drop)
     seed = _seed_for(function, y, seed, proj_drop, mlp_drop)
     chosen = choose(
         function,
@@ -282,8 +287,9 @@ def performer_layer(
     x = as_image(function, x, grid, dtypes=IMAGES)
     pixels = check_pixels(function, x, pixel_norm)
     win = window(kernel_size, stride, padding, function=function)
-    check_window(function, win, *x.shape[2:])
+    tokens = check_window(function, win, x.shape)
     check_tensor(function, "kqv_weight", kqv_weight, ndim=2)
+    check_filled(function, "kqv_weight", kqv_weight)
     check_tensor(function, "w", w, ndim=2)
     width, columns = w.shape[1], x.shape[1] * win.taps
     tail = {
@@ -307,11 +313,11 @@ def performer_layer(
     for name, (value, shape, meaning) in linear.items():
         if value is not None:
             check_shape(function, name, value, shape, meaning)
-    if not norm1_eps > 0:
-        raise ValueError(f"{function}: norm1_eps must be above 0, got {norm1_eps!r}")
+    norm1_eps = check_number(function, "norm1_eps", norm1_eps, above=0)
+    check_count(function, "k, q and v", x.shape[0], *tokens, kqv_weight.shape[0])
     _check_features(function, w, width, leader.dtype)
-    _check_eps(function, eps)
-    _check_tail(function, leader, width, tail, norm_eps, proj_drop, mlp_drop)
+    eps = check_number(function, "eps", eps, minimum=0)
+    norm_eps, proj_drop, mlp_drop = _check_tail(function, leader, width, tail, norm_eps, proj_drop, mlp_drop)
     check_memory(function, memory)
     seed = _seed_for(function, x, seed, proj_drop, mlp_drop)
     chosen = choose(

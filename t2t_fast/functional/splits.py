@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import check_pair, check_shape, check_tensor, known
+from ..errors import check_count, check_filled, check_number, check_pair, check_shape, check_tensor, known
 from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
 from ..ops.kept import FOLDED
 from ..ops.library import wants_gradient
@@ -41,7 +41,7 @@ def soft_split(x, kernel_size, stride=1, padding=0, *, grid=None, backend="auto"
     """
     x = as_image("soft_split", x, grid)
     win = window(kernel_size, stride, padding, function="soft_split")
-    check_window("soft_split", win, *x.shape[2:])
+    check_window("soft_split", win, x.shape)
     return _soft_split(x, *win, choose("soft_split", x, backend, kernel=win.kernel))
 
 
@@ -96,9 +96,10 @@ def fused_fold_unfold(tokens, output_size, kernel_size, stride=1, padding=0, *, 
 def _composition(function, tokens, output_size, kernel_size, stride, padding):
     """The checked image size and window of tokens that are to be composed."""
     check_tensor(function, "tokens", tokens, ndim=3)
+    check_filled(function, "tokens", tokens, first=1)
     size = check_pair(function, "output_size", output_size, minimum=1)
     win = window(kernel_size, stride, padding, function=function)
-    h, w = check_window(function, win, *size)
+    h, w = check_window(function, win, (tokens.shape[0], tokens.shape[2] // win.taps, *size))
     if known(tokens.shape[1] != h * w):
         raise ValueError(
             f"{function}: tokens must have {h} x {w} = {h * w} tokens for output_size {size} and {win}, "
@@ -106,7 +107,8 @@ def _composition(function, tokens, output_size, kernel_size, stride, padding):
         )
     if known(tokens.shape[2] % win.taps != 0):
         raise ValueError(
-            f"{function}: the token width must be a multiple of the window's {win.taps} pixels, got {tokens.shape[2]}"
+            f"{function}: tokens must have a width that is a multiple of the window's {win.taps} pixels, "
+            f"got {tokens.shape[2]}"
         )
     return size, win
 
@@ -166,14 +168,16 @@ def soft_split_linear(
     x = as_image(function, x, grid, dtypes=IMAGES)
     pixels = check_pixels(function, x, pixel_norm)
     win = window(kernel_size, stride, padding, function=function)
-    check_window(function, win, *x.shape[2:])
+    h, w = check_window(function, win, x.shape)
     check_tensor(function, "weight", weight, ndim=2)
+    check_filled(function, "weight", weight)
     columns = x.shape[1] * win.taps
     check_shape(function, "weight", weight, (weight.shape[0], columns), "(O, channels * window pixels)")
+    check_count(function, "the result", x.shape[0], h, w, weight.shape[0])
     if norm_eps is None and (norm_weight is not None or norm_bias is not None):
         raise ValueError(f"{function}: norm_weight and norm_bias need norm_eps, got norm_eps=None")
-    if norm_eps is not None and not norm_eps > 0:
-        raise ValueError(f"{function}: norm_eps must be above 0, got {norm_eps!r}")
+    if norm_eps is not None:
+        norm_eps = check_number(function, "norm_eps", norm_eps, above=0)
     parameters = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     leader = check_parameters(function, x, pixels, parameters)
     for name, value, shape, meaning in (

@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
+from ..errors import check_pair
+from ..modules.options import check_choice, check_options
 from ..ops.spec import grid_after
-from .blocks import block_stack
+from .blocks import BLOCKS, block_stack
 from .position import resize_position_table, same_grid, sinusoid_table
 
 
@@ -17,6 +19,20 @@ def init_weights(module):
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def check_model(owner, options):
+    """Check a classification model's arguments, name -> value, before anything is built.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value; the text begins with ``owner``.
+    """
+    check_options(owner, options)
+    check_pair(owner, "img_size", options["img_size"], minimum=1)
+    check_choice(owner, "block", options["block"], tuple(BLOCKS))
+    width, heads = options["embed_dim"], options["num_heads"]
+    if width % heads:
+        raise ValueError(f"{owner}: num_heads must divide embed_dim, got embed_dim={width}, num_heads={heads}")
 
 
 class Backbone(nn.Module):

@@ -10,6 +10,7 @@ from torch import nn
 from ..modules import fusion
 from ..modules.attention import attend, heads, merged
 from ..modules.drop_path import DropPath
+from ..modules.options import check_options
 from ..modules.token_transformer import Mlp
 
 
@@ -18,6 +19,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
         super().__init__()
+        check_options("Attention", locals())
         if dim % num_heads:
             raise ValueError(f"Attention: num_heads must divide dim, got dim={dim}, num_heads={num_heads}")
         self.num_heads = num_heads
@@ -148,6 +150,7 @@ class Block(nn.Module):
         norm_layer=nn.LayerNorm,
     ):
         super().__init__()
+        check_options(type(self).__name__, locals())
         self.norm1 = norm_layer(dim)
         self.attn = self.attention_layer(
             dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=drop
@@ -197,8 +200,8 @@ class Transition(nn.Module):
         return self.act(self.linear(x))
 
 
-BLOCKS = {"plain": Block, "se": BlockSE, "ghost": BlockGhost}
-"""Blocks that keep the width; "dense" grows and is built by :func:`dense_blocks`."""
+BLOCKS = {"plain": Block, "se": BlockSE, "ghost": BlockGhost, "dense": BlockDense}
+"""By name. "dense" grows and is built by :func:`dense_blocks`, the others keep the width."""
 
 
 def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_config, options):
@@ -213,8 +216,6 @@ def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_confi
     """
     if kind == "dense":
         return dense_blocks(embed_dim, drop_path_rate, growth_rate, block_config, options)
-    if kind not in BLOCKS:
-        raise ValueError(f"block must be one of {', '.join([*BLOCKS, 'dense'])}, got {kind!r}")
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
     return nn.ModuleList(BLOCKS[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
 

@@ -9,15 +9,23 @@ adds ``v`` to its output (the backbone's too), and the window follows from the k
 import torch
 from torch import nn
 
+from ..errors import check_pair
 from ..functional import window as make_window
 from ..modules import fusion
 from ..modules.attention import attend, heads, merged
+from ..modules.options import check_options, check_series
 from ..modules.soft_split import Unfold
 from ..modules.t2t_module import stages_obstacle, walk, windows_of
 from ..modules.token_transformer import TokenTransformer as _TokenTransformer
 from ..ops.spec import grid_after, square
 from .backbone import init_weights
 from .position import resize_position_table, sinusoid_table
+
+
+def check_image(owner, img_size):
+    """``img_size`` as (C, H, W), three integers."""
+    check_series(owner, "img_size", img_size, length=3)
+    return tuple(img_size)
 
 
 def split_window(kernel):
@@ -36,6 +44,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, chan, num_heads=1, qkv_bias=False, qk_scale=None):
         super().__init__()
+        check_options("Attention", locals())
         if chan % num_heads:
             raise ValueError(f"Attention: num_heads must divide chan, got chan={chan}, num_heads={num_heads}")
         self.num_heads = num_heads
@@ -61,6 +70,7 @@ class NeuralNet(nn.Module):
 
     def __init__(self, in_chan, hidden_chan=None, out_chan=None, act_layer=nn.GELU):
         super().__init__()
+        check_options("NeuralNet", locals())
         hidden_chan = in_chan if hidden_chan is None else hidden_chan
         self.fc1 = nn.Linear(in_chan, hidden_chan)
         self.act = act_layer()
@@ -101,6 +111,7 @@ class TokenTransformer(_TokenTransformer):
         norm_layer=nn.LayerNorm,
     ):
         nn.Module.__init__(self)
+        check_options("TokenTransformer", locals())
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, chan, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
         self.norm2 = norm_layer(chan)
@@ -128,6 +139,7 @@ class Encoding(nn.Module):
         norm_layer=nn.LayerNorm,
     ):
         super().__init__()
+        check_options("Encoding", locals())
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
         self.norm2 = norm_layer(dim)
@@ -162,9 +174,9 @@ class Tokens2Token(nn.Module):
         norm_layer=nn.LayerNorm,
     ):
         super().__init__()
-        if len(softsplit_kernels) != 3:
-            raise ValueError(f"Tokens2Token: softsplit_kernels must be three sizes, got {softsplit_kernels!r}")
-        channels, height, width = img_size
+        check_options("Tokens2Token", locals())
+        check_series("Tokens2Token", "softsplit_kernels", softsplit_kernels, length=3)
+        channels, height, width = check_image("Tokens2Token", img_size)
         first, second, third = windows = tuple(split_window(k) for k in softsplit_kernels)
         self.windows = windows
         self.grid_size = grid_after(windows, height, width)
@@ -209,7 +221,8 @@ class PatchTokenization(nn.Module):
 
     def __init__(self, img_size=(1, 60, 100), patch_size=50, token_len=768):
         super().__init__()
-        channels, height, width = img_size
+        check_options("PatchTokenization", locals())
+        channels, height, width = check_image("PatchTokenization", img_size)
         self.patch_size = patch_size
         self.grid_size = self.grid(height, width)
         self.num_tokens = self.grid_size[0] * self.grid_size[1]
@@ -252,7 +265,8 @@ class ViTBackbone(nn.Module):
         norm_layer=nn.LayerNorm,
     ):
         super().__init__()
-        self.grid_size = tuple(grid_size)
+        check_options("ViTBackbone", locals())
+        self.grid_size = check_pair("ViTBackbone", "grid_size", grid_size, minimum=1)
         entries = self.grid_size[0] * self.grid_size[1] + 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, token_len))
         self.pos_embed = nn.Parameter(sinusoid_table(entries, token_len), requires_grad=False)
@@ -296,6 +310,7 @@ class ViTModel(nn.Module):
         norm_layer=nn.LayerNorm,
     ):
         super().__init__()
+        check_options("ViTModel", locals())
         self.patch_tokens = PatchTokenization(img_size, patch_size, token_len)
         self.windows = (square(patch_size, patch_size, 0),)
         self.backbone = ViTBackbone(
@@ -336,6 +351,7 @@ class T2TViT(nn.Module):
         norm_layer=nn.LayerNorm,
     ):
         super().__init__()
+        check_options("T2TViT", locals())
         self.tokens_to_token = Tokens2Token(
             img_size,
             softsplit_kernels,

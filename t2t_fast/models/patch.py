@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..errors import check_pair
+from ..modules.options import check_options
 from ..ops.spec import square
 
 
@@ -17,6 +18,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
         super().__init__()
+        check_options("PatchEmbed", locals())
         self.img_size = check_pair("PatchEmbed", "img_size", img_size, minimum=1)
         self.patch_size = patch_size
         self.windows = (square(patch_size, patch_size, 0),)

@@ -6,9 +6,10 @@ Sources in yitu-opensource/T2T-ViT: ``models/t2t_vit.py``, ``t2t_vit_se.py``, ``
 
 from torch import nn
 
-from ..modules.t2t_module import T2TModule
+from ..modules.options import check_choice, check_options
+from ..modules.t2t_module import TOKENS_TYPES, T2TModule
 from ..ops.windows import as_image
-from .backbone import Backbone, init_weights
+from .backbone import Backbone, check_model, init_weights
 from .patch import PatchEmbed
 
 
@@ -46,6 +47,8 @@ class T2TViT(Backbone):
         growth_rate=32,
         block_config=(3, 4, 6, 3),
     ):
+        check_model(type(self).__name__, locals())
+        check_choice(type(self).__name__, "tokens_type", tokens_type, (*TOKENS_TYPES, "patch"))
         if tokens_type == "patch":
             name, tokeniser = "patch_embed", PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         else:
@@ -73,6 +76,7 @@ class T2TViT(Backbone):
 
     def reset_classifier(self, num_classes, global_pool=""):
         """A new, freshly initialised head for ``num_classes``; 0 leaves the head out."""
+        check_options(type(self).__name__, {"num_classes": num_classes})
         weight = self.cls_token
         self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
@@ -122,4 +126,4 @@ class T2TViTDense(T2TViT):
     """
 
     def __init__(self, growth_rate=32, block_config=(3, 4, 6, 3), **options):
-        super().__init__(growth_rate=growth_rate, block_config=tuple(block_config), **{"block": "dense", **options})
+        super().__init__(growth_rate=growth_rate, block_config=block_config, **{"block": "dense", **options})

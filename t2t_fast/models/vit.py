@@ -8,8 +8,9 @@ from functools import partial
 
 from torch import nn
 
+from ..modules.options import check_options
 from ..ops.windows import as_image
-from .backbone import Backbone, init_weights
+from .backbone import Backbone, check_model, init_weights
 from .patch import PatchEmbed
 
 
@@ -48,6 +49,8 @@ class ViT(Backbone):
         growth_rate=32,
         block_config=(3, 4, 6, 3),
     ):
+        norm_layer = partial(nn.LayerNorm, eps=1e-6) if norm_layer is None else norm_layer
+        check_model(type(self).__name__, locals())
         super().__init__(
             "patch_embed",
             PatchEmbed(img_size, patch_size, in_chans, embed_dim),
@@ -60,7 +63,7 @@ class ViT(Backbone):
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6) if norm_layer is None else norm_layer,
+            norm_layer=norm_layer,
             block=block,
             growth_rate=growth_rate,
             block_config=block_config,
@@ -82,6 +85,7 @@ class ViT(Backbone):
 
     def reset_classifier(self, num_classes, global_pool=""):
         """New, freshly initialised heads for ``num_classes``; 0 leaves them out."""
+        check_options(type(self).__name__, {"num_classes": num_classes})
         self.num_classes = num_classes
         for name in ("head", "head_dist"):
             if getattr(self, name) is not None:

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from .options import check_options
+
 
 class DropPath(nn.Module):
     """In training, zero whole samples of a residual branch with probability ``drop_prob`` and rescale the others.
@@ -11,6 +13,7 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob=0.0):
         super().__init__()
+        check_options("DropPath", locals())
         self.drop_prob = drop_prob
 
     def forward(self, x):

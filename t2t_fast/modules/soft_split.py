@@ -4,7 +4,7 @@ from math import prod
 
 from torch import nn
 
-from ..errors import check_pair
+from ..errors import check_pair, check_tensor
 from ..functional import fused_fold_unfold, soft_composition, soft_split, window
 
 
@@ -72,13 +72,14 @@ class FusedFoldUnfold(nn.Module):
 
     def forward(self, tokens, output_size=None):
         """(B, h*w, C*k*k) -> the same shape; also (B, t*h*w, C*k*k), the tokens of t frames one after another."""
+        check_tensor("FusedFoldUnfold", "tokens", tokens, ndim=3)
         size = self.output_size if output_size is None else output_size
         if size is None:
             raise ValueError("FusedFoldUnfold: output_size is needed, at construction or at the call")
         size = check_pair("FusedFoldUnfold", "output_size", size, minimum=1)
         length = prod(self.window.grid(*size))
-        if tokens.ndim == 3 and length > 0 and tokens.shape[1] % length == 0:
-            frames = tokens.reshape(-1, length, tokens.shape[2])
+        if length > 0 and tokens.shape[1] > 0 and tokens.shape[1] % length == 0:
+            frames = tokens.unflatten(1, (tokens.shape[1] // length, length)).flatten(0, 1)
             return fused_fold_unfold(frames, size, *self.window).view(tokens.shape)
         return fused_fold_unfold(tokens, size, *self.window)
 
@@ -109,6 +110,7 @@ class Unfold(nn.Unfold):
 
     def forward(self, input):
         """(B, C, H, W) -> (B, C*k*k, h*w), or without B."""
+        check_tensor("Unfold", "input", input, ndim=(3, 4))
         if input.ndim == 3:
             return self.forward(input[None])[0]
         return soft_split(input, self.kernel_size, self.stride, self.padding).transpose(1, 2)
@@ -129,6 +131,7 @@ class Fold(nn.Fold):
 
     def forward(self, input):
         """(B, C*k*k, h*w) -> (B, C, H, W), or without B."""
+        check_tensor("Fold", "input", input, ndim=(2, 3))
         if input.ndim == 2:
             return self.forward(input[None])[0]
         return soft_composition(

@@ -1,5 +1,6 @@
 """The tokens-to-token module, with upstream's parameter names, for any image size."""
 
+from collections.abc import Sequence
 from math import isqrt, prod
 
 import torch
@@ -8,10 +9,12 @@ from torch import nn
 from ..errors import check_pair
 from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
+from ..functional.arguments import check_pixel_norm
 from ..functional.layers import check_memory
 from ..ops.spec import T2T_WINDOWS, Window, grid_after
 from ..ops.windows import as_image
 from . import fusion
+from .options import check_choice, check_options
 from .soft_split import Unfold
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
@@ -135,10 +138,16 @@ class T2TModule(nn.Module):
         pixel_norm=None,
     ):
         super().__init__()
-        if tokens_type not in TOKENS_TYPES:
-            raise ValueError(f"T2TModule: tokens_type must be one of {', '.join(TOKENS_TYPES)}, got {tokens_type!r}")
-        if len(windows) != 3:
-            raise ValueError(f"T2TModule: windows must be three (kernel, stride, padding), got {len(windows)}")
+        check_options("T2TModule", locals())
+        check_choice("T2TModule", "tokens_type", tokens_type, TOKENS_TYPES)
+        if pixel_norm is not None:
+            check_pixel_norm("T2TModule", pixel_norm, in_chans)
+        check_memory("T2TModule", memory)
+        if (
+            not isinstance(windows, Sequence)
+            or [isinstance(each, Sequence) and len(each) for each in windows] != [3] * 3
+        ):
+            raise ValueError(f"T2TModule: windows must be three (kernel, stride, padding), got {windows!r}")
         self.tokens_type = tokens_type
         self.windows = tuple(make_window(*each, function="T2TModule") for each in windows)
         self.img_size = check_pair("T2TModule", "img_size", img_size, minimum=1)

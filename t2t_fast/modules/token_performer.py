@@ -8,6 +8,7 @@ from torch import nn
 from ..functional import image_values, performer_attention, performer_layer, soft_split
 from ..ops.spec import square
 from . import fusion
+from .options import check_options
 
 _SINGLE = square(1, 1, 0)
 
@@ -43,6 +44,7 @@ class TokenPerformer(nn.Module):
 
     def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
         super().__init__()
+        check_options("TokenPerformer", locals())
         self.emb = in_dim * head_cnt
         self.head_cnt = head_cnt
         self.m = int(self.emb * kernel_ratio)

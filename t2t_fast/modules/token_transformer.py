@@ -7,6 +7,7 @@ from ..ops.spec import square
 from . import fusion
 from .attention import attend, heads, merged
 from .drop_path import DropPath
+from .options import check_options
 
 _SINGLE = square(1, 1, 0)
 
@@ -26,6 +27,7 @@ class TokenAttention(nn.Module):
     def __init__(self, dim, num_heads=1, in_dim=None, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
         super().__init__()
         in_dim = dim if in_dim is None else in_dim
+        check_options("TokenAttention", locals())
         if num_heads != 1:
             raise ValueError(
                 f"TokenAttention: num_heads must be 1 (upstream's skip through v drops the head axis), got {num_heads}"
@@ -54,6 +56,7 @@ class Mlp(nn.Module):
 
     def __init__(self, in_features, hidden_features=None, out_features=None, act_layer=nn.GELU, drop=0.0):
         super().__init__()
+        check_options("Mlp", locals())
         hidden_features = in_features if hidden_features is None else hidden_features
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.act = act_layer()
@@ -107,6 +110,7 @@ class TokenTransformer(nn.Module):
         norm_layer=nn.LayerNorm,
     ):
         super().__init__()
+        check_options("TokenTransformer", locals())
         self.norm1 = norm_layer(dim)
         self.attn = TokenAttention(
             dim,

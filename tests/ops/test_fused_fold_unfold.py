@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import t2t_fast
 from t2t_fast import functional
+from t2t_fast.modules import FusedFoldUnfold
 from t2t_fast.ops.windows import overlap
 from t2t_fast.testing import WINDOW_CASES, errors
 
@@ -105,3 +106,7 @@ def test_keeps_the_dtype_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert functional.fused_fold_unfold(tokens, 8, 3, 2, 1).dtype == torch.float32
         assert functional.fused_fold_unfold(tokens.bfloat16(), 8, 3, 2, 1).dtype == torch.bfloat16
+
+
+def test_module_on_no_image():
+    assert FusedFoldUnfold(3, 2, 1, output_size=8)(torch.randn(0, 16, 9)).shape == (0, 16, 9)

@@ -104,7 +104,7 @@ def test_values_of_bytes():
 BAD = {
     "bytes without pixel_norm": (None, torch.uint8, "x is an image of uint8, so pixel_norm"),
     "values with pixel_norm": ((MEAN[:3], STD[:3]), torch.float32, "pixel_norm is for images of uint8"),
-    "other channels": ((MEAN[:2], STD[:2]), torch.uint8, "each with the 3 channels of x"),
+    "other channels": ((MEAN[:2], STD[:2]), torch.uint8, "each with the image.s 3 channels"),
     "a mean alone": ((MEAN[:3],), torch.uint8, "must be .mean, std."),
     "no deviation": ((MEAN[:3], (0.1, 0.0, 0.1)), torch.uint8, "std must be above 0"),
 }
