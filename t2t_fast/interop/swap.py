@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import NothingToSwap
 from ..models import lanl
 from .explain import backend_of
-from .swap_classes import original_class
+from .swap_classes import is_swapped, original_class
 from .swap_proof import Mismatch, apply, prove
 from .swap_rules import FAST, LOOKED_FOR, Change, match
 
@@ -161,11 +161,15 @@ def swap(model, *, include=None, exclude=None, dry_run=False):
     """Put the fast forms in place of upstream's T2T modules, in place, on this instance.
 
     Swapped are, wherever they are in the model: the whole tokens-to-token module (both token types; also lanl's
-    ``Tokens2Token``), single ``Token_performer`` and ``Token_transformer`` layers, every ``nn.Fold``, and the
-    ``nn.Unfold`` of a module that is not swapped as a whole: what is named ``soft_split0`` and so on, another one only
-    if ``include`` matches its own path, because the fast form returns a transposed view. Parameters, hooks, training
-    flag, dtype and device stay: the module objects are the same, only their class changes. A layer whose inner modules
-    have hooks runs unfused, so that every hook fires. Each swap is proved first, on a copy with a random input.
+    ``Tokens2Token``; also one that returns its stages or their sizes beside the tokens), single ``Token_performer``
+    and ``Token_transformer`` layers, and every ``nn.Fold``. An ``nn.Unfold`` returns a transposed view in its fast
+    form: it is swapped where ``include`` matches its own path, or where the T2T module around it is proved to take it.
+
+    Parameters, hooks, attributes, methods, training flag, dtype and device stay: the module objects are the same, and
+    their new class inherits from the old one. Whatever is hooked, replaced or wrapped inside a module makes it run
+    child by child, at the next call as well (:func:`explain`). Each swap is proved first, on a perturbed twin, in
+    float64, in eval and in training mode, with gradients. What cannot be proved, or has something that the fast form
+    would ignore, is left with the reason.
 
     Args:
         model: any ``nn.Module``.
@@ -234,7 +238,8 @@ def unswap(model):
         model: a model that :func:`swap` changed, wholly or in part.
 
     Returns:
-        :class:`SwapReport` of what came back; no rows if nothing was swapped.
+        :class:`SwapReport` of what came back; no rows if nothing was swapped. A module whose class something else has
+        changed since (FSDP2's ``fully_shard``) is left, with the reason.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -248,6 +253,8 @@ def unswap(model):
             if isinstance(module, FAST):
                 rows.append(Row(path, type(module).__name__, original.__name__, "", ""))
             _undo(module)
+        elif is_swapped(module):
+            rows.append(Row(path, type(module).__name__, "", "", "its class was changed again after the swap"))
     return SwapReport(tuple(rows), "unswapped")
 
 

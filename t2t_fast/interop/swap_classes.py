@@ -42,6 +42,11 @@ def original_class(module):
     return type(module).__dict__.get(_ORIGINAL)
 
 
+def is_swapped(module):
+    """Whether a module was swapped, also if its class was changed again since."""
+    return any(_ORIGINAL in vars(cls) for cls in type(module).__mro__)
+
+
 def collisions(module, fast):
     """Names that both a module (or its class) and a fast class define, other than ``forward`` and ``extra_repr``."""
     own = {name for cls in _above_module(fast) for name in vars(cls)} - {"forward", "extra_repr"}

@@ -327,7 +327,12 @@ RULES = (
 
 def match(module):
     """The :class:`Plan` of the first rule that fits, or ``None``; may raise :class:`Mismatch`."""
-    return next((plan for rule in RULES if (plan := rule(module)) is not None), None)
+    try:
+        return next((plan for rule in RULES if (plan := rule(module)) is not None), None)
+    except Mismatch:
+        raise
+    except Exception as error:  # a property or __getattr__ of somebody else's may raise anything
+        raise Mismatch(f"it could not be examined: {type(error).__name__}: {error}") from error
 
 
 LOOKED_FOR = [
