@@ -110,7 +110,7 @@ def operators():
     return tuple(_tables)
 
 
-def _reason(op, name, request):
+def reason(op, name, request):
     """Why ``name`` cannot run ``request``, or ``None``."""
     found = _tables[op].get(name)
     return _absent[op][name] if found is None else found.supports(request)
@@ -137,8 +137,7 @@ def resolve(op, request, name="auto"):
         if name not in config.BACKENDS:  # only what the environment set is unchecked so far
             raise ValueError(problem())
     if name != "auto":
-        reason = _reason(op, name, request)
-        if reason is not None:
+        if reason(op, name, request) is not None:
             raise BackendUnavailable(_refusal(op, name, request))
         return name
     for candidate in ORDER:
@@ -152,7 +151,7 @@ def _refusal(op, name, request):
     dtype = str(request.dtype).removeprefix("torch.")
     lines = [f"{op}: backend {name!r} cannot run on {request.device} with {dtype}"]
     for candidate in ORDER:
-        lines.append(f"  {candidate}: {_reason(op, candidate, request) or 'available'}")
+        lines.append(f"  {candidate}: {reason(op, candidate, request) or 'available'}")
     return "\n".join(lines)
 
 
@@ -226,9 +225,9 @@ def explain(op=None, *, device=None, dtype=torch.float32, **sizes):
         except BackendUnavailable:
             chosen = None
         for name in ORDER:
-            reason = _reason(each, name, request)
-            if reason is None:
+            verdict = reason(each, name, request)
+            if verdict is None:
                 slower = _tables[each][name].passed_over(request)
-                reason = "available" if slower is None else f"available, passed over by auto: {slower}"
-            rows.append((each, name, "chosen" if name == chosen else reason))
+                verdict = "available" if slower is None else f"available, passed over by auto: {slower}"
+            rows.append((each, name, "chosen" if name == chosen else verdict))
     return Explanation(request.device, dtype, tuple(rows))

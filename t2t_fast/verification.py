@@ -299,13 +299,23 @@ def _small_model(tokens_type):
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases start at 0 and norms at identity, which would leave terms untried
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
-    fast = copy.deepcopy(model.eval())
+    model.eval()
+    fast = copy.deepcopy(model)
     try:
         left = _left(swap(fast))
     except NothingToSwap as refusal:  # swap proves its parts, so a wrong operator can end here
         left = " ".join(str(refusal).split())
     x = testing.natural_images(2, 3, 64, 64)
     return _Subject(f"small T2T-ViT, {tokens_type}", model, fast, x, left, left_is_wrong=True)
+
+
+def _frozen(model):
+    """A copy in eval mode; tensors that autograd made are constants in it."""
+    from .interop.swap_proof import copied
+
+    found = copied(model, lambda t: copy.deepcopy(t) if t.is_leaf else t.detach().clone())
+    found.eval()  # a train() of somebody else's may return nothing
+    return found
 
 
 def _left(report):
@@ -322,7 +332,7 @@ def _users_model(model, x):
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise TypeError(f"verify: x must be a floating torch.Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     name, left = type(model).__name__, ""
-    fast, plain = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    fast, plain = _frozen(model), _frozen(model)
     if not any(isinstance(module, FAST) for module in model.modules()):
         left = _left(swap(fast))
         name = f"{name}, swapped"

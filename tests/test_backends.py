@@ -17,7 +17,7 @@ CPU = Request("cpu", torch.float32, {})
 @pytest.mark.parametrize("op", backends.operators())
 def test_auto_takes_the_first_that_states_no_reason(op):
     """Native where it is built and has a kernel, else aten; interpreted kernels never."""
-    reasons = {name: backends._reason(op, name, CPU) for name in backends.ORDER if name != "triton"}
+    reasons = {name: backends.reason(op, name, CPU) for name in backends.ORDER if name != "triton"}
     assert reasons["aten"] is None and reasons["reference"] is None
     assert backends.resolve(op, CPU) == next(name for name, reason in reasons.items() if reason is None)
 
@@ -25,7 +25,7 @@ def test_auto_takes_the_first_that_states_no_reason(op):
 @pytest.mark.parametrize("op", backends.operators())
 @pytest.mark.parametrize("name", ["triton", "native"])
 def test_explicit_backend_runs_or_raises_with_every_reason(op, name):
-    reason = backends._reason(op, name, CPU)
+    reason = backends.reason(op, name, CPU)
     if reason is None:
         assert backends.resolve(op, CPU, name) == name
         return

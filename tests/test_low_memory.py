@@ -28,7 +28,7 @@ KQV_BYTES, STATISTICS_BYTES = TOKENS * 3 * WIDTH * 4, TOKENS * 2 * 4
 def by(request, monkeypatch):
     """Every backend's name, where it runs here; Triton's kernels in large tiles and without their trial, which have
     tests of their own."""
-    reason = backends._reason("performer_layer", request.param, backends.Request("cpu", torch.float32, {}))
+    reason = backends.reason("performer_layer", request.param, backends.Request("cpu", torch.float32, {}))
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)

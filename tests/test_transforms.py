@@ -123,7 +123,7 @@ def test_vmap_without_gradients_and_in_training(make):
 def test_an_explicit_kernel_refuses_what_it_cannot_do():
     x = torch.randn(1, 1, 4, 4)
     for name in ("native", "aten"):
-        if backends._reason("soft_split", name, backends.Request("cpu", torch.float32, {})) is not None:
+        if backends.reason("soft_split", name, backends.Request("cpu", torch.float32, {})) is not None:
             continue
         with pytest.raises(BackendUnavailable, match=f"  {name}: .*take[s]? no part in torch.func"):
             grad(lambda z, name=name: functional.soft_split(z, 2, backend=name).sum())(x)
@@ -153,7 +153,7 @@ def test_transforms_inside_and_around_compiled_code(kind):
 def test_flops_are_counted(op, backend):
     """Forward as many as the reference's; backward some more, which is computed again."""
     case = CASES[op]()[0]
-    if (reason := backends._reason(op, backend, backends.Request("cpu", torch.float32, {}))) is not None:
+    if (reason := backends.reason(op, backend, backends.Request("cpu", torch.float32, {}))) is not None:
         pytest.skip(f"{backend}: {reason}")
     counted = {}
     for name in ("reference", backend):

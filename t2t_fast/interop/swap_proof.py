@@ -104,21 +104,34 @@ def _original(module, probes):
 def _twin(module, dtype):
     """A copy of ``module`` on the CPU with perturbed values in ``dtype`` and without hooks."""
     generator = torch.Generator("cpu").manual_seed(0)
-    memo, kept = {}, []
     for each in module.modules():
         if "forward" in each.__dict__:
             raise Mismatch(f"{_path(module, each)}forward is replaced on the instance")
+    try:
+        return copied(module, lambda tensor: _perturbed(tensor, dtype, generator), hooks=False)
+    except Mismatch:
+        raise
+    except Exception as error:
+        raise Mismatch(f"it cannot be copied, so nothing can be proved: {_words(error)}") from error
+
+
+def copied(module, replaced, hooks=True):
+    """A deep copy of a module, also where it keeps tensors that autograd made, which ``copy.deepcopy`` refuses.
+
+    Args:
+        replaced: function of a tensor -> what the copy has for it.
+        hooks: whether the copy has the hooks.
+    """
+    memo, kept = {}, []
+    for each in module.modules():
         for name, value in each.__dict__.items():
-            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+            if not hooks and isinstance(value, dict) and "_hooks" in name:
                 memo[id(value)] = OrderedDict()
             for tensor in _tensors(value):
                 if id(tensor) not in memo:
                     kept.append(tensor)  # an id is a tensor's own only while it lives
-                    memo[id(tensor)] = _perturbed(tensor, dtype, generator)
-    try:
-        return copy.deepcopy(module, memo)
-    except Exception as error:
-        raise Mismatch(f"it cannot be copied, so nothing can be proved: {_words(error)}") from error
+                    memo[id(tensor)] = replaced(tensor)
+    return copy.deepcopy(module, memo)
 
 
 def _path(module, inner):
@@ -223,7 +236,8 @@ def _compare(found, expected, tolerance):
 
 def _check_sizes(module, fast, probes, dtype):
     """Raise unless the original and its fast twin return the same sizes for every probe that the original runs on."""
-    twin = _twin(module, dtype).eval()
+    twin = _twin(module, dtype)
+    twin.eval()  # a train() of somebody else's may return nothing
     fast.eval()
     for shape in probes:
         x = torch.randn(shape, dtype=dtype)
@@ -290,7 +304,8 @@ def _template(module, changes, x, returned):
     *_, outer = changes
     if not hasattr(outer.kind, "_stages"):
         raise Mismatch(f"the original returns a {type(returned).__name__}, not a tensor")
-    twin = _swapped_twin(module, changes, x.dtype, None).eval()
+    twin = _swapped_twin(module, changes, x.dtype, None)
+    twin.eval()
     with torch.no_grad():
         stages = outer.kind._stages(twin, x)
     return _recognised(returned, x, stages)

@@ -8,8 +8,7 @@ import warnings
 
 import torch
 
-from .. import _extension
-from ..backends import automatic, implementation
+from .. import _extension, backends
 from ..errors import FLOATING
 from .library import opaque_obstacle
 
@@ -67,8 +66,8 @@ def noticed(op, request, name, chosen):
 
     Warns, once in a process, if ``auto`` took ``aten`` for no other reason than that native code was not built.
     """
-    if chosen == "aten" and name == "auto" and automatic(op):
-        why = implementation(op, "native").supports(request)
+    if chosen == "aten" and name == "auto" and backends.automatic(op):
+        why = backends.reason(op, "native", request)
         if why in (f"the native operators are missing: {_MISSING}", "no native kernel for cuda in this build"):
             _warn(op, request.device)
     return chosen

@@ -196,7 +196,7 @@ def test_a_kernel_that_fails_is_left_once_with_a_warning(how, monkeypatch):
 
 def refused(name):
     """The name back if that backend cannot run on this machine."""
-    return name if backends._reason("performer_attention", name, backends.Request("cpu", torch.float32, {})) else None
+    return name if backends.reason("performer_attention", name, backends.Request("cpu", torch.float32, {})) else None
 
 
 @pytest.mark.usefixtures("untried")
