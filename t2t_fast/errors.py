@@ -136,6 +136,8 @@ def as_size(value):
             return None
         if torch.jit.is_tracing():
             return value
+    if isinstance(value, (tuple, list)):  # dynamo of torch 2.11 does not catch the TypeError
+        return None
     try:
         return operator.index(value)
     except TypeError:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import FLOATING
 from .drop_path import DropPath
 
-_OVERRIDES = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
+_OVERRIDES = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
 _BARE = frozenset(nn.Module().__dict__)
 """Names in the ``__dict__`` of a module without any state."""
@@ -61,7 +61,7 @@ def difference(child, kind):
         or state["_backward_pre_hooks"]
     ):
         return "has hooks"
-    if not _OVERRIDES.isdisjoint(state):
+    if any(name in state for name in _OVERRIDES):
         return "has a forward of its own"
     if state.get("_compiled_call_impl") is not None:
         return "is compiled"

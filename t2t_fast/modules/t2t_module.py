@@ -90,16 +90,16 @@ def walk(x, splits, layers, project, pixel_norm=None):
     """
     stages = []
     for split, layer in zip(splits, (*layers, project), strict=True):
+        if stages:
+            x = as_image(*stages[-1])
         if stage_obstacle(split, layer) is not None:
             tokens = layer(split(image_values(x, pixel_norm, fusion.values_dtype(layer))).transpose(1, 2))
         elif isinstance(layer, nn.Linear):
-            tokens = soft_split_linear(x, project.weight, project.bias, *window_of(split))
+            tokens = soft_split_linear(x, layer.weight, layer.bias, *window_of(split))
         else:
             norm = pixel_norm if x.dtype == torch.uint8 else None
             tokens = layer(x, window=window_of(split), pixel_norm=norm)
-        grid = _grid_of(split, tokens, *x.shape[2:])
-        stages.append((tokens, grid))
-        x = as_image(tokens, grid)
+        stages.append((tokens, _grid_of(split, tokens, *x.shape[2:])))
     return stages
 
 
