@@ -14,7 +14,17 @@ import torch
 import t2t_fast
 from t2t_fast import functional
 from t2t_fast.config import BACKENDS
-from t2t_fast.modules import Fold, FusedFoldUnfold, SoftComposition, SoftSplit, Unfold
+from t2t_fast.models import T2TViT, lanl
+from t2t_fast.modules import (
+    Fold,
+    FusedFoldUnfold,
+    SoftComposition,
+    SoftSplit,
+    T2TModule,
+    TokenPerformer,
+    TokenTransformer,
+    Unfold,
+)
 from t2t_fast.testing import tail_parameters
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -107,7 +117,7 @@ OPTIONS = {
 RELATIONS = ("another dtype", "rank + 1", "one longer", "empty", "meta")
 # rows that are right calls: their dtype, size or device agrees with all else
 RIGHT = {
-    *((name, kind) for name in ("x", "tokens") for kind in ("another dtype", "one longer", "meta")),
+    *((name, kind) for name in ("x", "tokens", "input") for kind in ("another dtype", "one longer", "meta")),
     ("weight", "another dtype"),
 }
 
@@ -143,7 +153,7 @@ def check_refusals(owner, name, value, call, *, others=(), right=()):
         assert first is not None, f"{kind}: accepted"
         error, text = first
         assert error in (TypeError, ValueError), (kind, first)
-        named = [name, "tokens", *(others if kind in RELATIONS else ())]
+        named = [name, "x", "tokens", *(others if kind in RELATIONS else ())]
         assert re.match(rf"{owner}: .*\b({'|'.join(named)})\b", text, re.DOTALL), (kind, text)
 
 
@@ -185,8 +195,23 @@ MODULES = {
         TOKENS,
         "(FusedFoldUnfold|fused_fold_unfold)",
     ),
-    "Unfold": (Unfold(3, 2, 1), "x", IMAGE, "(Unfold|soft_split)"),
-    "Fold": (Fold(8, 3, 2, 1), "x", TOKENS.mT, "(Fold|soft_composition)"),
+    "Unfold": (Unfold(3, stride=2, padding=1), "input", IMAGE, "(Unfold|soft_split)"),
+    "TokenPerformer": (TokenPerformer(27, 8).eval(), "x", TOKENS, "(TokenPerformer|performer_layer)"),
+    "TokenTransformer": (TokenTransformer(27, 8).eval(), "x", TOKENS, "(TokenTransformer|soft_split_linear)"),
+    "T2TModule": (T2TModule(8, embed_dim=8, token_dim=4).eval(), "x", IMAGE, "(T2TModule|performer_layer)"),
+    "T2TViT": (
+        T2TViT(8, embed_dim=12, depth=1, num_heads=3, token_dim=4).eval(),
+        "x",
+        IMAGE,
+        "(T2TModule|performer_layer)",
+    ),
+    "Tokens2Token": (
+        lanl.Tokens2Token((3, 8, 8), token_chan=4, token_len=8).eval(),
+        "x",
+        IMAGE,
+        "(Tokens2Token|soft_split_linear)",
+    ),
+    "Fold": (Fold(8, 3, stride=2, padding=1), "input", TOKENS.mT, "(Fold|soft_composition)"),
 }
 
 
@@ -194,4 +219,4 @@ MODULES = {
 def test_modules(name):
     module, argument, value, owner = MODULES[name]
     module(value)
-    check_refusals(owner, argument, value, module)
+    check_refusals(owner, argument, value, module, others=("weight", "kqv_weight"))

@@ -9,7 +9,7 @@ adds ``v`` to its output (the backbone's too), and the window follows from the k
 import torch
 from torch import nn
 
-from ..errors import check_pair
+from ..errors import check_pair, check_tensor
 from ..functional import window as make_window
 from ..modules import fusion
 from ..modules.attention import attend, heads, merged
@@ -212,6 +212,7 @@ class Tokens2Token(nn.Module):
         return self._stages(x)[-1]
 
     def _stages(self, x):
+        check_tensor("Tokens2Token", "x", x, ndim=4)
         splits = (self.soft_split0, self.soft_split1, self.soft_split2)
         return walk(x, splits, (self.transformer1, self.transformer2), self.project)
 
@@ -244,6 +245,7 @@ class PatchTokenization(nn.Module):
 
     def forward_with_grid(self, x):
         """As :meth:`forward`, and the grid (h, w) of the tokens."""
+        check_tensor("PatchTokenization", "x", x, ndim=4)
         self.grid(*x.shape[2:])
         return walk(x, (self.split,), (), self.project)[-1]
 

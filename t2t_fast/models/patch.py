@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..errors import check_pair
+from ..errors import check_pair, check_tensor
 from ..modules.options import check_options
 from ..ops.spec import square
 
@@ -40,6 +40,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         """(B, in_chans, H, W) -> (B, h*w, embed_dim)."""
+        check_tensor("PatchEmbed", "x", x, ndim=4)
         self.grid(*x.shape[2:])
         return self.proj(x).flatten(2).transpose(1, 2)
 

@@ -6,10 +6,10 @@ from math import isqrt, prod
 import torch
 from torch import nn
 
-from ..errors import check_pair
+from ..errors import check_pair, check_tensor
 from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
-from ..functional.arguments import check_pixel_norm
+from ..functional.arguments import IMAGES, check_pixel_norm
 from ..functional.layers import check_memory
 from ..ops.spec import T2T_WINDOWS, Window, grid_after
 from ..ops.windows import as_image
@@ -243,6 +243,7 @@ class T2TModule(nn.Module):
         return self._stages(x)
 
     def _stages(self, x):
+        check_tensor(type(self).__name__, "x", x, ndim=4, dtypes=IMAGES)
         if self.tokens_type != "convolution":
             return walk(x, self._splits(), (self.attention1, self.attention2), self.project, self.pixel_norm)
         stages, x = [], image_values(x, self.pixel_norm, fusion.values_dtype(self))

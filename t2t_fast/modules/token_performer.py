@@ -5,7 +5,9 @@ import math
 import torch
 from torch import nn
 
+from ..errors import check_tensor
 from ..functional import image_values, performer_attention, performer_layer, soft_split
+from ..functional.arguments import IMAGES
 from ..ops.spec import square
 from . import fusion
 from .options import check_options
@@ -80,6 +82,7 @@ class TokenPerformer(nn.Module):
         Returns:
             (B, T, in_dim * head_cnt), T = h*w with ``window``.
         """
+        check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
         if self.obstacle() is not None:
             if window is not None:
                 x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)

@@ -2,7 +2,9 @@
 
 from torch import nn
 
+from ..errors import check_tensor
 from ..functional import image_values, soft_split, soft_split_linear, token_mlp
+from ..functional.arguments import IMAGES
 from ..ops.spec import square
 from . import fusion
 from .attention import attend, heads, merged
@@ -140,6 +142,7 @@ class TokenTransformer(nn.Module):
         Returns:
             (B, T, in_dim), T = h*w with ``window``.
         """
+        check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
         if self.obstacle() is not None:
             if window is not None:
                 x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
