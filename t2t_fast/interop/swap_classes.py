@@ -87,7 +87,8 @@ def _renamed(call, name, own):
 
 def _reduce(self, protocol):
     """Pickled as what the class is made of: it stands in no module under its name."""
-    return _restore, type(self)._t2t_fast_arguments, self.__dict__.copy()
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__.copy()  # Python 3.10 has none
+    return _restore, type(self)._t2t_fast_arguments, state
 
 
 def _restore(*arguments):
