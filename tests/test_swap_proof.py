@@ -550,6 +550,36 @@ def test_a_module_with_layers_of_its_own():
     assert model(x)[1] == (2, 3)
 
 
+class Article(reference.lanl.Tokens2Token):
+    """As the articles' own code, which counts tokens by kernels, strides and paddings that the module keeps."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for index, (self.k, self.s, self.p) in enumerate(self.windows):
+            setattr(self, f"k{index}", self.k)
+            setattr(self, f"s{index}", self.s)
+            setattr(self, f"p{index}", self.p)
+        del self.k, self.s, self.p
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        x = self.transformer1(self.soft_split0(x).transpose(1, 2)).transpose(1, 2)
+        width, height, _ = reference.lanl.count_tokens(width, height, self.k0, self.s0, self.p0)
+        x = self.soft_split1(x.reshape(batch, self.token_chan, height, width)).transpose(1, 2)
+        x = self.transformer2(x).transpose(1, 2)
+        width, height, _ = reference.lanl.count_tokens(width, height, self.k1, self.s1, self.p1)
+        return self.project(self.soft_split2(x.reshape(batch, self.token_chan, height, width)).transpose(1, 2))
+
+
+def test_the_articles_module():
+    torch.manual_seed(0)
+    model = Article((1, 30, 50), (7, 3, 3), 1, 16, 24)
+    x = torch.randn(2, 1, 30, 50)
+    expected = model(x)
+    assert swap(model).swapped == ["", "transformer1", "transformer2"]
+    same(model(x), expected)
+
+
 def test_vit_pytorch():
     """Its unfolds have a Transpose behind them, which takes any strides: swapped if they are named."""
     from support import vit_pytorch

@@ -315,7 +315,12 @@ def _bare_fold(module):
 RULES = (
     _module_of(T2TModule, "attention1", "attention2", ("num_patches", "tokens_type"), ("kqv", "attn.qkv")),
     _module_of(
-        lanl.Tokens2Token, "transformer1", "transformer2", ("token_chan", "windows", "num_tokens"), ("attn.qkv",)
+        lanl.Tokens2Token,
+        "transformer1",
+        "transformer2",
+        # kernels, strides and paddings are those of the unfolds
+        ("token_chan", "windows", "num_tokens", *(f"{letter}{index}" for letter in "ksp" for index in range(3))),
+        ("attn.qkv",),
     ),
     _token_performer,
     _token_transformer,
