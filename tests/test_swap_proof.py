@@ -555,11 +555,9 @@ class Article(reference.lanl.Tokens2Token):
 
     def __init__(self, *args):
         super().__init__(*args)
-        for index, (self.k, self.s, self.p) in enumerate(self.windows):
-            setattr(self, f"k{index}", self.k)
-            setattr(self, f"s{index}", self.s)
-            setattr(self, f"p{index}", self.p)
-        del self.k, self.s, self.p
+        for index, window in enumerate(self.windows):
+            for letter, number in zip("ksp", window, strict=True):
+                setattr(self, f"{letter}{index}", number)
 
     def forward(self, x):
         batch, _, height, width = x.shape
