@@ -292,7 +292,7 @@ def _small_model(tokens_type):
     from .reference import T2T_ViT
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the CPU alone, which is put back
         model = T2T_ViT(
             64, tokens_type, num_classes=10, embed_dim=64, depth=2, num_heads=2, mlp_ratio=2.0, token_dim=32
         )
