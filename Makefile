@@ -2,7 +2,7 @@
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." is handed on: make test ARGS="-k soft_split".
 # Tests run in several processes, which keep what they print to themselves: make test ARGS="-n 0 -s" runs them in one.
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize gpu bench lint env
+.PHONY: help demo test properties sanitize gpu bench lint env
 
 PYTHON ?= python3
 GPU_OUT ?= benchmarks/results/gpu-$(shell date -u +%Y-%m-%d)
@@ -16,13 +16,16 @@ LOG := $(VENV)/install.log
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(PY) -m pip install
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## a photo through a model before and after t2t_fast.swap: demo-report/report.html
 	@$(PY) -m t2t_fast demo $(ARGS)
 
 test: $(READY) ## all tests; those for a GPU are skipped without one
 	@$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
+
+properties: $(READY) ## 20,000 random cases of all operators against the float64 reference: half an hour
+	@$(PY) -m pytest tests/test_properties.py -q -s --hypothesis-profile=long --hypothesis-seed=0 $(ARGS)
 
 sanitize: $(READY) ## the native CPU operators under the address and undefined-behaviour sanitizers
 	@$(PY) tests/support/native_sanitizer.py $(ARGS)

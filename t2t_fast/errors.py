@@ -146,13 +146,10 @@ def as_size(value):
 
 def check_pair(function, name, value, *, minimum):
     """One integer, or a sequence, array or tensor of two, each at least ``minimum``, as a pair of sizes."""
-    size = as_size(value)
-    if size is not None:
-        pair = (size, size)
-    elif isinstance(value, (tuple, Sequence)) or getattr(value, "ndim", 0) == 1:
+    if isinstance(value, (tuple, list, Sequence)) or getattr(value, "ndim", 0) == 1:
         pair = tuple([as_size(each) for each in value])
     else:
-        pair = ()
+        pair = (as_size(value),) * 2
     if len(pair) != 2 or pair[0] is None or pair[1] is None:
         raise TypeError(f"{function}: {name} must be an int or a pair of ints, got {value!r}")
     for size in pair:

@@ -1,5 +1,6 @@
 """Options, markers and the state that every test starts from."""
 
+import contextlib
 import os
 import re
 from functools import cache
@@ -19,6 +20,11 @@ from t2t_fast.ops import native, triton_runtime
 from t2t_fast.ops.performer_attention import triton_impl
 
 ROOT = Path(__file__).resolve().parent.parent
+
+with contextlib.suppress(ImportError):  # test_properties.py skips without it
+    from hypothesis import settings
+
+    settings.register_profile("long")  # make properties
 
 if triton_runtime.INTERPRETED:
     interpreter.hasten()

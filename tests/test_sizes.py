@@ -60,6 +60,7 @@ def test_integers_are_sizes(name):
     expected = F.unfold(IMAGE, 3, stride=3, padding=3)
     assert torch.equal(soft_split(IMAGE, size, size, size).mT, expected)
     assert soft_split(TOKENS, 1, grid=size).shape == TOKENS.shape
+    assert SoftSplit(1).forward_with_grid(TOKENS, grid=size)[1] == (3, 3)
     tokens = expected.mT
     assert soft_composition(tokens, 9, size, size, size).shape == IMAGE.shape
     assert fused_fold_unfold(torch.randn(1, 1, 9), size, size).shape == (1, 1, 9)
@@ -140,13 +141,13 @@ def test_symbolic_make_fx_keeps_free_sizes(name, backend):
     _check_free(program(torch.randn(1, 3, 16, 20)), name, backend)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @over_backends
 @over_programs
-def test_export_keeps_free_sizes(name, backend):
-    free = {2: Dim("height", min=4), 3: Dim("width", min=4)}
-    _check_free(
-        export(Program(name, backend), (torch.randn(1, 3, 16, 20),), dynamic_shapes=[free]).module(), name, backend
-    )
+def test_export_keeps_free_sizes(name, backend, strict):
+    free = [{2: Dim("height", min=4), 3: Dim("width", min=4)}]
+    program = export(Program(name, backend), (torch.randn(1, 3, 16, 20),), dynamic_shapes=free, strict=strict)
+    _check_free(program.module(), name, backend)
 
 
 TOO_LARGE = {

@@ -187,8 +187,9 @@ inline bool choose_tile(Plan& plan, Work work, int bytes, int64_t channels, bool
       if (strip < wanted) continue;
       best = plan;
       found = true;
-      const int64_t tiles = plan.batch * parts * ceil_div(total, strip) * plan.rows.tokens / least_rows(plan, work);
-      if (tiles >= device.multiprocessors) break;
+      // In floating point, because a composition's strips times its token rows may be more than 2^63.
+      const double rows = double(plan.batch) * parts * ceil_div(total, strip) * plan.rows.tokens;
+      if (rows >= double(device.multiprocessors) * least_rows(plan, work)) break;
     }
     plan = best;
     if (found) return true;

@@ -25,7 +25,9 @@ class SoftSplit(nn.Module):
 
     def forward_with_grid(self, x, grid=None):
         """As :meth:`forward`, and the grid (h, w) of the tokens."""
-        return self(x, grid), self.window.grid(*(grid or x.shape[2:]))
+        tokens = self(x, grid)
+        size = x.shape[2:] if grid is None else check_pair("SoftSplit", "grid", grid, minimum=1)
+        return tokens, self.window.grid(*size)
 
     def extra_repr(self):
         return str(self.window)
