@@ -220,3 +220,21 @@ def test_modules(name):
     module, argument, value, owner = MODULES[name]
     module(value)
     check_refusals(owner, argument, value, module, others=("weight", "kqv_weight"))
+
+
+@pytest.mark.parametrize("convert", [np.float64, np.float32, torch.tensor, np.float16], ids=lambda each: each.__name__)
+def test_numbers_of_other_types(convert):
+    """What PyTorch's own functions take for a float is one here, too."""
+    torch.nn.functional.layer_norm(IMAGE, (8,), eps=convert(0.25))
+    options = {"norm1_eps": 0.25, "norm_eps": 0.25, "eps": 0.25, "proj_drop": 0.25, "mlp_drop": 0.5}
+    arguments = {"x": IMAGE, **LAYER}
+    expected = functional.performer_layer(**arguments | options)
+    found = functional.performer_layer(**arguments | {name: convert(value) for name, value in options.items()})
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("convert", [list, np.array, torch.tensor], ids=lambda each: each.__name__)
+def test_pixel_norm_of_other_types(convert):
+    expected = functional.image_values(BYTES, PIXEL_NORM, torch.float64)
+    found = functional.image_values(BYTES, convert(PIXEL_NORM), torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -24,7 +24,7 @@ def missing():
 def test_short_run(tmp_path, capfd):
     """No report; and one after a buffer was made a value too short, so the run can fail."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    status = native_sanitizer.check(cases=2200, root=tmp_path)
+    status = native_sanitizer.check(cases=1100, root=tmp_path)
     printed = capfd.readouterr().out
     assert status == 0, printed
     assert "no report" in printed

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FLAGS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1"
+FLAGS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -O0 -g1"
 HOSTILE = (-(2**63), -(2**31), -1, 0, 1, 2, 2**30, 2**31 - 1, 2**31, 2**32, 2**61, 2**62, 2**63 - 1)
 NUMBERS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 1e308)
 WORK = 2**20  # multiplications of one call, at most
