@@ -12,8 +12,9 @@ overflows. Everything is computed in float32 (float64 for float64) whatever the 
 Saved for backward: q, k, v, w, lz and S. Backward makes one pass over the queries and one over the keys.
 
 A key that a mask leaves out has ``a_i = -inf``. Its k and v are zeroed first, so that NaN or inf in them reaches
-neither the output nor any gradient. Where a sample keeps no key, ``S = 0`` and ``lz`` is :data:`NOTHING`: the output
-and every gradient are 0 there.
+neither the output nor any gradient. A key so long that ``|k|^2`` overflows has ``a_i = -inf`` too: its features are 0.
+Where no key is left to a feature, ``S_i = 0`` and ``lz_i`` is :data:`NOTHING`: the feature adds nothing, and where that
+holds for all of a sample's, the output and every gradient are 0.
 """
 
 import math
@@ -49,13 +50,9 @@ def key_scores(k, w, dropped=None):
 def key_state(k, v, w, dropped=None):
     """The features' view of the keys: ``lz`` (..., m, 1) and ``S`` (..., m, E); ``dropped`` is :func:`left_out`'s."""
     a = key_scores(k, w, dropped)
-    top = a.amax(-2, keepdim=True)
-    if dropped is not None:
-        top = top.clamp_min(NOTHING)
+    top = a.amax(-2, keepdim=True).clamp_min(NOTHING)
     weights = a.sub_(top).exp_()
-    total = weights.sum(-2, keepdim=True)
-    if dropped is not None:
-        total = total.clamp_min(1)  # 0 without keys; with them the largest counts 1
+    total = weights.sum(-2, keepdim=True).clamp_min(1)  # 0 without keys; with them the largest counts 1
     state = (weights.mT @ v).div_(total.mT)
     return (top + total.log()).mT, state
 
