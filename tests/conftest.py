@@ -141,9 +141,21 @@ def cut_off(x, bits):
     return (x.view("int32") & -(1 << bits)).view("float32")
 
 
+def towards_zero(x):
+    """float64 in float32, cut off."""
+    nearest = x.astype("float32")
+    beyond = abs(nearest.astype("float64")) > abs(x)
+    return (nearest.view("int32") - beyond).view("float32")  # one step towards zero is one less, for either sign
+
+
+TERMS = 8
+"""What a matrix unit adds up at a time, in TF32."""
+
+
 @pytest.fixture
 def matrix_units(monkeypatch):
-    """Products of float32 as the matrix units make them: TF32 operands cut to 10 bits. Yields what was multiplied."""
+    """Products of float32 as the matrix units make them: TF32 operands cut to 10 bits, and after every 8 terms the sum
+    cut off as well. Yields what was multiplied."""
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -157,8 +169,12 @@ def matrix_units(monkeypatch):
         seen.add(name)
         # the second is of bfloat16 in the interpreter: TF32 has all its values
         assert name in ("tf32", "tf32x3"), name
-        product = cut_off(a.data, 13) @ cut_off(b.data, 13)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+        first, second = (cut_off(part.data, 13).astype("float64") for part in (a, b))
+        total = d.data
+        for begin in range(0, first.shape[1], TERMS):
+            part = first[:, begin : begin + TERMS] @ second[begin : begin + TERMS]
+            total = towards_zero(total.astype("float64") + part)
+        return interpreter.TensorHandle(total, d.dtype.scalar)
 
     monkeypatch.setattr(builder, "create_dot", create_dot)
     return seen

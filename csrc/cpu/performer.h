@@ -4,7 +4,10 @@
 //   keys     lz_i = logsumexp_t a_i(k_t)              S_i = sum_t softmax_t(a_i(k_t)) v_t
 //   queries  p~_i = exp(w_i q_t + lz_i - top)         y_t = p~ S / (sum_i p~_i + m eps exp(|q_t|^2 / 2 - top))
 // The last term of the denominator is what eps amounts to in log space; the gate g is sum p~ over the denominator.
-// NaN and infinity in a token stay in its sequence.
+// NaN and infinity in a token stay in its sequence. A key so long that |k|^2 overflows has a_i = -infinity, its features
+// are 0; a feature to which every key is such has lz_i = NOTHING and S_i = 0, so that it adds nothing.
+
+constexpr float NOTHING = -1e30f;  // shuts the gate as -infinity would, but a finite score added to it is finite
 
 struct Features {
   const Performer& performer;
@@ -47,7 +50,7 @@ struct KeySums {
       : wide(f.wide), wide_count(f.wide_count), top(f.wide_count), total(f.wide_count), state(f.count * f.wide) {}
 
   void reset(const Features& f) {
-    for (int64_t i = 0; i < wide_count; ++i) top[i] = -INFINITY;
+    for (int64_t i = 0; i < wide_count; ++i) top[i] = NOTHING;
     clear(total, wide_count);
     clear(state, f.count * wide);
   }
@@ -108,12 +111,13 @@ struct KeyView {
       clear(row, f.wide);
       for (int64_t p = 0; p < number; ++p) {
         const KeySums& part = *parts[first + p];
-        if (part.total[i] == 0) continue;  // a part without tokens
+        if (part.total[i] == 0) continue;  // a part without tokens, or none that counts
         const float weight = std::exp(part.top[i] - top);
         total += weight * part.total[i];
         const float* from = part.state + i * f.wide;
         for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) + load(from + c) * weight);
       }
+      if (total == 0) total = 1;  // no key counts: top is NOTHING and the row 0
       lz[i] = top + std::log(total);
       for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) / total);
     }

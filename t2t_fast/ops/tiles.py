@@ -26,21 +26,25 @@ def dot(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
 
     Triton's own three fetch both parts of both operands at once. Here a barrier keeps the parts apart, and with them
     registers; with APART one parts every product from the next. What is infinite becomes NaN.
+
+    Matrix units cut off what they add, always towards zero, so that a long sum in them drifts. The three start at zero
+    therefore, and registers, which round, add them to ``acc``.
     """
     if PRECISION == "tf32x3" and a.dtype == tl.float32:
         large_a, large_b = _large(a), _large(b)
         if APART:
-            acc = tl.dot(large_a, b - large_b, acc, input_precision="tf32")
+            part = tl.dot(large_a, b - large_b, input_precision="tf32")
             tl.debug_barrier()
-            acc = tl.dot(a - large_a, large_b, acc, input_precision="tf32")
+            part = tl.dot(a - large_a, large_b, part, input_precision="tf32")
             tl.debug_barrier()
-            acc = tl.dot(large_a, large_b, acc, input_precision="tf32")
+            part = tl.dot(large_a, large_b, part, input_precision="tf32")
             tl.debug_barrier()
         else:
-            acc = tl.dot(a - large_a, large_b, acc, input_precision="tf32")
+            part = tl.dot(a - large_a, large_b, input_precision="tf32")
             tl.debug_barrier()
-            acc = tl.dot(large_a, b - large_b, acc, input_precision="tf32")
-            acc = tl.dot(large_a, large_b, acc, input_precision="tf32")
+            part = tl.dot(large_a, b - large_b, part, input_precision="tf32")
+            part = tl.dot(large_a, large_b, part, input_precision="tf32")
+        acc = part if acc is None else acc + part
     else:
         if INTERPRETED and a.dtype == tl.bfloat16:
             a, b = a.to(tl.float32), b.to(tl.float32)

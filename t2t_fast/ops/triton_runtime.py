@@ -4,6 +4,7 @@ Triton itself is imported where a kernel is first launched, so that importing th
 ``TRITON_INTERPRET=1`` the kernels run on the CPU, in Triton's interpreter; that is for tests.
 """
 
+import threading
 import warnings
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import config
 from ..errors import FLOATING
-from .library import accumulation_dtype, opaque_obstacle
+from .library import AUTOCAST_DEVICES, accumulation_dtype, opaque_obstacle
 
 INTERPRETED = config.triton_interpreted()
 """Whether kernels run on the CPU; Triton decides it when they are defined, so it is asked once."""
@@ -23,6 +24,7 @@ _MISSING = None if find_spec("triton") is not None else "Triton is not installed
 _DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 _library = torch.library.Library("t2t_fast_triton", "DEF")
 _trials: dict[tuple, str | None] = {}
+_trying = threading.RLock()
 
 FUSION = {"enable_fp_fusion": True}
 """Multiply and add round once, in every version of Triton."""
@@ -39,6 +41,16 @@ TRIAL_TOKENS = 40 if INTERPRETED else 150
 
 ALLOWED = {torch.float32: 2e-5, "tf32": 2e-2, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative errors in a trial; several times what the tests find, and far below what a wrong kernel gives."""
+
+
+def operand_dtype(request, name):
+    """The dtype of one of a call's operands: ``request.sizes[name]`` where the caller says it.
+
+    Else what AMP makes of it, which leaves images, parameters and ``w`` in float32, and without AMP the call's.
+    """
+    kind = request.device
+    mixed = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
+    return request.sizes.get(name) or (torch.float32 if mixed else request.dtype)
 
 
 def reason(request, dtypes=FLOATING):
@@ -92,18 +104,17 @@ def architecture(device):
     return f"sm_{major}{minor}"
 
 
-_crowded = False
+_thread = threading.local()
 
 
 @contextmanager
 def crowded():
-    """Inside, calls take the launch parameters that they have with many tokens."""
-    global _crowded
-    before, _crowded = _crowded, True
+    """Inside, calls of this thread take the launch parameters that they have with many tokens."""
+    before, _thread.crowded = getattr(_thread, "crowded", False), True
     try:
         yield
     finally:
-        _crowded = before
+        _thread.crowded = before
 
 
 def section(device, tokens):
@@ -112,7 +123,7 @@ def section(device, tokens):
     Or that one's for few tokens (:data:`FEW`), ``"sm_90-few"``.
     """
     name = architecture(device)
-    few = not (_crowded or INTERPRETED) and tokens <= FEW * multiprocessors(device)
+    few = not (getattr(_thread, "crowded", False) or INTERPRETED) and tokens <= FEW * multiprocessors(device)
     return f"{name}-few" if few else name
 
 
@@ -132,31 +143,48 @@ def readable(x):
     return x if LARGEST_TILE * token + x.shape[-1] * column < OFFSET_LIMIT else x.contiguous()
 
 
-def trial(name, run, expected, index, dtype, *sizes):
-    """Why a kernel cannot be used on a device, or ``None``; tried once for each dtype and size class, then remembered.
+def trial(name, run, expected, index, dtype, *call):
+    """Why a kernel cannot be used on a device, or ``None``; tried once for each kind of call, then remembered.
 
     Args:
         name: the operator's, for the warning.
-        run, expected: functions of (device, dtype, *sizes) that return tensors: by the kernel, and by a form that needs
-            none. They must agree within :data:`ALLOWED`.
+        run, expected: functions of (device, dtype, *call) that return tensors: by the kernels that the call runs, and
+            by a form that needs none. They must agree within :data:`ALLOWED` of their norm, or of the norm of another
+            tensor that ``expected`` gives with one, as a pair: of what cancels in it.
         index: of the CUDA device, ``None`` for the current one (or the CPU, where kernels are interpreted).
+        dtype, call: what makes kernels differ from each other.
 
-    A failure is warned of once. While a CUDA graph is captured nothing can be tried, and nothing is remembered.
+    A failure is warned of once, in a distributed run with the rank: the verdict is a rank's own, and a collective here
+    would wait for ever where not all ranks come this way. Running out of memory is no verdict: that error is raised,
+    and nothing is remembered; nor is anything while a CUDA graph is captured, when nothing can be tried.
     """
-    key = (name, index, dtype, *sizes)
-    if key in _trials:
-        return _trials[key]
-    if not INTERPRETED:
+    if not INTERPRETED and index is None:
         if not torch.cuda.is_available():
             return "PyTorch finds no CUDA device"
-        if torch.cuda.is_current_stream_capturing():
+        index = torch.cuda.current_device()
+    key = (name, index, dtype, dtype == torch.float32 and allows_tf32(), *call)
+    with _trying:  # threads of DataParallel ask at the same time
+        if key in _trials:
+            return _trials[key]
+        if not INTERPRETED and torch.cuda.is_current_stream_capturing():
             return None
-        if index is None:
-            return trial(name, run, expected, torch.cuda.current_device(), dtype, *sizes)
-    _trials[key] = _try(run, expected, torch.device("cpu" if INTERPRETED else f"cuda:{index}"), dtype, sizes)
-    if _trials[key] is not None:
-        warnings.warn(f"t2t_fast: {name} leaves its Triton kernel: {_trials[key]}", RuntimeWarning, stacklevel=2)
-    return _trials[key]
+        device = torch.device("cpu" if INTERPRETED else f"cuda:{index}")
+        verdict = _trials[key] = _try(run, expected, device, dtype, call)
+    if verdict is not None:
+        message = f"t2t_fast: {name} leaves its Triton kernel: {verdict}{_of_rank()}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return verdict
+
+
+def _of_rank():
+    """Words on a distributed run for a warning; empty outside one."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    return (
+        f" (rank {distributed.get_rank()} of {distributed.get_world_size()}; the others may run another backend: "
+        "choose one for all by T2T_FAST_BACKEND or t2t_fast.backend)"
+    )
 
 
 @contextmanager
@@ -171,18 +199,30 @@ def _alone(device):
         yield
 
 
-def _try(run, expected, device, dtype, sizes):
+def _out_of_memory(error):
+    """Triton has no type of its own for it; a kernel that asks for too much of a multiprocessor says otherwise."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _try(run, expected, device, dtype, call):
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     allowed = ALLOWED["tf32" if dtype == torch.float32 and allows_tf32() else dtype]
     with _alone(device):
         try:
-            found = [t.to(accumulation_dtype(dtype)) for t in run(device, dtype, *sizes)]
-        except Exception as error:  # noqa: BLE001 - a compiler and a driver raise what they like; it becomes the reason
+            found = [t.to(accumulation_dtype(dtype)) for t in run(device, dtype, *call)]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # a launch returns before its kernel fails
+        except Exception as error:  # a compiler and a driver raise what they like; it becomes the reason
+            if _out_of_memory(error):
+                raise
             text = str(error).strip().splitlines() or [""]
             return f"its first run failed with {type(error).__name__}: {text[-1][:300]}"
-        for value, exact in zip(found, expected(device, dtype, *sizes), strict=True):
-            error = ((value - exact).norm() / exact.norm()).item()
-            if not error <= allowed:
+        for value, exact in zip(found, expected(device, dtype, *call), strict=True):
+            exact, *others = exact if isinstance(exact, tuple) else (exact,)
+            difference = (value - exact).norm().item()
+            size = max(t.norm().item() for t in (exact, *others))
+            if not difference <= allowed * size:
+                error = difference / size if size else difference
                 return f"its self-test on {device} gave an error of {error:.1e}, {allowed:.1e} is allowed"
     return None

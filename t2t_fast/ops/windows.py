@@ -8,6 +8,29 @@ import torch
 import torch.nn.functional as F
 
 
+def in_layout(image, channels_last):
+    """(B, C, H, W) of any strides, with exactly those that ``torch.empty`` gives it in one of the two memory formats.
+
+    Gradients of an image are handed back in its own format. Behind another one, or with other strides in a dimension of
+    size 1, which a permuted view may have, some backward formulas of torch read the wrong elements.
+    """
+    if channels_last:
+        image = image.permute(0, 2, 3, 1)
+    # in one row it has no strides of its own, and torch.vmap takes no memory_format
+    image = image.contiguous().flatten().view(image.shape)
+    return image.permute(0, 3, 1, 2) if channels_last else image
+
+
+def gradient_in_layout(x):
+    """``x`` as a view whose gradient comes in x's own format (:func:`in_layout`), for what torch differentiates."""
+    if not x.requires_grad or x.is_contiguous():
+        return x
+    channels_last = x.stride(1) == 1
+    x = torch.ops.aten.alias(x)  # a hook on the caller's own tensor would stay there; view_as has strides of its own
+    x.register_hook(lambda gradient: None if gradient is None else in_layout(gradient, channels_last))
+    return x
+
+
 def taps_along(x, dim, kernel, stride):
     """The ``kernel`` strided slices of ``x`` along ``dim``, one value per window each; ``x`` is padded already."""
     index = [slice(None)] * x.ndim
@@ -23,45 +46,62 @@ def as_image(tokens, grid):
     return tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], *grid)
 
 
-def merge_statistics(count, mean, m2, window):
+def merge_statistics(count, mean, rest, m2, window):
     """Mean and sum of squared deviations of every window, from those of its cells of ``count`` values each.
 
     Chan, Golub and LeVeque's merge, first along rows, then along columns, with the deviations taken from the merged
-    mean: no difference of large squares is ever formed, so a common offset of the image costs no digits. Zero padding
-    is a cell of mean 0 and deviation 0, and counts (as LayerNorm over an unfolded image counts it).
+    mean: no difference of large squares is ever formed. A mean is a pair whose sum it is, the value of one cell and
+    the small rest, and only differences of values are added up, so a common offset of the image costs no digits. Zero
+    padding is a cell of mean 0 and deviation 0, and counts (as LayerNorm over an unfolded image counts it).
 
     Args:
         count: values per cell (the image's channels).
-        mean, m2: (B, H, W) statistics of the cells.
+        mean, rest, m2: (B, H, W) statistics of the cells; ``mean + rest`` is the mean.
         window: a :class:`Window`.
 
     Returns:
-        mean and m2 of the windows, (B, h, w) each.
+        the pairs of the cells (padded), of rows of kw cells, and of windows (B, h, w); and the windows' m2 (B, h, w).
     """
     ph, pw = window.padding
-    mean, m2 = F.pad(mean, (pw, pw, ph, ph)), F.pad(m2, (pw, pw, ph, ph))
+    mean, rest, m2 = (F.pad(part, (pw, pw, ph, ph)) for part in (mean, rest, m2))
+    levels = [(mean, rest)]
     for dim, kernel, stride in ((2, window.kernel[1], window.stride[1]), (1, window.kernel[0], window.stride[0])):
-        if kernel == 1 and stride == 1:
-            continue
-        cells = list(taps_along(mean, dim, kernel, stride))
-        centre = sum(cells[1:], cells[0]) / kernel
-        spread = sum((cell - centre).square() for cell in cells)
-        m2 = sum(taps_along(m2, dim, kernel, stride)) + count * spread
-        mean, count = centre, count * kernel
-    return mean, m2
+        cells, rests, squares = (list(taps_along(part, dim, kernel, stride)) for part in (mean, rest, m2))
+        mean = cells[kernel // 2]
+        apart = [(cell - mean) + other for cell, other in zip(cells, rests, strict=True)]
+        rest = sum(apart[1:], apart[0]) / kernel
+        m2 = sum(squares[1:], squares[0]) + count * sum((each - rest).square() for each in apart)
+        count *= kernel
+        levels.append((mean, rest))
+    return levels, m2
 
 
-def cover_sum(x, size, window):
-    """For every pixel of an image of ``size``, the sum of (B, h, w) values of the windows that cover it: (B, H, W)."""
-    (kh, kw), (sh, sw), (ph, pw) = window
-    for dim, kernel, stride, padding, length in ((1, kh, sh, ph, size[0]), (2, kw, sw, pw, size[1])):
-        shape = list(x.shape)
-        shape[dim] = max(length + 2 * padding, kernel)
-        out = x.new_zeros(shape)
-        for tap in taps_along(out, dim, kernel, stride):
-            tap += x
-        x = out.narrow(dim, padding, length)
-    return x
+def cover_deviations(alpha, levels, size, window):
+    """For every cell c of an image of ``size``, ``sum_t alpha_t`` and ``sum_t alpha_t (mean_t - mean_c)``.
+
+    Both over the windows t that cover it, from the differences of the means alone, first along columns, then along
+    rows. Cells that no window covers get 0, whatever they hold.
+
+    Args:
+        alpha: (B, h, w).
+        levels: of :func:`merge_statistics`.
+
+    Returns:
+        two (B, H, W).
+    """
+    # what is not finite comes by alpha, and only to the cells of those windows
+    levels = [[part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for part in level] for level in levels]
+    scale, shift = alpha, torch.zeros_like(alpha)
+    for dim, (fine, coarse) in ((1, levels[1:]), (2, levels[:2])):
+        kernel, stride = window.kernel[dim - 1], window.stride[dim - 1]
+        sums = [torch.zeros_like(fine[0]) for _ in range(2)]
+        taps = [taps_along(part, dim, kernel, stride) for part in (*sums, *fine)]
+        for to_scale, to_shift, mean, rest in zip(*taps, strict=True):
+            to_shift += scale * ((coarse[0] - mean) + (coarse[1] - rest)) + shift
+            to_scale += scale
+        scale, shift = sums
+    (ph, pw), (height, width) = window.padding, size
+    return tuple(part[:, ph : ph + height, pw : pw + width] for part in (scale, shift))
 
 
 def overlap(size, window, like):
@@ -85,7 +125,7 @@ def split(x, window):
 
 
 def compose(tokens, size, window):
-    """Adjoint of the soft split: (B, L, C*kh*kw) tokens -> (B, C, H, W) image.
+    """Adjoint of the soft split: (B, L, C*kh*kw) tokens -> (B, C, H, W) image, in one of the two memory formats.
 
     Small windows tap by tap in channels-last memory, each tap one strided addition in a fixed order: twice as fast as
     ``F.fold`` on a CPU for 3x3 taps of 64 channels, no faster for 7x7, where a graph of 49 additions would only
@@ -102,4 +142,4 @@ def compose(tokens, size, window):
     for dy, band in enumerate(taps_along(image, 1, kh, sh)):
         for dx, pixels in enumerate(taps_along(band, 2, kw, sw)):
             pixels += cells[..., dy, dx]
-    return image[:, ph : ph + height, pw : pw + width].permute(0, 3, 1, 2)
+    return in_layout(image[:, ph : ph + height, pw : pw + width].permute(0, 3, 1, 2), True)

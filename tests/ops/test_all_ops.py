@@ -313,15 +313,15 @@ def saved_bytes(case, backend="aten"):
 
 
 def test_what_is_saved_for_backward():
-    """Beside inputs and output: statistics (8 bytes a token), the key state (m (E + 1) floats a sample), kqv."""
+    """Beside inputs and output: statistics (4 bytes a token), the key state (m (E + 1) floats a sample), kqv."""
     split = next(c for c in CASES["soft_split_linear"]() if c.name == "stage1, LayerNorm")
     batch, tokens = 2, 16 * 16
-    assert saved_bytes(split) == 8 * batch * tokens
+    assert saved_bytes(split) == 4 * batch * tokens
     attention = CASES["performer_attention"]()[0]
     state = 2 * 32 * (64 + 1) * 4
     assert saved_bytes(attention) == state
     kqv = 4 * 3 * 64 * batch * tokens
-    assert saved_bytes(CASES["performer_layer"]()[0]) == kqv + 8 * batch * tokens + state
+    assert saved_bytes(CASES["performer_layer"]()[0]) == kqv + 4 * batch * tokens + state
     assert saved_bytes(CASES["token_mlp"]()[1]) == 0
 
 

@@ -206,10 +206,15 @@ def test_each_kind_of_call_is_tried_once(monkeypatch):
     monkeypatch.setattr(triton_impl, "_run", lambda *args: runs.append(args[1:]) or trial(*args))
     for length in (5, 20):
         case_of(length, width=60, m=30).run()
-    assert runs == [(torch.float32, 64, 32, False)]
+    assert [run[:6] for run in runs] == [(torch.float32, torch.float32, 60, 30, False, False)]
     case_of(5).run_backward()
     case_of(5).cast(torch.float16).run()
-    assert runs[1:] == [(torch.float32, 16, 16, True), (torch.float16, 16, 16, False)]
+    case_of(5, mask=torch.ones(1, 5, dtype=torch.bool)).run()
+    assert [run[:6] for run in runs[1:]] == [
+        (torch.float32, torch.float32, 16, 8, False, True),
+        (torch.float16, torch.float16, 16, 8, False, False),
+        (torch.float32, torch.float32, 16, 8, True, False),
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -256,7 +261,7 @@ def test_auto_leaves_the_interpreter_to_tests():
 
 def test_gradients_of_the_portable_form_agree():
     """What the self-test compares with is itself the reference's gradient."""
-    q, k, v, w, grad = (t.double() for t in triton_impl.problem("cpu", torch.float32, 16, 16))
+    q, k, v, w, grad = (t.double() for t in triton_impl.problem("cpu", torch.float32, torch.float32, 16, 16))
     _, lz, state = aten_impl.attend(q, k, v, w, 1e-8, None)
     found = aten_impl.gradients(grad, q, k, v, w, 1e-8, None, lz, state, True)
     leaves = [t.requires_grad_() for t in (q, k, v, w)]

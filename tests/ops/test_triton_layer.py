@@ -300,7 +300,8 @@ def test_a_fused_kernel_that_fails_is_left_for_two_launches(monkeypatch):
     """With a warning, once; the layer stays with its other Triton kernels."""
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
-    monkeypatch.setattr(triton_impl, "_run", lambda *sizes: [2 * t for t in triton_impl._expected(*sizes)])
+    wrong = triton_impl._expected_queries
+    monkeypatch.setattr(triton_impl, "_tried_queries", lambda *call: [2 * t for t in wrong(*call)])
     arguments = block_of(5)
     with pytest.warns(RuntimeWarning, match="performer_layer leaves its Triton kernel: its self-test on cpu"):
         out = run(arguments, fused=1)
@@ -314,7 +315,7 @@ def test_a_fused_projection_that_fails_is_left_for_two_launches(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
     wrong = triton_impl._expected_keys
-    monkeypatch.setattr(triton_impl, "_tried_keys", lambda *sizes: [2 * t for t in wrong(*sizes)])
+    monkeypatch.setattr(triton_impl, "_tried_keys", lambda *call: [2 * t for t in wrong(*call)])
     arguments = projection_of(**TOKENS)
     with pytest.warns(RuntimeWarning, match="performer_layer leaves its Triton kernel: its self-test on cpu"):
         found = project(arguments, fused=1)
@@ -325,9 +326,11 @@ def test_a_fused_projection_that_fails_is_left_for_two_launches(monkeypatch):
 def test_its_own_self_tests(dtype, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
-    assert triton_impl._trial(None, DTYPES[dtype], 16, 16, 16) is None
-    for channels, window in ((3, Window((7, 7), (4, 4), (2, 2))), (16, Window((3, 3), (2, 2), (1, 1)))):
-        assert triton_impl._keys_trial(None, DTYPES[dtype], channels, window, 16, 16) is None
+    dtype = DTYPES[dtype]
+    for single in {dtype, torch.float32}:
+        assert triton_impl._queries_trial(None, dtype, single, 16, 16, single, 16, 16, single == dtype) is None
+        for channels, window in ((3, Window((7, 7), (4, 4), (2, 2))), (16, Window((3, 3), (2, 2), (1, 1)))):
+            assert triton_impl._keys_trial(None, dtype, single, single, channels, window, 16, 16, True) is None
 
 
 def test_float32_in_three_tf32_products(matrix_units):

@@ -12,8 +12,9 @@ overflows. Everything is computed in float32 (float64 for float64) whatever the 
 Saved for backward: q, k, v, w, lz and S. Backward makes one pass over the queries and one over the keys.
 
 A key that a mask leaves out has ``a_i = -inf``. Its k and v are zeroed first, so that NaN or inf in them reaches
-neither the output nor any gradient. Where a sample keeps no key, ``S = 0`` and ``lz`` is :data:`NOTHING`: the output
-and every gradient are 0 there.
+neither the output nor any gradient. A key so long that ``|k|^2`` overflows has ``a_i = -inf`` too: its features are 0.
+Where no key is left to a feature, ``S_i = 0`` and ``lz_i`` is :data:`NOTHING`: the feature adds nothing, and where that
+holds for all of a sample's, the output and every gradient are 0.
 """
 
 import math
@@ -49,15 +50,11 @@ def key_scores(k, w, dropped=None):
 def key_state(k, v, w, dropped=None):
     """The features' view of the keys: ``lz`` (..., m, 1) and ``S`` (..., m, E); ``dropped`` is :func:`left_out`'s."""
     a = key_scores(k, w, dropped)
-    top = a.amax(-2, keepdim=True)
-    if dropped is not None:
-        top = top.clamp_min(NOTHING)
+    top = a.amax(-2, keepdim=True).clamp_min(NOTHING)
     weights = a.sub_(top).exp_()
-    total = weights.sum(-2, keepdim=True)
-    if dropped is not None:
-        total = total.clamp_min(1)  # 0 without keys; with them the largest counts 1
-    state = (weights.mT @ v).div_(total.mT)
-    return (top + total.log()).mT, state
+    total = weights.sum(-2, keepdim=True).clamp_min(1)  # 0 without keys; with them the largest counts 1
+    state = (weights.transpose(-2, -1) @ v).div_(total.transpose(-2, -1))
+    return (top + total.log()).transpose(-2, -1), state
 
 
 def query_weights(q, lz, w, eps):
@@ -66,7 +63,7 @@ def query_weights(q, lz, w, eps):
     Returns:
         unnormalised weights (..., L, m), their sum (..., L, 1), the gate (..., L, 1).
     """
-    scores = F.linear(q, w).add_(lz.mT)
+    scores = F.linear(q, w).add_(lz.transpose(-2, -1))
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -98,13 +95,13 @@ def query_backward(gated, p, gate, q, state, w, into=None):
     Returns:
         d_q, the gradients of the key state's S (..., m, E) and lz (..., m, 1), and the score gradient (..., L, m).
     """
-    along = gated @ state.mT  # (..., L, m)
+    along = gated @ state.transpose(-2, -1)  # (..., L, m)
     delta = torch.linalg.vecdot(p, along).unsqueeze(-1)  # = gated . y0
     d_lse = delta * (1 - gate)
-    d_state = p.mT @ gated
+    d_state = p.transpose(-2, -1) @ gated
     d_scores = along.sub_(delta - d_lse).mul_(p)
     d_q = product(d_scores, w, into).addcmul_(d_lse, q, value=-1)
-    return d_q, d_state, d_scores.sum(-2, keepdim=True).mT, d_scores
+    return d_q, d_state, d_scores.sum(-2, keepdim=True).transpose(-2, -1), d_scores
 
 
 def key_backward(d_state, d_lz, k, v, lz, state, w, into=None, dropped=None):
@@ -113,16 +110,16 @@ def key_backward(d_state, d_lz, k, v, lz, state, w, into=None, dropped=None):
     Returns:
         d_k, the softmax weights (..., L, m) whose product with ``d_state`` is d_v, the score gradient (..., L, m).
     """
-    weights = key_scores(k, w, dropped).sub_(lz.mT).exp_()
-    shift = (d_state * state).sum(-1, keepdim=True).sub_(d_lz).mT  # (..., 1, m)
-    d_a = (v @ d_state.mT).sub_(shift).mul_(weights)
+    weights = key_scores(k, w, dropped).sub_(lz.transpose(-2, -1)).exp_()
+    shift = (d_state * state).sum(-1, keepdim=True).sub_(d_lz).transpose(-2, -1)  # (..., 1, m)
+    d_a = (v @ d_state.transpose(-2, -1)).sub_(shift).mul_(weights)
     d_k = product(d_a, w, into).addcmul_(d_a.sum(-1, keepdim=True), k, value=-1)
     return d_k, weights, d_a
 
 
 def w_gradient(d_scores, q, d_a, k):
     """Gradient of the features' directions, summed over everything but (m, E)."""
-    d_w = d_scores.mT @ q + d_a.mT @ k
+    d_w = d_scores.transpose(-2, -1) @ q + d_a.transpose(-2, -1) @ k
     return d_w.sum(tuple(range(d_w.ndim - 2))) if d_w.ndim > 2 else d_w
 
 

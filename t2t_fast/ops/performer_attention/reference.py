@@ -10,7 +10,7 @@ from ..transforms import constant
 
 def features(x, w):
     """Positive random features ``exp(w x - |x|^2 / 2) / sqrt(m)``: (..., L, E), (m, E) -> (..., L, m)."""
-    return torch.exp(x @ w.mT - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(constant(w.shape[0]))
+    return torch.exp(x @ w.transpose(-2, -1) - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(constant(w.shape[0]))
 
 
 def forward(q, k, v, w, eps, key_mask=None):
@@ -24,4 +24,4 @@ def forward(q, k, v, w, eps, key_mask=None):
     if key_mask is not None:
         kp = kp * key_mask.view(k.shape[0], *(1,) * (k.ndim - 3), k.shape[-2], 1)
     denominator = qp @ kp.sum(-2).unsqueeze(-1)
-    return (qp @ (kp.mT @ v.to(wide)) / (denominator + eps)).to(q.dtype)
+    return (qp @ (kp.transpose(-2, -1) @ v.to(wide)) / (denominator + eps)).to(q.dtype)

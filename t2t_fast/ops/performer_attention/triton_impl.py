@@ -22,47 +22,72 @@ HEADROOM = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 6.0}
 """How far below 1 (in powers of 2) the weights start, so that later ones have room: float16 ends at 2^16."""
 
 
+def obstacle(request):
+    """Why the kernels are not for a call, or ``None``; nothing is tried."""
+    why = runtime.reason(request, DTYPES)
+    width = request.sizes.get("width", 64)
+    if why is None and width > launch.LARGEST_WIDTH:
+        why = f"the Triton kernels take up to {launch.LARGEST_WIDTH} channels, got {width}"
+    return why
+
+
+def kind(request):
+    """What makes kernels differ: w's dtype, the channels, the features, and whether there is a key mask, backward, and
+    a gradient of w. Constants, as torch.compile needs them.
+    """
+    sizes = request.sizes
+    # from some number of features on, more of them are more chunks for the same kernels
+    width, features = runtime.fixed(sizes.get("width", 64)), runtime.fixed(sizes.get("features", 32))
+    masked, training = bool(sizes.get("masked", False)), bool(sizes.get("training", False))
+    w_gradient = training and bool(sizes.get("w_gradient", False))
+    return runtime.operand_dtype(request, "w"), width, min(features, launch.ALIKE), masked, training, w_gradient
+
+
 def supports(request):
     """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
-    why = runtime.reason(request, DTYPES)
-    if why is not None:
-        return why
-    width, features = int(request.sizes.get("width", 64)), int(request.sizes.get("features", 32))
-    if width > launch.LARGEST_WIDTH:
-        return f"the Triton kernels take up to {launch.LARGEST_WIDTH} channels, got {width}"
-    # from some number of features on, more of them are more chunks for the same kernels
-    features = min(features, launch.ALIKE)
-    sizes = padded(width), padded(features), bool(request.sizes.get("training", False))
-    return _trial(request.sizes.get("index"), request.dtype, *sizes)
+    return obstacle(request) or _trial(request.sizes.get("index"), request.dtype, *kind(request))
 
 
-def _trial(index, dtype, width, features, training):
-    return runtime.trial("performer_attention", _run, _expected, index, dtype, width, features, training)
+def _trial(index, dtype, *call):
+    return runtime.trial("performer_attention", _run, _expected, index, dtype, *call)
 
 
 # torch.compiler.assume_constant_result sets this, and imports the compiler to do so
 _trial._dynamo_marked_constant = True
 
 
-def problem(device, dtype, width, features):
-    """Two sequences of norm 2, longer than a tile, and an upstream gradient."""
+def problem(device, dtype, w_dtype, width, features):
+    """Two sequences of norm 2, longer than a tile, side by side in one tensor: q, k, v; w; and an upstream gradient."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(2, runtime.TRIAL_TOKENS, width, generator=generator) for _ in range(4))
     w = torch.randn(features, width, generator=generator)
-    scaled = (2 * width**-0.5 * q, 2 * width**-0.5 * k, v, w, grad)
-    return [t.to(device, dtype) for t in scaled]
+    packed = torch.cat([2 * width**-0.5 * k, 2 * width**-0.5 * q, v], -1).to(device, dtype)
+    k, q, v = packed.chunk(3, dim=-1)
+    return q, k, v, w.to(device, w_dtype), grad.to(device, dtype)
 
 
-def _run(device, dtype, width, features, training):
-    *tensors, grad = problem(device, dtype, width, features)
-    y, lz, state = _forward(*tensors, 1e-8, None)
-    return (y, *_backward(grad, *tensors, 1e-8, None, lz, state, True)) if training else (y,)
+def _mask_of_problem(k, masked):
+    """Every third key is left out."""
+    return torch.arange(k.shape[1], device=k.device).remainder(3).ne(0).repeat(k.shape[0], 1) if masked else None
 
 
-def _expected(device, dtype, width, features, training):
-    *tensors, grad = (t.float() for t in problem(device, dtype, width, features))
-    y, lz, state = aten_impl.attend(*tensors, 1e-8, None)
-    return (y, *aten_impl.gradients(grad, *tensors, 1e-8, None, lz, state, True)) if training else (y,)
+def _run(device, dtype, w_dtype, width, features, masked, training, w_gradient):
+    *tensors, grad = problem(device, dtype, w_dtype, width, features)
+    rest = 1e-8, _mask_of_problem(tensors[1], masked)
+    y, lz, state = _forward(*tensors, *rest)
+    if not training:
+        return (y,)
+    *found, d_w = _backward(grad, *tensors, *rest, lz, state, w_gradient)
+    return (y, *found, d_w) if w_gradient else (y, *found)
+
+
+def _expected(device, dtype, w_dtype, width, features, masked, training, w_gradient):
+    *tensors, grad = (t.float() for t in problem(device, dtype, w_dtype, width, features))
+    rest = 1e-8, _mask_of_problem(tensors[1], masked)
+    y, lz, state = aten_impl.attend(*tensors, *rest)
+    if not training:
+        return (y,)
+    return (y, *(t for t in aten_impl.gradients(grad, *tensors, *rest, lz, state, w_gradient) if t is not None))
 
 
 class _Plan(NamedTuple):

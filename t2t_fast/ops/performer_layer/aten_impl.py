@@ -49,4 +49,4 @@ def _rebuild(kqv, w, eps, lz, state):
     return y.to(kqv.dtype), v, finish
 
 
-forward = compose(split, _project, _finish, _rebuild, tail.run_backward)
+forward, run, run_backward = compose(split, _project, _finish, _rebuild, tail.run_backward)

@@ -5,6 +5,7 @@ where the attention's own backward starts. Saved: the image or tokens, kqv and i
 they are computed again too), the key state (m (E + 1) floats a sample), the dropout seed, the parameters.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,20 @@ class Layer(NamedTuple):
     low_memory: bool
 
 
+class Composed(NamedTuple):
+    """A layer's ``forward``, of the operator's arguments; and its two halves without autograd.
+
+    ``run`` returns the output and what is kept for backward, ``run_backward`` the gradients of w, the Linear's five
+    tensors and the tail's parameters.
+    """
+
+    forward: Callable
+    run: Callable
+    run_backward: Callable
+
+
 def compose(split, project, finish, rebuild, run_tail_backward):
-    """The layer's forward, made of one implementation of each operator.
+    """The layer made of one implementation of each operator, a :class:`Composed`.
 
     Args:
         split: soft_split_linear's implementation, a module with ``run`` and ``run_backward``.
@@ -48,15 +61,34 @@ def compose(split, project, finish, rebuild, run_tail_backward):
         d_kqv, d_w = rest(d_y, d_skip, need_w) if need_kqv or need_w else (None, None)
         return d_kqv, d_w, d_tail
 
+    def run(layer, seed, w, x, *parameters):
+        """The output, lz, state, and kqv with its statistics unless in low memory."""
+        linear, tail = parameters[:4], Tail(*parameters[4:])
+        kqv, mean, rstd, lz, state = project(x, linear, w, layer, not layer.low_memory, False)
+        out = finish(kqv, w, layer.eps, lz, state, tail, layer.tail, seed)
+        return (out, lz, state) if layer.low_memory else (out, lz, state, kqv, mean, rstd)
+
+    def run_backward(grad, kept, layer, seed, w, x, *parameters, needed):
+        """The gradients of w, x and each of the parameters, ``None`` unless needed."""
+        (lz, state, *found), tail = kept, Tail(*parameters[4:])
+        linear = (*parameters[:4], layer.norm1_eps, layer.window)
+        need_w, *needed = needed
+        need_kqv = any(needed[:5])
+        if not found:
+            found = split.run(_unknown_before(grad, x), *linear, layer.dtype, layer.pixels)
+        kqv, mean, rstd = found
+        d_kqv, d_w, d_tail = behind_kqv(grad, kqv, w, lz, state, tail, layer, seed, need_kqv, need_w, needed[5:])
+        d_linear = [None] * 5
+        if need_kqv:
+            if not needed[0]:
+                kqv = found = None  # if it was computed again, its memory is free for the rest
+            d_linear = split.run_backward(d_kqv, x, *linear, kqv, mean, rstd, needed[:5], layer.pixels)
+        return d_w, *d_linear, *d_tail
+
     class PerformerLayer(torch.autograd.Function):
         """Gradients for the image, every parameter, and w where it is asked for."""
 
-        @staticmethod
-        def forward(layer, seed, w, x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, *tail):
-            linear = (kqv_weight, kqv_bias, norm1_weight, norm1_bias)
-            kqv, mean, rstd, lz, state = project(x, linear, w, layer, not layer.low_memory, False)
-            out = finish(kqv, w, layer.eps, lz, state, Tail(*tail), layer.tail, seed)
-            return (out, lz, state) if layer.low_memory else (out, lz, state, kqv, mean, rstd)
+        forward = staticmethod(run)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -64,29 +96,15 @@ def compose(split, project, finish, rebuild, run_tail_backward):
             _, *kept = output
             ctx.mark_non_differentiable(*kept)
             ctx.set_materialize_grads(False)  # else zeros as large as kqv would be made for it
+            ctx.kept = len(kept)
             ctx.save_for_backward(*kept, *tensors)
 
         @staticmethod
         @first_order
         def backward(ctx, grad, *_):
-            layer, saved = ctx.layer, ctx.saved_tensors
-            first = len(saved) - len(Tail._fields)
-            *kept, seed, w, x, weight, bias, norm_weight, norm_bias = saved[:first]
-            lz, state, *found = kept
-            linear = (weight, bias, norm_weight, norm_bias, layer.norm1_eps, layer.window)
-            _, _, need_w, *needed = ctx.needs_input_grad
-            need_kqv = any(needed[:5])
-            if not found:
-                found = split.run(_unknown_before(grad, x), *linear, layer.dtype, layer.pixels)
-            kqv, mean, rstd = found
-            tail = Tail(*saved[first:])
-            d_kqv, d_w, d_tail = behind_kqv(grad, kqv, w, lz, state, tail, layer, seed, need_kqv, need_w, needed[5:])
-            d_linear = [None] * 5
-            if need_kqv:
-                if not needed[0]:
-                    kqv = found = None  # if it was computed again, its memory is free for the rest
-                d_linear = split.run_backward(d_kqv, x, *linear, kqv, mean, rstd, needed[:5], layer.pixels)
-            return None, None, d_w, *d_linear, *d_tail
+            saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+            kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
+            return None, None, *run_backward(grad, kept, ctx.layer, *tensors, needed=needed)
 
     def forward(
         x,
@@ -114,7 +132,7 @@ def compose(split, project, finish, rebuild, run_tail_backward):
         kqv, _, _, lz, state = project(x, linear, w, layer, False, True)
         return finish(kqv, w, eps, lz, state, tail, options, seed)
 
-    return forward
+    return Composed(forward, run, run_backward)
 
 
 def _unknown_before(grad, x):

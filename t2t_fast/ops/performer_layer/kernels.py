@@ -109,6 +109,7 @@ def split_keys_kernel(
                 3,
                 PACKED,
                 PRECISION,
+                False,  # what is not a number reaches every token by the state
             )
             if WHOLE:
                 rows = token + tl.arange(0, TOKENS)

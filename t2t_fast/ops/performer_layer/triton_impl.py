@@ -5,7 +5,9 @@ alone; so are the pass over the queries and the tail, and y never reaches memory
 skip's share of v's among them, are written side by side into one tensor.
 """
 
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +15,7 @@ from .. import triton_runtime as runtime
 from ..launch import cut, padded
 from ..performer_attention import aten_impl as plain_attention
 from ..performer_attention import triton_impl as attention
+from ..pixels import values
 from ..soft_split_linear import aten_impl as plain_split
 from ..soft_split_linear import triton_impl as split
 from ..soft_split_linear.call import Call, Folded
@@ -22,13 +25,86 @@ from ..token_mlp import aten_impl as plain_tail
 from ..token_mlp import triton_impl as tail
 from ..token_mlp.tail import Options, Tail
 from ..triton_runtime import fake, operator
+from . import aten_impl as plain
 from . import launch
-from .composed import compose
+from .composed import Layer, compose
 
 
 def supports(request):
-    """Why one of the kernels cannot run a call, or ``None``."""
-    return attention.supports(request) or split.supports(request) or tail.supports(request)
+    """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
+    for each in (attention, split, tail):
+        why = each.obstacle(request)
+        if why is not None:
+            return why
+    (w_dtype, _, *of_attention), of_tail = attention.kind(request), tail.kind(request)
+    call = w_dtype, of_tail[1], *of_attention, *split.kind(request), *of_tail
+    low_memory = bool(request.sizes.get("low_memory", False))
+    return _trial(request.sizes.get("index"), request.dtype, low_memory, *call)
+
+
+def _trial(index, dtype, *call):
+    return runtime.trial("performer_layer", _tried, _expected, index, dtype, *call)
+
+
+# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+_trial._dynamo_marked_constant = True
+
+
+class _Problem(NamedTuple):
+    """A layer on two small images, whose keys and queries have norm 2; what ``run`` takes, and an upstream gradient."""
+
+    layer: Layer
+    seed: torch.Tensor | None
+    w: torch.Tensor
+    tensors: tuple
+    grad: torch.Tensor
+    needed: list
+
+
+def _problem(device, dtype, low_memory, *call):
+    of_attention, of_split, of_tail = call[:6], call[6:-5], call[-5:]
+    w_dtype, width, features, _, training, w_gradient = of_attention
+    (image, channels, window, _, _), needed = split.called(*of_split)
+    sizes = channels, window, 3 * width, True, runtime.TRIAL_TOKENS
+    x_and_linear, pixels, _ = split.problem(device, dtype, image, *sizes)
+    x_and_linear[1][: 2 * width] *= 2 * width**-0.5
+    *_, w, _ = attention.problem(device, dtype, w_dtype, width, features)
+    _, y, _, parameters, options, seed = tail.problem(device, dtype, *of_tail[:-1])
+    length = math.prod(window.grid(*x_and_linear[0].shape[2:]))
+    grad = y[:, :1].expand(-1, length, -1).contiguous()
+    # inference keeps as little as low memory does
+    layer = Layer(1e-5, window, dtype, pixels, 1e-8, options, low_memory or not training)
+    needed = [w_gradient, *needed, *[training] * len(parameters)]
+    return _Problem(layer, seed, w, (*x_and_linear, *parameters), grad, needed)
+
+
+def _both(forward, backward, problem):
+    layer, seed, w, tensors, grad, needed = problem
+    out, *kept = forward(layer, seed, w, *tensors)
+    if not any(needed):
+        return [out]
+    gradients = backward(grad, kept, layer, seed, w, *tensors, needed=needed)
+    return [out, *(t for t, wanted in zip(gradients, needed, strict=True) if wanted)]
+
+
+def _tried(device, dtype, *call):
+    problem = _problem(device, dtype, *call)
+    with runtime.crowded():
+        again, *_ = run(problem.layer, problem.seed, problem.w, *problem.tensors)
+    return [again, *_both(run, run_backward, problem)]
+
+
+def _expected(device, dtype, *call):
+    problem = _problem(device, dtype, *call)
+    wide = [t.float() if t.is_floating_point() else t for t in problem.tensors]
+    problem = problem._replace(
+        layer=problem.layer._replace(dtype=torch.float32),
+        w=problem.w.float(),
+        tensors=wide,
+        grad=problem.grad.float(),
+    )
+    out, *gradients = _both(plain.run, plain.run_backward, problem)
+    return [out, out, *gradients]
 
 
 @operator(
@@ -97,44 +173,49 @@ def split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
     return out, *statistics, *attention.merged(sequences, lz, state)
 
 
-def _keys_trial(index, dtype, channels, window, width, features):
-    return runtime.trial(
-        "performer_layer", _tried_keys, _expected_keys, index, dtype, channels, window, width, features
-    )
+def _keys_trial(index, dtype, *call):
+    return runtime.trial("performer_layer", _tried_keys, _expected_keys, index, dtype, *call)
 
 
-def _keys_problem(device, dtype, channels, window, width, features):
-    tensors, _ = split.problem(device, dtype, channels, window, 3 * width, True)
-    *_, w, _ = attention.problem(device, dtype, width, features)
-    return tensors, w
+def _keys_problem(device, dtype, image, w_dtype, channels, window, width, features, whole):
+    tensors, pixels, _ = split.problem(device, dtype, image, channels, window, 3 * width, True)
+    *_, w, _ = attention.problem(device, dtype, w_dtype, width, features)
+    return tensors, pixels, w
 
 
-def _tried_keys(device, dtype, channels, window, width, features):
-    (x, *linear), w = _keys_problem(device, dtype, channels, window, width, features)
-    found, _ = split.operands(x, *linear, 1e-5, window, dtype, (), False)
-    arguments = x, found, w, 1e-5, window, dtype, None, True
+def _tried_keys(device, dtype, *call):
+    (x, *linear), pixels, w = _keys_problem(device, dtype, *call)
+    *_, window, _, _, whole = call
+    found, columns = split.operands(x, *linear, 1e-5, window, dtype, pixels, False)
+    arguments = x, found, w, 1e-5, window, dtype, columns, whole
     with runtime.crowded():
         again = split_keys(*arguments)
-    return [*split_keys(*arguments), *again]
+    return [t for t in (*split_keys(*arguments), *again) if t.numel()]
 
 
-def _expected_keys(device, dtype, channels, window, width, features):
-    (x, *linear), w = _keys_problem(device, dtype, channels, window, width, features)
-    kqv, mean, rstd = plain_split.run(x.float(), *(t.float() for t in linear), 1e-5, window, torch.float32)
-    k, _, v = kqv.chunk(3, dim=-1)
+def _expected_keys(device, dtype, *call):
+    (x, *linear), pixels, w = _keys_problem(device, dtype, *call)
+    *_, window, _, _, whole = call
+    x = values(x, pixels, torch.float32).float()
+    kqv, _, rstd = plain_split.run(x, *(t.float() for t in linear), 1e-5, window, torch.float32)
+    k, q, v = kqv.chunk(3, dim=-1)
     lz, state = plain_attention.key_state(k, v, w.float())
-    return 2 * [kqv, mean, rstd, lz.squeeze(-1), state]
+    mean, rest = plain_split.patch_statistics(plain_split.centred_pixels(x), window, 1e-5)[0][-1]
+    found = [kqv, mean + rest, rstd] if whole else [torch.cat([q, v], -1)]
+    return 2 * [*found, lz.squeeze(-1), state]
 
 
-def _keys_fused(x, dtype, window, width, features):
+def _keys_fused(x, dtype, window, w, whole):
     """Whether the soft split and the pass over the keys are one launch: by sizes and table, if it works there."""
+    features, width = (runtime.fixed(size) for size in w.shape)
     if not launch.fits(width, features):
         return False
-    channels, (h, w) = runtime.fixed(x.shape[1]), window.grid(*x.shape[2:])
-    section, values = runtime.section(x.device, x.shape[0] * h * w), layout(channels, window).channels
-    if not launch.TABLE.chosen("split_keys", section, dtype, width, features, values)["fused"]:
+    channels, (h, across) = runtime.fixed(x.shape[1]), window.grid(*x.shape[2:])
+    section, of_tap = runtime.section(x.device, x.shape[0] * h * across), layout(channels, window).channels
+    if not launch.TABLE.chosen("split_keys", section, dtype, width, features, of_tap)["fused"]:
         return False
-    return _keys_trial(x.device.index, dtype, channels, window, width, padded(features)) is None
+    call = x.dtype, w.dtype, channels, window, width, features, whole
+    return _keys_trial(x.device.index, dtype, *call) is None
 
 
 @operator(
@@ -165,8 +246,7 @@ def _fake_project(x, weight, used, row_sums, offset, w, norm_eps, kernel, stride
 def _project(x, linear, w, layer, whole, keep):
     arguments = layer.norm1_eps, layer.window, layer.dtype, layer.pixels
     found, columns = split.operands(x, *linear, *arguments, keep)
-    features, width = (runtime.fixed(size) for size in w.shape)
-    fused = _keys_fused(x, layer.dtype, layer.window, width, features)
+    fused = _keys_fused(x, layer.dtype, layer.window, w, whole)
     return torch.ops.t2t_fast_triton.performer_project(
         x, *found, w, layer.norm1_eps, *layer.window, layer.dtype, columns, fused, whole
     )
@@ -239,41 +319,44 @@ def read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
     return out
 
 
-def _trial(index, dtype, width, features, hidden):
-    return runtime.trial("performer_layer", _run, _expected, index, dtype, width, features, hidden)
+def _queries_trial(index, dtype, *call):
+    return runtime.trial("performer_layer", _tried_queries, _expected_queries, index, dtype, *call)
 
 
-def _problem(device, dtype, width, features, hidden):
+def _queries_problem(device, dtype, w_dtype, width, features, *of_tail):
     """Two sequences longer than a tile, whose keys and queries have norm 2."""
-    *_, parameters, options, seed = tail.problem(device, dtype, width, hidden)
-    k, q, v, w, _ = attention.problem(device, dtype, width, features)
+    *_, parameters, options, seed = tail.problem(device, dtype, *of_tail)
+    q, k, v, w, _ = attention.problem(device, dtype, w_dtype, width, features)
     return torch.cat([k, q, v], dim=-1), w, 1e-8, parameters, options, seed
 
 
-def _run(device, dtype, width, features, hidden):
-    kqv, w, eps, *rest = _problem(device, dtype, width, features, hidden)
-    k, q, v = kqv.chunk(3, dim=-1)
-    arguments = kqv, w, eps, *attention.key_state(attention.Call(q, w), k, v, None), *rest
+def _tried_queries(device, dtype, *call):
+    kqv, w, eps, *rest = _queries_problem(device, dtype, *call)
+    k, _, v = kqv.float().chunk(3, dim=-1)
+    lz, state = plain_attention.key_state(k, v, w.float())
+    arguments = kqv, w, eps, lz.squeeze(-1), state, *rest
     with runtime.crowded():
         again = read_out_tail(*arguments)
     return read_out_tail(*arguments), again
 
 
-def _expected(device, dtype, width, features, hidden):
-    kqv, w, eps, *rest = _problem(device, dtype, width, features, hidden)
+def _expected_queries(device, dtype, *call):
+    kqv, w, eps, parameters, *rest = _queries_problem(device, dtype, *call)
     k, q, v = kqv.float().chunk(3, dim=-1)
-    return 2 * [plain_tail.run(plain_attention.attend(q, k, v, w.float(), eps, None)[0], v, *rest)]
+    y, _, _ = plain_attention.attend(q, k, v, w.float(), eps, None)
+    return 2 * [plain_tail.run(y, v, Tail(*(t.float() for t in parameters)), *rest)]
 
 
-def _fused(q, w, hidden):
+def _fused(q, w, parameters, dropout):
     """Whether the pass over the queries and the tail are one launch: by sizes and table, if it works on the device."""
-    features, width = w.shape
+    (features, width), hidden = w.shape, parameters.fc1_weight.shape[0]
     if not launch.fits(width, features, hidden):
         return False
     section = runtime.section(q.device, q.shape[0] * q.shape[1])
     if not launch.TABLE.chosen("read_out_tail", section, q.dtype, width, features, hidden)["fused"]:
         return False
-    return _trial(q.device.index, q.dtype, padded(width), padded(features), padded(hidden)) is None
+    call = w.dtype, width, features, parameters.proj_weight.dtype, width, hidden, dropout
+    return _queries_trial(q.device.index, q.dtype, *call) is None
 
 
 @operator(
@@ -283,7 +366,7 @@ def _fused(q, w, hidden):
 def _finish_op(kqv, w, eps, lz, state, seed, options, parameters):
     parameters, options = Tail(*parameters), Options(*options)
     q, v = _queries_and_values(kqv, w.shape[1])
-    if _fused(q, w, parameters.fc1_weight.shape[0]):
+    if _fused(q, w, parameters, seed is not None):
         return read_out_tail(kqv, w, eps, lz, state, parameters, options, seed)
     return tail.run(attention.read_out(q, w, eps, lz, state), v, parameters, options, seed)
 
@@ -307,4 +390,4 @@ def _rebuild(kqv, w, eps, lz, state):
     return torch.ops.t2t_fast_triton.performer_read_out(q, w, eps, lz, state), v, finish
 
 
-forward = compose(split, _project, _finish, _rebuild, tail.run_backward)
+forward, run, run_backward = compose(split, _project, _finish, _rebuild, tail.run_backward)

@@ -4,11 +4,11 @@ import torch
 
 from ..library import first_order, wants_gradient
 from ..spec import Window
-from ..windows import compose, split
+from ..windows import compose, in_layout, split
 
 
 class SoftSplit(torch.autograd.Function):
-    """Saves nothing but sizes."""
+    """Saves nothing but sizes. The image's gradient lies in memory as the image does."""
 
     @staticmethod
     def forward(x, window):
@@ -17,12 +17,12 @@ class SoftSplit(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, ctx.window = inputs
-        ctx.size = tuple(x.shape[2:])
+        ctx.size, ctx.channels_last = tuple(x.shape[2:]), x.stride(1) == 1
 
     @staticmethod
     @first_order
     def backward(ctx, grad):
-        return compose(grad, ctx.size, ctx.window), None
+        return in_layout(compose(grad, ctx.size, ctx.window), ctx.channels_last), None
 
 
 def forward(x, kernel, stride, padding):

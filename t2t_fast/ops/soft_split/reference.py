@@ -2,7 +2,9 @@
 
 import torch.nn.functional as F
 
+from ..windows import gradient_in_layout
+
 
 def forward(x, kernel, stride, padding):
     """(B, C, H, W) -> (B, L, C*kh*kw), columns ``c*kh*kw + dy*kw + dx``."""
-    return F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2).contiguous()
+    return F.unfold(gradient_in_layout(x), kernel, stride=stride, padding=padding).transpose(1, 2).contiguous()

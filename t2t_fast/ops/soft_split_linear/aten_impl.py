@@ -1,34 +1,84 @@
 """Soft split + LayerNorm + Linear as one convolution and box-filtered statistics.
 
-With ``u`` a window's C*kh*kw values, LayerNorm then Linear is ``r (Wg u - mu Wg 1) + b'`` where ``Wg = W diag(gamma)``,
-``b' = W beta + b``, and ``Wg u`` is a convolution of the image: nothing of the unfolded width is formed, forward or
-backward. Two details decide the accuracy:
+With ``u`` a window's C*kh*kw values, LayerNorm then Linear is ``r Wg (u - mu) + b'`` where ``Wg = W diag(gamma)``,
+``b' = W beta + b``, and a convolution of the image makes ``Wg (u - mu)``: nothing of the unfolded width is formed,
+forward or backward. A common offset of the image costs no digits, since only differences enter:
 
-* the rows of ``Wg`` are centred, so the convolution itself removes the window's mean and its result stays small even
-  where the image has a large offset; what rounding the centred weight to the operand dtype leaves of the row sums is
-  taken from the *rounded* weight and subtracted with ``mu``;
-* ``mu`` and ``r`` merge per-pixel means and deviations (:func:`merge_statistics`), never a difference of squares.
+* the convolution reads each pixel less the mean of its channels, and how those means differ from one pixel to the
+  next, as two more channels, with weights to match (:func:`image_of_differences`, :func:`weight_of_differences`);
+* ``r`` merges per-pixel means and deviations (:func:`merge_statistics`), never a difference of squares.
 
-Saved for backward: the image, ``mu`` and ``r`` (8 bytes a token), and, where the image wants a gradient, the output.
+What is not finite reaches the outputs through ``r`` alone, that is those of the windows that hold it.
+
+Saved for backward: the image and ``r`` (4 bytes a token), and, where the image wants a gradient, the output.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..library import accumulation_dtype, matmul_precision
 from ..pixels import values
-from ..windows import cover_sum, merge_statistics
+from ..windows import cover_deviations, in_layout, merge_statistics
 from .gradient import differentiable, parameter_gradients
 
 
-def patch_statistics(x, window, eps):
-    """Mean and reciprocal standard deviation of every window of (B, C, H, W): two (B, h, w), accumulation dtype."""
+class Centred(NamedTuple):
+    """An image in the accumulation dtype as each pixel's mean over channels and the rest of its values.
+
+    The mean is ``mean + rest``, (B, H, W) each, where ``rest`` is what rounding ``mean`` has lost; ``within`` is the
+    image less the mean, (B, C, H, W).
+    """
+
+    within: torch.Tensor
+    mean: torch.Tensor
+    rest: torch.Tensor
+
+
+def centred_pixels(x):
+    """An image's :class:`Centred`."""
     x = x.to(accumulation_dtype(x.dtype))
-    channels = x.shape[1]
-    mean = x.mean(1)
-    m2 = (x - mean.unsqueeze(1)).square().sum(1)
-    mean, m2 = merge_statistics(channels, mean, m2, window)
-    return mean, torch.rsqrt(m2 / (channels * window.taps) + eps)
+    mean = x.mean(1, keepdim=True)
+    within = x - mean
+    rest = within.mean(1, keepdim=True)
+    return Centred(within.sub_(rest), mean.squeeze(1), rest.squeeze(1))
+
+
+def patch_statistics(parts, window, eps):
+    """The means of every window, as ``levels`` of :func:`merge_statistics`, and 1 / standard deviation (B, h, w)."""
+    within, mean, rest = parts
+    channels = within.shape[1]
+    m2 = torch.linalg.vecdot(within, within, dim=1)
+    levels, m2 = merge_statistics(channels, mean, rest, m2, window)
+    return levels, torch.rsqrt(m2 / (channels * window.taps) + eps)
+
+
+def image_of_differences(parts, window, dtype):
+    """(B, C + 2, H + 2 ph, W + 2 pw), channels-last: ``within`` of :class:`Centred`, padded, and how their means differ
+    from those of the pixels below and to the right. What is not finite is 0: a tap of weight 0 may meet it.
+    """
+    (within, mean, rest), (ph, pw) = parts, window.padding
+    batch, channels, height, width = within.shape
+    # written in place: every further pass over an image costs as much as its arithmetic
+    image = within.new_zeros(batch, height + 2 * ph, width + 2 * pw, channels + 2, dtype=dtype).permute(0, 3, 1, 2)
+    image[:, :channels, ph : ph + height, pw : pw + width] = within
+    mean, rest = (F.pad(part, (pw, pw, ph, ph)) for part in (mean, rest))
+    image[:, channels, :-1] = mean.diff(dim=1) + rest.diff(dim=1)
+    image[:, channels + 1, :, :-1] = mean.diff(dim=2) + rest.diff(dim=2)
+    return image.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def weight_of_differences(weight):
+    """The weight (O, C, kh, kw) of a convolution, rows centred, as one (O, C + 2, kh, kw) for such an image.
+
+    With A the sum of the weight over channels, ``sum A[dy, dx] m[dy, dx]`` over a window's means m is
+    ``sum U[dy, dx] (m[dy, dx + 1] - m[dy, dx]) + sum V[dy] (m[dy + 1, 0] - m[dy, 0])``, U[dy, dx] the sum of A[dy]
+    beyond dx, V[dy] that of all rows beyond dy, since all of A sums to 0.
+    """
+    beyond = weight.sum(1, keepdim=True).flip(3).cumsum(3).flip(3)  # from dx on
+    down = beyond[..., :1].flip(2).cumsum(2).flip(2)
+    return torch.cat([weight, F.pad(down[:, :, 1:], (0, weight.shape[3] - 1, 0, 1)), F.pad(beyond[..., 1:], (0, 1))], 1)
 
 
 def fold_norm(weight, bias, norm_weight, norm_bias, x_dtype):
@@ -49,26 +99,32 @@ def fold_norm(weight, bias, norm_weight, norm_bias, x_dtype):
 
 
 def _convolve(x, weight, bias, window):
-    """(B, C, H, W) -> (B, h, w, O) contiguous."""
-    weight = weight.reshape(weight.shape[0], x.shape[1], *window.kernel)
+    """(B, C, H, W), (O, C, kh, kw) -> (B, h, w, O) contiguous."""
     x = x.contiguous(memory_format=torch.channels_last)
     with matmul_precision(x):
         y = F.conv2d(x, weight, bias, stride=window.stride, padding=window.padding)
     return y.permute(0, 2, 3, 1).contiguous()
 
 
+def _unfolded(weight, window):
+    """(O, C*kh*kw) as (O, C, kh, kw)."""
+    return weight.unflatten(1, (-1, *window.kernel))
+
+
 def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
-    """Forward without autograd (:func:`gradient.differentiable`)."""
+    """Forward without autograd (:func:`gradient.differentiable`); no means, which backward does not want."""
     x = values(x, pixels, accumulation_dtype(dtype) if norm_eps is not None else dtype)
     if norm_eps is None:
         bias = None if bias is None else bias.to(x.dtype)
-        y = _convolve(x, weight.to(x.dtype), bias, window)
+        y = _convolve(x, _unfolded(weight.to(x.dtype), window), bias, window)
         return y.flatten(1, 2).to(dtype), *(y.new_empty(0) for _ in range(2))
-    mean, rstd = patch_statistics(x, window, norm_eps)
-    centred, rows, offset = fold_norm(weight, bias, norm_weight, norm_bias, x.dtype)
-    y = _convolve(x, centred, None, window).to(mean.dtype)
-    y.addcmul_(mean.unsqueeze(-1), -rows).mul_(rstd.unsqueeze(-1)).add_(offset)
-    return y.flatten(1, 2).to(dtype), mean, rstd
+    parts = centred_pixels(x)
+    _, rstd = patch_statistics(parts, window, norm_eps)
+    centred, _, offset = fold_norm(weight, bias, norm_weight, norm_bias, rstd.dtype)
+    image, kernel = image_of_differences(parts, window, x.dtype), weight_of_differences(_unfolded(centred, window))
+    y = _convolve(image, kernel.to(x.dtype), None, window.unpadded).to(rstd.dtype)
+    y.mul_(rstd.unsqueeze(-1)).add_(offset)
+    return y.flatten(1, 2).to(dtype), rstd.new_empty(0), rstd
 
 
 def _convolution_backward(grad, x, weight, window, need_x, need_weight):
@@ -78,7 +134,7 @@ def _convolution_backward(grad, x, weight, window, need_x, need_weight):
         d_x, d_weight, _ = torch.ops.aten.convolution_backward(
             grad.permute(0, 3, 1, 2),
             x.to(dtype).contiguous(memory_format=torch.channels_last),
-            weight.to(dtype).reshape(weight.shape[0], x.shape[1], *window.kernel),
+            weight.to(dtype),
             None,
             window.stride,
             window.padding,
@@ -91,75 +147,71 @@ def _convolution_backward(grad, x, weight, window, need_x, need_weight):
     return d_x, d_weight
 
 
-def _centred_backward(grad, x, weight, window, need_x, need_products):
-    """Gradients of the convolution for windows less their means (derivation: docs/math.md, section 1).
+def _centred_products(grad, image, window):
+    """``P = sum_t grad_t (u_t - mu_t)^T`` (O, C*kh*kw) of windows less their means (docs/math.md, section 1).
 
-    What is wanted is ``P = sum_t grad_t (u_t - mu_t)^T``. On a flat patch LayerNorm magnifies ``grad_t`` up to 316
-    times, so subtracting ``sum_t grad_t mu_t`` from the convolution's weight gradient would leave the rounding of two
-    large equal numbers. Nothing large is formed instead: each pixel less its own channel mean (a convolution of a small
-    image), plus what the channel means m add, the same for all channels. That part is known by its *differences* from
-    tap to tap, which are weight gradients for the differences of m between neighbouring pixels (0 where the image is
-    flat), and by its sum over taps, which is 0.
+    On a flat patch LayerNorm magnifies ``grad_t`` up to 316 times, so subtracting ``sum_t grad_t mu_t`` from the
+    convolution's weight gradient would leave the rounding of two large equal numbers. Nothing large is formed instead:
+    the weight gradient for each pixel less the mean of its channels, plus what these means m add, the same for all
+    channels. That part is known by its differences from tap to tap, which are weight gradients for the differences of
+    m between neighbouring pixels (0 where the image is flat), and by its sum over taps, which is 0.
 
     Args:
-        grad: (B, h, w, O), in the accumulation dtype; x: (B, C, H, W); weight: (O, C*kh*kw), rows centred.
-
-    Returns:
-        the image's gradient through the convolution (B, C, H, W), and P (O, C*kh*kw); ``None`` unless needed.
+        grad: (B, h, w, O), in the accumulation dtype; image: of :func:`image_of_differences`.
     """
-    x = x.to(grad.dtype)
-    means = x.mean(1, keepdim=True)
-    d_x, within = _convolution_backward(grad, x - means, weight, window, need_x, need_products)
-    if not need_products:
-        return d_x, None
-    ph, pw = window.padding
-    means = F.pad(means, (pw, pw, ph, ph))
-    differences = torch.cat([F.pad(means.diff(dim=2), (0, 0, 0, 1)), F.pad(means.diff(dim=3), (0, 1))], dim=1)
-    unpadded = window._replace(padding=(0, 0))
-    unused = weight.new_empty(weight.shape[0], 2 * window.taps)  # a weight gradient asks for the weight's shape only
-    _, steps = _convolution_backward(grad, differences, unused, unpadded, False, True)  # (O, 2, kh, kw)
-    down = F.pad(steps[:, 0, :-1, :1].cumsum(1), (0, 0, 1, 0))  # along the first column, (O, kh, 1)
-    right = F.pad(steps[:, 1, :, :-1].cumsum(2), (1, 0))  # along every row, (O, kh, kw)
+    kh, kw = window.kernel
+    shape = grad.new_empty(grad.shape[-1], image.shape[1], kh, kw)  # all that is read of the weight
+    _, found = _convolution_backward(grad, image, shape, window.unpadded, False, True)
+    down = F.pad(found[:, -2, :-1, :1].cumsum(1), (0, 0, 1, 0))  # along the first column, (O, kh, 1)
+    right = F.pad(found[:, -1, :, :-1].cumsum(2), (1, 0))  # along every row, (O, kh, kw)
     across = down + right
     across = across - across.mean((1, 2), keepdim=True)
-    return d_x, (within + across.unsqueeze(1)).flatten(1)
+    return (found[:, :-2] + across.unsqueeze(1)).flatten(1)
 
 
-def _normed_backward(grad, x, centred, offset, window, y, mean, rstd, need_x, need_products):
+def _normed_backward(grad, x, centred, offset, window, norm_eps, y, rstd, need_x, need_products):
     """Gradients of the image and of the centred windows' product, ``None`` unless needed.
 
     LayerNorm's two row means need neither the unfolded tokens nor their gradient: the mean of ``Wg^T G`` vanishes with
     centred weights, and the mean of ``Wg^T G * xhat`` is ``G . (y - b') / K``.
     """
-    # In the accumulation dtype: rstd reaches 316 and could overflow float16.
-    scaled = grad * rstd.unsqueeze(-1)
-    d_image, products = _centred_backward(scaled, x, centred, window, need_x, need_products)
-    if not need_x:
-        return None, products
-    y = y.to(grad.dtype).unflatten(1, mean.shape[1:])
-    alpha = rstd.square() * (grad * (y - offset)).sum(-1) / (x.shape[1] * window.taps)
-    size = x.shape[2:]
-    scale, shift = (cover_sum(value, size, window).unsqueeze(1) for value in (alpha, alpha * mean))
-    return d_image - x * scale + shift, products
+    d_x = products = None
+    parts = centred_pixels(x)
+    scaled = grad * rstd.unsqueeze(-1)  # in the accumulation dtype: rstd reaches 316 and could overflow float16
+    image = image_of_differences(parts, window, grad.dtype)
+    if need_products:
+        products = _centred_products(scaled, image, window)
+    if need_x:
+        d_x, _ = _convolution_backward(scaled, parts.within, _unfolded(centred, window), window, True, False)
+        y = y.to(grad.dtype).unflatten(1, rstd.shape[1:])
+        alpha = rstd.square() * (grad * (y - offset)).sum(-1) / (x.shape[1] * window.taps)
+        (ph, pw), (height, width) = window.padding, x.shape[2:]
+        levels, _ = patch_statistics(parts, window, norm_eps)
+        scale, shift = (part.unsqueeze(1) for part in cover_deviations(alpha, levels, (height, width), window))
+        d_x = d_x - image[:, :-2, ph : ph + height, pw : pw + width] * scale + shift
+    return d_x, products
 
 
 def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels=()):
     """Gradients of the image and every parameter (:func:`gradient.differentiable`)."""
-    x = values(x, pixels, mean.dtype if norm_eps is not None else grad.dtype)
+    channels_last = x.stride(1) == 1
+    x = values(x, pixels, accumulation_dtype(grad.dtype) if norm_eps is not None else grad.dtype)
     need_x, need_weight, _, need_gamma, _ = needed
     # A weight gradient sums over every token, which can overflow float16.
     unnormed = torch.float32 if x.dtype == torch.float16 else x.dtype
-    grad = grad.to(unnormed if norm_eps is None else mean.dtype).unflatten(1, window.grid(*x.shape[2:]))
+    grad = grad.to(unnormed if norm_eps is None else accumulation_dtype(grad.dtype))
+    grad = grad.unflatten(1, window.grid(*x.shape[2:]))
     d_x = products = None
     if norm_eps is not None:
-        centred, _, offset = fold_norm(weight, bias, norm_weight, norm_bias, x.dtype)
+        centred, _, offset = fold_norm(weight, bias, norm_weight, norm_bias, grad.dtype)
         need_products = need_weight or need_gamma
-        d_x, products = _normed_backward(grad, x, centred, offset, window, y, mean, rstd, need_x, need_products)
+        d_x, products = _normed_backward(grad, x, centred, offset, window, norm_eps, y, rstd, need_x, need_products)
     elif need_x or need_weight:
-        d_x, products = _convolution_backward(grad, x, weight.to(x.dtype), window, need_x, need_weight)
+        kernel = _unfolded(weight.to(x.dtype), window)
+        d_x, products = _convolution_backward(grad, x, kernel, window, need_x, need_weight)
         products = products.flatten(1) if need_weight else None
     gradients = parameter_gradients(products, grad, weight, bias, norm_weight, norm_bias, needed[1:])
-    return d_x.to(x.dtype) if need_x else None, *gradients
+    return in_layout(d_x.to(x.dtype), channels_last) if need_x else None, *gradients
 
 
 forward = differentiable(run, run_backward)

@@ -36,8 +36,8 @@ class Folded(NamedTuple):
 
     Attributes:
         weight: (columns, outputs) in the operands' dtype; outputs are up to whole multiples of NARROW (layout.py).
-        used: with LayerNorm (columns) in float32, 1 for each that is one of a window's K values, else 0; ``None`` if
-            all are.
+        used: (columns) in float32, 1 for each that is one of a window's K values, else 0; ``None`` if all are, or no
+            other could be anything but 0.
         row_sums: ``Wg 1`` of docs/math.md, section 1, (outputs) in float32; ``None`` without LayerNorm.
         offset: ``b'`` there, likewise; without LayerNorm the bias.
     """
@@ -100,11 +100,14 @@ class Call:
     def _cells(self):
         """Cells of the image, and strides of the windows over them: a tap is a row of cells, one value after another.
 
-        Bytes stay bytes, in the operands' dtype, which has them all.
+        Bytes stay bytes, in the operands' dtype, which has them all. Pixels that no window covers are left out.
         """
         from . import kernels
 
-        height, width, *_ = self.layout.cell
+        covered = [
+            min(n, (steps - 1) * s + k - p)
+            for n, steps, k, s, p in zip(self.x.shape[2:], self.grid, *self.window, strict=True)
+        ]
         rows = self.grid[0] + self.layout.window.kernel[0] - 1
         size = self.layout.cell_size
         columns = self.grid[1] + self.layout.channels // size - 1
@@ -115,11 +118,11 @@ class Call:
             self.x,
             self.x.stride(),
             out,
-            *self.x.shape[2:],
+            *covered,
             rows,
             columns,
             cells,
-            CELL=(height, width, self.x.shape[1]),
+            CELL=self.layout.cell,
             PADDING=self.window.padding,
             BYTES=self.pixels is not None,
             TILE=CELLS,

@@ -11,7 +11,8 @@ def differentiable(run, run_backward, infer=None):
 
     Args:
         run: (x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels) -> tokens (B, L, O) in dtype,
-            and each window's mean and reciprocal standard deviation (B, h, w), both empty without LayerNorm.
+            and each window's mean and reciprocal standard deviation (B, h, w); empty where ``run_backward`` does not
+            want them, as without LayerNorm.
         run_backward: (grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels)
             -> the gradients of the five tensors, each in its tensor's dtype, ``None`` unless needed. y: the tokens,
             wanted for the gradient of an x that was normalised only.

@@ -17,10 +17,8 @@ def token_scalars_kernel(
     grad,
     y,
     offset,
-    mean,
     rstd,
     alpha,
-    kappa,
     tokens,
     outputs,
     VALUES: tl.constexpr,
@@ -28,7 +26,7 @@ def token_scalars_kernel(
     NARROW: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """``alpha_t = r^2 G_t . (y_t - b') / K`` and ``kappa_t = alpha_t mu_t``: LayerNorm's share of the image's gradient.
+    """``alpha_t = r^2 G_t . (y_t - b') / K``, LayerNorm's share of the image's gradient.
 
     Grid (token tiles). VALUES: K. With centred weights the other scalar of docs/math.md, c1, is 0.
     """
@@ -43,9 +41,7 @@ def token_scalars_kernel(
         values = tl.load(y + place, mask=inside, other=0.0).to(tl.float32) - tl.load(offset + column)[None, :]
         along += tl.sum(tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * values, 1)
     scale = tl.load(rstd + first + row, mask=there, other=0.0)
-    value = scale * scale * along / VALUES
-    tl.store(alpha + first + row, value, mask=there)
-    tl.store(kappa + first + row, value * tl.load(mean + first + row, mask=there, other=0.0), mask=there)
+    tl.store(alpha + first + row, scale * scale * along / VALUES, mask=there)
 
 
 @triton.jit
@@ -70,9 +66,9 @@ def _steps(tile, batch, down, across, COUNT: tl.constexpr):
 def split_linear_image_kernel(
     grad,
     weight,
+    mean,
     rstd,
     alpha,
-    kappa,
     x,
     x_strides,
     d_x,
@@ -97,13 +93,14 @@ def split_linear_image_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``d_x = sum_t r_t W^T G_t - x sum_t alpha_t + sum_t kappa_t`` over the windows t that cover a pixel, gathered.
+    """``d_x = sum_t r_t W^T G_t + alpha_t (mu_t - x)`` over the windows t that cover a pixel, gathered.
 
     Grid (tiles of PIXELS steps of the strides, groups of phases, blocks of channels). A phase is the pixels at one
     place of their steps, all covered through the same taps; a program does ``own_phases`` of them, one after another,
     which read the same G. ``weight`` is packed (layout.py): (taps, GROUPS x PARTS x NARROW outputs, WIDTH channels).
     d_x is channels-last. G goes into the product as it is: through a tap a pixel meets one window, so that r may scale
-    what comes out, and no half precision has to hold r G.
+    what comes out, and no half precision has to hold r G. Both x and mu enter less one value of the pixel, so that a
+    large offset of the image costs no digits.
     """
     KERNEL: tl.constexpr = WINDOW[0]
     STRIDE: tl.constexpr = WINDOW[1]
@@ -124,6 +121,15 @@ def split_linear_image_kernel(
         taps_across = tl.maximum(KERNEL[1] - tap_column + STRIDE[1] - 1, 0) // STRIDE[1]
         # through the first of them comes the window so many steps ahead, through each further one the window before
         ahead_row, ahead_column = (place_row + PADDING[0]) // STRIDE[0], (place_column + PADDING[1]) // STRIDE[1]
+        row, column = step_row * STRIDE[0] + place_row, step_column * STRIDE[1] + place_column
+        within = there & (row < height) & (column < image_width)
+        if NORM:
+            x_batch, x_channel, x_row, x_column = x_strides
+            place = image.to(tl.int64) * x_batch + row.to(tl.int64) * x_row + column.to(tl.int64) * x_column
+            start = x + earlier * x_batch + place
+            own = tl.load(start + (tl.program_id(2) * BLOCK).to(tl.int64) * x_channel, mask=within, other=0.0)
+            own = own.to(tl.float32)
+            own = tl.where(tl.abs(own) < float("inf"), own, 0.0)  # 0 times NaN is not 0, where no window covers it
         sums = tl.zeros([PIXELS, BLOCK], tl.float32)
         scale = tl.zeros([PIXELS], tl.float32)
         shift = tl.zeros([PIXELS], tl.float32)
@@ -149,22 +155,20 @@ def split_linear_image_kernel(
             if NORM:
                 sums += part * tl.load(rstd + ahead + token, mask=covers, other=0.0)[:, None]
                 once = covers if GROUPS == 1 else covers & (group == 0)
-                scale += tl.load(alpha + ahead + token, mask=once, other=0.0)
-                shift += tl.load(kappa + ahead + token, mask=once, other=0.0)
+                share = tl.load(alpha + ahead + token, mask=once, other=0.0)
+                scale += share
+                shift += share * (tl.load(mean + ahead + token, mask=covers, other=0.0) - own)
             else:
                 sums = part
             # no branch, which would keep the compiler from loading ahead
             back_column += 1 if GROUPS == 1 else (group == GROUPS - 1).to(tl.int32)
             back_row += (back_column == taps_across).to(tl.int32)
             back_column = tl.where(back_column == taps_across, 0, back_column)
-        row, column = step_row * STRIDE[0] + place_row, step_column * STRIDE[1] + place_column
-        inside = (there & (row < height) & (column < image_width))[:, None] & (channel < CHANNELS)[None, :]
+        inside = within[:, None] & (channel < CHANNELS)[None, :]
         if NORM:
-            x_batch, x_channel, x_row, x_column = x_strides
-            place = image.to(tl.int64) * x_batch + row.to(tl.int64) * x_row + column.to(tl.int64) * x_column
-            start = x + earlier * x_batch + channel.to(tl.int64)[None, :] * x_channel
-            sums += shift[:, None]
-            sums -= tl.load(start + place[:, None], mask=inside, other=0.0).to(tl.float32) * scale[:, None]
+            places = start[:, None] + channel.to(tl.int64)[None, :] * x_channel
+            values = tl.load(places, mask=inside, other=0.0).to(tl.float32) - own[:, None]
+            sums += shift[:, None] - tl.where(scale[:, None] == 0.0, 0.0, values * scale[:, None])
         start = d_x + earlier * (height * image_width) * CHANNELS + channel[None, :]
         place = (image * height + row) * image_width + column
         tl.store(start + place.to(tl.int64)[:, None] * CHANNELS, narrowed(sums, d_x.dtype.element_ty), mask=inside)

@@ -5,12 +5,13 @@ import torch.nn.functional as F
 from ..library import accumulation_dtype
 from ..pixels import values
 from ..transforms import constant
+from ..windows import gradient_in_layout
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):
     """(B, C, H, W) -> (B, L, O) in ``dtype``; LayerNorm over the C*kh*kw columns unless ``norm_eps`` is ``None``."""
     x = values(x, pixels, accumulation_dtype(dtype))
-    tokens = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)
+    tokens = F.unfold(gradient_in_layout(x), kernel, stride=stride, padding=padding).transpose(1, 2)
     if norm_eps is None:
         return F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
     wide = accumulation_dtype(x.dtype)

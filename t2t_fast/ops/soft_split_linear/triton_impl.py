@@ -4,13 +4,17 @@ Saved for backward: the image, ``mu`` and ``r`` (8 bytes a token), the parameter
 gradient, the output.
 """
 
+import math
+
 import torch
 
 from .. import triton_runtime as runtime
 from ..kept import FOLDED
 from ..launch import cut
+from ..pixels import normalisation
 from ..spec import Window
 from ..triton_runtime import fake, operator
+from ..windows import in_layout
 from . import aten_impl
 from .aten_impl import fold_norm
 from .call import Call, Folded
@@ -25,66 +29,111 @@ T2T = {"channels": 64, "window": Window((3, 3), (2, 2), (1, 1)), "outputs": 192,
 """Stage 2 of T2T-ViT: what is asked about where a question names no sizes."""
 
 
+def obstacle(request):
+    """Why the kernels are not for a call, or ``None``; nothing is tried."""
+    why = runtime.reason(request, DTYPES)
+    if why is None and request.sizes.get("bytes") and request.sizes["channels"] > LARGEST_IMAGE:
+        why = f"the Triton kernels read bytes of 1 to {LARGEST_IMAGE} channels, got {request.sizes['channels']}"
+    return why
+
+
+def kind(request):
+    """What makes kernels differ: the image's dtype, its channels, the window's six numbers, outputs, and whether there
+    is LayerNorm, backward, and a gradient of the image.
+
+    torch.compile takes a trial's result for a constant and hands over constants only.
+    """
+    image = torch.uint8 if request.sizes.get("bytes") else runtime.operand_dtype(request, "image")
+    channels, window, outputs, normed, training = (request.sizes.get(name, usual) for name, usual in T2T.items())
+    numbers = [runtime.fixed(n) for n in (channels, *window[0], *window[1], *window[2], outputs)]
+    image_gradient = training and image != torch.uint8 and request.sizes.get("image_gradient", True)
+    return image, *numbers, bool(normed), bool(training), bool(image_gradient)
+
+
 def supports(request):
     """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
-    why = runtime.reason(request, DTYPES)
-    if why is not None:
-        return why
-    if request.sizes.get("bytes") and request.sizes["channels"] > LARGEST_IMAGE:
-        return f"the Triton kernels read bytes of 1 to {LARGEST_IMAGE} channels, got {request.sizes['channels']}"
-    channels, window, outputs, normed, training = (request.sizes.get(name, usual) for name, usual in T2T.items())
-    # torch.compile takes the trial's result for a constant and hands over constants only
-    numbers = [runtime.fixed(n) for n in (channels, *window[0], *window[1], *window[2], outputs)]
-    return _trial(request.sizes.get("index"), request.dtype, *numbers, bool(normed), bool(training))
+    return obstacle(request) or _trial(request.sizes.get("index"), request.dtype, *kind(request))
 
 
-def _trial(index, dtype, channels, kh, kw, sh, sw, ph, pw, *rest):
-    window = Window((kh, kw), (sh, sw), (ph, pw))
-    return runtime.trial("soft_split_linear", _tried, _expected, index, dtype, channels, window, *rest)
+def _trial(index, dtype, *call):
+    return runtime.trial("soft_split_linear", _tried, _expected, index, dtype, *call)
 
 
 # torch.compiler.assume_constant_result sets this, and imports the compiler to do so
 _trial._dynamo_marked_constant = True
 
 
-def problem(device, dtype, channels, window, outputs, normed):
-    """Two images of a few tokens each, the parameters, and an upstream gradient."""
+def problem(device, dtype, image, channels, window, outputs, normed, least=1):
+    """Two images of dtype ``image`` with at least 16, or ``least``, tokens each, and parameters as AMP has them.
+
+    Returns:
+        the image and the four parameters; its ``pixels``; an upstream gradient in ``dtype``.
+    """
     generator = torch.Generator().manual_seed(0)
-    height, width = (k + 3 * s for k, s in zip(window.kernel, window.stride, strict=True))
+    down = max(4, math.isqrt(least) + 1)
+    height, width = (k + (down - 1) * s for k, s in zip(window.kernel, window.stride, strict=True))
     h, w = window.grid(height, width)
     columns = channels * window.taps
+    kept = dtype if image == torch.uint8 else image
 
     def random(*shape, scale=1.0):
-        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+        return (scale * torch.randn(shape, generator=generator)).to(device, kept)
 
-    x = random(2, channels, height, width).contiguous(memory_format=torch.channels_last)
+    x = random(2, channels, height, width)
+    pixels = ()
+    if image == torch.uint8:
+        x = torch.randint(256, x.shape, generator=generator, dtype=image).to(device)
+        pixels = normalisation([0.5] * channels, [0.25] * channels)
+    elif layout(channels, window).cell is None:
+        x = x.contiguous(memory_format=torch.channels_last)  # tokens
     norm = (1 + random(columns, scale=0.1), random(columns, scale=0.1)) if normed else (None, None)
     tensors = (x, random(outputs, columns, scale=columns**-0.5), random(outputs), *norm)
-    return tensors, random(2, h * w, outputs)
+    return tensors, pixels, random(2, h * w, outputs).to(dtype)
 
 
-def _both(forward, backward, dtype, tensors, grad, window, normed, training):
+def _both(forward, backward, dtype, tensors, pixels, grad, window, normed, needed):
     rest = 1e-5 if normed else None, window
-    y, mean, rstd = forward(*tensors, *rest, dtype)
-    gradients = backward(grad, *tensors, *rest, y, mean, rstd, [training] * 3 + [training and normed] * 2)
-    return [y, *(t for t in gradients if t is not None)]
+    y, mean, rstd = forward(*tensors, *rest, dtype, pixels)
+    if not any(needed):
+        return [y], rstd
+    gradients = backward(grad, *tensors, *rest, y, mean, rstd, needed, pixels)
+    return [y, *(t for t in gradients if t is not None)], rstd
 
 
-def _tried(device, dtype, channels, window, outputs, normed, training):
-    tensors, grad = problem(device, dtype, channels, window, outputs, normed)
+def called(image, channels, kh, kw, sh, sw, ph, pw, outputs, normed, training, image_gradient):
+    """What :func:`problem` takes behind the dtype, and which gradients are needed."""
+    window = Window((kh, kw), (sh, sw), (ph, pw))
+    needed = [image_gradient, training, training, training and normed, training and normed]
+    return (image, channels, window, outputs, normed), needed
+
+
+def _tried(device, dtype, *call):
+    of_problem, needed = called(*call)
+    tensors, pixels, grad = problem(device, dtype, *of_problem)
+    *_, window, _, normed = of_problem
     with runtime.crowded():
-        again, *_ = run(*tensors, 1e-5 if normed else None, window, dtype)
-    return [again, *_both(run, run_backward, dtype, tensors, grad, window, normed, training)]
+        again, *_ = run(*tensors, 1e-5 if normed else None, window, dtype, pixels)
+    return [again, *_both(run, run_backward, dtype, tensors, pixels, grad, window, normed, needed)[0]]
 
 
-def _expected(device, dtype, channels, window, outputs, normed, training):
-    *tensors, grad = (
-        None if t is None else t.float()
-        for part in problem(device, dtype, channels, window, outputs, normed)
-        for t in (part if isinstance(part, tuple) else (part,))
-    )
-    y, *rest = _both(aten_impl.run, aten_impl.run_backward, torch.float32, tensors, grad, window, normed, training)
-    return [y, y, *rest]
+def _expected(device, dtype, *call):
+    of_problem, needed = called(*call)
+    tensors, pixels, grad = problem(device, dtype, *of_problem)
+    x, *parameters = [None if t is None or t.dtype == torch.uint8 else t.float() for t in tensors]
+    tensors, grad = (tensors[0] if pixels else x, *parameters), grad.float()
+    *_, window, _, normed = of_problem
+    call = torch.float32, tensors, pixels, grad, window, normed, needed
+    (y, *exact), rstd = _both(aten_impl.run, aten_impl.run_backward, *call)
+    if exact and normed:
+        # LayerNorm of one or two values leaves nothing of these, or next to nothing: what it takes them from
+        weight, _, gamma, _ = parameters
+        scaled = grad * rstd.flatten(1).unsqueeze(-1)
+        linear, none = (weight * gamma, None, None, None, None, window), rstd.new_empty(0)
+        few = [*needed[:2], False, False, False]
+        d_x, d_weight, *_ = aten_impl.run_backward(scaled, tensors[0], *linear, y, none, none, few, pixels)
+        of_parameters = [(exact[-4], d_weight), exact[-3], (exact[-2], (weight * d_weight).sum(0)), exact[-1]]
+        exact = [*([(exact[0], d_x)] if needed[0] else []), *of_parameters]
+    return [y, y, *exact]
 
 
 def _groups(outputs, parts):
@@ -186,7 +235,7 @@ def _products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
         TURNED=parameters["turned"],
         **call.constants(parameters),
     )
-    return call.layout.unpack(found.sum(0).t(), call.outputs)
+    return call.layout.unpack(found.sum(0).t(), call.outputs).contiguous()
 
 
 @fake("soft_split_linear_products")
@@ -199,26 +248,24 @@ def _fake_products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
     "Tensor rstd, int[] kernel, int[] stride, int[] padding) -> Tensor"
 )
 def _image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padding):
-    """d_x (B, C, H, W) in x's dtype, channels last; ``offset`` where there is a LayerNorm."""
+    """d_x in x's dtype and memory format (:func:`windows.in_layout`); ``offset`` where there is a LayerNorm."""
     from . import kernels_image as kernels
 
     call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2])
     grad, norm = grad.contiguous(), offset is not None
-    alpha = kappa = None
+    alpha = None
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not d_x.numel():
-        return d_x
+        return in_layout(d_x, x.stride(1) == 1)
     if norm:
         parameters = call.parameters("scalars")
-        alpha, kappa = call.singles(), call.singles()
+        alpha = call.singles()
         kernels.token_scalars_kernel[(-(-call.tokens // parameters["tokens"]),)](
             grad,
             y,
             offset,
-            mean,
             rstd,
             alpha,
-            kappa,
             call.tokens,
             call.outputs,
             VALUES=call.layout.values,
@@ -241,9 +288,9 @@ def _image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padd
     kernels.split_linear_image_kernel[tiles, -(-down * right // own), blocks](
         grad,
         weight,
+        mean,
         rstd,
         alpha,
-        kappa,
         x,
         x.stride(),
         d_x,
@@ -264,12 +311,12 @@ def _image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padd
         WIDTH=weight.shape[2],
         **call.constants(parameters),
     )
-    return d_x
+    return in_layout(d_x, x.stride(1) == 1)
 
 
 @fake("soft_split_linear_image_gradient")
 def _fake_image_gradient(grad, x, *rest):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return in_layout(x.new_empty(x.shape), x.stride(1) == 1)
 
 
 def _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype):
@@ -300,10 +347,10 @@ def packed(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dty
     operand, row_sums, offset = _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype)
     found = layout(channels, window)
     used = None
+    if found.columns != weight.shape[1] or (found.gather and row_sums is not None):
+        used = found.spread(torch.ones_like(weight[0], dtype=torch.float32))
     if row_sums is not None:
         row_sums = pad_outputs(row_sums)
-        if found.columns != weight.shape[1] or found.gather:
-            used = found.spread(torch.ones_like(weight[0], dtype=torch.float32))
     return Folded(found.pack(operand), used, row_sums, pad_outputs(offset))
 
 

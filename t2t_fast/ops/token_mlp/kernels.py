@@ -120,18 +120,32 @@ def random_lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def spared(x, lanes, drop):
-    """A tile where dropout keeps it, else 0, without dropout's scale (:func:`scale_of`); by its random bits.
+def left_out(lanes, drop):
+    """Which elements dropout leaves out, by their random bits.
 
     drop: the first value that drops an element (``None``: 0), how many do (``None``: no dropout), and what the others
     are scaled by; in float32, so that another probability makes no other kernel.
     """
     first, count, _ = drop
-    if count is not None:
-        lanes = lanes.to(tl.uint32)
-        if first is not None:
-            lanes -= tl.cast(first, tl.uint32)
-        x = tl.where(lanes < tl.cast(count, tl.uint32), 0.0, x)
+    lanes = lanes.to(tl.uint32)
+    if first is not None:
+        lanes -= tl.cast(first, tl.uint32)
+    return lanes < tl.cast(count, tl.uint32)
+
+
+@triton.jit
+def dropped(x, lanes, drop):
+    """A tile in float32 after dropout: times its scale or times 0, so that what is not finite becomes NaN."""
+    if drop[1] is not None:
+        x *= tl.where(left_out(lanes, drop), 0.0, drop[2])
+    return x
+
+
+@triton.jit
+def spared(x, lanes, drop):
+    """A tile after dropout but for its scale (:func:`scale_of`), in its own type."""
+    if drop[1] is not None:
+        x = tl.where(left_out(lanes, drop), x * 0.0, x)
     return x
 
 
@@ -233,7 +247,7 @@ def tail_of(
     t = dot(y, tl.trans(proj), None, PRECISION)
     if y_scale is not None:
         t *= y_scale[:, None]
-    t = spared(t + proj_bias[None, :], lanes, drop_proj) * scale_of(drop_proj) + widened(v)
+    t = dropped(t + proj_bias[None, :], lanes, drop_proj) + widened(v)
     centred, scale = centred_half(t, width, norm_eps, WIDTH, EVEN)
     fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[1]
     h = dot(rounded(centred, DTYPE, PRECISION), tl.trans(fc1), None, PRECISION) * scale[:, None] + shift[None, :]
@@ -244,9 +258,7 @@ def tail_of(
         t = dot(a, tl.trans(fc2), t + fc2_bias[None, :], PRECISION)
     else:
         f = dot(a, tl.trans(fc2), None, PRECISION) + fc2_bias[None, :]
-        t += spared(f, lanes, drop_mlp) * scale_of(drop_mlp)
-        # what is not a number stays so, also in an element that both dropouts leave out
-        t += (scale * 0.0)[:, None]
+        t += dropped(f, lanes, drop_mlp)
     return t
 
 

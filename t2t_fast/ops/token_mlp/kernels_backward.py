@@ -9,6 +9,7 @@ import triton.language as tl
 from ..tiles import dot, matrix, narrowed, rounded, widened
 from .kernels import (
     VARYING,
+    dropped,
     fc1_of,
     fc2_of,
     kept_weights,
@@ -165,12 +166,12 @@ def tail_backward_kernel(
     read, where they are needed again. 3: as 1, and of a product in three parts each is apart (tiles.dot).
     """
     DTYPE: tl.constexpr = y[0].dtype.element_ty
+    THREE: tl.constexpr = tl.float32 == DTYPE and PRECISION != "tf32"
     grad = grad[0], grad[1], STRIDES[0], STRIDES[1]
     y = y[0], y[1], STRIDES[2], STRIDES[3]
     v = v[0], v[1], STRIDES[4], STRIDES[5]
     kept, proj_bias, shift, _ = kept_weights(tail, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
     proj_scale, mlp_scale = scale_of(drop_proj), scale_of(drop_mlp)
-    proj_bias *= proj_scale
     # rows wait in memory, in the places of bp and b1: a lane would hold 16 values of each
     rows = shares + tl.program_id(0).to(tl.int64) * ((width + 4) * width + 2 * width * hidden + hidden)
     proj_bias_at = rows + width * width
@@ -213,8 +214,8 @@ def tail_backward_kernel(
         proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
         if NEED_PROJ:
             proj_bias = row_of(proj_bias_at, width, WIDTH, 0.0)
-        t = dot(tile, tl.trans(proj), None, PRECISION, LEAN == 3) * proj_scale + proj_bias[None, :]
-        t = spared(t, lanes, drop_proj) + widened(skip)
+        t = dot(tile, tl.trans(proj), None, PRECISION, LEAN == 3) + proj_bias[None, :]
+        t = dropped(t, lanes, drop_proj) + widened(skip)
         n, scale = normalised(t, width, norm_eps, WIDTH, EVEN)
         n = rounded(n, DTYPE, PRECISION)
         fc1 = kept[1] if KEEP else fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
@@ -222,13 +223,16 @@ def tail_backward_kernel(
             shift = row_of(shift_at, hidden, HIDDEN, 0.0)
         a, slope = gelu_and_slope_of(dot(n, tl.trans(fc1), None, PRECISION, LEAN == 3) + shift[None, :])
 
+        if NEED_MLP and THREE:  # so early that no other product waits beside this one's: fewer spills
+            d_fc2 = dot(tl.trans(d_f), a, d_fc2, PRECISION, LEAN == 3)
         if not (KEEP or NEED_INPUTS):
             tl.debug_barrier()  # without a write in the loop the compiler takes the weights' loads out of it
         fc2 = kept[2] if KEEP else fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
         d_h = rounded(dot(d_f, fc2, None, PRECISION, LEAN == 3) * slope, DTYPE, PRECISION)
-        if NEED_MLP:
+        if NEED_MLP and not THREE:
             a = rounded(a, DTYPE, PRECISION)
             d_fc2 = dot(tl.trans(d_f), a, d_fc2, PRECISION, LEAN == 3)
+        if NEED_MLP:
             d_fc1 = dot(tl.trans(d_h), n, d_fc1, PRECISION, LEAN == 3)
             d_fc1_bias = _summed(d_h, d_fc1_bias, PRECISION)
         if NEED_INPUTS:
@@ -248,12 +252,12 @@ def tail_backward_kernel(
                 upstream = load_tile(grad, place, width, TOKENS, WIDTH, EVEN)
             d_t = widened(upstream) + (f - xhat * along[:, None]) * (scale * (mlp_scale * up))[:, None]
             store_tile(d_v, d_t, place, length, width, TOKENS, WIDTH, EVEN)
-            if SCALED:
-                d_t *= down
             if LEAN == 2 and drop_proj[1] is not None:
                 # from another load of the seed, or the compiler would hold the first masks
                 again = tl.load(seed_at, eviction_policy="evict_last")
                 lanes = random_lanes(again, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
+            if SCALED:
+                d_t *= down
             d_t = rounded(spared(d_t, lanes, drop_proj), DTYPE, PRECISION)
             if NEED_PROJ:
                 d_proj = dot(tl.trans(d_t), tile, d_proj, PRECISION, LEAN == 3)

@@ -1,0 +1,145 @@
+"""A common offset of images and tokens costs no digits beyond what rounding them with it has cost already."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2t_fast import backends
+from t2t_fast.functional import soft_split_linear, token_mlp
+from t2t_fast.ops import triton_runtime
+from t2t_fast.testing import errors, tail_parameters, tolerance
+
+OFFSETS = [0.0, 1e2, 1e4, 1e6]
+FUSED = ["aten", "native", "triton"]
+WINDOWS = {
+    "an image": dict(channels=3, size=(15, 18), kernel_size=7, stride=4, padding=2),
+    "tokens": dict(channels=16, size=(9, 8), kernel_size=3, stride=2, padding=1),
+    "one channel": dict(channels=1, size=(9, 8), kernel_size=3, stride=2, padding=0),
+}
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch):
+    """The kernels have self-tests enough elsewhere."""
+    monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
+
+
+def skip_unless_available(op, backend, dtype):
+    reason = backends._reason(op, backend, backends.Request("cpu", dtype, {"channels": 1}))
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def split_problem(channels, size, offset, dtype, **window):
+    """An image, half of it brighter still, with the offset, rounded; and parameters."""
+    generator = torch.Generator().manual_seed(0)
+    columns = channels * window["kernel_size"] ** 2
+    x = torch.randn(2, channels, *size, generator=generator, dtype=torch.float64) + offset
+    x[..., size[1] // 2 :] += offset / 2
+    drawn = {
+        "weight": torch.randn(20, columns, generator=generator) / columns**0.5,
+        "bias": torch.randn(20, generator=generator),
+        "norm_weight": 1 + 0.1 * torch.randn(columns, generator=generator),
+        "norm_bias": 0.1 * torch.randn(columns, generator=generator),
+    }
+    return {"x": x.to(dtype), **{name: t.to(dtype) for name, t in drawn.items()}}
+
+
+def exact_split(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding):
+    """In float64, with the means taken off twice."""
+    tokens = F.unfold(x, kernel_size, stride=stride, padding=padding).mT
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    return F.linear(normed * norm_weight + norm_bias, weight, bias)
+
+
+def with_gradients(call, tensors):
+    """The output and every tensor's gradient of a fixed random functional."""
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    out = call(**leaves)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream)
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("name", list(WINDOWS))
+def test_soft_split_linear(name, backend, offset):
+    """aten and native lose nothing; Triton keeps a window's mean in one float32 for its backward, and loses that."""
+    skip_unless_available("soft_split_linear", backend, torch.float32)
+    kind = dict(WINDOWS[name])
+    tensors = split_problem(offset=offset, dtype=torch.float32, **kind)
+    del kind["channels"], kind["size"]
+    exact = with_gradients(lambda **t: exact_split(**t, **kind), {n: t.double() for n, t in tensors.items()})
+    found = with_gradients(lambda **t: soft_split_linear(**t, **kind, norm_eps=1e-5, backend=backend), tensors)
+    for each, value in found.items():
+        direction = "forward" if each == "out" else "backward"
+        allowed = tolerance("soft_split_linear", direction, torch.float32)
+        if backend == "triton" and direction == "backward":
+            allowed += 1.5 * offset * torch.finfo(torch.float32).eps
+        assert errors(value, exact[each])[0] <= allowed, each
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e8])
+@pytest.mark.parametrize("name", list(WINDOWS))
+def test_soft_split_linear_in_float64(name, offset):
+    kind = dict(WINDOWS[name])
+    tensors = split_problem(offset=offset, dtype=torch.float64, **kind)
+    del kind["channels"], kind["size"]
+    exact = with_gradients(lambda **t: exact_split(**t, **kind), tensors)
+    found = with_gradients(lambda **t: soft_split_linear(**t, **kind, norm_eps=1e-5, backend="aten"), tensors)
+    for each, value in found.items():
+        assert errors(value, exact[each])[0] <= 1e-13, each
+
+
+@pytest.mark.parametrize("value", [1e4, 1e4 + 0.1, 255.0, 3e6])
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("name", list(WINDOWS))
+def test_a_flat_image(name, backend, value):
+    """LayerNorm of it is 0: the bias alone comes out, and no gradient goes to LayerNorm's weight."""
+    skip_unless_available("soft_split_linear", backend, torch.float32)
+    kind = dict(WINDOWS[name], padding=0)
+    tensors = split_problem(offset=0.0, dtype=torch.float32, **kind)
+    del kind["channels"], kind["size"]
+    tensors["x"].fill_(value)
+    found = with_gradients(lambda **t: soft_split_linear(**t, **kind, norm_eps=1e-5, backend=backend), tensors)
+    bias = tensors["bias"] + tensors["weight"] @ tensors["norm_bias"]
+    torch.testing.assert_close(found["out"], bias.expand_as(found["out"]), rtol=2e-6, atol=2e-6)
+    exact = with_gradients(lambda **t: exact_split(**t, **kind), {n: t.double() for n, t in tensors.items()})
+    assert found["norm_weight"].abs().max() <= 1e-4
+    assert errors(found["x"], exact["x"])[0] <= 6e-6
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("backend", FUSED)
+def test_token_mlp(backend, offset):
+    """The values' offset is in t, whose rounding nothing undoes; what comes on top stays within the table."""
+    skip_unless_available("token_mlp", backend, torch.float32)
+    check_token_mlp(backend, offset, torch.float32, 2 * tolerance("token_mlp", "backward", torch.float32))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e8])
+def test_token_mlp_in_float64(offset):
+    check_token_mlp("aten", offset, torch.float64, 1e-13)
+
+
+def check_token_mlp(backend, offset, dtype, allowed):
+    generator = torch.Generator().manual_seed(0)
+    width = 32
+    y, v = torch.randn(2, 2, 40, width, generator=generator, dtype=torch.float64)
+    tensors = {"y": y, "v": v + offset, **tail_parameters(generator, width)}
+    tensors = {name: t.to(dtype) for name, t in tensors.items()}
+
+    def exact(y, v, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+        """Less the offset, which LayerNorm takes off anyway."""
+        t = (v - offset) + F.linear(y, proj_weight, proj_bias)
+        n = F.layer_norm(t, (width,), norm_weight, norm_bias)
+        return t + F.linear(F.gelu(F.linear(n, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+    expected = with_gradients(exact, {name: t.double() for name, t in tensors.items()})
+    found = with_gradients(lambda **t: token_mlp(**t, backend=backend), tensors)
+    found["out"] = found["out"].double() - offset
+    for name, value in found.items():
+        assert errors(value, expected[name])[0] <= allowed + 0.5 * offset * torch.finfo(dtype).eps, name

@@ -1,0 +1,335 @@
+"""The first run's self-test of Triton kernels: what is tried, and what becomes a verdict."""
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from t2t_fast import backends
+from t2t_fast.backends import Request
+from t2t_fast.ops import triton_runtime
+from t2t_fast.ops.performer_attention import triton_impl as attention
+from t2t_fast.ops.performer_layer import triton_impl as layer
+from t2t_fast.ops.soft_split_linear import triton_impl as split
+from t2t_fast.ops.spec import Window, square
+from t2t_fast.ops.token_mlp import triton_impl as tail
+
+REASON = triton_runtime.reason(Request("cpu", torch.float32, {}), attention.DTYPES)
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
+
+ALL_KERNELS = {
+    "performer_attention": ("kernels", "kernels_backward", "kernels_chunked"),
+    "soft_split_linear": ("kernels", "kernels_image", "kernels_weight"),
+    "token_mlp": ("kernels", "kernels_backward"),
+    "performer_layer": ("kernels",),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "_trials", {})
+
+
+# ---- what is tried
+
+
+class Launched:
+    """Remembers each launch of a kernel: its arguments by name."""
+
+    def __init__(self, kernel, name, launches):
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            names = [p for p in self.kernel.arg_names if p not in constants]
+            self.launches.append((self.name, dict(zip(names, arguments, strict=False)) | constants))
+            return self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch, (kernel's name, arguments), in order."""
+    from importlib import import_module
+
+    found = []
+    for op, modules in ALL_KERNELS.items():
+        for module in modules:
+            module = import_module(f"t2t_fast.ops.{op}.{module}")
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, Launched(getattr(module, name), name, found))
+    return found
+
+
+AMP = {"image": torch.float32, "w": torch.float32, "parameters": torch.float32}
+IMAGE = {"channels": 3, "window": square(7, 4, 2)}
+TOKENS = {"channels": 16, "window": square(3, 2, 1)}
+
+
+def layer_request(dtype, **sizes):
+    return Request("cpu", dtype, {"width": 16, "features": 8, "hidden": 16, "outputs": 48, "dropout": False, **sizes})
+
+
+def test_inference_of_a_layer_tries_two_launches(launches):
+    """Of a fused layer in inference neither the single passes nor anything of backward; of an image, its cells."""
+    assert layer.supports(layer_request(torch.float16, **IMAGE, **AMP)) is None
+    expected = {"cells_kernel", "split_keys_kernel", "read_out_tail_kernel", "merge_kernel"}
+    assert {name for name, _ in launches} == expected
+    projections = [found for name, found in launches if name == "split_keys_kernel"]
+    assert not any(found["WHOLE"] for found in projections)
+    cells = [found for name, found in launches if name == "cells_kernel"]
+    assert {found["x"].dtype for found in cells} == {torch.float32}
+    assert {found["SHIFT"] for found in projections} == {True}
+
+
+@pytest.mark.parametrize("image_gradient", [False, True])
+def test_training_of_a_layer_tries_its_backward(launches, image_gradient):
+    sizes = {**TOKENS, **AMP, "image": torch.bfloat16}
+    assert layer.supports(layer_request(torch.bfloat16, training=True, image_gradient=image_gradient, **sizes)) is None
+    names = {name for name, _ in launches}
+    assert {"tail_backward_kernel", "queries_backward_kernel", "keys_backward_kernel"} < names
+    assert "split_linear_weight_kernel" in names and "split_linear_kernel" not in names
+    assert ("split_linear_image_kernel" in names) == image_gradient
+    assert all(found["WHOLE"] for name, found in launches if name == "split_keys_kernel")
+    backward = [found for name, found in launches if name in ("queries_backward_kernel", "keys_backward_kernel")]
+    assert all(found["d_w"] is None for found in backward)  # nobody asked for it
+    keys = next(found for name, found in launches if name == "keys_backward_kernel")
+    assert keys["k"][0].dtype == torch.bfloat16 and keys["w"][0].dtype == torch.float32
+    assert keys["k"][3] == keys["v"][3] == 3 * 16  # views of one packed tensor
+
+
+def test_low_memory_computes_kqv_again(launches):
+    assert layer.supports(layer_request(torch.float32, training=True, low_memory=True, **TOKENS)) is None
+    assert "split_linear_kernel" in {name for name, _ in launches}
+    assert not any(found["WHOLE"] for name, found in launches if name == "split_keys_kernel")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_attention_is_tried_with_amps_mixture(launches, masked):
+    sizes = {"width": 16, "features": 8, "masked": masked, "w": torch.float32}
+    assert attention.supports(Request("cpu", torch.float16, sizes)) is None
+    assert {name for name, _ in launches} <= {"keys_kernel", "queries_kernel", "merge_kernel"}
+    keys = launches[0][1]
+    assert keys["k"][0].dtype == torch.float16 and keys["w"][0].dtype == torch.float32
+    assert keys["k"][3] == 3 * 16 and (keys["mask"] is not None) == masked
+
+
+@pytest.mark.parametrize(("training", "dropout"), [(False, False), (False, True), (True, False), (True, True)])
+def test_the_tail_is_tried_as_it_runs(launches, training, dropout):
+    sizes = {"width": 16, "hidden": 16, "training": training, "dropout": dropout, "parameters": torch.float32}
+    assert tail.supports(Request("cpu", torch.bfloat16, sizes)) is None
+    names = {name for name, _ in launches}
+    assert names == ({"tail_kernel", "tail_backward_kernel"} if training else {"tail_kernel"})
+    found = launches[0][1]
+    assert (found["seed"] is not None) == dropout
+    assert found["tail"].proj_weight.dtype == torch.float32 and found["y"][0].dtype == torch.bfloat16
+
+
+def test_bytes_are_tried_as_bytes(launches):
+    sizes = {**IMAGE, "outputs": 20, "bytes": True}
+    assert split.supports(Request("cpu", torch.float16, sizes)) is None
+    assert {found["BYTES"] for name, found in launches if name == "cells_kernel"} == {True}
+
+
+def test_what_nobody_says_follows_autocast():
+    """Without the callers' word: AMP leaves images, parameters and w in float32."""
+    request = Request("cpu", torch.bfloat16, {"width": 16})
+    assert [module.kind(request)[0] for module in (attention, split, tail)] == 3 * [torch.bfloat16]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [module.kind(request)[0] for module in (attention, split, tail)] == 3 * [torch.float32]
+        told = Request("cpu", torch.bfloat16, {"width": 16, "w": torch.bfloat16})
+        assert attention.kind(told)[0] == torch.bfloat16
+
+
+FEW_VALUES = [(1, square(1, 1, 0)), (2, square(1, 1, 0)), (1, Window((1, 2), (1, 1), (0, 0))), (3, square(1, 1, 0))]
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("channels", "window"), FEW_VALUES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_windows_of_few_values_pass(dtype, channels, window, normed):
+    """LayerNorm of one value is 0, of two +-1: their gradients vanish, and no error can be relative to those."""
+    sizes = {"channels": channels, "window": window, "outputs": 8, "normed": normed, "training": True}
+    assert split.supports(Request("cpu", dtype, sizes)) is None
+    if dtype != torch.float32:
+        assert split.supports(Request("cpu", dtype, {**sizes, "image": torch.float32})) is None
+
+
+@pytest.mark.parametrize("channels", [2, 16])
+@pytest.mark.parametrize("wrong", ["image", "weight"])
+def test_wrong_gradients_do_not_pass(wrong, channels, monkeypatch):
+    """Where little or nothing is left of a gradient, one of the size of what cancels is wrong."""
+    original = split.run_backward
+
+    def run_backward(grad, x, *rest):
+        d_x, d_weight, *others = original(grad, x, *rest)
+        return (d_x + x, d_weight, *others) if wrong == "image" else (d_x, 2 * d_weight, *others)
+
+    monkeypatch.setattr(split, "run_backward", run_backward)
+    sizes = {"channels": channels, "window": square(1, 1, 0), "outputs": 8, "training": True}
+    with pytest.warns(RuntimeWarning, match="soft_split_linear leaves its Triton kernel"):
+        assert "self-test on cpu gave an error" in split.supports(Request("cpu", torch.float32, sizes))
+
+
+# ---- what becomes a verdict
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A process that looks as if it had a CUDA device; tensors stay on the CPU. Yields what ``synchronize`` does."""
+    actions = []
+
+    def synchronize(device):
+        for action in actions:
+            action()
+
+    for name, value in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: False,
+        "get_device_capability": lambda device: (9, 0),
+        "device": lambda device: nullcontext(),
+        "synchronize": synchronize,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **named: nullcontext())
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    return actions
+
+
+def ones(*call):
+    return [torch.ones(3)]
+
+
+def fail(error):
+    def action(*call):
+        raise error
+
+    return action
+
+
+@pytest.mark.usefixtures("cuda")
+def test_success_is_remembered():
+    assert triton_runtime.trial("op", ones, ones, None, torch.float32, 5) is None
+    assert triton_runtime.trial("op", fail(AssertionError("again")), ones, 0, torch.float32, 5) is None
+
+
+def test_a_kernel_that_fails_behind_its_launch(cuda):
+    """The error comes with the synchronisation, and must not reach the call."""
+    cuda.append(fail(RuntimeError("CUDA error: an illegal memory access was encountered")))
+    with pytest.warns(RuntimeWarning, match="illegal memory access"):
+        found = triton_runtime.trial("op", ones, ones, 0, torch.float32)
+    assert found == "its first run failed with RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+@pytest.mark.parametrize("where", ["run", "synchronize", "expected"])
+def test_out_of_memory_is_no_verdict(where, error, cuda, recwarn):
+    run, expected = fail(error) if where == "run" else ones, fail(error) if where == "expected" else ones
+    if where == "synchronize":
+        cuda.append(fail(error))
+    with pytest.raises(type(error), match="out of memory"):
+        triton_runtime.trial("op", run, expected, 0, torch.float32)
+    cuda.clear()
+    assert triton_runtime.trial("op", ones, ones, 0, torch.float32) is None
+    assert not recwarn
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_kernel_too_large_for_the_card_is_one():
+    errors = pytest.importorskip("triton.runtime.errors")
+    error = errors.OutOfResources(200_000, 101_376, "shared memory")
+    with pytest.warns(RuntimeWarning, match="shared memory"):
+        assert "OutOfResources" in triton_runtime.trial("op", fail(error), ones, 0, torch.float32)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert triton_runtime.trial("op", fail(AssertionError("tried")), ones, 0, torch.float32) is None
+    assert triton_runtime._trials == {}
+
+
+def test_tf32_and_three_products_are_different_kernels(monkeypatch):
+    tried = []
+    for allowed in (False, True, False):
+        monkeypatch.setattr(triton_runtime, "allows_tf32", lambda allowed=allowed: allowed)
+        triton_runtime.trial("op", lambda *call: tried.append(call) or ones(), ones, None, torch.float32)
+    assert len(tried) == 2
+
+
+def test_threads_try_once():
+    """As DataParallel's replicas ask: one tries, the others wait for its verdict."""
+    tried, found, start = [], [], threading.Barrier(6)
+
+    def run(*call):
+        tried.append(threading.get_ident())
+        threading.Event().wait(0.1)
+        return [torch.zeros(3)]
+
+    def ask():
+        start.wait()
+        found.append(triton_runtime.trial("op", run, ones, None, torch.float32))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    with pytest.warns(RuntimeWarning, match="gave an error of 1.0e\\+00") as caught:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(tried) == 1 and len(found) == 6 and len(set(found)) == 1 and found[0] is not None
+    assert len([each for each in caught if each.category is RuntimeWarning]) == 1
+
+
+def test_a_trial_inside_a_trial():
+    """A layer's launches of two steps are tried when the layer is."""
+
+    def run(*call):
+        assert triton_runtime.trial("inner", ones, ones, None, torch.float32) is None
+        return ones()
+
+    assert triton_runtime.trial("outer", run, ones, None, torch.float32) is None
+    assert len(triton_runtime._trials) == 2
+
+
+def test_a_failure_names_its_rank(monkeypatch):
+    """Ranks decide each for itself; what one of them leaves is said with its name, and how to choose for all."""
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 8)
+    for name in ("all_reduce", "broadcast", "barrier", "all_gather_object"):
+        monkeypatch.setattr(distributed, name, fail(AssertionError("a collective may wait for ever")))
+    words = r"leaves its Triton kernel: .* \(rank 3 of 8; .* T2T_FAST_BACKEND or t2t_fast.backend\)"
+    with pytest.warns(RuntimeWarning, match=words):
+        verdict = triton_runtime.trial("op", fail(RuntimeError("no")), ones, None, torch.float32)
+    assert "rank" not in verdict
+
+
+def test_crowded_is_a_matter_of_one_thread(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(triton_runtime, "multiprocessors", lambda device: 132)
+    found = []
+    with triton_runtime.crowded():
+        thread = threading.Thread(target=lambda: found.append(triton_runtime.section("cuda", 1)))
+        thread.start()
+        thread.join()
+        assert triton_runtime.section("cuda", 1) == "sm_90"
+    assert found == ["sm_90-few"]
+
+
+def test_explain_knows_no_sizes():
+    """Questions without sizes are answered for T2T's."""
+    for op in ("soft_split_linear", "performer_attention", "token_mlp", "performer_layer"):
+        assert backends._reason(op, "triton", Request("cpu", torch.float32, {})) is None
