@@ -71,7 +71,7 @@ def merge_statistics(count, mean, rest, m2, window):
         apart = [(cell - mean) + other for cell, other in zip(cells, rests, strict=True)]
         rest = sum(apart[1:], apart[0]) / kernel
         m2 = sum(squares[1:], squares[0]) + count * sum((each - rest).square() for each in apart)
-        count *= kernel
+        count = count * kernel  # not in place: a traced size is a tensor
         levels.append((mean, rest))
     return levels, m2
 

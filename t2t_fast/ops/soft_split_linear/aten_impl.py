@@ -49,9 +49,16 @@ def patch_statistics(parts, window, eps):
     """The means of every window, as ``levels`` of :func:`merge_statistics`, and 1 / standard deviation (B, h, w)."""
     within, mean, rest = parts
     channels = within.shape[1]
-    m2 = torch.linalg.vecdot(within, within, dim=1)
+    # ONNX has no vecdot
+    m2 = within.square().sum(1) if torch.jit.is_tracing() else torch.linalg.vecdot(within, within, dim=1)
     levels, m2 = merge_statistics(channels, mean, rest, m2, window)
     return levels, torch.rsqrt(m2 / (channels * window.taps) + eps)
+
+
+def _steps(mean, rest, dim):
+    """How ``mean + rest`` changes from one entry along ``dim`` to the next."""
+    count = mean.shape[dim] - 1
+    return sum(part.narrow(dim, 1, count) - part.narrow(dim, 0, count) for part in (mean, rest))
 
 
 def image_of_differences(parts, window, dtype):
@@ -60,12 +67,17 @@ def image_of_differences(parts, window, dtype):
     """
     (within, mean, rest), (ph, pw) = parts, window.padding
     batch, channels, height, width = within.shape
+    if torch.jit.is_tracing():  # which loses what is written into slices
+        within, mean, rest = (F.pad(part, (pw, pw, ph, ph)) for part in (within, mean, rest))
+        down, right = F.pad(_steps(mean, rest, 1), (0, 0, 0, 1)), F.pad(_steps(mean, rest, 2), (0, 1))
+        image = torch.cat([within, down.unsqueeze(1), right.unsqueeze(1)], 1)
+        return image.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(dtype)
     # written in place: every further pass over an image costs as much as its arithmetic
     image = within.new_zeros(batch, height + 2 * ph, width + 2 * pw, channels + 2, dtype=dtype).permute(0, 3, 1, 2)
     image[:, :channels, ph : ph + height, pw : pw + width] = within
     mean, rest = (F.pad(part, (pw, pw, ph, ph)) for part in (mean, rest))
-    image[:, channels, :-1] = mean.diff(dim=1) + rest.diff(dim=1)
-    image[:, channels + 1, :, :-1] = mean.diff(dim=2) + rest.diff(dim=2)
+    image[:, channels, :-1] = _steps(mean, rest, 1)
+    image[:, channels + 1, :, :-1] = _steps(mean, rest, 2)
     return image.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
