@@ -34,7 +34,7 @@ def untried(monkeypatch):
 
 
 def skip_unless_available(op, backend, dtype=torch.float32, **sizes):
-    reason = backends._reason(op, backend, backends.Request("cpu", dtype, {"channels": 1, **sizes}))
+    reason = backends.reason(op, backend, backends.Request("cpu", dtype, {"channels": 1, **sizes}))
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 

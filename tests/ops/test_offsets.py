@@ -25,7 +25,7 @@ def untried(monkeypatch):
 
 
 def skip_unless_available(op, backend, dtype):
-    reason = backends._reason(op, backend, backends.Request("cpu", dtype, {"channels": 1}))
+    reason = backends.reason(op, backend, backends.Request("cpu", dtype, {"channels": 1}))
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 

@@ -37,7 +37,7 @@ def untried(monkeypatch):
 def skip_unless_available(op, backend, dtype=torch.float32):
     if backend not in backends._tables[op]:
         pytest.skip(f"{backend}: {backends._absent[op][backend]}")
-    reason = backends._reason(op, backend, backends.Request("cpu", dtype, {"channels": 1}))
+    reason = backends.reason(op, backend, backends.Request("cpu", dtype, {"channels": 1}))
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 

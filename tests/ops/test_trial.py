@@ -332,4 +332,4 @@ def test_crowded_is_a_matter_of_one_thread(monkeypatch):
 def test_explain_knows_no_sizes():
     """Questions without sizes are answered for T2T's."""
     for op in ("soft_split_linear", "performer_attention", "token_mlp", "performer_layer"):
-        assert backends._reason(op, "triton", Request("cpu", torch.float32, {})) is None
+        assert backends.reason(op, "triton", Request("cpu", torch.float32, {})) is None
