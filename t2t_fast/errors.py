@@ -146,10 +146,9 @@ def as_size(value):
 
 def check_pair(function, name, value, *, minimum):
     """One integer, or a sequence, array or tensor of two, each at least ``minimum``, as a pair of sizes."""
-    if isinstance(value, (tuple, list, Sequence)) or getattr(value, "ndim", 0) == 1:
+    pair = (as_size(value),) * 2
+    if pair[0] is None and (isinstance(value, (tuple, list, Sequence)) or getattr(value, "ndim", 0) == 1):
         pair = tuple([as_size(each) for each in value])
-    else:
-        pair = (as_size(value),) * 2
     if len(pair) != 2 or pair[0] is None or pair[1] is None:
         raise TypeError(f"{function}: {name} must be an int or a pair of ints, got {value!r}")
     for size in pair:

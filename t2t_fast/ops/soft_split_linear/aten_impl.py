@@ -1,11 +1,11 @@
-"""Soft split + LayerNorm + Linear as one convolution and box-filtered statistics.
+"""Soft split + LayerNorm + Linear as convolutions and box-filtered statistics.
 
 With ``u`` a window's C*kh*kw values, LayerNorm then Linear is ``r Wg (u - mu) + b'`` where ``Wg = W diag(gamma)``,
 ``b' = W beta + b``, and a convolution of the image makes ``Wg (u - mu)``: nothing of the unfolded width is formed,
 forward or backward. A common offset of the image costs no digits, since only differences enter:
 
-* the convolution reads each pixel less the mean of its channels, and how those means differ from one pixel to the
-  next, as two more channels, with weights to match (:func:`image_of_differences`, :func:`weight_of_differences`);
+* the convolution reads each pixel less the mean of its channels; a second one, of two channels, adds how those means
+  differ from one pixel to the next (:func:`mean_differences`, :func:`weight_of_differences`);
 * ``r`` merges per-pixel means and deviations (:func:`merge_statistics`), never a difference of squares.
 
 What is not finite reaches the outputs through ``r`` alone, that is those of the windows that hold it.
@@ -55,42 +55,41 @@ def patch_statistics(parts, window, eps):
     return levels, torch.rsqrt(m2 / (channels * window.taps) + eps)
 
 
-def _steps(mean, rest, dim):
-    """How ``mean + rest`` changes from one entry along ``dim`` to the next."""
-    count = mean.shape[dim] - 1
-    return sum(part.narrow(dim, 1, count) - part.narrow(dim, 0, count) for part in (mean, rest))
+def finite(x):
+    """``x``, in place, with 0 for what is not finite: that reaches a window's outputs by ``r``."""
+    return x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def image_of_differences(parts, window, dtype):
-    """(B, C + 2, H + 2 ph, W + 2 pw), channels-last: ``within`` of :class:`Centred`, padded, and how their means differ
-    from those of the pixels below and to the right. What is not finite is 0: a tap of weight 0 may meet it.
+def mean_differences(parts, window):
+    """How the means of :class:`Centred`, padded, differ from those of the pixels below and to the right.
+
+    (B, 2, H + 2 ph, W + 2 pw), channels-last, the last row and column 0. What is not finite is 0: a tap of weight 0
+    may meet it.
     """
-    (within, mean, rest), (ph, pw) = parts, window.padding
-    batch, channels, height, width = within.shape
-    if torch.jit.is_tracing():  # which loses what is written into slices
-        within, mean, rest = (F.pad(part, (pw, pw, ph, ph)) for part in (within, mean, rest))
-        down, right = F.pad(_steps(mean, rest, 1), (0, 0, 0, 1)), F.pad(_steps(mean, rest, 2), (0, 1))
-        image = torch.cat([within, down.unsqueeze(1), right.unsqueeze(1)], 1)
-        return image.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(dtype)
-    # written in place: every further pass over an image costs as much as its arithmetic
-    image = within.new_zeros(batch, height + 2 * ph, width + 2 * pw, channels + 2, dtype=dtype).permute(0, 3, 1, 2)
-    image[:, :channels, ph : ph + height, pw : pw + width] = within
-    mean, rest = (F.pad(part, (pw, pw, ph, ph)) for part in (mean, rest))
-    image[:, channels, :-1] = _steps(mean, rest, 1)
-    image[:, channels + 1, :, :-1] = _steps(mean, rest, 2)
-    return image.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    ph, pw = window.padding
+    means = [F.pad(part, (pw, pw, ph, ph)) for part in (parts.mean, parts.rest)]
+
+    def steps(dim):
+        count = means[0].shape[dim] - 1
+        return sum(part.narrow(dim, 1, count) - part.narrow(dim, 0, count) for part in means)
+
+    image = torch.stack([F.pad(steps(1), (0, 0, 0, 1)), F.pad(steps(2), (0, 1))], -1)
+    return finite(image).permute(0, 3, 1, 2)
 
 
 def weight_of_differences(weight):
-    """The weight (O, C, kh, kw) of a convolution, rows centred, as one (O, C + 2, kh, kw) for such an image.
+    """The weight (O, 2, kh, kw) with which such an image adds what a weight (O, C, kh, kw), rows centred, makes of m.
 
     With A the sum of the weight over channels, ``sum A[dy, dx] m[dy, dx]`` over a window's means m is
     ``sum U[dy, dx] (m[dy, dx + 1] - m[dy, dx]) + sum V[dy] (m[dy + 1, 0] - m[dy, 0])``, U[dy, dx] the sum of A[dy]
-    beyond dx, V[dy] that of all rows beyond dy, since all of A sums to 0.
+    beyond dx, V[dy] the sum of all A beyond dy: no term is large where neighbouring means are close.
     """
-    beyond = weight.sum(1, keepdim=True).flip(3).cumsum(3).flip(3)  # from dx on
-    down = beyond[..., :1].flip(2).cumsum(2).flip(2)
-    return torch.cat([weight, F.pad(down[:, :, 1:], (0, weight.shape[3] - 1, 0, 1)), F.pad(beyond[..., 1:], (0, 1))], 1)
+    kh, kw = weight.shape[2:]
+    across = weight.sum(1, keepdim=True)
+    later = weight.new_ones(kw, kw).tril(-1)  # [i, j]: whether i comes after j
+    below = weight.new_ones(kh, kh).triu(1)
+    first = (torch.arange(kw, device=weight.device) == 0).to(weight.dtype).expand(kw, kw)
+    return torch.cat([below @ across @ first, across @ later], 1)
 
 
 def fold_norm(weight, bias, norm_weight, norm_bias, x_dtype):
@@ -133,8 +132,10 @@ def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels
     parts = centred_pixels(x)
     _, rstd = patch_statistics(parts, window, norm_eps)
     centred, _, offset = fold_norm(weight, bias, norm_weight, norm_bias, rstd.dtype)
-    image, kernel = image_of_differences(parts, window, x.dtype), weight_of_differences(_unfolded(centred, window))
-    y = _convolve(image, kernel.to(x.dtype), None, window.unpadded).to(rstd.dtype)
+    kernel = _unfolded(centred, window)
+    y = _convolve(finite(parts.within).to(x.dtype), kernel.to(x.dtype), None, window).to(rstd.dtype)
+    # in the accumulation dtype: its weights are sums, whose rounding would count several times
+    y.add_(_convolve(mean_differences(parts, window), weight_of_differences(kernel), None, window.unpadded))
     y.mul_(rstd.unsqueeze(-1)).add_(offset)
     return y.flatten(1, 2).to(dtype), rstd.new_empty(0), rstd
 
@@ -159,26 +160,33 @@ def _convolution_backward(grad, x, weight, window, need_x, need_weight):
     return d_x, d_weight
 
 
-def _centred_products(grad, image, window):
-    """``P = sum_t grad_t (u_t - mu_t)^T`` (O, C*kh*kw) of windows less their means (docs/math.md, section 1).
+def _centred_backward(grad, parts, weight, window, need_x, need_products):
+    """Gradients of the convolution for windows less their means (derivation: docs/math.md, section 1).
 
-    On a flat patch LayerNorm magnifies ``grad_t`` up to 316 times, so subtracting ``sum_t grad_t mu_t`` from the
-    convolution's weight gradient would leave the rounding of two large equal numbers. Nothing large is formed instead:
-    the weight gradient for each pixel less the mean of its channels, plus what these means m add, the same for all
-    channels. That part is known by its differences from tap to tap, which are weight gradients for the differences of
-    m between neighbouring pixels (0 where the image is flat), and by its sum over taps, which is 0.
+    What is wanted is ``P = sum_t grad_t (u_t - mu_t)^T``. On a flat patch LayerNorm magnifies ``grad_t`` up to 316
+    times, so subtracting ``sum_t grad_t mu_t`` from the convolution's weight gradient would leave the rounding of two
+    large equal numbers. Nothing large is formed instead: the weight gradient for each pixel less the mean of its
+    channels, plus what these means m add, the same for all channels. That part is known by its *differences* from tap
+    to tap, which are weight gradients for the differences of m between neighbouring pixels (0 where the image is flat),
+    and by its sum over taps, which is 0.
 
     Args:
-        grad: (B, h, w, O), in the accumulation dtype; image: of :func:`image_of_differences`.
+        grad: (B, h, w, O), in the accumulation dtype; parts: :class:`Centred`, finite; weight: (O, C, kh, kw).
+
+    Returns:
+        the image's gradient through the convolution (B, C, H, W), and P (O, C*kh*kw); ``None`` unless needed.
     """
-    kh, kw = window.kernel
-    shape = grad.new_empty(grad.shape[-1], image.shape[1], kh, kw)  # all that is read of the weight
-    _, found = _convolution_backward(grad, image, shape, window.unpadded, False, True)
-    down = F.pad(found[:, -2, :-1, :1].cumsum(1), (0, 0, 1, 0))  # along the first column, (O, kh, 1)
-    right = F.pad(found[:, -1, :, :-1].cumsum(2), (1, 0))  # along every row, (O, kh, kw)
+    d_x, within = _convolution_backward(grad, parts.within, weight, window, need_x, need_products)
+    if not need_products:
+        return d_x, None
+    unused = weight[:, :1].expand(-1, 2, -1, -1)  # a weight gradient asks for the weight's shape only
+    image = mean_differences(parts, window)
+    _, steps = _convolution_backward(grad, image, unused, window.unpadded, False, True)  # (O, 2, kh, kw)
+    down = F.pad(steps[:, 0, :-1, :1].cumsum(1), (0, 0, 1, 0))  # along the first column, (O, kh, 1)
+    right = F.pad(steps[:, 1, :, :-1].cumsum(2), (1, 0))  # along every row, (O, kh, kw)
     across = down + right
     across = across - across.mean((1, 2), keepdim=True)
-    return (found[:, :-2] + across.unsqueeze(1)).flatten(1)
+    return d_x, (within + across.unsqueeze(1)).flatten(1)
 
 
 def _normed_backward(grad, x, centred, offset, window, norm_eps, y, rstd, need_x, need_products):
@@ -187,20 +195,18 @@ def _normed_backward(grad, x, centred, offset, window, norm_eps, y, rstd, need_x
     LayerNorm's two row means need neither the unfolded tokens nor their gradient: the mean of ``Wg^T G`` vanishes with
     centred weights, and the mean of ``Wg^T G * xhat`` is ``G . (y - b') / K``.
     """
-    d_x = products = None
     parts = centred_pixels(x)
+    levels = patch_statistics(parts, window, norm_eps)[0] if need_x else None
+    finite(parts.within)
     scaled = grad * rstd.unsqueeze(-1)  # in the accumulation dtype: rstd reaches 316 and could overflow float16
-    image = image_of_differences(parts, window, grad.dtype)
-    if need_products:
-        products = _centred_products(scaled, image, window)
+    kernel = _unfolded(centred, window)
+    d_x, products = _centred_backward(scaled, parts, kernel, window, need_x, need_products)
     if need_x:
-        d_x, _ = _convolution_backward(scaled, parts.within, _unfolded(centred, window), window, True, False)
         y = y.to(grad.dtype).unflatten(1, rstd.shape[1:])
         alpha = rstd.square() * (grad * (y - offset)).sum(-1) / (x.shape[1] * window.taps)
-        (ph, pw), (height, width) = window.padding, x.shape[2:]
-        levels, _ = patch_statistics(parts, window, norm_eps)
-        scale, shift = (part.unsqueeze(1) for part in cover_deviations(alpha, levels, (height, width), window))
-        d_x = d_x - image[:, :-2, ph : ph + height, pw : pw + width] * scale + shift
+        sums = cover_deviations(alpha, levels, x.shape[2:], window)
+        scale, shift = (part.unsqueeze(1) for part in sums)
+        d_x = d_x - parts.within * scale + shift
     return d_x, products
 
 

@@ -10,7 +10,7 @@ Operands of matrix products are in the inputs' dtype; LayerNorm, GELU, dropout a
 import triton
 import triton.language as tl
 
-from ..tiles import dot, inverse, load, matrix, rounded, store, widened
+from ..tiles import INTERPRETED, dot, inverse, load, matrix, narrowed, rounded, store, widened
 
 ROUNDS = tl.constexpr(7)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -145,7 +145,8 @@ def dropped(x, lanes, drop):
 def spared(x, lanes, drop):
     """A tile after dropout but for its scale (:func:`scale_of`), in its own type."""
     if drop[1] is not None:
-        x = tl.where(left_out(lanes, drop), x * 0.0, x)
+        none = narrowed(widened(x) * 0.0, x.dtype) if INTERPRETED else x * 0.0
+        x = tl.where(left_out(lanes, drop), none, x)
     return x
 
 
