@@ -144,9 +144,15 @@ def matmul_precision(x):
 def product(x, matrix, into=None):
     """``x @ matrix`` for (..., N, I) and (I, O), written over ``into`` (a dead buffer or a slice) where that fits.
 
-    On a CPU the first touch of fresh memory costs more than such a product.
+    On a CPU the first touch of fresh memory costs more than such a product. A trace, which may be differentiated, takes
+    no such writes.
     """
-    if into is None or into.dtype != x.dtype or into.shape != (*x.shape[:-1], matrix.shape[1]):
+    if (
+        into is None
+        or torch.jit.is_tracing()
+        or into.dtype != x.dtype
+        or into.shape != (*x.shape[:-1], matrix.shape[1])
+    ):
         return x @ matrix
     torch.mm(x.flatten(0, -2), matrix, out=into.flatten(0, -2))
     return into

@@ -16,8 +16,12 @@ from ..transforms import constant
 from .tail import Tail, differentiable
 
 
-def _linear(x, weight, bias):
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _linear(x, weight, bias, into=None):
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if into is None:
+        return F.linear(x, weight, bias)
+    found = product(x, weight.T, into)
+    return found if bias is None else found.add_(bias)
 
 
 def _skip(v, y, tail, options, keep):
@@ -33,8 +37,8 @@ def run(y, v, tail, options, seed):
     gamma, beta = (None if p is None else p.to(t.dtype) for p in (tail.norm_weight, tail.norm_bias))
     centred = t - t.mean(-1, keepdim=True)  # layer_norm takes the mean off the products, where an offset costs digits
     n = F.layer_norm(centred, (constant(t.shape[-1]),), gamma, beta, options.norm_eps).to(y.dtype)
-    a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias))
-    f = _linear(a, tail.fc2_weight, tail.fc2_bias).to(t.dtype)
+    a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias, into=centred))
+    f = _linear(a, tail.fc2_weight, tail.fc2_bias, into=n).to(t.dtype)
     return t.add_(dropout_(f, options.mlp_drop, keep_mlp)).to(y.dtype)
 
 
