@@ -63,15 +63,6 @@ def find_compiler():
     return command
 
 
-LOCATE = """
-import sys
-from importlib.util import find_spec
-sys.path = [folder for folder in sys.path if folder]
-spec = find_spec("torch")
-print(spec.origin if spec is not None else None)
-"""
-
-
 def find_torch():
     """The PyTorch to build against, if operators can be built against it.
 
