@@ -15,11 +15,6 @@ class Window(NamedTuple):
         """Pixels in the window, k*k for a square one."""
         return self.kernel[0] * self.kernel[1]
 
-    @property
-    def unpadded(self):
-        """The window over an image that is padded already."""
-        return self._replace(padding=(0, 0))
-
     def grid(self, height, width):
         """Token grid (h, w) of an image: ``floor((n + 2p - k) / s) + 1`` along each axis."""
         return tuple(

@@ -1,11 +1,11 @@
-"""Soft split + LayerNorm + Linear as convolutions and box-filtered statistics.
+"""Soft split + LayerNorm + Linear as a convolution and box-filtered statistics.
 
 With ``u`` a window's C*kh*kw values, LayerNorm then Linear is ``r Wg (u - mu) + b'`` where ``Wg = W diag(gamma)``,
 ``b' = W beta + b``, and a convolution of the image makes ``Wg (u - mu)``: nothing of the unfolded width is formed,
 forward or backward. A common offset of the image costs no digits, since only differences enter:
 
-* the convolution reads each pixel less the mean of its channels; a second one, of two channels, adds how those means
-  differ from one pixel to the next (:func:`mean_differences`, :func:`weight_of_differences`);
+* the convolution reads each pixel less the mean of its channels; these means enter as differences inside each window,
+  one channel unfolded (:func:`mean_differences`);
 * ``r`` merges per-pixel means and deviations (:func:`merge_statistics`), never a difference of squares.
 
 What is not finite reaches the outputs through ``r`` alone, that is those of the windows that hold it.
@@ -61,35 +61,21 @@ def finite(x):
 
 
 def mean_differences(parts, window):
-    """How the means of :class:`Centred`, padded, differ from those of the pixels below and to the right.
+    """The mean over channels of each of a window's pixels, less that of the window's first: (B*h*w, kh*kw)."""
+    (kh, kw), (sh, sw), (ph, pw) = window
 
-    (B, 2, H + 2 ph, W + 2 pw), channels-last, the last row and column 0. What is not finite is 0: a tap of weight 0
-    may meet it.
-    """
-    ph, pw = window.padding
-    means = [F.pad(part, (pw, pw, ph, ph)) for part in (parts.mean, parts.rest)]
+    def windows(means):
+        if torch.jit.is_tracing():  # ONNX has no unfold of one axis of free size
+            return (
+                F.unfold(means.unsqueeze(1), window.kernel, padding=window.padding, stride=window.stride)
+                .transpose(1, 2)
+                .unflatten(2, window.kernel)
+            )
+        return F.pad(means, (pw, pw, ph, ph)).unfold(1, kh, sh).unfold(2, kw, sw)
 
-    def steps(dim):
-        count = means[0].shape[dim] - 1
-        return sum(part.narrow(dim, 1, count) - part.narrow(dim, 0, count) for part in means)
-
-    image = torch.stack([F.pad(steps(1), (0, 0, 0, 1)), F.pad(steps(2), (0, 1))], -1)
-    return finite(image).permute(0, 3, 1, 2)
-
-
-def weight_of_differences(weight):
-    """The weight (O, 2, kh, kw) with which such an image adds what a weight (O, C, kh, kw), rows centred, makes of m.
-
-    With A the sum of the weight over channels, ``sum A[dy, dx] m[dy, dx]`` over a window's means m is
-    ``sum U[dy, dx] (m[dy, dx + 1] - m[dy, dx]) + sum V[dy] (m[dy + 1, 0] - m[dy, 0])``, U[dy, dx] the sum of A[dy]
-    beyond dx, V[dy] the sum of all A beyond dy: no term is large where neighbouring means are close.
-    """
-    kh, kw = weight.shape[2:]
-    across = weight.sum(1, keepdim=True)
-    later = weight.new_ones(kw, kw).tril(-1)  # [i, j]: whether i comes after j
-    below = weight.new_ones(kh, kh).triu(1)
-    first = (torch.arange(kw, device=weight.device) == 0).to(weight.dtype).expand(kw, kw)
-    return torch.cat([below @ across @ first, across @ later], 1)
+    mean, rest = windows(parts.mean), windows(parts.rest)
+    found = mean.clone(memory_format=torch.contiguous_format)
+    return found.sub_(mean[..., :1, :1]).add_(rest).sub_(rest[..., :1, :1]).view(-1, window.taps)
 
 
 def fold_norm(weight, bias, norm_weight, norm_bias, x_dtype):
@@ -133,11 +119,11 @@ def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels
     _, rstd = patch_statistics(parts, window, norm_eps)
     centred, _, offset = fold_norm(weight, bias, norm_weight, norm_bias, rstd.dtype)
     kernel = _unfolded(centred, window)
-    y = _convolve(finite(parts.within).to(x.dtype), kernel.to(x.dtype), None, window).to(rstd.dtype)
-    # in the accumulation dtype: its weights are sums, whose rounding would count several times
-    y.add_(_convolve(mean_differences(parts, window), weight_of_differences(kernel), None, window.unpadded))
-    y.mul_(rstd.unsqueeze(-1)).add_(offset)
-    return y.flatten(1, 2).to(dtype), rstd.new_empty(0), rstd
+    y = _convolve(finite(parts.within).to(x.dtype), kernel.to(x.dtype), None, window).to(rstd.dtype).flatten(0, 2)
+    y.addmm_(mean_differences(parts, window), kernel.sum(1).flatten(1).T)
+    y.mul_(rstd.view(-1, 1)).add_(offset)
+    # not unflatten(), which an ONNX file would give the batch size of the trace
+    return y.view(*rstd.shape, y.shape[1]).flatten(1, 2).to(dtype), rstd.new_empty(0), rstd
 
 
 def _convolution_backward(grad, x, weight, window, need_x, need_weight):
@@ -166,9 +152,7 @@ def _centred_backward(grad, parts, weight, window, need_x, need_products):
     What is wanted is ``P = sum_t grad_t (u_t - mu_t)^T``. On a flat patch LayerNorm magnifies ``grad_t`` up to 316
     times, so subtracting ``sum_t grad_t mu_t`` from the convolution's weight gradient would leave the rounding of two
     large equal numbers. Nothing large is formed instead: the weight gradient for each pixel less the mean of its
-    channels, plus what these means m add, the same for all channels. That part is known by its *differences* from tap
-    to tap, which are weight gradients for the differences of m between neighbouring pixels (0 where the image is flat),
-    and by its sum over taps, which is 0.
+    channels, plus what these means add, the same for all channels, from their differences inside each window.
 
     Args:
         grad: (B, h, w, O), in the accumulation dtype; parts: :class:`Centred`, finite; weight: (O, C, kh, kw).
@@ -179,14 +163,9 @@ def _centred_backward(grad, parts, weight, window, need_x, need_products):
     d_x, within = _convolution_backward(grad, parts.within, weight, window, need_x, need_products)
     if not need_products:
         return d_x, None
-    unused = weight[:, :1].expand(-1, 2, -1, -1)  # a weight gradient asks for the weight's shape only
-    image = mean_differences(parts, window)
-    _, steps = _convolution_backward(grad, image, unused, window.unpadded, False, True)  # (O, 2, kh, kw)
-    down = F.pad(steps[:, 0, :-1, :1].cumsum(1), (0, 0, 1, 0))  # along the first column, (O, kh, 1)
-    right = F.pad(steps[:, 1, :, :-1].cumsum(2), (1, 0))  # along every row, (O, kh, kw)
-    across = down + right
-    across = across - across.mean((1, 2), keepdim=True)
-    return d_x, (within + across.unsqueeze(1)).flatten(1)
+    of_means = grad.flatten(0, 2).T @ mean_differences(parts, window)
+    of_means = of_means - of_means.mean(1, keepdim=True)  # differences from the window's mean, not from its first pixel
+    return d_x, (within + _unfolded(of_means, window)).flatten(1)
 
 
 def _normed_backward(grad, x, centred, offset, window, norm_eps, y, rstd, need_x, need_products):
