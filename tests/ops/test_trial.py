@@ -117,6 +117,14 @@ def test_the_attention_is_tried_with_amps_mixture(launches, masked):
     assert keys["k"][3] == 3 * 16 and (keys["mask"] is not None) == masked
 
 
+@pytest.mark.parametrize("dtype", attention.DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 8, 17])
+def test_one_feature_passes(width, dtype):
+    """It leaves no gradient of q but rounding."""
+    sizes = {"width": width, "features": 1, "training": True, "w_gradient": True}
+    assert attention.supports(Request("cpu", dtype, sizes)) is None
+
+
 @pytest.mark.parametrize(("training", "dropout"), [(False, False), (False, True), (True, False), (True, True)])
 def test_the_tail_is_tried_as_it_runs(launches, training, dropout):
     sizes = {"width": 16, "hidden": 16, "training": training, "dropout": dropout, "parameters": torch.float32}

@@ -87,7 +87,9 @@ def _expected(device, dtype, w_dtype, width, features, masked, training, w_gradi
     y, lz, state = aten_impl.attend(*tensors, *rest)
     if not training:
         return (y,)
-    return (y, *(t for t in aten_impl.gradients(grad, *tensors, *rest, lz, state, w_gradient) if t is not None))
+    d_q, d_k, *others = aten_impl.gradients(grad, *tensors, *rest, lz, state, w_gradient)
+    # a softmax over one feature does not depend on q: d_q is what of two terms of d_k's size does not cancel
+    return (y, (d_q, d_k) if features == 1 else d_q, d_k, *(t for t in others if t is not None))
 
 
 class _Plan(NamedTuple):
