@@ -1,5 +1,8 @@
 """soft_split_linear: what the folded form must survive."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -9,8 +12,8 @@ import torch.nn.functional as F
 from t2t_fast.functional import soft_split_linear
 from t2t_fast.ops import library
 from t2t_fast.ops.soft_split_linear.aten_impl import centred_pixels, fold_norm, patch_statistics
-from t2t_fast.ops.spec import square
-from t2t_fast.testing import DTYPES, errors, natural_images
+from t2t_fast.ops.spec import Window, square
+from t2t_fast.testing import DTYPES, assert_close, errors, natural_images
 
 
 def relative_to_spread(offset, channels, kernel, stride, padding, dtype, backend):
@@ -150,3 +153,40 @@ def test_convolutions_follow_the_matmul_precision():
             torch.set_float32_matmul_precision("highest")
         assert seen[-1] == expected and conv.fp32_precision == before
     assert isinstance(library.matmul_precision(torch.randn(1)), nullcontext)
+
+
+def weight_gradient(x, grad, window, backend):
+    weight = torch.zeros(grad.shape[-1], x.shape[1] * window.taps, dtype=x.dtype, requires_grad=True)
+    soft_split_linear(x, weight, None, *window, backend=backend).backward(grad)
+    return weight.grad
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_of_one_pixel_with_gaps(dtype, channels_last):
+    """PyTorch's own weight gradient writes beyond its memory there, which may end the process long after."""
+    window = Window((1, 1), (1, 4), (0, 0))
+    x, grad = torch.randn(3, 7, 14, 16).to(dtype), torch.randn(3, 14 * 4, 8).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    exact = weight_gradient(x.double(), grad.double(), window, "reference")
+    for _ in range(20):
+        assert_close(weight_gradient(x, grad, window, "aten"), exact, "soft_split_linear", "backward", dtype)
+
+
+UNSEEN = """
+import torch
+from t2t_fast.functional import soft_split_linear
+for channels, size, window in [(3, (3, 1), ((1, 3), (3, 2), (0, 1))), (4, (5, 2), ((2, 4), (1, 4), (0, 2)))]:
+    weight = torch.zeros(16, channels * window[0][0] * window[0][1], dtype=torch.bfloat16, requires_grad=True)
+    out = soft_split_linear(torch.ones(2, channels, *size).bfloat16(), weight, None, *window, backend="aten")
+    out.backward(torch.ones_like(out))
+    unseen = torch.nn.functional.unfold(torch.ones(1, channels, *size), window[0], 1, window[2], window[1]).sum(-1) == 0
+    assert unseen.any() and (weight.grad[:, unseen[0]] == 0).all() and (weight.grad[:, ~unseen[0]] > 0).all()
+"""
+
+
+def test_taps_that_see_padding_alone():
+    """In bfloat16 PyTorch's own weight gradient leaves them as it found the memory, which glibc fills here."""
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.perturb=165"}
+    found = subprocess.run([sys.executable, "-c", UNSEEN], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

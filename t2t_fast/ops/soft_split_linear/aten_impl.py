@@ -127,10 +127,22 @@ def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels
 
 
 def _convolution_backward(grad, x, weight, window, need_x, need_weight):
-    """Gradients of image and weight, each ``None`` unless needed, from ``grad`` (B, h, w, O), in its dtype."""
-    dtype = grad.dtype
+    """Gradients of image and weight, each ``None`` unless needed, from ``grad`` (B, h, w, O), in its dtype.
+
+    PyTorch's own weight gradient (2.11 to 2.14, oneDNN) goes wrong twice on a CPU. For windows of one pixel with gaps
+    between them it writes beyond its memory; here that is one product. And in bfloat16 it does not write taps that see
+    nothing but padding.
+    """
+    dtype, d_weight = grad.dtype, None
+    pixels = need_weight and window.taps == 1 and window.padding == (0, 0)
+    if pixels:
+        down, across = window.stride
+        rows = x[:, :, ::down, ::across].permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
+        d_weight = (grad.flatten(0, 2).T @ rows).view(weight.shape)
+    if pixels and not need_x:
+        return None, d_weight
     with matmul_precision(grad):
-        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+        d_x, of_convolution, _ = torch.ops.aten.convolution_backward(
             grad.permute(0, 3, 1, 2),
             x.to(dtype).contiguous(memory_format=torch.channels_last),
             weight.to(dtype),
@@ -141,9 +153,23 @@ def _convolution_backward(grad, x, weight, window, need_x, need_weight):
             False,
             (0, 0),
             1,
-            (need_x, need_weight, False),
+            (need_x, need_weight and not pixels, False),
         )
+    if need_weight and not pixels:
+        d_weight = of_convolution
+        if dtype == torch.bfloat16 and x.device.type == "cpu":
+            d_weight = d_weight.where(_seen(window, *x.shape[2:]), 0)
     return d_x, d_weight
+
+
+def _seen(window, *size):
+    """Which of a window's taps see a pixel of an image of ``size``, and not padding alone: bool (kh, kw)."""
+    axes = []
+    for n, tokens, k, s, p in zip(size, window.grid(*size), *window, strict=True):
+        tap = torch.arange(k)
+        first, last = (-((tap - p) // s)).clamp_min(0), ((n - 1 + p - tap) // s).clamp_max(tokens - 1)
+        axes.append(first <= last)
+    return axes[0].unsqueeze(1) & axes[1]
 
 
 def _centred_backward(grad, parts, weight, window, need_x, need_products):
