@@ -277,7 +277,7 @@ class TestWarning:
         words = [
             "warned: RuntimeWarning t2t_fast: soft_split runs as plain PyTorch operations, since the native operators",
             "for cpu are not built (there is no C++ compiler: c++ is not found): a Performer T2T module takes about",
-            "twice as long. To build them, run in its source folder:",
+            "three times as long. To build them, run in its source folder:",
             "T2T_FAST_BUILD=cpu pip install --force-reinstall --no-deps .",
             "(T2T_FAST_BACKEND=aten keeps plain operations and silences this)",
         ]
