@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2t_fast import backends
+from support.calls import skip_unless_available, with_gradients
 from t2t_fast.functional import soft_split_linear, token_mlp
 from t2t_fast.ops import triton_runtime
 from t2t_fast.testing import errors, tail_parameters, tolerance
@@ -22,12 +22,6 @@ WINDOWS = {
 def untried(monkeypatch):
     """The kernels have self-tests enough elsewhere."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
-
-
-def skip_unless_available(op, backend, dtype):
-    reason = backends.reason(op, backend, backends.Request("cpu", dtype, {"channels": 1}))
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
 
 
 def split_problem(channels, size, offset, dtype, **window):
@@ -52,15 +46,6 @@ def exact_split(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, pa
     centred = centred - centred.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
     return F.linear(normed * norm_weight + norm_bias, weight, bias)
-
-
-def with_gradients(call, tensors):
-    """The output and every tensor's gradient of a fixed random functional."""
-    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
-    out = call(**leaves)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    gradients = torch.autograd.grad(out, list(leaves.values()), upstream)
-    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 @pytest.mark.parametrize("offset", OFFSETS)

@@ -164,7 +164,7 @@ def weight_gradient(x, grad, window, backend):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_windows_of_one_pixel_with_gaps(dtype, channels_last):
-    """PyTorch's own weight gradient writes beyond its memory there, which may end the process long after."""
+    """PyTorch's own weight gradient writes beyond its memory there, and the process may end later."""
     window = Window((1, 1), (1, 4), (0, 0))
     x, grad = torch.randn(3, 7, 14, 16).to(dtype), torch.randn(3, 14 * 4, 8).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import t2t_fast
-from t2t_fast import backends
+from support.calls import skip_unless_available
 from t2t_fast.functional import (
     fused_fold_unfold,
     performer_attention,
@@ -32,14 +32,6 @@ NO_TENSORS = {"cpu_instruction_set", "scratch_bytes"}
 def untried(monkeypatch):
     """The kernels have self-tests enough elsewhere."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
-
-
-def skip_unless_available(op, backend, dtype=torch.float32):
-    if backend not in backends._tables[op]:
-        pytest.skip(f"{backend}: {backends._absent[op][backend]}")
-    reason = backends.reason(op, backend, backends.Request("cpu", dtype, {"channels": 1}))
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
 
 
 class Compared(TorchDispatchMode):

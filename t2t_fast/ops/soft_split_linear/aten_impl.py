@@ -129,9 +129,9 @@ def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels
 def _convolution_backward(grad, x, weight, window, need_x, need_weight):
     """Gradients of image and weight, each ``None`` unless needed, from ``grad`` (B, h, w, O), in its dtype.
 
-    PyTorch's own weight gradient (2.11 to 2.14, oneDNN) goes wrong twice on a CPU. For windows of one pixel with gaps
-    between them it writes beyond its memory; here that is one product. And in bfloat16 it does not write taps that see
-    nothing but padding.
+    PyTorch's own weight gradient has two faults on a CPU (oneDNN; seen in 2.11.0 and 2.14.1). For a 1 x 1 window with a
+    stride it writes beyond its memory; here that gradient is one matrix product. In bfloat16 it does not write taps
+    that see padding alone; here they are set to 0.
     """
     dtype, d_weight = grad.dtype, None
     pixels = need_weight and window.taps == 1 and window.padding == (0, 0)
