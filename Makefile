@@ -25,7 +25,7 @@ test: $(READY) ## all tests; those for a GPU are skipped without one
 	@$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
 
 properties: $(READY) ## 20,000 random cases of all operators against the float64 reference: half an hour
-	@$(PY) -m pytest tests/test_properties.py -q -s --hypothesis-profile=long --hypothesis-seed=0 $(ARGS)
+	@$(PY) -m pytest tests/ops/test_properties.py -q -s --hypothesis-profile=long --hypothesis-seed=0 $(ARGS)
 
 sanitize: $(READY) ## the native CPU operators under the address and undefined-behaviour sanitizers
 	@$(PY) tests/support/native_sanitizer.py $(ARGS)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .groups import SUITES
+from .suites.groups import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 130
@@ -98,7 +98,7 @@ def run_suites(arguments, out):
     Returns:
         its exit code, 1 if a row did that; 130 if somebody stopped it.
     """
-    from .session import CONTEXT_LOST
+    from .measure.session import CONTEXT_LOST
 
     started, losses = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="t2t-fast-bench-") as cache:
@@ -124,8 +124,8 @@ def run_suites(arguments, out):
 
 def losses_in(out):
     """The rows that ended a CUDA context, each with its reason."""
-    from . import run_file
-    from .groups import LOST
+    from .measure import run_file
+    from .suites.groups import LOST
 
     if not (out / "rows.json").exists():
         return []
@@ -137,7 +137,7 @@ def obstacle(arguments, out):
     """Why nothing can be measured, in one line, or ``None``."""
     import torch
 
-    from . import run_file, session
+    from .measure import run_file, session
 
     if arguments.keep_memory and platform.libc_ver()[0] != "glibc":
         return f"--keep-memory needs glibc, this is {platform.system()} with {platform.libc_ver()[0] or 'another libc'}"
@@ -158,7 +158,7 @@ def obstacle(arguments, out):
 
 def own_folder(device):
     """A folder under ``.benchmarks`` that is not there yet."""
-    from . import machine
+    from .measure import machine
 
     first = ROOT / ".benchmarks" / machine.run_name(device)
     others = (first.with_name(f"{first.name}-{number}") for number in range(2, 1000))
@@ -167,7 +167,7 @@ def own_folder(device):
 
 def compare(arguments):
     """Compare two runs. Returns 0, 1 if something became slower, 2 for files that cannot be compared."""
-    from . import compare
+    from .report import compare
 
     words = [*map(str, arguments.compare), "--threshold", str(arguments.threshold), "--by", arguments.by]
     return compare.main(words)
@@ -188,8 +188,9 @@ def main(argv=None):
         found.error("--resume needs --report DIR, the folder of the run to go on with")
     import torch
 
-    from . import report, run_file
-    from .goals import judge
+    from .measure import run_file
+    from .report import files as report
+    from .report.goals import judge
 
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"

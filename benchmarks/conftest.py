@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from . import fit, harness, processes
-from .groups import DTYPES, ContextLost, LeftOut, groups
-from .providers import BY_NAME, providers
-from .session import CONTEXT_LOST, Run
+from .measure import fit, harness, processes
+from .measure.session import CONTEXT_LOST, Run
+from .suites.groups import DTYPES, ContextLost, LeftOut, groups
+from .suites.providers import BY_NAME, providers
 
 RUN = pytest.StashKey[Run]()
 

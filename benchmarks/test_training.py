@@ -2,7 +2,7 @@
 
 import pytest
 
-from .harness import REPLAY
+from .measure.harness import REPLAY
 
 SUITE = "training"
 

@@ -103,9 +103,11 @@ def test_a_command_does_not_learn_that_it_was_started_by_one_worker_of_several()
 
 
 def test_tests_that_share_what_takes_long_stay_together():
-    checks = [f"tests/test_triton_report.py::test_machine_code[{name}]" for name in ("registers", "completeness")]
-    assert {scope(nodeid) for nodeid in checks} == {"tests/test_triton_report.py"}
-    alone = ["tests/test_swap.py::test_one", "tests/test_swap.py::TestSome::test_two[a::b]"]
+    checks = [
+        f"tests/benchmarks/test_triton_report.py::test_machine_code[{name}]" for name in ("registers", "completeness")
+    ]
+    assert {scope(nodeid) for nodeid in checks} == {"tests/benchmarks/test_triton_report.py"}
+    alone = ["tests/interop/test_swap.py::test_one", "tests/interop/test_swap.py::TestSome::test_two[a::b]"]
     assert [scope(nodeid) for nodeid in alone] == alone
 
 

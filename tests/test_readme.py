@@ -5,17 +5,16 @@ import importlib.util
 import io
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
 import t2t_fast
+from support import ROOT
 from t2t_fast import backends
 from t2t_fast.cli import build_parser
 from t2t_fast.ops import native
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]

@@ -1,1 +1,6 @@
-"""What several test files share."""
+"""What several tests share."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout."""

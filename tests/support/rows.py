@@ -1,8 +1,8 @@
 """Made-up rows of a benchmark run."""
 
-from benchmarks.groups import Group
-from benchmarks.providers import BY_NAME
-from benchmarks.statistics import ratios, summary
+from benchmarks.measure.statistics import ratios, summary
+from benchmarks.suites.groups import Group
+from benchmarks.suites.providers import BY_NAME
 
 
 def made_row(provider, times, *, group="module-performer-224px-b8-fp32-inference", saved=None, peak=8e6, **more):
@@ -75,7 +75,7 @@ FLOPS = {"soft_split": 0.0, "soft_split_linear": 3e9, "performer_attention": 1e9
 
 
 def timed(provider, group, seconds, upstream=0.1, **more):
-    """A row of a :class:`benchmarks.groups.Group`: three rounds of nearly ``seconds``, where upstream's take 0.1."""
+    """A row of a group: three rounds of nearly ``seconds``, where upstream's take 0.1."""
     times = [0.95 * seconds, seconds, 1.1 * seconds]
     floor = 0.1 * upstream
     flops = FLOPS.get(group.subject.partition("-")[0], 2e9) * upstream / 0.1

@@ -1,7 +1,7 @@
 """Run files half-way, and runs that go on with them."""
 
-from benchmarks import run_file, session
-from benchmarks.groups import Group
+from benchmarks.measure import run_file, session
+from benchmarks.suites.groups import Group
 
 from .rows import ENVIRONMENT, made_row
 

@@ -1,6 +1,6 @@
 """Launch parameters of Performer attention's Triton kernels: defaults, and candidates for a measurement.
 
-``python -m benchmarks.tune`` measures the candidates on a card and rewrites its part of ``launch.json``.
+``python -m benchmarks.kernels.tune`` measures the candidates on a card and rewrites its part of ``launch.json``.
 """
 
 from pathlib import Path
@@ -58,7 +58,7 @@ def default(name, dtype, width, features):
 
     The larger the (E, m) values that a program holds, and the more there are of them in this pass, the fewer tokens.
     States beyond :data:`_WHOLE` are cut into chunks of features, which fit into the 99 KiB of shared memory that every
-    card has. ``python -m benchmarks.kernel_report --all`` tells how each shape compiles.
+    card has. ``python -m benchmarks.kernels.report --all`` tells how each shape compiles.
     """
     width, features = padded(width), padded(features)
     single, index = dtype == torch.float32, list(DTYPES).index(dtype)

@@ -1,0 +1,1 @@
+"""What compiled kernels are, what they read and write, and their launch parameters."""

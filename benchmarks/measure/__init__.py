@@ -1,0 +1,1 @@
+"""How it is measured: clocks, rounds, a run and its file."""

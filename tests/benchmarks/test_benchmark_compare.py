@@ -1,0 +1,272 @@
+"""Two runs compared: noise bands, verdicts against planted changes, exit codes, old files."""
+
+import importlib.util
+import json
+import random
+from math import log
+
+import pytest
+
+from benchmarks.measure import run_file
+from benchmarks.report import compare, compare_words
+from benchmarks.suites import providers
+from support import ROOT
+from support.rows import ENVIRONMENT, made_row
+
+RESULTS = ROOT / "benchmarks" / "results"
+NEW = RESULTS / "2026-11-21-amd-epyc-2-threads-95afe26-modules" / "rows.json"
+OLD = RESULTS / "2026-11-21-amd-epyc-2-threads-fcc876d-modules" / "rows.json"
+GROUP = "module-performer-224px-b8-fp32-inference"
+ROUNDS = 20
+
+
+def scattered(middle, seed, spread=0.02, rounds=ROUNDS):
+    draw = random.Random(seed)
+    return [middle * (1 + draw.uniform(-spread, spread)) for _ in range(rounds)]
+
+
+def made(times, fits=(), processes=(), left_out=(), planned=None, environment=ENVIRONMENT, **fields):
+    """A run of one group; ``times``: provider -> times of its rounds; ``fields`` of all rows."""
+    rows = [made_row(name, values, **fields) for name, values in times.items()]
+    return run_file.RunFile(environment, rows, list(fits), list(processes), list(left_out), planned)
+
+
+def verdicts(comparison):
+    return {(change.provider, change.what): change.verdict for change in comparison.changes}
+
+
+def saved(path, run):
+    run_file.write(path, run)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"), [(5, 1, 5), (6, 1, 6), (10, 2, 9), (20, 6, 15), (30, 10, 21), (50, 18, 33)]
+)
+def test_ranks_of_the_interval_are_those_of_published_tables(count, low, high):
+    values = list(range(1, count + 1))
+    random.Random(0).shuffle(values)
+    assert compare.median_interval(values) == (low, high)
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says():
+    draw = random.Random(1)
+    intervals = [compare.median_interval([draw.expovariate(1) for _ in range(20)]) for _ in range(4000)]
+    covered = sum(low <= log(2) <= high for low, high in intervals) / len(intervals)
+    assert 0.95 <= covered <= 0.97  # 95.9 % by the formula
+
+
+def test_the_interval_holds_the_median_of_every_visit():
+    values = [1.0] * 20 + [3.0] * 6
+    assert compare.interval(compare.Rounds(values, [])) == compare.median_interval(values) == (1, 1)
+    assert compare.interval(compare.Rounds(values, [20, 6])) == (1, 3)
+
+
+def test_a_visit_that_was_disturbed_widens_the_band():
+    """The median moved by a third, but both runs have seen visits of either kind."""
+    times = [0.03] * 11 + [0.04] * 8 + [0.03] * 11, [0.03] * 8 + [0.04] * 22
+    visits = [11, 8, 11], [8, 11, 11]
+    a, b = (made({"upstream": [0.1] * 30, "t2t_fast": t}, visits=v) for t, v in zip(times, visits, strict=True))
+    assert verdicts(compare.compare(a, b))["t2t_fast", "speed-up"] == "within noise"
+    without = [run._replace(rows=[{**row, "visits": []} for row in run.rows]) for run in (a, b)]
+    assert verdicts(compare.compare(*without))["t2t_fast", "speed-up"] == "slower"
+
+
+def test_a_slower_row_is_found_whatever_the_machine_does():
+    """B runs on a machine that is twice as slow; t2t_fast lost another fifth, the compiled row nothing."""
+    a = made({"upstream": scattered(0.1, 1), "t2t_fast": scattered(0.03, 2), "t2t_fast-compiled": scattered(0.02, 3)})
+    b = made({"upstream": scattered(0.2, 4), "t2t_fast": scattered(0.072, 5), "t2t_fast-compiled": scattered(0.04, 6)})
+    found = compare.compare(a, b)
+    assert verdicts(found) == {
+        ("t2t_fast", "speed-up"): "slower",
+        ("t2t_fast-compiled", "speed-up"): "same",
+        ("upstream", "time"): "not judged",
+    }
+    (change,) = found.regressions
+    assert change.ratio == pytest.approx(1.2, rel=0.02)
+    assert 1 < change.low < change.ratio < change.high
+    assert (found.repeated("speedup"), found.repeated("time")) == ((1, 2), (0, 3))
+    by_time = compare.compare(a, b, by="time")
+    assert set(verdicts(by_time).values()) == {"slower"} and len(by_time.changes) == 3
+    back = compare.compare(b, a)
+    assert verdicts(back)["t2t_fast", "speed-up"] == "faster" and not back.regressions
+
+
+def test_drift_of_the_machine_is_told_and_taken_out_of_times():
+    """Everything takes 1.2 times as long in B, but one row that stayed as it was."""
+    environment = {**ENVIRONMENT, "malloc": {}}
+    a = made({"upstream": [0.1] * 9, "t2t_fast": [0.03] * 9, "aten": [0.05] * 9}, environment=environment)
+    b = made({"upstream": [0.12] * 9, "t2t_fast": [0.036] * 9, "aten": [0.05] * 9})
+    found = compare.compare(a, b)
+    assert found.drift == pytest.approx(1.2) and not found.warnings
+    assert (found.repeated("time"), found.repeated("time", found.drift)) == ((1, 3), (2, 3))
+    words = "times of 1 of 3 rows (33%), and of 2 (67%) without the machine's drift, 1.200 by upstream's rows"
+    assert compare_words.summary(found).endswith(words)
+    time = compare_words.data(found)["time"]
+    assert (time["within_threshold"], time["within_threshold_without_drift"], time["of"]) == (1, 2, 3)
+    alone = compare.compare(made({"t2t_fast": [0.03] * 9}), made({"t2t_fast": [0.036] * 9}), by="time")
+    assert alone.drift is None and "drift" not in compare_words.summary(alone)
+
+
+def test_a_peer_that_became_slower_is_told_and_no_regression():
+    peers = {"upstream": scattered(0.2, 1), "t2t_fast": scattered(0.05, 2)}
+    a = made({**peers, "upstream-compiled": scattered(0.1, 3)})
+    b = made({**peers, "upstream-compiled": scattered(0.2, 3)})
+    found = compare.compare(a, b)
+    assert verdicts(found)["upstream-compiled", "speed-up"] == "slower"
+    assert not found.regressions and compare_words.summary(found).startswith("1 slower, ")
+    assert "no regressions of t2t_fast" in compare_words.summary(found)
+
+
+def test_scatter_is_no_regression():
+    """The median moved by a fifth, with rounds that scatter by more."""
+    a = made({"upstream": [0.1] * 7, "t2t_fast": [0.03, 0.02, 0.05, 0.03, 0.04, 0.03, 0.03]})
+    b = made({"upstream": [0.1] * 7, "t2t_fast": [0.036, 0.02, 0.05, 0.036, 0.05, 0.036, 0.03]})
+    assert verdicts(compare.compare(a, b))["t2t_fast", "speed-up"] == "within noise"
+    assert verdicts(compare.compare(a, b, threshold=0.25))["t2t_fast", "speed-up"] == "same"
+
+
+def test_a_sharp_band_within_the_threshold_is_the_same():
+    a = made({"upstream": [0.1] * 20, "t2t_fast": [0.03] * 20})
+    b = made({"upstream": [0.1] * 20, "t2t_fast": [0.031] * 20})
+    assert verdicts(compare.compare(a, b))["t2t_fast", "speed-up"] == "same"
+    assert verdicts(compare.compare(a, b, threshold=0.02))["t2t_fast", "speed-up"] == "slower"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [(100, 102, "more memory"), (100, 98, "less memory"), (100, 100.9, None), (0, 5, "more memory"), (5, None, "gone")],
+)
+def test_memory(before, after, verdict):
+    times = {"upstream": [0.1] * 7, "t2t_fast": [0.03] * 7}
+    a, b = made(times, saved=before), made(times, saved=after)
+    found = compare.compare(a, b)
+    assert verdicts(found).get(("t2t_fast", "kept for backward")) == verdict
+    assert bool(found.regressions) == (verdict == "more memory")
+    json.dumps(compare_words.data(found), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("after", "limit", "verdict"), [(36, 2e9, "fewer images"), (38, 2e9, "more images"), (9, 1e9, "not judged")]
+)
+def test_largest_batches(after, limit, verdict):
+    fit = {"group": "memory-t2t_vit_7-224px-fp32-training", "provider": "t2t_fast", "batch": 37, "limit_bytes": 2e9}
+    found = compare.compare(made({}, fits=[fit]), made({}, fits=[{**fit, "batch": after, "limit_bytes": limit}]))
+    assert verdicts(found) == {("t2t_fast", "largest batch"): verdict}
+    assert bool(found.regressions) == (verdict == "fewer images")
+
+
+def test_processes_have_times_only():
+    entry = {"group": "processes-t2t_vit_7-224px-b2-fp32-training-n2", "provider": "t2t_fast", "times": [0.1] * 8}
+    a, b = made({}, processes=[entry]), made({}, processes=[{**entry, "times": [0.2] * 8}])
+    assert verdicts(compare.compare(a, b)) == {("t2t_fast", "time"): "not judged"}
+    assert verdicts(compare.compare(a, b, by="time")) == {("t2t_fast", "time"): "slower"}
+
+
+def test_what_only_one_run_has():
+    """A failure is a regression, a row that was not asked for is none."""
+    times = {name: [0.1] * 7 for name in ("upstream", "t2t_fast", "t2t_fast-compiled", "aten")}
+    fewer = {name: times[name] for name in ("upstream", "aten")} | {"aten-compiled": [0.1] * 7}
+    reasons = {"t2t_fast": "failed: AssertionError: wrong", "t2t_fast-compiled": "the time limit of 9 s had passed"}
+    left_out = [{"group": GROUP, "provider": name, "reason": reason} for name, reason in reasons.items()]
+    found = compare.compare(made(times), made(fewer, left_out=left_out))
+    said = {change.provider: (change.verdict, change.reason) for change in found.changes if change.what == "row"}
+    assert said == {
+        "t2t_fast": ("failed", reasons["t2t_fast"]),
+        "t2t_fast-compiled": ("gone", reasons["t2t_fast-compiled"]),
+        "aten-compiled": ("new", ""),
+    }
+    assert [change.provider for change in found.regressions] == ["t2t_fast"]
+
+
+def test_a_run_in_which_everything_failed_is_a_regression(tmp_path):
+    left_out = [{"group": GROUP, "provider": "t2t_fast", "reason": "failed: RuntimeError: no"}]
+    a, b = made({"t2t_fast": [0.1] * 7}), made({}, left_out=left_out)
+    assert compare.main([saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)]) == 1
+
+
+def test_the_worst_comes_first_and_the_counts_last(tmp_path, capsys):
+    a = made({"upstream": [0.1] * 9, "t2t_fast": [0.02] * 9, "aten": [0.05] * 9, "aten-compiled": [0.05] * 9})
+    b = made({"upstream": [0.1] * 9, "t2t_fast": [0.03] * 9, "aten": [0.04] * 9, "aten-compiled": [0.2] * 9}, planned=9)
+    paths = saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)
+    assert compare.main([*paths, "--json", str(tmp_path / "out.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "warning: run B was cut off: 4 of 9 planned rows" in lines
+    told = [(line.split()[0], line.split()[2]) for line in lines if GROUP in line]
+    assert told[:3] == [("slower", "aten-compiled"), ("slower", "t2t_fast"), ("faster", "aten")]
+    assert lines[-1] == (
+        "2 slower, 1 faster, 1 not judged, 2 regressions of t2t_fast; within 0.05 of each other: "
+        "speed-ups of 0 of 3 rows (0%), times of 1 of 4 rows (25%), and of 1 (25%) "
+        "without the machine's drift, 1.000 by upstream's rows"
+    )
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [change["verdict"] for change in found["changes"]] == ["slower", "slower", "faster", "not judged"]
+    assert (found["regressions"], found["time"]["within_threshold"], found["time"]["of"]) == (2, 1, 4)
+
+
+def test_conditions_that_differ_are_told():
+    times = {"upstream": [0.1] * 7}
+    limits = {"bytes_per_s": 3e10, "flop_per_s": {"fp32": 2.1e11}}
+    other = {**ENVIRONMENT, "torch": "2.12", "quick": True, "limits": limits}
+    found = compare.compare(made(times), made(times, environment=other, dtype="fp16"), by="time")
+    assert found.warnings == [
+        "torch: 2.11 in A, 2.12 in B",
+        "quick: None in A, True in B",
+        "dtypes: fp32 in A, fp16 in B",
+        "the machine's own copy bandwidth: B has 1.50 times A's",
+    ]
+
+
+def test_other_devices_are_compared_by_speedup_only():
+    a = made({"upstream": [0.1] * 7, "t2t_fast": [0.05] * 7})
+    b = made({"upstream": [1.0] * 7, "t2t_fast": [0.5] * 7}, environment={**ENVIRONMENT, "device": "an abacus"})
+    found = compare.compare(a, b)
+    assert verdicts(found)["t2t_fast", "speed-up"] == "same"
+    assert found.warnings == ["device: a processor, 2 threads in A, an abacus in B"]
+    with pytest.raises(ValueError, match="by: times of different devices"):
+        compare.compare(a, b, by="time")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (lambda run: run._replace(rows=[{**row, "group": "another"} for row in run.rows]), [], "no row in common"),
+        (lambda run: run._replace(rows=[*run.rows, run.rows[0]]), [], "upstream is there twice"),
+        (lambda run: run._replace(rows=[{**row, "times": []} for row in run.rows]), [], "has no times of its rounds"),
+        (
+            lambda run: run._replace(rows=[run.rows[0], {**run.rows[1], "times": [0.1]}]),
+            [],
+            "t2t_fast has 1 rounds, upstream 7",
+        ),
+        (lambda run: run, ["--threshold", "-0.1"], "threshold: expected a share of at least 0, as in 0.05, got -0.1"),
+        (lambda run: run, ["--threshold", "nan"], "threshold: expected"),
+        (None, [], "No such file"),
+    ],
+    ids=["other rows", "twice", "no times", "other rounds", "negative", "nan", "missing"],
+)
+def test_bad_usage_is_one_line_and_code_2(tmp_path, capsys, change, options, words):
+    run = made({"upstream": [0.1] * 7, "t2t_fast": [0.05] * 7})
+    b = str(tmp_path / "missing.json") if change is None else saved(tmp_path / "b.json", change(run))
+    assert compare.main([saved(tmp_path / "a.json", run), b, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m benchmarks.report.compare: ") and words in line
+
+
+def test_files_from_before_the_suites(capsys):
+    assert compare.main([str(NEW), str(NEW)]) == 0
+    assert "speed-ups of 60 of 60 rows (100%), times of 72 of 72 rows (100%)" in capsys.readouterr().out
+    found = compare.compare(run_file.read(NEW), run_file.read(OLD))
+    change = next(change for change in found.changes if (change.group, change.provider) == (GROUP, "t2t_fast"))
+    assert (change.verdict, change.what) == ("slower", "speed-up")
+    assert (change.a, change.b) == pytest.approx((3.97, 1.64), abs=0.005)
+
+
+def test_the_baseline_is_the_providers():
+    assert compare.BASELINE == providers.BASELINE
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_picture(tmp_path):
+    picture = tmp_path / "compared.png"
+    assert compare.main([str(NEW), str(OLD), "--picture", str(picture)]) == 1
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,0 +1,314 @@
+"""The benchmarks' report: its pictures can be read, its page works in a browser, and no row is lost on the way."""
+
+import csv
+import importlib.util
+import json
+import struct
+import sys
+from html.parser import HTMLParser
+from itertools import combinations
+
+import pytest
+
+from benchmarks.measure import run_file
+from benchmarks.report import cases, chart, goals, pictures, roofline, tables, words
+from benchmarks.report import files as report
+from benchmarks.report.page import report as html
+from benchmarks.suites import groups
+from benchmarks.suites.providers import PROVIDERS
+from support import browser
+from support.rows import ENVIRONMENT, made_of_everything, made_row, made_run
+
+if importlib.util.find_spec("matplotlib") is None:
+    pytest.skip("matplotlib is not installed", allow_module_level=True)
+
+SHOWN = 1178
+"""CSS pixels that a picture's width takes on a page 1280 pixels wide; the browser's test holds it."""
+
+NAMES = [picture.name for picture in pictures.PICTURES]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a report of entries of every kind, and the run."""
+    folder = tmp_path_factory.mktemp("report")
+    source = folder / "rows.json"
+    source.write_text(json.dumps(made_of_everything()))
+    report.write(source, folder)
+    return folder, run_file.read(source)
+
+
+def _run(rows, **more):
+    return run_file.RunFile(
+        **{"environment": ENVIRONMENT, "fits": [], "processes": [], "left_out": [], **more, "rows": rows}
+    )
+
+
+class Page(HTMLParser):
+    """What a page refers to, and the cells of its table of all rows."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.references, self.rows, self.headings, self._inside, self._heading = [], [], [], False, False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.references += [attributes[key] for key in ("src", "href", "srcset", "action") if key in attributes]
+        self._inside = attributes.get("id") == "rows" or (self._inside and tag != "table")
+        self._heading = tag == "h2"
+        if self._inside and tag == "tr" and "data-group" in attributes:
+            self.rows.append([attributes["data-group"], "hidden" in attributes])
+        if self._inside and tag == "td":
+            self.rows[-1].append(attributes["data-sort"])
+
+    def handle_data(self, data):
+        if self._heading:
+            self.headings.append(data)
+            self._heading = False
+
+
+def _texts(figure):
+    """The words of a figure with their boxes in pixels; tick labels beyond the axes are not drawn."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    drawn = []
+    for axis in figure.axes:
+        for ticks in (axis.xaxis, axis.yaxis):
+            low, high = sorted(ticks.get_view_interval())
+            every = ticks.get_major_ticks() + ticks.get_minor_ticks()
+            for tick in every:
+                drawn += [] if low <= tick.get_loc() <= high else [tick.label1, tick.label2]
+    hidden = {id(text) for text in drawn}
+    found = [
+        text
+        for text in figure.findobj(Text)
+        if text.get_text().strip() and text.get_visible() and id(text) not in hidden
+    ]
+    return [(text, Text.get_window_extent(text)) for text in found]  # an annotation's would hold its arrow too
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_can_be_read(made, name):
+    """On a page of 1280 pixels no words are smaller than 10, cut off, or written over other ones."""
+    (picture,) = [each for each in pictures.PICTURES if each.name == name]
+    figure = picture.make(made[1])
+    texts = _texts(figure)
+    assert len(texts) > 10
+    pixels_per_point = SHOWN / figure.get_figwidth() / 72
+    for text, box in texts:
+        assert text.get_fontsize() * pixels_per_point >= 10, text
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
+    for (first, one), (second, other) in combinations(texts, 2):
+        assert not one.padded(-1).overlaps(other.padded(-1)), f"{first} lies on {second}"
+
+
+def test_every_provider_has_a_colour():
+    assert {provider.name for provider in PROVIDERS} <= set(chart.COLORS)
+    assert len(set(chart.COLORS.values())) == len(chart.COLORS)
+
+
+def test_files(made):
+    folder, _ = made
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"report.html", "table.md", "rows.csv", "fits.csv", "processes.csv", *(f"{n}.png" for n in NAMES)}
+
+
+def test_page_holds_every_row_and_needs_nothing_else(made):
+    folder, run = made
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.rows) == len(run.rows)
+    assert {group for group, *_ in page.rows} == {row["group"] for row in run.rows}
+    assert text.count("▼ ") >= sum(map(cases.lost, run.rows)) > 0
+    assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in page.references)
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    assert "python -m benchmarks --filter &#x27;&lt;everything&gt;&#x27;" in text
+    assert "needs 99 GB" in text and "timm (not installed)" in text
+    assert f"{run.finished} of 500 planned rows are finished" in text
+    for judged in goals.judge(run.rows):
+        assert judged.what in text
+
+
+def test_page_of_few_rows_has_their_sections_alone(tmp_path):
+    source = tmp_path / "rows.json"
+    for name in ("scaling.png", "fits.csv"):
+        (tmp_path / name).write_text("of an earlier report into this folder")
+    source.write_text(json.dumps(_run(made_run())._asdict()))
+    written = report.write(source, tmp_path)
+    assert set(written) | {source} == set(tmp_path.iterdir())
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    headings = Page(text).headings
+    assert {"Goals", "Speed-up", "Memory", "All rows", "Where this package is slower"} <= set(headings)
+    assert not {"Scaling", "Latency", "Several processes", "Largest batch that fits"} & set(headings)
+    assert "not complete" not in text
+
+
+def test_a_machine_that_cannot_draw_still_reports(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(made_of_everything()))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    written = report.write(source, tmp_path / "out")
+    assert {path.name for path in written} >= {"report.html", "table.md", "rows.csv"}
+    assert not list((tmp_path / "out").glob("*.png"))
+    page_text = (tmp_path / "out" / "report.html").read_text()
+    for said in (page_text, capsys.readouterr().err):
+        assert "pictures need pillow" in said and "python -m benchmarks.report" in said
+
+
+def test_page_marks_what_got_worse():
+    rows = [made_row("upstream", [0.1] * 3), made_row("t2t_fast", [0.2] * 3)]
+    rows = [{**row, "mode": "training", "saved_bytes": saved} for row, saved in zip(rows, (1e6, 4e6), strict=True)]
+    text = html(_run(rows), {})
+    assert '<div class="card bad"><b>2.00× slower</b>' in text
+    assert '<div class="card bad"><b>4.00× more</b><span>kept for backward' in text
+    assert '<tr class="bad"><td>T2T module, Performer' in text
+
+
+def test_every_suite_has_a_heading():
+    assert set(cases.SUITES) == set(groups.TIMED)
+
+
+def test_order_of_the_rows(made):
+    """Lite models first, then modules, latency, operators and scaling, whatever the order of the file."""
+    shown = [(cases.suite(row), row["subject"]) for row in cases.ordered(made[1].rows)]
+    suites = list(dict.fromkeys(suite for suite, _ in shown))
+    assert suites == ["models", "training", "module", "latency", "ops", "scaling"]
+    assert made[1].rows[0]["subject"] == "t2t_vit_14" and shown[0] == ("models", "t2t_vit_7")
+
+
+def test_headline_is_one_group_of_a_subject_and_mode():
+    cells = {"b1": (224, 1), "b8": (224, 8), "b64": (224, 64), "big": (384, 8)}
+    rows = [made_row("t2t_fast", [0.1], group=name, size=size, batch=batch) for name, (size, batch) in cells.items()]
+    assert [row["group"] for row in cases.headline(rows)] == ["b8"]
+    assert [row["group"] for row in cases.headline(rows[::2])] == ["b64"]
+    assert [row["group"] for row in cases.headline(rows[3:])] == ["big"]
+
+
+def test_amdahls_limit_in_words():
+    row = {"front_end_share": 0.6, "amdahl_limit": 2.5}
+    assert words.amdahl([{"front_end_share": None, "amdahl_limit": None}, row]) == (
+        "front end 60 % of upstream's time, Amdahl's limit 2.50×"
+    )
+    slow = {"front_end_share": 1.05, "amdahl_limit": None}
+    assert words.amdahl([slow]) == "front end 105 % of upstream's time, which sets no limit"
+    assert words.amdahl([{"front_end_share": None, "amdahl_limit": None}]) == ""
+
+
+def test_the_share_of_the_floor():
+    row = made_row("t2t_fast", [0.1])
+    assert cases.floor_share(row) == pytest.approx(1 / 3)
+    assert cases.floor_share({**row, "floor_share": 0.5}) == 0.5
+    assert cases.floor_share({**row, "floor_share": None, "times_floor": None}) is None
+
+
+def test_farthest_from_the_floor_first(made):
+    shares = []
+    for members in roofline.ranked(made[1].rows).values():
+        shares += [cases.floor_share(row) for row in members if row["provider"] == "t2t_fast"]
+    assert shares == sorted(shares) and len(set(shares)) > 3
+
+
+def test_table_marks_losses_and_shows_the_share_of_the_floor():
+    lost = made_row("t2t_fast", [0.2] * 3, floor_share=0.123)
+    lines = tables.table(ENVIRONMENT, [made_row("upstream", [0.1] * 3), lost], []).splitlines()
+    (line,) = [line for line in lines if "| t2t_fast, eager |" in line]
+    assert "| 0.500 (0.500 – 0.500) ▼ |" in line and "| 12.3 |" in line
+
+
+def test_csv(made):
+    folder, run = made
+    read = list(csv.DictReader((folder / "rows.csv").open(encoding="utf-8")))
+    assert len(read) == len(run.rows) and tuple(read[0]) == tables.ROWS
+    for line, row in zip(read, run.rows, strict=True):
+        assert (line["group"], line["provider"]) == (row["group"], row["provider"])
+        assert float(line["median_s"]) == row["seconds"]["median"] and int(line["rounds"]) == len(row["times"])
+        assert line["speedup_p20"] == ("" if row["speedup"] is None else str(row["speedup"]["p20"]))
+    ours = next(line for line in read if line["provider"] == "t2t_fast")
+    assert ours["backends"] == "performer_layer=native"
+    fits = list(csv.DictReader((folder / "fits.csv").open(encoding="utf-8")))
+    assert [int(line["batch"]) for line in fits] == [37, 142, 0, 12]
+    processes = list(csv.DictReader((folder / "processes.csv").open(encoding="utf-8")))
+    assert {line["processes"] for line in processes} == {"1", "2", "4"} and tuple(processes[0]) == tables.PROCESSES
+
+
+def test_rows_of_before_the_suites_were_noted(tmp_path):
+    """Old files lack suites, fits, shares and memory of all; the command says what it wrote."""
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps({"environment": ENVIRONMENT, "rows": made_run(), "left_out": []}))
+    assert report.main([str(source)]) == 0
+    read = list(csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8")))
+    assert [line["suite"] for line in read] == ["module"] * 5 + ["models"] * 2
+    assert "does not note its command" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", None], ids=["another file", "no JSON", "missing"])
+def test_what_is_no_run(tmp_path, capsys, content):
+    source = tmp_path / "rows.json"
+    if content is not None:
+        source.write_text(content)
+    assert report.main([str(source), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m benchmarks.report: ") and "rows.json" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, ""), (0.01234, "0.0123"), (1.0, "1.00"), (99.96, "100."), (999.7, "1000"), (12345.6, "12346")],
+)
+def test_number(value, expected):
+    assert words.number(value) == expected.rstrip(".")
+
+
+needs_chromium = pytest.mark.skipif(
+    browser.chromium() is None, reason=f"no browser on the PATH: {', '.join(browser.NAMES)}"
+)
+
+
+@needs_chromium
+def test_page_in_a_browser(made, tmp_path):
+    """Nothing on the console, every picture as wide as promised, nothing wider than the window, all of it drawn."""
+    path = made[0] / "report.html"
+    facts = """
+        const images = [...document.images];
+        document.body.dataset.images = images.filter(image => image.naturalWidth > 0).length;
+        document.body.dataset.shown = Math.min(...images.map(image => image.clientWidth));
+        const rows = document.querySelector(".rows");
+        document.body.dataset.wide = document.documentElement.scrollWidth + rows.scrollWidth - rows.clientWidth;"""
+    page = browser.load(path, tmp_path / "profile", facts)
+    assert page.console == []
+    for key, value in (("images", len(NAMES)), ("shown", SHOWN), ("wide", browser.WIDTH)):
+        assert f'data-{key}="{value}"' in page.dom
+    browser.screenshot(path, tmp_path / "another", tmp_path / "page.png", page.height)
+    header = (tmp_path / "page.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", header[16:]) == (browser.WIDTH, page.height)
+
+
+@needs_chromium
+def test_table_sorts_and_filters_in_a_browser(made, tmp_path):
+    script = """
+        const heads = [...document.querySelectorAll("#rows th")];
+        heads.find(head => head.textContent.startsWith("× upstream")).querySelector("button").click();
+        const box = document.getElementById("filter");
+        box.value = "module TRAINING performer-224";
+        box.dispatchEvent(new Event("input"));"""
+    page = browser.load(made[0] / "report.html", tmp_path / "profile", script)
+    assert page.console == []
+    rows = Page(page.dom).rows
+    speedups = [row[2 + 8] for row in rows]
+    known = [float(value) for value in speedups if value]
+    assert known == sorted(known) and len(set(known)) > 3
+    assert set(speedups[len(known) :]) == {""} and len(known) < len(rows) == len(made[1].rows)
+    shown = {group for group, hidden, *_ in rows if not hidden}
+    assert shown == {"module-performer-224px-b8-fp32-training"}
+    assert f"5 of {len(rows)} rows" in page.dom
+
+
+@needs_chromium
+@pytest.mark.parametrize("script", ["console.error('broken')", "undefined.broken"])
+def test_what_the_console_says_is_caught(tmp_path, script):
+    path = tmp_path / "page.html"
+    path.write_text(f"<!doctype html><body><script>{script}</script></body>")
+    assert browser.load(path, tmp_path / "profile").console

@@ -1,0 +1,416 @@
+"""The benchmarks' own machinery: costs, interleaving, reports, one row end to end."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import t2t_fast
+from benchmarks.measure import harness, run_file
+from benchmarks.measure.statistics import percentile, ratios, summary
+from benchmarks.report import cases, tables
+from benchmarks.report.goals import GOALS, judge
+from benchmarks.suites import costs, groups, subjects
+from benchmarks.suites.groups import Group
+from benchmarks.suites.providers import Provider, providers
+from support import ROOT
+from support.rows import ENVIRONMENT, made_run
+from t2t_fast import memory
+
+COPY, PRODUCT = 4.3e12, 790e12
+"""Bytes/s and FLOP/s that the published floors assume (one H200, bf16)."""
+
+
+needs_pytest_benchmark = pytest.mark.skipif(
+    importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
+)
+
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+
+
+# Cost table of docs/math.md, section 7, bf16, per image. By stage, then the total: MB forward, MB backward, GFLOP
+# forward, GFLOP backward, floor in microseconds forward and backward.
+COST_TABLE = {
+    ("performer", 224): [
+        (2.75, 5.65, 0.305, 0.498, 0.64, 1.31),
+        (1.03, 2.88, 0.206, 0.427, 0.30, 0.72),
+        (0.25, 0.50, 0.087, 0.173, 0.11, 0.22),
+        (4.03, 9.04, 0.598, 1.10, 1.05, 2.26),
+    ],
+    ("performer", 384): [
+        (8.05, 16.6, 0.898, 1.46, 1.88, 3.85),
+        (2.98, 8.40, 0.604, 1.26, 0.88, 2.11),
+        (0.74, 1.47, 0.255, 0.510, 0.32, 0.65),
+        (11.8, 26.4, 1.76, 3.23, 3.07, 6.61),
+    ],
+    ("transformer", 224): [
+        (4.35, 7.18, 2.77, 6.68, 3.82, 8.79),
+        (1.41, 3.24, 0.350, 0.792, 0.49, 1.09),
+        (0.25, 0.50, 0.087, 0.173, 0.11, 0.22),
+        (6.02, 10.9, 3.21, 7.64, 4.42, 10.1),
+    ],
+    ("transformer", 384): [
+        (12.8, 21.1, 22.5, 55.5, 29.4, 71.2),
+        (4.16, 9.51, 1.93, 4.57, 2.57, 6.05),
+        (0.74, 1.47, 0.255, 0.510, 0.32, 0.65),
+        (17.7, 32.1, 24.7, 60.6, 32.3, 77.9),
+    ],
+}
+
+
+INFERENCE = {
+    ("performer", 224): (3.50, 0.95),
+    ("performer", 384): (10.2, 2.78),
+    ("transformer", 224): (6.02, 4.42),
+    ("transformer", 384): (17.7, 32.3),
+}
+"""MB and microseconds of a forward pass that keeps nothing."""
+
+SAVED_MB = {("performer", 224): 2.36, ("performer", 384): 6.89, ("transformer", 224): 2.86, ("transformer", 384): 8.40}
+
+
+def _numbers(cost):
+    forward, backward = costs.Cost(cost.forward), costs.Cost(cost.backward)
+    return (
+        forward.bytes("inference") / 1e6,
+        backward.bytes("inference") / 1e6,
+        forward.flops("inference") / 1e9,
+        backward.flops("inference") / 1e9,
+        1e6 * forward.floor("inference", COPY, PRODUCT),
+        1e6 * backward.floor("inference", COPY, PRODUCT),
+    )
+
+
+@pytest.mark.parametrize(("tokens_type", "size"), COST_TABLE, ids=lambda value: str(value))
+def test_costs_are_those_of_the_published_table(tokens_type, size):
+    stages = costs.t2t_stages(tokens_type, size)
+    module = costs.t2t_module(tokens_type, size)
+    for cost, printed in zip([*stages, module], COST_TABLE[tokens_type, size], strict=True):
+        # the table prints two or three digits
+        assert _numbers(cost) == pytest.approx(printed, rel=6e-3, abs=6e-3)
+    assert module.saved / 1e6 == pytest.approx(SAVED_MB[tokens_type, size], abs=6e-3)
+    moved, floor = module.bytes("inference") / 1e6, 1e6 * module.floor("inference", COPY, PRODUCT)
+    assert (moved, floor) == pytest.approx(INFERENCE[tokens_type, size], rel=6e-3, abs=6e-3)
+
+
+def test_a_training_step_costs_forward_and_backward():
+    cost = costs.t2t_module("performer", 224)
+    assert cost.bytes("training") == pytest.approx(13.07e6, rel=2e-3)
+    assert cost.floor("training", COPY, PRODUCT) == pytest.approx(3.31e-6, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "flops", "floor_forward", "floor_backward"), [(197, 8.97, 12.7, 25.4), (577, 31.0, 40.5, 84.2)]
+)
+def test_backbone_cost(tokens, flops, floor_forward, floor_backward):
+    numbers = _numbers(costs.backbone(tokens, 384, 14, 3))
+    assert numbers[2] == pytest.approx(flops, rel=2e-3)
+    assert numbers[4:] == pytest.approx((floor_forward, floor_backward), rel=2e-3)
+
+
+def test_float32_moves_twice_the_bytes_of_activations():
+    half = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0])
+    single = costs.soft_split(3, 224, 224, costs.T2T_WINDOWS[0], element=4)
+    assert single.bytes("inference") == 2 * half.bytes("inference")
+
+
+class FakeImplementation:
+    def clear(self):
+        pass
+
+
+def _participant(name, calls=1):
+    return harness.Participant(name, FakeImplementation(), None, lambda: name, calls)
+
+
+class RecordingClock:
+    """Every turn takes as long as the drift of the machine says, times the provider's own cost."""
+
+    def __init__(self, cost):
+        self.cost, self.order = cost, []
+
+    def turn(self, step, implementation, calls):
+        name = step()
+        self.order.append(name)
+        drift = 1 + len(self.order) // 3
+        return drift * self.cost[name]
+
+
+def test_rounds_are_interleaved_and_their_order_rotates():
+    clock = RecordingClock({"a": 1.0, "b": 2.0, "c": 4.0})
+    participants = [_participant(name) for name in "abc"]
+    harness.interleave(participants, clock, 4)
+    assert "".join(clock.order) == "abcbcacababc"
+    assert [len(p.times) for p in participants] == [4, 4, 4]
+
+
+def test_ratios_are_taken_inside_a_round():
+    # the machine becomes 100 times slower halfway: medians of times would compare different halves
+    slow = [1.0, 1.0, 1.0, 100.0, 100.0]
+    ours = [0.5, 0.5, 0.5, 50.0, 50.0]
+    assert ratios(slow, ours) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    with pytest.raises(ValueError, match="shorter"):
+        ratios([1.0, 2.0], [1.0])
+
+
+def test_percentiles():
+    assert summary([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "p20": 1.8, "p80": 4.2}
+    assert percentile([7.0], 0.8) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "expected"),
+    [(1.0, 20.0, 20), (100.0, 20.0, harness.MIN_ROUNDS), (1e-6, 20.0, harness.MAX_ROUNDS), (0.0, 1.0, 60)],
+)
+def test_number_of_rounds(seconds, budget, expected):
+    assert harness.rounds_for(seconds, budget) == expected
+
+
+def test_replayed_durations_are_exact():
+    replay = harness.Replay()
+    times = [0.1, 1e-9, 123.456]
+    replay.load(times)
+    assert [-(replay() - replay()) for _ in times] == times
+
+
+def test_upstream_keeps_the_published_bytes_for_backward():
+    """20.4 MB per image without dropout's masks (math: cost model), measured on the real module."""
+    subject = subjects.build(Group("module", "performer", 224, 1, "fp32", "training"), "cpu")
+    implementation = subject.make("upstream")
+    saved = memory.saved_bytes(
+        lambda: implementation.function(**implementation.inputs[0]), implementation.module.parameters()
+    )
+    assert saved / 1e6 == pytest.approx(20.4, rel=0.03)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("suite", groups.SUITES)
+def test_every_group_has_its_peers(suite, device):
+    full = groups.groups(suite, device, quick=False)
+    assert all(group.suite == suite for group in full)
+    quick = groups.groups(suite, device, quick=True)
+    assert {group.id for group in quick} <= {group.id for group in full}
+    for group in full:
+        names = [provider.name for provider in providers(group, "cpu")]
+        assert names[0] == "upstream" and "t2t_fast" in names
+        assert ({"upstream-compiled", "t2t_fast-compiled"} <= set(names)) == group.compiled
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_name_is_one_group_of_all_suites(device, quick):
+    names = [group.id for suite in groups.SUITES for group in groups.groups(suite, device, quick)]
+    assert len(set(names)) == len(names)
+
+
+def test_every_suite_has_a_file_and_a_heading():
+    files = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
+    assert files == set(groups.SUITES)
+    assert set(cases.SUITES) == set(groups.TIMED)
+
+
+def test_lite_models_come_first():
+    for suite in ("models", "training"):
+        subjects = [group.subject for group in groups.groups(suite, "cuda", quick=False) if group.dtype == "bf16"]
+        assert subjects[:3] == list(groups.LITE)
+
+
+def test_the_sweeps_reach_as_far_as_they_should():
+    scaled = groups.groups("scaling", "cuda", quick=False)
+    assert {1, 1024} <= {group.batch for group in scaled} and {224, 2048} <= {group.size for group in scaled}
+    for device in ("cpu", "cuda"):
+        assert {196, 1_000_000} <= groups.LENGTHS[device].keys()
+        fits = groups.groups("memory", device, quick=False)
+        assert {group.size for group in fits} == {224, 384, 512}
+
+
+@pytest.mark.parametrize(
+    ("change", "there"),
+    [
+        ({}, True),
+        ({"suite": "models", "batch": 32}, False),
+        ({"suite": "training", "mode": "training"}, False),
+        ({"suite": "ops", "level": "op", "subject": "soft_split"}, False),
+    ],
+    ids=["one image", "a batch", "training", "an operator"],
+)
+def test_graphs_are_for_the_latency_of_one_image(change, there):
+    group = Group("model", "t2t_vit_7", 224, 1, "bf16", "inference", suite="latency")._replace(**change)
+    graphs = {"upstream-graph", "t2t_fast-graph"}
+    assert (graphs <= {provider.name for provider in providers(group, "cuda")}) == there
+    assert not graphs & {provider.name for provider in providers(group, "cpu")}
+
+
+def test_low_memory_is_a_row_of_the_performers_training():
+    group = Group("module", "performer", 224, 256, "bf16", "training", suite="module")
+    for each, device, there in (
+        (group, "cuda", True),
+        (group, "cpu", False),
+        (group._replace(mode="inference"), "cuda", False),
+        (group._replace(subject="transformer"), "cuda", False),
+        (group._replace(level="model", subject="t2t_vit_7", suite="memory", batch=None), "cuda", True),
+        (group._replace(level="model", subject="t2t_vit_t_14", suite="memory", batch=None), "cuda", False),
+    ):
+        assert ("t2t_fast-low" in {provider.name for provider in providers(each, device)}) == there
+
+
+def test_goals_name_rows_that_exist():
+    rows = {
+        (group.id, provider.name)
+        for device in ("cpu", "cuda")
+        for suite in groups.SUITES
+        for group in groups.groups(suite, device, quick=False)
+        for provider in providers(group, device)
+    }
+    for goal in GOALS:
+        names = {goal.ours, goal.against} - {None}
+        assert {(goal.group, name) for name in names} <= rows, goal.what
+
+
+@pytest.mark.parametrize("name", groups.OPERATORS)
+def test_every_way_to_compute_an_operator_agrees_with_float64(name):
+    """Every source of every operator, forward and gradients, as the harness checks them before it times anything."""
+    subject = subjects.build(Group("op", name, 64, 1, "fp32", "training"), "cpu")
+    # optional packages have tests of their own
+    for source in sorted({provider.source for provider in providers(subject.group, "cpu") if not provider.package}):
+        implementation = subject.make(source)
+        forward = harness._forward(subject, Provider("made up", "", source), implementation, "cpu")
+        out = forward(0)
+        subject.backward(out, implementation)(out)
+        error, _ = subject.check(out.detach(), implementation.gradients(0), implementation)
+        assert error < 1e-5
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    group = Group("op", "token_mlp-stage1", 64, 1, "fp32", "inference")
+    subject = subjects.build(group, "cpu")
+    make = subject.make
+
+    def wrong(source):
+        implementation = make(source)
+        if source == "t2t_fast":
+            function = implementation.function
+            implementation.function = lambda **tensors: function(**tensors).index_fill(1, torch.tensor([5]), 0.0)
+        return implementation
+
+    subject.make = wrong
+    monkeypatch.setattr(subjects, "build", lambda *_: subject)
+    results = harness.measure(group, ["upstream", "t2t_fast"], "cpu", 0.0, lambda text: None)
+    assert isinstance(results["t2t_fast"], AssertionError)
+    assert "output is wrong by" in str(results["t2t_fast"])
+    assert len(results["upstream"].times) == harness.MIN_ROUNDS
+
+
+@pytest.mark.parametrize("level", ["op", "module"])
+def test_a_later_visit_has_as_many_rounds_and_needs_no_truth(monkeypatch, level):
+    subject_of = {"op": "token_mlp-stage1", "module": "performer"}
+    group = Group(level, subject_of[level], 64, 1, "fp32", "training", False)
+    build, made = subjects.build, []
+
+    def without_truth(*place):
+        made.append(build(*place))
+        monkeypatch.setattr(made[-1], "make_truth", lambda: pytest.fail("asks for the truth"))
+        return made[-1]
+
+    monkeypatch.setattr(subjects, "build", without_truth)
+    results = harness.measure(group, ["upstream", "t2t_fast"], "cpu", 0.0, lambda text: None, visits=3, rounds=5)
+    assert [len(participant.times) for participant in results.values()] == [5, 5]
+    for participant in results.values():
+        facts = participant.facts
+        assert facts["error"] is facts["gradient_error"] is None and "peak_bytes" not in facts
+        module = participant.implementation.module
+        assert module is None or module.training  # as it is timed at the first visit
+
+
+def test_a_provider_that_does_not_fit_is_left_out_with_its_reason(monkeypatch):
+    monkeypatch.setattr(harness, "available_bytes", lambda device: 1e6)
+    group = Group("module", "transformer", 64, 1, "fp32", "inference")
+    results = harness.measure(group, ["upstream", "t2t_fast"], "cpu", 0.0, lambda text: None)
+    assert isinstance(results["upstream"], groups.LeftOut)
+    assert results["t2t_fast"].times
+
+
+def test_goals_are_judged_and_losses_stay():
+    verdicts = {(g.what, g.verdict): g.measured for g in judge(made_run())}
+    assert verdicts[("T2T module, performer, inference: t2t_fast faster than upstream", "reached")].startswith("4.00x")
+    lost = "T2T module, performer, training: t2t_fast faster than upstream"
+    assert verdicts[(lost, "not reached")].startswith("1.00x")
+    saved = "T2T module, performer, training: t2t_fast fewer saved bytes than upstream"
+    assert verdicts[(saved, "reached")] == "10.00x"
+
+
+def test_table():
+    text = tables.table(ENVIRONMENT, made_run(), [{"group": "g", "provider": "sdpa", "reason": "needs 99 GB"}])
+    lines = text.splitlines()
+    assert "2026-01-02, a processor, 2 threads; t2t_fast 0.1.0 (commit abc), torch 2.11" in lines[0]
+    (compiled,) = [line for line in lines if "t2t_fast, torch.compile" in line]
+    assert "| 200 (200 – 200) | 0.500 (0.500 – 0.500) ▼ |" in compiled
+    (model,) = [line for line in lines if line.startswith("| t2t_vit_7")]
+    assert "front end 25 % of upstream's time, Amdahl's limit 1.33×" in model
+    assert "- g, sdpa: needs 99 GB" in lines
+    widths = {line.count("|") for line in lines if line.startswith("| ") and "ms (20" in line}
+    rows = {line.count("|") for line in lines if "upstream, eager" in line}
+    assert widths == rows == {len(tables.COLUMNS) + 1}
+
+
+def test_rows_come_from_either_json(tmp_path):
+    rows = made_run()
+    plain = tmp_path / "rows.json"
+    plain.write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows, "left_out": []}))
+    raw = tmp_path / "raw.json"
+    benchmarks = [
+        {"stats": {"data": row["times"]}, "extra_info": {"row": {k: v for k, v in row.items() if k != "times"}}}
+        for row in rows
+    ]
+    raw.write_text(json.dumps({"machine_info": {"t2t_fast": ENVIRONMENT}, "benchmarks": benchmarks}))
+    expected = run_file.RunFile(ENVIRONMENT, rows, [], [], [])
+    assert run_file.read(plain) == run_file.read(raw) == expected
+
+
+@needs_pytest_benchmark
+@needs_matplotlib
+def test_one_row_end_to_end(tmp_path):
+    """Collection, check, interleaved timing, both JSON files and the report, through the real command."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--report", str(tmp_path)]
+    found = subprocess.run(
+        [*command, "--filter", "token_mlp and inference"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    own = t2t_fast.explain("token_mlp", device="cpu").chosen("token_mlp") == "aten"
+    names = ["upstream", "t2t_fast"] if own else ["upstream", "aten", "t2t_fast"]
+    assert re.search(rf"\[visit 1 of 3: 0/{len(names)} rows, 0:\d\d\] copy bandwidth", found.stdout)
+    raw = json.loads((tmp_path / "raw.json").read_text())
+    assert [each["params"]["row"][1] for each in raw["benchmarks"]] == names
+    run = run_file.read(tmp_path / "rows.json")
+    assert run.complete and run.planned == len(names)
+    assert run_file.read(tmp_path / "raw.json") == run._replace(planned=None)
+    assert run.environment["torch"] == torch.__version__
+    assert run.environment["command"].endswith("--quick --filter 'token_mlp and inference'")
+    assert run.environment["limits"]["bytes_per_s"] > 0
+    upstream, *_, ours = run.rows
+    assert len(upstream["times"]) == len(ours["times"]) >= harness.MIN_ROUNDS
+    assert raw["benchmarks"][-1]["stats"]["median"] == pytest.approx(ours["seconds"]["median"])
+    assert ours["speedup"] == ratios(upstream["times"], ours["times"])
+    assert ours["peak_bytes"] > 0
+    assert "token_mlp, stage 1, 224 px, batch 8, fp32, inference" in (tmp_path / "table.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} >= {"report.html", "rows.csv", "chart-operators.png"}
+
+
+@needs_pytest_benchmark
+def test_a_filter_that_fits_nothing(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    found = subprocess.run([*command, "--filter", "nothing"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 5
+    assert found.stderr.endswith("python -m benchmarks: no row was measured\n")

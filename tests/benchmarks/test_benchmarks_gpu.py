@@ -1,0 +1,578 @@
+"""``make gpu``: its control flow, with a stand-in for the device, and what it says where there is none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import compile as gpu_compile
+from benchmarks.gpu import plan as gpu_plan
+from benchmarks.gpu import process as gpu_process
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu import summary as gpu_summary
+from benchmarks.measure import harness, run_file
+from benchmarks.suites.groups import Group, groups
+from benchmarks.suites.providers import BY_NAME
+from support import ROOT
+from support.rows import ENVIRONMENT, made_run
+
+
+class FakeGpu:
+    """The processor in the place of a GPU."""
+
+    name = "cpu"
+
+    def __init__(self, obstacle=None, driver="1.0"):
+        self._obstacle, self._driver = obstacle, driver
+
+    def obstacle(self):
+        return self._obstacle
+
+    def describe(self):
+        return {"date": str(time.time()), "gpu": "an imagined one", "driver": self._driver}
+
+    def run_name(self):
+        return "never used: --out is given"
+
+    def architecture(self):
+        return "sm_90"
+
+    def capability(self):
+        return None  # the build is for all architectures, as that of the environment
+
+
+def _python(text):
+    return lambda seconds: [sys.executable, "-c", text]
+
+
+def _say(text, code=0):
+    return _python(f"print({text!r}); raise SystemExit({code})")
+
+
+def _sleep(seconds, first="pass"):
+    return _python(f"import time, signal; {first}; print('begun', flush=True); time.sleep({seconds})")
+
+
+def _summary():
+    return {"started": "2026-01-02", "quick": False, "source": "abc", "environment": {"gpu": "an imagined one"}}
+
+
+def _read(out):
+    summary = json.loads((out / "summary.json").read_text())
+    return summary, {part["part"]: part for part in summary["parts"]}
+
+
+def _archived(out):
+    """Name -> content of the archive beside a folder."""
+    with tarfile.open(f"{out}.tar.gz") as file:
+        return {member.name: file.extractfile(member).read() for member in file}
+
+
+def _main(out, plan, *words, **device):
+    return gpu.main(["--out", str(out), *words], FakeGpu(**device), plan)
+
+
+def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def plan(device, out, quick, jobs):
+        assert quick and device.name == "cpu" and jobs >= 1
+        return [
+            gpu.Part("build", 30, _say("built")),
+            gpu.Part("tests", 30, _say(f"one failed in {ROOT}", 1)),
+            gpu.Part("verify", 2, _sleep(60)),
+            gpu.Part("headline", None, lambda seconds: _say(f"had {seconds:.0f} s")(seconds)),
+            gpu.Part("suites", None, None),
+        ]
+
+    started = time.monotonic()
+    assert _main(out, plan, "--quick") == 1
+    assert time.monotonic() - started < 30
+    summary, parts = _read(out)
+    assert summary["environment"]["gpu"] == "an imagined one"
+    assert {name: (part["result"], part["code"]) for name, part in parts.items()} == {
+        "build": ("ok", 0),
+        "tests": ("failed", 1),
+        "verify": ("cut off at its limit", None),
+        "headline": ("ok", 0),
+        "suites": ("left out in a quick run", None),
+    }
+    assert summary["finished"]
+    assert (out / "02-tests.log").read_text() == "one failed in .\n"
+    assert (out / "03-verify.log").read_text().startswith("begun\n")
+    assert str(ROOT) not in (out / "summary.json").read_text()
+    page = (out / "summary.md").read_text()
+    assert "| [tests](02-tests.log) | failed |" in page and "exit code 1" in page
+    assert "**FAILED: tests. No check ran.**" in page
+    assert "| [build](01-build.log) | ok | 0 | 30 | built |" in page
+    assert "had" in capsys.readouterr().out
+    files = {path for path in out.rglob("*") if path.is_file()}
+    assert _archived(out) == {f"run/{path.relative_to(out)}": path.read_bytes() for path in files}
+
+
+def test_gpu_run_that_is_cut_off_keeps_its_finished_parts(tmp_path):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    parts = [gpu.Part("build", 30, _say("built")), gpu.Part("tests", 30, interrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(parts, tmp_path, _summary())
+    assert list(_read(tmp_path)[1]) == ["build"]
+    assert "did not come to its end" in (tmp_path / "summary.md").read_text()
+
+
+def test_gpu_run_that_is_told_to_end_writes_what_it_has(tmp_path):
+    """SIGTERM, as ``timeout`` sends it: the child ends, its line and its log are in the archive."""
+    out, log = tmp_path / "run", tmp_path / "run" / "02-tests.log"
+
+    def tell():
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    told = threading.Thread(target=tell)
+    told.start()
+    parts = [gpu.Part("build", 30, _say("built")), gpu.Part("tests", 30, _sleep(60)), gpu.Part("more", 30, _say(""))]
+    assert _main(out, lambda *_: parts) == 130
+    told.join()
+    summary, lines = _read(out)
+    assert {name: line["result"] for name, line in lines.items()} == {"build": "ok", "tests": "interrupted"}
+    assert "finished" not in summary
+    assert _archived(out)["run/02-tests.log"].startswith(b"begun\n")
+    assert json.loads(_archived(out)["run/summary.json"]) == summary
+
+
+def test_gpu_part_that_ignores_signals_is_killed_with_its_children(tmp_path, monkeypatch):
+    """After ten seconds; here after one."""
+    assert sum(seconds for request, seconds in gpu_process.PATIENCE if request != signal.SIGKILL) == 10
+    patience = ((signal.SIGINT, 0.5), (signal.SIGTERM, 0.5), (signal.SIGKILL, 5))
+    monkeypatch.setattr(gpu_process, "PATIENCE", patience)
+    deaf = "[signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]"
+    child = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import signal; {deaf}; "
+    child += "import time; time.sleep(60)']).pid, flush=True)"
+    parts = [gpu.Part("deaf", 2, _sleep(60, f"{deaf}; {child}")), gpu.Part("leaving", 30, _python(child))]
+    started = time.monotonic()
+    assert not gpu.run(parts, tmp_path, _summary())
+    assert 3 <= time.monotonic() - started < 10
+    assert [line["result"] for line in _read(tmp_path)[1].values()] == ["cut off at its limit", "ok"]
+    for log in ("01-deaf.log", "02-leaving.log"):
+        state = Path("/proc", (tmp_path / log).read_text().split()[0], "stat")
+        # gone, or dead and nobody has asked yet
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_gpu_run_starts_nothing_without_time(tmp_path):
+    parts = [gpu.Part("build", 30, _say("built")), gpu.Part("suites", None, _say("never"))]
+    # not a failure: what was started succeeded
+    assert gpu.run(parts, tmp_path, _summary(), total=gpu_plan.END_SECONDS + gpu_plan.WORTH_STARTING)
+    lines = _read(tmp_path)[1]
+    assert [line["result"] for line in lines.values()] == ["ok", "no time left"]
+    assert "more than 50 s are needed" in lines["suites"]["reason"]
+    assert not (tmp_path / "02-suites.log").exists()
+
+
+def test_gpu_stage_runs_its_parts_side_by_side(tmp_path):
+    """Two at a time: the first two need each other; the last finds no time."""
+    stage = gpu.Stage("checks", 4, 2)
+    meet = "import pathlib, time; own, other = map(pathlib.Path, {}); own.touch()\n"
+    meet += "while not other.exists(): time.sleep(.1)"
+    places = [str(tmp_path / name) for name in "ab"]
+    parts = [
+        gpu.Part("a", 60, _python(meet.format(places)), stage=stage),
+        gpu.Part("b", 60, _python(meet.format(places[::-1])), stage=stage),
+        gpu.Part("c", 1, _sleep(60), stage=stage),
+        gpu.Part("d", 60, _sleep(60), stage=stage),
+        gpu.Part("e", 60, _sleep(60), stage=stage),
+        gpu.Part("f", 60, _say("never"), stage=stage),
+        gpu.Part("after", None, _say("begun")),
+    ]
+    assert not gpu.run(parts, tmp_path, _summary())
+    lines = _read(tmp_path)[1]
+    results = [line["result"] for line in lines.values()]
+    assert results == ["ok", "ok", *["cut off at its limit"] * 3, "no time left", "ok"]
+    assert lines["f"]["reason"] == "2 at a time, its stage had 4 s"
+    assert not (tmp_path / "06-f.log").exists()
+
+
+def test_gpu_part_without_a_limit_leaves_later_parts_theirs(tmp_path):
+    checks = gpu.Stage("checks", 30, 1)
+    parts = [
+        gpu.Part("headline", None, lambda seconds: _say(f"{seconds:.0f}")(seconds)),
+        gpu.Part("a", 20, _say(""), stage=checks),
+        gpu.Part("b", 20, _say(""), stage=checks),
+        gpu.Part("c", 10, _say("")),
+    ]
+    assert gpu.run(parts, tmp_path, _summary(), total=gpu_plan.END_SECONDS + 140)
+    assert (tmp_path / "01-headline.log").read_text() == "100\n"
+
+
+def test_gpu_run_counts_its_time_from_the_start_of_the_process(tmp_path):
+    parts = [gpu.Part("headline", None, lambda seconds: _say(f"{seconds:.0f}")(seconds))]
+    assert gpu.run(parts, tmp_path, _summary(), total=gpu_plan.END_SECONDS + 200, started=time.monotonic() - 120)
+    assert (tmp_path / "01-headline.log").read_text() == "80\n"
+    assert 120 <= _read(tmp_path)[0]["seconds"] < 130
+    code = "import time; time.sleep(1); from benchmarks.gpu.process import process_age; print(process_age())"
+    age = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+    assert 1 <= age < 30
+
+
+def test_gpu_run_without_a_start_that_is_plausible(monkeypatch):
+    monkeypatch.setattr(gpu_process, "PLAUSIBLE_AGE", 0)
+    assert gpu_process.process_age() == 0
+
+
+def test_gpu_run_puts_its_page_and_its_archive_where_it_is_told(tmp_path, capsys):
+    page, archive = tmp_path / "there" / "page.md", tmp_path / "there" / "all.tgz"
+    words = ["--summary", str(page), "--archive", str(archive)]
+    plan = [gpu.Part("build", 30, _say("built")), gpu.Part("tests-a", 30, _say("3 passed in 1 s"))]
+    assert _main(tmp_path / "run", lambda *_: plan, *words) == 0
+    assert page.read_text() == (tmp_path / "run" / "summary.md").read_text()
+    assert "**Every part that ran succeeded, and every check passed.**" in page.read_text()
+    assert not (tmp_path / "run.tar.gz").exists()
+    with tarfile.open(archive) as file:
+        assert "run/02-tests-a.log" in file.getnames()
+    assert capsys.readouterr().out.splitlines()[-2:] == [str(page), str(archive)]
+    assert _main(tmp_path / "run", lambda *_: plan, "--summary", str(tmp_path)) == 1
+    assert f"--out, --summary, --archive: {tmp_path} is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("most", [60_000, 20_000])
+def test_gpu_archive_leaves_out_the_largest_logs_and_then_what_else_is_large(tmp_path, monkeypatch, most):
+    """30 kB each, of which nothing can be compressed away."""
+    monkeypatch.setattr(gpu_summary, "ARCHIVE_BYTES", most)
+    for name, size in (("a.log", 30_000), ("b.log", 40_000), ("c.png", 25_000), ("rows/rows.json", 15_000)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(os.urandom(size))
+    gpu.run([gpu.Part("build", 30, _say("built"))], tmp_path, _summary())
+    left_out = {60_000: ["b.log", "a.log"], 20_000: ["b.log", "a.log", "01-build.log", "c.png"]}[most]
+    archive = Path(f"{tmp_path}.tar.gz")
+    assert archive.stat().st_size <= most
+    kept = {"summary.json", "summary.md", "rows/rows.json", "01-build.log", "c.png"} - set(left_out)
+    assert set(_archived(tmp_path)) == {f"{tmp_path.name}/{name}" for name in kept}
+    assert _read(tmp_path)[0]["not_in_archive"] == left_out
+    assert f"Too large for the archive: {', '.join(left_out)}" in (tmp_path / "summary.md").read_text()
+
+
+def test_gpu_run_whose_checks_fail_says_so_beside_every_number(tmp_path):
+    _rows(tmp_path / "headline")
+    error = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
+    parts = [
+        gpu.Part("headline", 30, _say("measured")),
+        gpu.Part("verify-a", 30, _say(f"row 1\n{error}\nCompile with TORCH_USE_CUDA_DSA\nlast words", 1)),
+        gpu.Part("tests-a", 30, _say("1 passed in 1 s")),
+        gpu.Part("tests-b", 30, _say("1 passed in 1 s")),
+    ]
+    assert not gpu.run(parts, tmp_path, _summary())
+    lines = _read(tmp_path)[1]
+    assert [line["result"] for line in lines.values()] == ["ok", "failed", "ok", "ok"]
+    assert lines["verify-a"]["reason"] == "exit code 1: CUDA error: an illegal memory access was encountered"
+    page = (tmp_path / "summary.md").read_text()
+    assert "**CHECKS FAILED: verify-a. Do not trust the numbers of this run.**" in page.splitlines()[2]
+    assert "## headline: CHECKS FAILED" in page and "| measured (CHECKS FAILED) |" in page
+    assert "| tests-* (2) | ok |" in page
+    assert len(page.splitlines()) < 60
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"verify-a": "green", "tests-a": "== 5 passed, 2 skipped in 3.00s =="}, "Every part that ran succeeded, and"),
+        ({"verify-a": "green", "tests-a": "== 202 skipped in 3.00s =="}, "1 of 2 checks are incomplete."),
+        ({"build": "built"}, "No check ran."),
+    ],
+)
+def test_gpu_run_says_what_was_checked(tmp_path, parts, words):
+    assert gpu.run([gpu.Part(name, 30, _say(said)) for name, said in parts.items()], tmp_path, _summary())
+    assert (tmp_path / "summary.md").read_text().splitlines()[2].startswith(f"**{words}")
+
+
+def test_gpu_run_that_is_killed_leaves_nothing_running_and_goes_on(tmp_path):
+    out = tmp_path / "run"
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests/benchmarks")!r}]
+from benchmarks.gpu import run as gpu
+from test_benchmarks_gpu import FakeGpu, _say, _sleep
+parts = [gpu.Part("build", 30, _say("built")), gpu.Part("tests-a", 30, _sleep(60))]
+gpu.main(["--out", {str(out)!r}], FakeGpu(), lambda *_: parts)
+"""
+    log = out / "02-tests-a.log"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:
+        while not (log.exists() and log.read_text().startswith("begun")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        (child,) = Path("/proc", str(process.pid), "task", str(process.pid), "children").read_text().split()
+        process.kill()
+    state = Path("/proc", child, "stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the part goes on without its run"
+        time.sleep(0.05)
+    assert [line["part"] for line in _read(out)[0]["parts"]] == ["build"]
+    parts = [gpu.Part("build", 30, _say("never")), gpu.Part("tests-a", 30, _say("good"))]
+    assert _main(out, lambda *_: parts) == 0
+    assert log.read_text() == "good\n" and (out / "01-build.log").read_text() == "built\n"
+
+
+def _counted(tmp_path, name, code=0):
+    """A command that notes each of its runs."""
+    text = f"open({str(tmp_path / 'runs')!r}, 'a').write({name + ' '!r}); raise SystemExit({code})"
+    return _python(text)
+
+
+def _runs(tmp_path):
+    path = tmp_path / "runs"
+    names = path.read_text().split()
+    path.unlink()
+    return names
+
+
+def test_gpu_second_call_goes_on(tmp_path, capsys):
+    """It keeps what ended well, in the same folder, from the same code and machine."""
+    out = tmp_path / "run"
+    codes = {"tests": 1}
+
+    def plan(device, out, quick, jobs):
+        names = ("build", "verify-a", "verify-b", "tests")
+        return [gpu.Part(name, 30, _counted(tmp_path, name, codes.get(name, 0))) for name in names]
+
+    assert _main(out, plan, "--only", "build", "tests") == 1
+    assert _runs(tmp_path) == ["build", "tests"]
+    assert [line["result"] for line in _read(out)[0]["parts"]] == ["ok", "not asked for", "not asked for", "failed"]
+    codes.clear()
+    assert _main(out, plan) == 0
+    assert _runs(tmp_path) == ["verify-a", "verify-b", "tests"]
+    assert [line["result"] for line in _read(out)[0]["parts"]] == ["ok"] * 4
+    assert _main(out, plan, "--only", "verify") == 0
+    assert _runs(tmp_path) == ["verify-a", "verify-b"]
+    # another machine: begun anew, what was there is still there
+    assert _main(out, plan, driver="2.0") == 0
+    assert len(_runs(tmp_path)) == 4
+    assert _read(tmp_path / "run-1")[0]["environment"]["driver"] == "1.0"
+    assert json.loads(_archived(tmp_path / "run-1")["run/summary.json"])["environment"]["driver"] == "1.0"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        _main(out, plan, "--only", "everything")
+    assert "--only must name some of build, verify-a, verify-b, tests, got 'everything'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        _main(out, plan, "--total", "5")
+    assert "--total must be more than" in capsys.readouterr().err
+
+
+def _rows(folder, left_out=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    run_file.write(folder / "rows.json", run_file.RunFile(ENVIRONMENT, made_run(), [], [], list(left_out), 9))
+
+
+def test_gpu_second_call_measures_the_rows_that_had_no_time(tmp_path):
+    out = tmp_path / "run"
+    seen = tmp_path / "seen"
+    command = _python(f"import sys; open({str(seen)!r}, 'a').write(' '.join(sys.argv[1:]) + ';')")
+    plan = [gpu.Part("headline", 30, command, out / "headline")]
+    late = {"group": "g", "provider": "upstream", "reason": "the time limit of 9 s had passed"}
+    for left_out, wanted in (([late], ";"), ([], ";--resume;"), ([], ";--resume;")):
+        assert _main(out, lambda *_: plan) == 0
+        assert seen.read_text() == wanted
+        _rows(out / "headline", left_out)
+    # named, a finished one is measured again
+    assert _main(out, lambda *_: plan, "--only", "headline") == 0
+    assert seen.read_text() == ";--resume;;"
+
+
+def test_gpu_run_draws_the_rows_of_a_part_that_was_cut_off(tmp_path):
+    _rows(tmp_path / "headline")
+    part = gpu.Part("headline", 2, _sleep(60), tmp_path / "headline")
+    gpu.run([part], tmp_path, _summary())
+    names = {path.name for path in (tmp_path / "headline").iterdir()}
+    assert {"table.md", "report.html"} <= names and any(name.endswith(".png") for name in names)
+    assert f"{tmp_path.name}/headline/table.md" in _archived(tmp_path)
+
+
+def test_gpu_run_puts_the_goals_into_its_summary(tmp_path):
+    _rows(tmp_path / "headline", [{"group": "g", "provider": "upstream", "reason": "no memory"}])
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "rows.json").write_text("{")
+    assert gpu.run([gpu.Part("build", 30, _say("built"))], tmp_path, _summary())
+    found = _read(tmp_path)[0]["suites"]
+    assert found["headline"]["rows"] == 7
+    assert {goal["verdict"] for goal in found["headline"]["goals"]} == {"reached", "not reached"}
+    assert "not JSON" in found["suites"]["error"]
+    page = (tmp_path / "summary.md").read_text()
+    assert "7 of 9 rows with numbers" in page and "- 1 without: no memory" in page and "| reached |" in page
+    assert "suites/rows.json cannot be read" in page
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "default"])
+def test_gpu_plan(tmp_path, quick, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    device = gpu.Gpu()
+    device.architecture, device.capability = (lambda: "sm_90"), (lambda: "9.0")
+    parts = gpu.plan(device, tmp_path, quick, 4)
+    assert len({part.name for part in parts}) == len(parts)
+    run = [part for part in parts if part.command is not None]
+    stages = dict.fromkeys(part.stage.name if part.stage else part.name for part in run)
+    assert list(stages) == ["build", "compile", "headline", "checks", *([] if quick else ["compiled", "suites"])]
+    own = ["env", "TORCH_CUDA_ARCH_LIST=9.0", sys.executable, "setup.py", "build_ext", "--inplace"]
+    assert run[0].command(45.0) == own
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert gpu.plan(device, tmp_path, quick, 4)[0].command(45.0) == own[2:]
+    shares = [part.command(50.0) for part in run if part.name.startswith("compile-")]
+    assert [words[words.index("--share") + 1] for words in shares] == ["1/4", "2/4", "3/4", "4/4"]
+    headline = next(part for part in run if part.name == "headline").command(300.0)
+    compiled = {*shares[0][shares[0].index("--suite") + 1 :]} if quick else {"all"}
+    measured = {*headline[headline.index("--suite") + 1 : headline.index("--filter")]} if quick else {"all"}
+    assert compiled == measured
+    assert headline[1:7] == ["-m", "benchmarks", "--device", "cuda", "--report", str(tmp_path / "headline")]
+    assert headline[headline.index("--max-seconds") + 1] == "270"
+    assert "--quick" in headline
+    # what has no limit finds time, even if all others need theirs
+    total = gpu_plan.TOTAL_SECONDS[quick]
+    assert total - gpu_plan.END_SECONDS - gpu._reserved(run) >= gpu_plan.WORTH_STARTING
+    assert total <= (170 if quick else 480)
+
+
+def test_gpu_plan_compiles_what_the_headline_rows_launch():
+    """Each call once, in one of the shares."""
+    found = gpu_compile.calls(gpu_plan.QUICK_SUITES, "cuda")
+    wanted = {group.id for suite in gpu_plan.QUICK_SUITES for group in groups(suite, "cuda", True)}
+    assert {group.id for group, _ in found} == wanted
+    assert {provider.name for _, provider in found} >= {"t2t_fast", "t2t_fast-low"}
+    assert not [provider.name for _, provider in found if provider.compiled or provider.captured]
+    shared = [call for number in (1, 2, 3) for call in gpu_compile.share(found, number, 3)]
+    assert sorted(map(str, shared)) == sorted(map(str, found))
+
+
+def test_gpu_compile_makes_first_calls_forward_and_backward(monkeypatch, capsys):
+    """On this processor; what runs out of memory is left to the rows, what fails is told, the rest goes on."""
+    small, failing, large = (
+        (Group("op", "token_mlp-stage1", 32, batch, "fp32", "training", False, "ops"), BY_NAME["aten"])
+        for batch in (1, 2, 3)
+    )
+    prepare, made = harness.prepare, []
+
+    def watched(subject, *arguments, **named):
+        if subject.group.batch == 2:
+            raise ValueError("no kernel")
+        if subject.group.batch == 3:
+            raise torch.OutOfMemoryError("full")
+        made.append(prepare(subject, *arguments, **named))
+        return made[-1]
+
+    monkeypatch.setattr(harness, "prepare", watched)
+    monkeypatch.setattr(gpu_compile, "calls", lambda suites, device: [failing, large, small])
+    assert gpu_compile.main(["--device", "cpu", "--share", "2/2"]) == 0
+    assert gpu_compile.main(["--device", "cpu"]) == 1
+    printed = capsys.readouterr().out.splitlines()[1:]
+    assert printed == [
+        "op-token_mlp-stage1-32px-b2-fp32-training, aten: ValueError: no kernel",
+        "op-token_mlp-stage1-32px-b3-fp32-training, aten: too little memory beside the other processes",
+        "op-token_mlp-stage1-32px-b1-fp32-training, aten: ready",
+    ]
+    assert made[0].facts["error"] is None and made[0].facts["first_call_s"] > 0
+    with pytest.raises(SystemExit):
+        gpu_compile.main(["--share", "3/2"])
+    assert "must be like 2/8, got '3/2'" in capsys.readouterr().err
+
+
+def test_gpu_plan_knows_every_operator_and_test_file():
+    from t2t_fast.testing import CASES
+
+    verified = [op for operators in gpu_plan.VERIFIED.values() for op in operators]
+    assert sorted(verified) == sorted(["model", *CASES])
+    assert all(
+        (ROOT / "tests" / file).exists() for file, _ in (*gpu_plan.TESTS.values(), *gpu_plan.QUICK_TESTS.values())
+    )
+
+
+def _small(parts):
+    """The plan's parts with boxes for two CPU cores and a minute; of the checks, one of each kind comes first."""
+    boxes = {"build": 60, "headline": 150, "compiled": 2, "suites": 2}
+    parts = [
+        part._replace(
+            seconds=boxes.get(part.name, 12),
+            stage=part.stage and gpu.Stage(part.stage.name, 12, len(KINDS)),
+        )
+        for part in parts
+    ]
+    named = {part.name: part for part in parts}
+    measure = named["headline"].command
+    # rows of a few seconds: those of its first suite take longer than its box where the machine is busy
+    named["headline"] = named["headline"]._replace(command=lambda limit: [*measure(limit), "--suite", "latency"])
+    order = ["build", "compile-1", "headline", *KINDS]
+    return [named[name] for name in [*order, *(name for name in named if name not in order)]]
+
+
+KINDS = ("verify-others-bf16", "tests-native", "neutrality", "half-precision", "stability", "kernels")
+
+
+@pytest.mark.slow
+def test_gpu_plan_on_the_processor(tmp_path, monkeypatch):
+    """Its own commands, each at least begun; the build and the headline rows for real."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other beside other tests take minutes
+    out = tmp_path / "run"
+    status = ["git", "status", "--porcelain", "t2t_fast", "csrc"]
+    before = subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout
+    code = gpu.main(["--out", str(out), "--total", "330"], FakeGpu(), lambda *place: _small(gpu.plan(*place)))
+    summary, parts = _read(out)
+    results = {name: part["result"] for name, part in parts.items()}
+    assert set(results.values()) <= {"ok", "cut off at its limit", "no time left"}, results
+    assert code == (0 if set(results.values()) <= {"ok", "no time left"} else 1)
+    assert results["build"] == "ok" and summary["finished"]
+    for name, part in parts.items():
+        assert "reason" in part if results[name] == "no time left" else (out / part["log"]).exists(), name
+    assert "no time left" not in {results[name] for name in ("compile-1", "compiled", "suites", *KINDS)}
+    run = run_file.read(out / "headline" / "rows.json")
+    assert run.environment["device"] and "cpu" in run.environment["command"]
+    assert any(row["provider"] == "t2t_fast" and min(row["times"]) > 0 for row in run.rows)
+    assert summary["suites"]["headline"]["rows"] == len(run.rows)
+    assert (out / "headline" / "table.md").exists() and list((out / "headline").glob("*.png"))
+    page = (out / "summary.md").read_text()
+    assert all(name in page or f"| {name.partition('-')[0]}-* (" in page for name in results) and "## headline" in page
+    files = {path for path in out.rglob("*") if path.is_file()}
+    assert _archived(out) == {f"run/{path.relative_to(out)}": path.read_bytes() for path in files}
+    # the build in place left the checkout as it was
+    assert subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout == before
+    native = "from t2t_fast import _extension; assert _extension.operators_error() is None; import t2t_fast._C"
+    subprocess.run([sys.executable, "-c", native], cwd=ROOT, check=True)
+
+
+def test_gpu_run_says_in_one_line_why_it_cannot_run(capsys):
+    assert gpu.main([], FakeGpu("no such device")) == 1
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err == "python -m benchmarks.gpu: cannot run here: no such device\n"
+
+
+def test_gpu_run_says_in_one_line_what_is_wrong_with_its_folder(tmp_path, capsys):
+    (tmp_path / "summary.json").write_text("[]")
+    assert _main(tmp_path, lambda *_: []) == 1
+    assert "is no summary of such a run" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_run_on_this_machine_is_one_line():
+    found = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert len(found.stderr.splitlines()) == 1
+    assert "cannot run here: " in found.stderr
+
+
+def test_gpu_run_without_torch_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not installed')\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    assert found.stderr == "python -m benchmarks.gpu: cannot run here: torch cannot be imported (not installed)\n"

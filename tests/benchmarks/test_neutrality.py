@@ -1,0 +1,154 @@
+"""``python -m benchmarks.questions.neutrality``: its data, its verdict, and a few steps of it."""
+
+import importlib.util
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.questions import neutrality
+from benchmarks.questions.neutrality import BASE, OTHER_SEED, Run, Settings
+from t2t_fast.cli.common import CommandError
+
+MISSING = [name for name in ("matplotlib", "PIL") if importlib.util.find_spec(name) is None]
+needs_pictures = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+@pytest.fixture
+def photo():
+    """A picture whose colour says where a crop was taken."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (64, 80))
+    picture.putdata([(4 * x, 3 * y, 128) for y in range(80) for x in range(64)])
+    return SimpleNamespace(image=picture)
+
+
+@needs_pictures
+def test_views_are_labelled_by_their_place(photo):
+    images, labels = neutrality.views(photo, 16, 200)
+    assert images.shape == (200, 3, 16, 16) and images.dtype == torch.uint8
+    assert labels.min() >= 0 and labels.max() < neutrality.CELLS**2 and len(labels.unique()) > 10
+    red = images[:, 0].float().mean((1, 2))
+    columns = [red[labels % neutrality.CELLS == column].mean().item() for column in range(neutrality.CELLS)]
+    assert columns == sorted(columns)
+    again, _ = neutrality.views(photo, 16, 200)
+    assert torch.equal(images, again)
+
+
+def test_models_start_alike():
+    """The same weights for every form and dtype, without dropout; changed a little, or others, where asked for."""
+    base, swapped = (neutrality.model_for(Run(form, "fp32"), 32) for form in ("upstream", "t2t_fast"))
+    weights = base.state_dict()
+    for name, value in swapped.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert not [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    changed = neutrality.model_for(BASE._replace(change=1), 32).head.weight
+    distance = (changed - base.head.weight).norm() / base.head.weight.norm()
+    assert 0.5 < distance / neutrality.CHANGE < 2
+    other = neutrality.model_for(BASE._replace(seed=OTHER_SEED), 32).head.weight
+    assert not torch.allclose(other, base.head.weight)
+
+
+STEPS = 40
+
+
+def made(dtypes=("fp32", "bf16", "fp16"), **apart):
+    """Curves: all of a half type 0.01 above upstream's in float32, other weights 0.1; ``apart``: run -> offset."""
+    found = {}
+    for run in neutrality.plan(dtypes):
+        offset = 1e-6 if run.change else 0.1 if run.seed == OTHER_SEED else 0.0 if run.dtype == "fp32" else 0.01
+        offset = apart.get(f"{run.form}_{run.dtype}", offset) if run.seed != OTHER_SEED and not run.change else offset
+        found[run] = ([2.0 + offset - 0.01 * step for step in range(STEPS)], [])
+    return found
+
+
+def verdicts(found, dtypes=("fp32", "bf16", "fp16")):
+    return {verdict.dtype: verdict for verdict in neutrality.judge(found, dtypes, STEPS)}
+
+
+def test_the_verdict_of_alike_curves():
+    judged = verdicts(made(t2t_fast_fp32=5e-6))
+    assert all(verdict.ok for verdict in judged.values())
+    assert judged["fp32"].allowed == pytest.approx(1e-5) and judged["bf16"].allowed == pytest.approx(0.1)
+
+
+def test_once_training_is_chaotic_other_weights_are_the_measure():
+    judged = verdicts(made(upstream_bf16=0.08, upstream_fp16=0.12))
+    assert judged["bf16"].allowed == pytest.approx(0.1) and judged["fp16"].allowed == pytest.approx(0.12)
+
+
+@pytest.mark.parametrize(
+    ("apart", "wrong"),
+    [
+        pytest.param({"t2t_fast_fp32": 1e-3}, "fp32", id="further than rounding"),
+        pytest.param({"t2t_fast_bf16": 0.3}, "bf16", id="further than other weights"),
+        pytest.param({"t2t_fast_fp16": math.nan}, "fp16", id="not finite"),
+    ],
+)
+def test_the_verdict_of_a_curve_apart(apart, wrong):
+    assert [dtype for dtype, verdict in verdicts(made(**apart)).items() if not verdict.ok] == [wrong]
+
+
+def test_upstream_that_is_not_finite_in_float16_decides_nothing():
+    judged = verdicts(made(upstream_fp16=math.nan))
+    assert judged["fp16"].ok and judged["fp16"].allowed == judged["bf16"].allowed
+    alone = verdicts(made(("fp32", "fp16"), upstream_fp16=math.nan), ("fp32", "fp16"))
+    assert alone["fp16"].allowed == pytest.approx(0.1)
+
+
+def test_a_skipped_step_after_the_warm_up_is_a_fault():
+    found = made()
+    losses, _ = found[Run("t2t_fast", "fp16")]
+    found[Run("t2t_fast", "fp16")] = (losses, [1, 20])
+    judged = verdicts(found)
+    assert judged["fp16"].skipped == [20] and not judged["fp16"].ok
+    report = list(neutrality.lines(found, judged.values()))
+    assert report[-1].startswith("fp16: NOT neutral") and "[20]" in report[-1]
+    assert report[-2].startswith("bf16: neutral")
+
+
+def test_smoothing():
+    assert neutrality.smooth([1.0] * 40).shape == (39,)
+    assert neutrality.distance([1.0, 2.0, 3.0], [1.0, 2.0, 6.0]) == pytest.approx(1.0)
+
+
+@needs_pictures
+@pytest.mark.slow
+def test_a_few_steps(tmp_path, capsys):
+    """The whole command; so few steps amplify nothing, so in float32 the curves agree to rounding."""
+    arguments = ["--device", "cpu", "--dtypes", "fp32", "bf16", "--size", "32", "--batch", "4", "--steps", "4"]
+    assert neutrality.main([*arguments, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "neutrality.json").read_text())
+    assert [run["name"] for run in found["runs"]][:4] == [
+        "upstream fp32",
+        "t2t_fast fp32",
+        "upstream bf16",
+        "t2t_fast bf16",
+    ]
+    assert all(len(run["losses"]) == 4 for run in found["runs"])
+    assert [verdict["ok"] for verdict in found["verdicts"]] == [True, True]
+    assert found["verdicts"][0]["distance"] < 1e-5 and found["environment"]["backends"]["fp32"]
+    assert (tmp_path / "neutrality.png").stat().st_size > 10_000
+    assert "fp32: neutral" in capsys.readouterr().out
+
+
+def test_without_a_photograph(monkeypatch, capsys):
+    def load_photo(path):
+        raise CommandError("there is no sample")
+
+    monkeypatch.setattr(neutrality, "load_photo", load_photo)
+    assert neutrality.main(["--device", "cpu", "--quick"]) == 2
+    assert "there is no sample" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@needs_pictures
+def test_on_a_gpu(tmp_path):
+    assert neutrality.main(["--device", "cuda", "--quick", "--out", str(tmp_path)]) == 0
+
+
+def test_default_sizes():
+    assert Settings() == (224, 32, 300) and neutrality.QUICK.steps == 30

@@ -1,0 +1,158 @@
+"""Bytes and FLOPs of the Triton kernels, launch by launch, against what the cost table says they must be."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.kernels import traffic
+from benchmarks.kernels.traffic import Access, Launch
+from support import ROOT
+from t2t_fast.ops import triton_runtime
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="not under TRITON_INTERPRET=1"),
+]
+
+# Which launches do the work of which kernel of benchmarks/suites/costs.py, in its order
+FORWARD = [("split_keys_kernel",), ("read_out_tail_kernel",)]
+BACKWARD = [
+    ("queries_kernel", "tail_backward_kernel", "queries_backward_kernel"),
+    ("keys_backward_kernel",),
+    ("split_linear_weight_kernel",),
+    ("token_scalars_kernel", "split_linear_image_kernel"),
+]
+BESIDE = {"cells_kernel", "merge_kernel", "torch.sum"}
+"""The first stage's cells, the merge of a sequence's splits, and the gradient of the Linear's bias."""
+
+# Each over the cost table's bytes or FLOPs of that kernel: bytes of token-long tensors touched, and requested (windows
+# overlap, and one program for each block of columns or group of outputs reads the same tile); bytes of weights
+# requested (every program reads them); FLOPs (whole tiles; w in two parts; 147 of a cell window's 192 columns).
+LIMITS = {
+    ("performer_layer-stage1", "inference"): [(1.00, 1.81, 1.74, 1.36), (0.99, 0.99, 0.14, 1.13)],
+    ("performer_layer-stage1", "forward"): [(1.00, 1.59, 1.26, 1.36), (0.99, 0.99, 0.14, 1.13)],
+    ("performer_layer-stage1", "backward"): [
+        (1.96, 2.16, 0.11, 1.23),
+        (0.97, 0.97, 0.03, 1.25),
+        (1.01, 3.20, 0.00, 1.31),
+    ],
+    ("performer_layer-stage2", "inference"): [(0.99, 1.78, 2.61, 1.16), (0.98, 0.98, 0.54, 1.20)],
+    ("performer_layer-stage2", "forward"): [(0.99, 1.66, 2.22, 1.16), (0.98, 0.98, 0.54, 1.20)],
+    ("performer_layer-stage2", "backward"): [
+        (1.92, 2.11, 0.43, 1.36),
+        (0.95, 0.95, 0.11, 1.33),
+        (1.00, 2.55, 0.00, 1.07),
+        (1.55, 3.72, 2.59, 1.07),
+    ],
+    ("soft_split_linear-stage3", "inference"): [(1.00, 2.32, 3.10, 1.14)],
+    ("soft_split_linear-stage3", "forward"): [(1.00, 2.32, 3.10, 1.14)],
+    ("soft_split_linear-stage3", "backward"): [(1.00, 3.52, 0.00, 1.07), (1.00, 5.55, 5.74, 1.07)],
+}
+
+# Of a whole stage, everything beside included, over the table's sum: token-long bytes touched
+STAGES = {
+    ("performer_layer-stage1", "inference"): 1.26,
+    ("performer_layer-stage1", "forward"): 1.22,
+    ("performer_layer-stage1", "backward"): 1.66,
+    ("performer_layer-stage2", "inference"): 0.98,
+    ("performer_layer-stage2", "forward"): 0.99,
+    ("performer_layer-stage2", "backward"): 1.48,
+    ("soft_split_linear-stage3", "inference"): 1.00,
+    ("soft_split_linear-stage3", "forward"): 1.00,
+    ("soft_split_linear-stage3", "backward"): 1.30,
+}
+
+
+def groups(subject, direction):
+    """The launches of each kernel of the cost table."""
+    if subject.startswith("soft_split_linear"):
+        return [BACKWARD[2], BACKWARD[3][1:]] if direction == "backward" else [("split_linear_kernel",)]
+    return FORWARD if direction != "backward" else BACKWARD if subject.endswith("2") else BACKWARD[:3]
+
+
+def ratios(launches, names, kernel, images):
+    """What the launches of some kernels move and compute over what they must."""
+    found = [launch for launch in launches if launch.name in names]
+    assert {launch.name for launch in found} == set(names)
+    tokens, weights = ([each.accesses.get(role, Access()) for each in found] for role in ("tokens", "parameters"))
+    moved, computed = images * kernel.bytes, images * kernel.flops
+    return (
+        sum(each.touched for each in tokens) / moved,
+        sum(each.requested for each in tokens) / moved,
+        sum(each.requested for each in weights) / moved,
+        sum(each.flops for each in found) / computed,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", traffic.SUBJECTS)
+def test_traffic_is_within_what_is_stated(subject):
+    """At 224 px, in bfloat16, with the launch parameters of sm_90."""
+    images = traffic.SUBJECTS[subject]
+    passes, cost = traffic.measure(subject, images=images)
+    for direction, launches in passes.items():
+        kernels = getattr(cost, direction)
+        expected = groups(subject, direction)
+        known = {name for names in expected for name in names} | BESIDE
+        assert {launch.name for launch in launches} <= known, "a launch without its place in this table"
+        for names, kernel, limits in zip(expected, kernels, LIMITS[subject, direction], strict=True):
+            found = ratios(launches, names, kernel, images)
+            where = (
+                f"{subject} {direction} {' + '.join(names)}: {[f'{value:.3f}' for value in found]}, at most {limits}"
+            )
+            assert all(value <= limit + 0.005 for value, limit in zip(found, limits, strict=True)), where
+            assert found[0] > 0.93 and found[3] > 0.99, where  # small states apart, less cannot be
+        touched = sum(launch.accesses.get("tokens", Access()).touched for launch in launches)
+        ratio = touched / images / sum(kernel.bytes for kernel in kernels)
+        assert ratio <= STAGES[subject, direction] + 0.005, f"{subject} {direction}: {ratio:.3f}"
+
+
+def test_a_launch_is_counted_byte_by_byte():
+    """Of a small soft split with Linear: the output once, the image at least once, and every product."""
+    passes, _ = traffic.measure("soft_split_linear-stage3", size=80)
+    split, *_ = passes["forward"]
+    length, outputs, columns = 25, 384, 576
+    assert split.name == "split_linear_kernel"
+    tokens, weights = split.accesses["tokens"], split.accesses["parameters"]
+    assert tokens.touched == 2 * (100 * 64 + length * outputs)
+    assert tokens.requested > tokens.touched
+    assert weights.touched == 2 * columns * outputs + 4 * outputs
+    assert split.flops % (2 * columns * outputs) == 0
+    assert split.flops >= 2 * columns * outputs * length
+
+
+def test_what_pytorch_does_between_launches():
+    launches = []
+    with traffic._Others(launches, {50}):
+        x = torch.ones(2, 50, 3)
+        x.transpose(1, 2).sum(-1)
+        torch.ones(7).add(1)
+    assert [(each.name, each.accesses["tokens"].touched) for each in launches] == [
+        ("torch.ones", 1200),
+        ("torch.sum", 1200),
+    ]
+
+
+def test_lines_of_the_report():
+    launch = Launch("a_kernel", flops=2_000_000)
+    launch.add("tokens", 3000, 1000)
+    launch.add("states", 0, 500)
+    header, line, total = traffic.lines("title", [launch])
+    assert header.startswith("title") and line.split() == ["a_kernel", "3", "1", "0", "0", "0", "2.0"]
+    assert total.split()[1:] == line.split()[1:]
+
+
+@pytest.mark.slow
+def test_the_command():
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernels.traffic", "soft_split_linear-stage3", "--size", "80"],
+        cwd=ROOT,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "split_linear_weight_kernel" in found.stdout and "compulsory, an image: " in found.stdout

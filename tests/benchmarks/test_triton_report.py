@@ -1,0 +1,308 @@
+"""What the machine code of every Triton kernel must hold, compiled for architectures that need not be here.
+
+The report runs in a process of its own, where Triton compiles instead of interpreting.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.kernels import machine_code, triton_report
+from benchmarks.kernels import report as kernel_report
+from benchmarks.kernels.machine_code import Code, Kernel
+from benchmarks.kernels.triton_report import Case, Row
+from support import ROOT
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+KIB = 1024
+EVERYWHERE = 99 * KIB
+"""Shared memory that a block may have on every architecture from sm_80 on: that of sm_86, sm_89 and sm_120."""
+
+ATTENTION = {"keys_kernel", "queries_kernel", "queries_backward_kernel", "keys_backward_kernel"}
+SPLIT = {"split_linear_kernel", "split_linear_weight_kernel", "split_linear_image_kernel"}
+TAIL = {"tail_kernel", "tail_backward_kernel", "read_out_tail_kernel"}
+WITH_PRODUCTS = ATTENTION | SPLIT | TAIL | {"split_keys_kernel"}
+FORWARD = {"split_linear_kernel", "split_keys_kernel"}
+CROWDED = {("tail_backward_kernel", "fp32", "sm_120")}
+STORING = ATTENTION - {"keys_kernel"}
+MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
+
+# a token (an image's gradient: pixel), by the first of the call's sizes: channels, of the attention and the tail E
+INSTRUCTIONS = {
+    ("keys_kernel", 64): 26,
+    ("queries_kernel", 64): 31,
+    ("queries_backward_kernel", 64): 84,
+    ("keys_backward_kernel", 64): 47,
+    ("split_linear_kernel", 3): 208,
+    ("split_linear_kernel", 64): 334,
+    ("split_linear_weight_kernel", 3): 102,
+    ("split_linear_weight_kernel", 64): 283,
+    ("token_scalars_kernel", 3): 69,
+    ("token_scalars_kernel", 64): 69,
+    ("split_linear_image_kernel", 3): 111,
+    ("split_linear_image_kernel", 64): 54,
+    ("tail_kernel", 64): 117,
+    ("tail_backward_kernel", 64): 205,
+    ("split_keys_kernel", 3): 149,
+    ("split_keys_kernel", 64): 291,
+    ("read_out_tail_kernel", 3): 138,
+    ("read_out_tail_kernel", 64): 138,
+}
+
+
+def report(python, folder, *options):
+    """The rows that ``python`` reports, and why there are none (or ``None``)."""
+    path = folder / "report.json"
+    command = [str(python), "-m", "benchmarks.kernels.report", "--triton-only", "--json", str(path), *options]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    reason = run.stdout.strip() if run.stdout.startswith("No Triton kernels") else None
+    return json.loads(path.read_text())["triton"], reason
+
+
+def where(row):
+    return f"{row['name']} {row['dtype']} {row['architecture']} {row['tokens']}x{row['warps']}x{row['stages']}"
+
+
+def check_completeness(rows):
+    found = Counter((row["architecture"], row["dtype"], row["name"]) for row in rows)
+    times = {
+        "merge_kernel": 1,
+        **dict.fromkeys(ATTENTION | TAIL, 1),
+        **dict.fromkeys(SPLIT, 4),
+        "split_linear_image_kernel": 3,  # not of bytes
+        "token_scalars_kernel": 2,  # nor without LayerNorm
+        "cells_kernel": 4,  # of two images, forward and backward
+        "split_keys_kernel": 2,  # of both stages, like
+        "read_out_tail_kernel": 2,
+    }
+    assert found == {(*case, name): count for case in CASES for name, count in times.items()}
+
+
+def check_registers(rows):
+    """None spills but the tail backward in float32: 15 accesses of 2,800 on sm_120, 18 by Triton 3.9, 2 by 3.6.
+
+    There ptxas fills all 255 registers whatever the sums, the order of the products, barriers or rounds ask for.
+    """
+
+    def allowed(row):
+        return 20 if (row["name"], row["dtype"], row["architecture"]) in CROWDED else 0
+
+    assert not [f"{where(row)}: {row['faults']}" for row in rows if row["code"]["spills"] > allowed(row)]
+    assert not [f"{where(row)}: {row['stack']}" for row in rows if row["stack"] and not allowed(row)]
+
+
+def check_shared_memory(rows):
+    assert not [f"{where(row)}: {row['shared']}" for row in rows if row["shared"] > EVERYWHERE]
+
+
+def check_matrix_instructions(rows):
+    for row in rows:
+        kinds = set(row["loop"]["matrix"])
+        if row["name"] not in WITH_PRODUCTS:
+            assert not kinds, where(row)
+            continue
+        assert kinds and kinds <= MATRIX[row["architecture"]], (where(row), kinds)
+        if row["architecture"] == "sm_90" and row["dtype"] in ("bf16", "fp16"):
+            assert "HGMMA" in kinds, (where(row), kinds)
+
+
+def check_accesses(rows):
+    """Tokens are read and written 16 bytes at a time; float32 operands are partly fetched 4 bytes at a time."""
+    for row in rows:
+        loads, stores = ({int(width) for width in row["loop"][kind]} for kind in ("loads", "stores"))
+        if row["name"] in TAIL:  # a tile of 16 tokens has 8 bytes for each thread of 8 warps
+            assert min(loads) >= 8 or row["dtype"] in ("fp32", "tf32"), (where(row), loads)
+        if row["name"] in ATTENTION:
+            allowed = {16} if row["dtype"] in ("bf16", "fp16") else {4, 16}
+            assert {16} <= loads <= allowed, (where(row), loads)
+            assert stores == ({16} if row["name"] in STORING else set()), (where(row), stores)
+        if row["name"] in FORWARD and row["sizes"][0] == 64:
+            assert loads == {16}, (where(row), loads)
+        if row["name"] in FORWARD and row["sizes"][0] == 3:  # cells; 4 bytes: the vectors of their columns
+            assert {16} <= loads and min(loads) >= 4, (where(row), loads)
+        if row["name"] == "cells_kernel":  # pixels are read one by one, and cells written whole
+            assert {int(width) for width in row["code"]["stores"]} == {16}, where(row)
+        if row["name"] in SPLIT | FORWARD | {"cells_kernel"}:
+            continue  # of windows the centre is one value
+        everything = {int(width) for kind in ("loads", "stores") for width in row["code"][kind]}
+        assert min(everything) >= 4, (where(row), everything)
+
+
+def check_instructions(rows):
+    """Of half types on sm_90 at most a tenth more than any of Triton 3.6, 3.8 and 3.9 makes of them."""
+    found = {}
+    for row in rows:
+        if row["architecture"] == "sm_90" and row["dtype"] in ("bf16", "fp16") and row["instructions_per_token"]:
+            key = row["name"], row["sizes"][0]
+            found[key] = max(found.get(key, 0.0), row["instructions_per_token"])
+    assert found.keys() == INSTRUCTIONS.keys()
+    assert not {key: (count, INSTRUCTIONS[key]) for key, count in found.items() if count > INSTRUCTIONS[key]}
+
+
+CASES = [(architecture, dtype) for architecture in triton_report.SHARED_LIMITS for dtype in triton_report.DTYPES]
+CHECKS = [
+    check_completeness,
+    check_registers,
+    check_shared_memory,
+    check_matrix_instructions,
+    check_accesses,
+    check_instructions,
+]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The kernels of T2T's shape, as this Python's Triton compiles them."""
+    found, reason = report(sys.executable, tmp_path_factory.mktemp("report"))
+    if reason is not None:
+        pytest.skip(reason)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_machine_code(rows, check):
+    check(rows)
+
+
+@pytest.mark.slow
+def test_machine_code_for_few_tokens(tmp_path):
+    """Smaller tiles, and as clean."""
+    found, reason = report(sys.executable, tmp_path, "--few", "--architecture", "sm_90")
+    if reason is not None:
+        pytest.skip(reason)
+    forward = [row for row in found if row["name"] in FORWARD | {"tail_kernel", "read_out_tail_kernel"}]
+    assert Counter(row["name"] for row in forward) == Counter(
+        split_linear_kernel=16, split_keys_kernel=8, tail_kernel=4, read_out_tail_kernel=8
+    )
+    assert all(row["few"] and row["tokens"] <= 32 for row in forward)
+    assert not [f"{where(row)}: {row['faults']}" for row in forward if row["faults"]]
+
+
+@pytest.mark.slow
+def test_a_large_state_fits_every_card(tmp_path):
+    """E and m of 128, in chunks; a few registers may spill, of which the report tells."""
+    found, reason = report(sys.executable, tmp_path, "--shape", "128", "128")
+    if reason is not None:
+        pytest.skip(reason)
+    passes = {row["name"] for row in found} - {"merge_kernel"}
+    assert {name.replace("_chunked", "") for name in passes} == ATTENTION and len(found) == 5 * len(CASES)
+    assert all(row["chunk"] for row in found if row["name"] in passes)
+    check_shared_memory(found)
+    # a twentieth of the instructions; of one kernel in float32, Triton 3.8 spills more on sm_100 and sm_120 (NOTES.md)
+    beyond = [row for row in found if row["code"]["spills"] > row["code"]["instructions"] / 20]
+    assert {(row["name"], row["dtype"]) for row in beyond} <= {("keys_backward_chunked_kernel", "fp32")}
+    assert all(row["code"]["spills"] <= 150 for row in beyond)
+
+
+@pytest.mark.slow
+def test_machine_code_of_another_triton(tmp_path):
+    others = [path for path in os.environ.get("T2T_FAST_TEST_PYTHON", "").split(os.pathsep) if path]
+    if not others:
+        pytest.skip("T2T_FAST_TEST_PYTHON names no Python with another Triton (several: separated as in PATH)")
+    reasons = []
+    for number, other in enumerate(others):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found, reason = report(other, folder)
+        if reason is None:
+            for check in CHECKS:
+                check(found)
+        else:
+            reasons.append(f"{other}: {reason}")
+    if len(reasons) == len(others):
+        pytest.skip("; ".join(reasons))
+
+
+def test_the_interpreter_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(triton_report.triton_runtime, "INTERPRETED", True)
+    assert "TRITON_INTERPRET" in triton_report.reason()
+
+
+def test_the_report_without_triton(monkeypatch):
+    monkeypatch.setattr(triton_report, "find_spec", lambda name: None)
+    assert kernel_report.triton_rows() == ([], "No Triton kernels to report: Triton is not installed.")
+
+
+def test_all_shapes():
+    cases = triton_report.cases(triton_report.every_shape())
+    shapes = {case.sizes for case in cases}
+    sizes = (16, 32, 64, 128, 256)
+    assert shapes == {(width, features) for width in sizes for features in sizes}
+    assert len(cases) == len(set(cases)) == len(shapes) * len(CASES)
+
+
+def row(**changes):
+    """A row without faults, but for ``changes`` of its kernel."""
+    code = Code(10, loads=Counter({16: 2}), matrix=Counter(HMMA=4))
+    facts = dict(name="keys_kernel", architecture="sm_120", registers=128, shared=EVERYWHERE, code=code, loop=code)
+    return Row(Case("sm_120", "fp16"), 4, 2, 64, 16, Kernel(**facts | changes), 0.625)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        pytest.param({}, None, id="none"),
+        pytest.param({"code": Code(spills=3), "stack": 8}, "spills (3 instructions, 8 bytes of stack)", id="spills"),
+        pytest.param({"stack": 8}, "spills (0 instructions, 8 bytes of stack)", id="stack"),
+        pytest.param({"shared": EVERYWHERE + 1}, "101377 bytes of shared memory where 101376 are allowed", id="shared"),
+    ],
+)
+def test_faults(changes, fault):
+    found = row(**changes)
+    assert found.faults() == ([] if fault is None else [fault])
+    last = kernel_report.triton_lines([found])[-1]
+    words = (
+        "1 kernels, none at fault."
+        if fault is None
+        else f"keys_kernel of performer_attention in fp16, E 64 m 32 on sm_120: {fault}"
+    )
+    assert last == words
+
+
+def test_a_line_of_the_report():
+    (line,) = [line for line in kernel_report.triton_lines([row()]) if line.startswith("keys_kernel")]
+    assert " ".join(line.split()) == "keys_kernel fp16 64 32 sm_120 64x4x2/16 128 0 0 101376 0.6 HMMA:4 | 16B:2 | -"
+
+
+def test_a_row_as_json():
+    found = json.loads(json.dumps(row().plain()))
+    assert (found["name"], found["dtype"], found["tokens"], found["loop"]["matrix"]) == (
+        "keys_kernel",
+        "fp16",
+        64,
+        {"HMMA": 4},
+    )
+
+
+def test_a_kernel_that_no_call_launches(monkeypatch):
+    """The report would be silent about it; here, two kernels that need no compiler, and a call of one."""
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "set_active", lambda active: None)
+
+    class Kernel:
+        def run(self, *, grid, warmup, **arguments):
+            assert warmup, "nothing may be launched"
+            return SimpleNamespace(asm={})
+
+    module = SimpleNamespace(__name__="kernels", first_kernel=Kernel(), second_kernel=Kernel())
+    words = "a call with performer_attention in fp32, E 64 m 32 on sm_90 did not launch second_kernel"
+    with pytest.raises(RuntimeError, match=words):  # noqa: SIM117
+        with triton_report._compiling(module, Case("sm_90", "fp32")) as found:
+            module.first_kernel.run(grid=(1,), warmup=False, TOKENS=64)
+    assert [(name, arguments) for name, arguments, _ in found] == [("first_kernel", {"TOKENS": 64})]
+
+
+def test_the_tool_of_tritons_package_comes_first():
+    if machine_code.find_tool(triton_first=True) is None:
+        pytest.skip("cuobjdump is not found: it is in the CUDA toolkit and in Triton's package")
+    assert "triton" in machine_code.find_tool(triton_first=True)
