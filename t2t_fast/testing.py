@@ -12,7 +12,7 @@ import torch
 
 from . import functional
 from .errors import BackendUnavailable
-from .ops.spec import T2T_WINDOWS
+from .ops._common.spec import T2T_WINDOWS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

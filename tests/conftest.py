@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
 from support import interpreter
 from t2t_fast import backends
 from t2t_fast.config import BACKENDS
-from t2t_fast.ops import native, triton_runtime
-from t2t_fast.ops.performer_attention import triton_impl
+from t2t_fast.ops._common import native_library as native
+from t2t_fast.ops._common import triton_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,7 +117,7 @@ def _running(request):
     wanted = backends.Request("cpu", dtype, {})
     reasons = {
         "native": native.reason(wanted, native.devices("performer_layer"), native.SINGLE),
-        "triton": triton_runtime.reason(wanted, triton_impl.DTYPES),
+        "triton": triton_runtime.reason(wanted),
     }
     if reasons.get(request.param) is not None:
         pytest.skip(f"{request.param}: {reasons[request.param]}")

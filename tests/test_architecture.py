@@ -1,30 +1,36 @@
-"""Who may import whom: the layers of CONTRIBUTING.md, held by parsing every import of the package."""
+"""Which module may import which: the layers of CONTRIBUTING.md, held by parsing every import."""
 
 import ast
-from pathlib import Path
+from fnmatch import fnmatchcase
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "t2t_fast"
+from support import ROOT
 
-KERNELS = tuple(f"kernels{part}" for part in ("", "_backward", "_chunked", "_image", "_statistics", "_weight"))
-# Lowest layer first; a module may import its own layer's package and anything below.
+OPS, COMMON = "t2t_fast.ops.*", "t2t_fast.ops._common"
+# Lowest layer first; a module may import modules of its own layer and anything below.
 LAYERS = [
     ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
     ["t2t_fast.backends", "t2t_fast.memory"],
-    [f"t2t_fast.ops.{name}" for name in ("spec", "transforms", "costs", "flops", "windows", "philox", "pixels")],
-    [f"t2t_fast.ops.{name}" for name in ("library", "launch", "kept")],
-    ["t2t_fast.ops.native", "t2t_fast.ops.triton_runtime", "t2t_fast.ops.tiles"],
-    [f"t2t_fast.ops.*.{name}" for name in (*KERNELS, "launch", "layout", "call", "gradient", "tail")],
-    [f"t2t_fast.ops.*.{name}" for name in ("reference", "composed", "aten_impl", "native_impl", "triton_impl")],
-    ["t2t_fast.ops.*.op"],
-    ["t2t_fast.functional"],
-    ["t2t_fast.modules"],
-    ["t2t_fast.models"],
-    ["t2t_fast.interop"],
+    [COMMON, *(f"{COMMON}.{name}" for name in ("spec", "transforms", "costs", "flops", "windows", "philox", "pixels"))],
+    [f"{COMMON}.{name}" for name in ("library", "launch_table", "cached")],
+    [f"{COMMON}.{name}" for name in ("native_library", "triton_runtime", "tiles")],
+    [f"{OPS}.{name}" for name in ("reference", "autograd", "aten")],
+    [f"{OPS}.triton.*", f"{OPS}.native"],
+    [f"{OPS}.op"],
+    ["t2t_fast.functional*"],
+    ["t2t_fast.modules*"],
+    ["t2t_fast.models*"],
+    ["t2t_fast.interop*"],
     ["t2t_fast.capture", "t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification"],
     ["t2t_fast"],
-    ["t2t_fast.cli", "t2t_fast.__main__"],
+    ["t2t_fast.cli*", "t2t_fast.__main__"],
+    ["benchmarks.suites*"],
+    ["benchmarks.measure*"],
+    ["benchmarks.report*"],
+    ["benchmarks.kernels*", "benchmarks.questions*"],
+    ["benchmarks.gpu*"],
+    ["benchmarks*"],
 ]
 # An operator never imports another one, but for the one that is made of three others.
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
@@ -33,16 +39,14 @@ DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves importe
 LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
 
 
-def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+def modules(package):
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-MODULES = dict(modules())
-IDS = list(MODULES)
-# Kernels are imported by what launches them.
-TRITON = {"t2t_fast.ops.tiles", *(name for name in MODULES if name.rpartition(".")[2] in KERNELS)}
+MODULES = {**dict(modules("t2t_fast")), **dict(modules("benchmarks"))}
+PACKAGE = [name for name in MODULES if name.startswith("t2t_fast")]
 
 
 def imports(name, top_level_only=False):
@@ -62,49 +66,47 @@ def imports(name, top_level_only=False):
                 yield full if full in MODULES or alias.name == "__version__" else target
 
 
+# Kernels and their launchers are imported at the first launch.
+TRITON = {f"{COMMON}.tiles", *(n for n in PACKAGE if ".triton." in n and "triton" in imports(n, top_level_only=True))}
+
+
 def layer(name):
-    best = None
-    for rank, patterns in enumerate(LAYERS):
-        for pattern in patterns:
-            head, star, tail = pattern.partition(".*")
-            if star:
-                fits = name.startswith(head + ".") and name.endswith(tail) and name.count(".") == pattern.count(".")
-            else:
-                fits = name == pattern or name.startswith(pattern + ".")
-            if fits and (best is None or len(pattern) > best[0]):
-                best = (len(pattern), rank)
-    return None if best is None else best[1]
+    """The rank of the most specific pattern that names a module, or ``None``."""
+    found = [(len(p), rank) for rank, patterns in enumerate(LAYERS) for p in patterns if fnmatchcase(name, p)]
+    return max(found)[1] if found else None
 
 
 EMPTY = {name for name, path in MODULES.items() if not path.read_text()}
 
 
-@pytest.mark.parametrize("name", [n for n in IDS if n not in EMPTY and not n.startswith("t2t_fast.reference")])
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in EMPTY and not n.startswith("t2t_fast.reference")])
 def test_imports_go_down(name):
     rank = layer(name)
     assert rank is not None, f"{name} has no layer; give it one in this test and in CONTRIBUTING.md"
     for target in imports(name):
-        if not target.startswith("t2t_fast") or target in ("t2t_fast.ops", "t2t_fast.__version__"):
+        if target.split(".")[0] not in ("t2t_fast", "benchmarks") or target == "t2t_fast.__version__":
             continue
         if target.startswith("t2t_fast.reference"):
             assert rank >= layer("t2t_fast.testing"), f"{name} must not use the oracle"
+            continue
+        if target in EMPTY:
             continue
         below = layer(target)
         assert below is not None and below <= rank, f"{name} imports {target}, which lies above it"
 
 
-@pytest.mark.parametrize("name", [n for n in IDS if n.startswith("t2t_fast.ops.")])
+@pytest.mark.parametrize("name", [n for n in PACKAGE if n.startswith("t2t_fast.ops.")])
 def test_operators_do_not_import_each_other(name):
     op = name.split(".")[2]
-    others = {entry.name for entry in (PACKAGE / "ops").iterdir() if entry.is_dir()} - {op}
-    allowed = COMPOSITES.get(op, set())
+    operators = {entry.name for entry in (ROOT / "t2t_fast" / "ops").iterdir() if entry.is_dir()} - {"_common"}
+    allowed = COMPOSITES.get(op, set()) | {op}
     for target in imports(name):
         parts = target.split(".")
-        if target.startswith("t2t_fast.ops.") and parts[2] in others:
+        if target.startswith("t2t_fast.ops.") and parts[2] in operators:
             assert parts[2] in allowed, f"{name} imports {target}"
 
 
-@pytest.mark.parametrize("name", [n for n in IDS if n.startswith("t2t_fast.reference")])
+@pytest.mark.parametrize("name", [n for n in PACKAGE if n.startswith("t2t_fast.reference")])
 def test_the_oracle_stands_alone(name):
     for target in imports(name):
         root = target.split(".")[0]
@@ -112,26 +114,27 @@ def test_the_oracle_stands_alone(name):
         assert own or root in ("torch", "numpy", "math", "functools", "collections"), f"{name} imports {target}"
 
 
-@pytest.mark.parametrize("name", [n for n in IDS if n not in DRAWING | TRITON])
+@pytest.mark.parametrize("name", [n for n in PACKAGE if n not in DRAWING | TRITON])
 def test_optional_packages_are_imported_where_they_are_used(name):
     for target in imports(name, top_level_only=True):
         assert target.split(".")[0] not in LAZY, f"{name} imports {target} at the top"
+        assert target not in TRITON, f"{name} imports kernels at the top: {target}"
 
 
 def test_every_operator_has_the_same_files():
-    expected = {"__init__.py", "op.py", "reference.py", "aten_impl.py"}
-    kernels = {"native_impl.py", "triton_impl.py", "launch.py", *(f"{name}.py" for name in KERNELS)}
-    own = {
-        "performer_layer": {"composed.py"},
-        "soft_split_linear": {"call.py", "gradient.py", "layout.py"},
-        "token_mlp": {"tail.py"},
-    }
-    for folder in (PACKAGE / "ops").iterdir():
-        if folder.is_dir() and folder.name != "__pycache__":
-            assert {path.name for path in folder.glob("*.py")} - kernels - own.get(folder.name, set()) == expected
+    implementations = {"reference.py", "aten.py", "native.py", "autograd.py"}
+    kernels = {"operators.py", "support.py", "launch.py", "forward.py"}
+    for folder in (ROOT / "t2t_fast" / "ops").iterdir():
+        if not folder.is_dir() or folder.name in ("_common", "__pycache__"):
+            continue
+        files = {path.name for path in folder.glob("*.py")}
+        assert {"__init__.py", "op.py", "reference.py", "aten.py"} <= files, folder.name
+        assert files <= {"__init__.py", "op.py", *implementations}, folder.name
+        if (folder / "triton").is_dir():
+            assert kernels <= {path.name for path in (folder / "triton").glob("*.py")}, folder.name
 
 
 def test_only_config_reads_the_environment():
-    for name, path in MODULES.items():
+    for name in PACKAGE:
         if name != "t2t_fast.config":
-            assert "os.environ" not in path.read_text(), name
+            assert "os.environ" not in MODULES[name].read_text(), name

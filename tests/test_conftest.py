@@ -8,7 +8,7 @@ import torch
 
 import conftest
 from conftest import scope
-from t2t_fast.ops import triton_runtime
+from t2t_fast.ops._common import triton_runtime
 from t2t_fast.testing import CASES
 
 pytest_plugins = ["pytester"]

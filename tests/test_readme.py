@@ -13,7 +13,7 @@ import t2t_fast
 from support import ROOT
 from t2t_fast import backends
 from t2t_fast.cli import build_parser
-from t2t_fast.ops import native
+from t2t_fast.ops._common import native_library as native
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)

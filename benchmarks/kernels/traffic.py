@@ -147,7 +147,7 @@ def counting(lengths, images=1):
     """Inside, what kernels, and PyTorch with tensors of some ``lengths``, do is counted; yields a growing list."""
     from triton.runtime import interpreter
 
-    from t2t_fast.ops import triton_runtime
+    from t2t_fast.ops._common import triton_runtime
 
     builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
     load, store, dot, run = builder.create_masked_load, builder.create_masked_store, builder.create_dot, function.run
@@ -196,7 +196,7 @@ def measure(subject, size=224, images=1, dtype=torch.bfloat16):
         RuntimeError: kernels are not interpreted here.
     """
     import t2t_fast
-    from t2t_fast.ops import triton_runtime
+    from t2t_fast.ops._common import triton_runtime
 
     if not triton_runtime.INTERPRETED:
         raise RuntimeError("measure: needs TRITON_INTERPRET=1, set before Triton's kernels are imported")

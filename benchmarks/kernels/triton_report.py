@@ -19,15 +19,16 @@ from unittest.mock import patch
 
 import torch
 
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention import launch, triton_impl
-from t2t_fast.ops.performer_layer import triton_impl as layer_impl
-from t2t_fast.ops.pixels import normalisation
-from t2t_fast.ops.soft_split_linear import triton_impl as split_impl
-from t2t_fast.ops.soft_split_linear.layout import layout
-from t2t_fast.ops.spec import T2T_WINDOWS, square
-from t2t_fast.ops.token_mlp import triton_impl as tail_impl
-from t2t_fast.ops.token_mlp.tail import Options, Tail
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.pixels import normalisation
+from t2t_fast.ops._common.spec import T2T_WINDOWS, square
+from t2t_fast.ops.performer_attention.triton import launch
+from t2t_fast.ops.performer_attention.triton import operators as triton_impl
+from t2t_fast.ops.performer_layer.triton import operators as layer_impl
+from t2t_fast.ops.soft_split_linear.triton import operators as split_impl
+from t2t_fast.ops.soft_split_linear.triton.layout import layout
+from t2t_fast.ops.token_mlp.autograd import Options, Tail
+from t2t_fast.ops.token_mlp.triton import operators as tail_impl
 
 from . import machine_code
 
@@ -177,7 +178,9 @@ def _compiling(module, case, *others, unused=()):
 
 def _performer_attention(case):
     """A call forward and backward on tensors without memory, as AMP makes it: w stays float32."""
-    from t2t_fast.ops.performer_attention import kernels, kernels_backward, kernels_chunked
+    from t2t_fast.ops.performer_attention.triton import backward as kernels_backward
+    from t2t_fast.ops.performer_attention.triton import chunked as kernels_chunked
+    from t2t_fast.ops.performer_attention.triton import forward as kernels
 
     def empty(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -198,7 +201,9 @@ def _soft_split_linear(case):
 
     The gradient of an image of bytes is none.
     """
-    from t2t_fast.ops.soft_split_linear import kernels, kernels_image, kernels_weight
+    from t2t_fast.ops.soft_split_linear.triton import forward as kernels
+    from t2t_fast.ops.soft_split_linear.triton import image_gradient as kernels_image
+    from t2t_fast.ops.soft_split_linear.triton import weight_gradient as kernels_weight
 
     channels, outputs, kernel, stride, padding, normed, as_bytes = case.sizes
     window = square(kernel, stride, padding)
@@ -235,7 +240,8 @@ def _soft_split_linear(case):
 
 def _token_mlp(case):
     """A call forward and backward on a view of a packed v, parameters in float32, every gradient; dropout unless 0."""
-    from t2t_fast.ops.token_mlp import kernels, kernels_backward
+    from t2t_fast.ops.token_mlp.triton import backward as kernels_backward
+    from t2t_fast.ops.token_mlp.triton import forward as kernels
 
     width, hidden, dropout = case.sizes
     kqv, y, grad = (
@@ -254,9 +260,9 @@ def _token_mlp(case):
 
 def _performer_layer(case):
     """Both launches of a layer forward, in training, on T2T's first stage or its second; parameters in float32."""
-    from t2t_fast.ops.performer_attention import kernels as attention_kernels
-    from t2t_fast.ops.performer_layer import kernels
-    from t2t_fast.ops.soft_split_linear import kernels as split_kernels
+    from t2t_fast.ops.performer_attention.triton import forward as attention_kernels
+    from t2t_fast.ops.performer_layer.triton import forward as kernels
+    from t2t_fast.ops.soft_split_linear.triton import forward as split_kernels
 
     channels, width, features, hidden, dropout = case.sizes
     window = T2T_WINDOWS[0 if channels == 3 else 1]

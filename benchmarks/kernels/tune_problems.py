@@ -25,7 +25,7 @@ DROPOUT = {op: {"proj_drop": 0.1, "mlp_drop": 0.1} for op in ("token_mlp", "perf
 
 def table(op):
     """An operator's launch table."""
-    return import_module(f"t2t_fast.ops.{op}.launch").TABLE
+    return import_module(f"t2t_fast.ops.{op}.triton.launch").TABLE
 
 
 @contextmanager

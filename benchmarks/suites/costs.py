@@ -1,8 +1,8 @@
-"""What the T2T module and whole models must move and compute; the operators' costs are in ``t2t_fast/ops/costs.py``."""
+"""Bytes and FLOPs of the T2T module and whole models; ``t2t_fast/ops/_common/costs.py`` has those of the operators."""
 
 from math import prod
 
-from t2t_fast.ops.costs import (
+from t2t_fast.ops._common.costs import (
     FEATURES,
     WIDTH,
     Cost,
@@ -16,7 +16,7 @@ from t2t_fast.ops.costs import (
     soft_split_linear,
     token_mlp,
 )
-from t2t_fast.ops.spec import T2T_WINDOWS
+from t2t_fast.ops._common.spec import T2T_WINDOWS
 
 __all__ = [
     "FEATURES",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from t2t_fast import functional
-from t2t_fast.ops.spec import T2T_WINDOWS, square
+from t2t_fast.ops._common.spec import T2T_WINDOWS, square
 from t2t_fast.testing import features, natural_images, tail_parameters
 
 from . import attention, costs

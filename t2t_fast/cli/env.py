@@ -9,7 +9,7 @@ import torch
 
 from .. import _extension, backends, config
 from ..environment import commit, cpu_name, driver, version
-from ..ops import native
+from ..ops._common import native_library
 from ..testing import DTYPES
 
 OPTIONAL = (
@@ -98,8 +98,8 @@ def _gpus():
 def _native():
     reasons = {"t2t_fast._C": _extension.load_error(), "t2t_fast._ops": _extension.operators_error()}
     loaded = {name: "loaded" if reason is None else reason for name, reason in reasons.items()}
-    if native.instruction_set() is not None:
-        loaded["CPU kernels for"] = native.instruction_set()
+    if native_library.instruction_set() is not None:
+        loaded["CPU kernels for"] = native_library.instruction_set()
     info = _extension.build_info() or {}
     if info and info["cuda"] is None and (why := _extension.lacking("cuda")):
         loaded["operators for CUDA"] = why

@@ -6,7 +6,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from ..functional import soft_composition, soft_split
-from ..ops.spec import T2T_WINDOWS
+from ..ops._common.spec import T2T_WINDOWS
 from .photo import as_pixels
 
 INK, MUTED, FAINT = "#1c2530", "#5f6b7a", "#d5dbe3"

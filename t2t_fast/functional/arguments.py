@@ -17,11 +17,11 @@ from ..errors import (
     exceeds,
     known,
 )
-from ..ops import transforms, windows
-from ..ops.library import AUTOCAST_DEVICES, wants_gradient
-from ..ops.native import noticed
-from ..ops.pixels import normalisation, values
-from ..ops.spec import Window
+from ..ops._common import transforms, windows
+from ..ops._common.library import AUTOCAST_DEVICES, wants_gradient
+from ..ops._common.native_library import noticed
+from ..ops._common.pixels import normalisation, values
+from ..ops._common.spec import Window
 
 IMAGES = (*FLOATING, torch.uint8)
 """What an image may hold where its values are made on the way."""

@@ -12,10 +12,10 @@ from ..errors import (
     check_together,
     known,
 )
-from ..ops.library import wants_gradient
+from ..ops._common.library import wants_gradient
+from ..ops._common.philox import fresh_seed
 from ..ops.performer_attention.op import performer_attention as _performer_attention
 from ..ops.performer_layer.op import performer_layer as _performer_layer
-from ..ops.philox import fresh_seed
 from ..ops.token_mlp.op import token_mlp as _token_mlp
 from .arguments import (
     IMAGES,

@@ -3,9 +3,9 @@
 import torch
 
 from ..errors import check_count, check_filled, check_number, check_pair, check_shape, check_tensor, known
+from ..ops._common.cached import FOLDED
+from ..ops._common.library import wants_gradient
 from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
-from ..ops.kept import FOLDED
-from ..ops.library import wants_gradient
 from ..ops.soft_composition.op import soft_composition as _soft_composition
 from ..ops.soft_split.op import soft_split as _soft_split
 from ..ops.soft_split_linear.op import soft_split_linear as _soft_split_linear

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..backends import backend
-from ..ops.windows import as_image
+from ..ops._common.windows import as_image
 from .swap_classes import swapped_class
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from ..errors import check_pair
 from ..modules import T2TModule
-from ..ops.spec import T2T_WINDOWS, grid_after
-from ..ops.windows import as_image
+from ..ops._common.spec import T2T_WINDOWS, grid_after
+from ..ops._common.windows import as_image
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..errors import check_pair
 from ..modules.options import check_choice, check_options
-from ..ops.spec import grid_after
+from ..ops._common.spec import grid_after
 from .blocks import BLOCKS, block_stack
 from .position import resize_position_table, same_grid, sinusoid_table
 

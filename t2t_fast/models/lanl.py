@@ -17,7 +17,7 @@ from ..modules.options import check_options, check_series
 from ..modules.soft_split import Unfold
 from ..modules.t2t_module import stages_obstacle, walk, windows_of
 from ..modules.token_transformer import TokenTransformer as _TokenTransformer
-from ..ops.spec import grid_after, square
+from ..ops._common.spec import grid_after, square
 from .backbone import init_weights
 from .position import resize_position_table, sinusoid_table
 

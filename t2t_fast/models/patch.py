@@ -4,7 +4,7 @@ from torch import nn
 
 from ..errors import check_pair, check_tensor
 from ..modules.options import check_options
-from ..ops.spec import square
+from ..ops._common.spec import square
 
 
 class PatchEmbed(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..ops.transforms import is_exporting
+from ..ops._common.transforms import is_exporting
 
 
 def sinusoid_table(positions, width):

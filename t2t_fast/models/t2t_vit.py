@@ -8,7 +8,7 @@ from torch import nn
 
 from ..modules.options import check_choice, check_options
 from ..modules.t2t_module import TOKENS_TYPES, T2TModule
-from ..ops.windows import as_image
+from ..ops._common.windows import as_image
 from .backbone import Backbone, check_model, init_weights
 from .patch import PatchEmbed
 

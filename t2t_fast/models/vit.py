@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from ..modules.options import check_options
-from ..ops.windows import as_image
+from ..ops._common.windows import as_image
 from .backbone import Backbone, check_model, init_weights
 from .patch import PatchEmbed
 

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from ..ops import transforms
+from ..ops._common import transforms
 from . import fusion
 
 

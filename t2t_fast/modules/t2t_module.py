@@ -11,8 +11,8 @@ from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
 from ..functional.arguments import IMAGES, check_pixel_norm
 from ..functional.layers import check_memory
-from ..ops.spec import T2T_WINDOWS, Window, grid_after
-from ..ops.windows import as_image
+from ..ops._common.spec import T2T_WINDOWS, Window, grid_after
+from ..ops._common.windows import as_image
 from . import fusion
 from .options import check_choice, check_options
 from .soft_split import Unfold

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import check_tensor
 from ..functional import image_values, performer_attention, performer_layer, soft_split
 from ..functional.arguments import IMAGES
-from ..ops.spec import square
+from ..ops._common.spec import square
 from . import fusion
 from .options import check_options
 

@@ -5,7 +5,7 @@ from torch import nn
 from ..errors import check_tensor
 from ..functional import image_values, soft_split, soft_split_linear, token_mlp
 from ..functional.arguments import IMAGES
-from ..ops.spec import square
+from ..ops._common.spec import square
 from . import fusion
 from .attention import attend, heads, merged
 from .drop_path import DropPath

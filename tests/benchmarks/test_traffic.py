@@ -10,7 +10,7 @@ import torch
 from benchmarks.kernels import traffic
 from benchmarks.kernels.traffic import Access, Launch
 from support import ROOT
-from t2t_fast.ops import triton_runtime
+from t2t_fast.ops._common import triton_runtime
 
 pytestmark = [
     pytest.mark.interpret,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import tune, tune_problems
-from t2t_fast.ops import triton_runtime
+from t2t_fast.ops._common import triton_runtime
 
 TABLES = {op: tune_problems.table(op) for op in tune_problems.STAGES}
 BACKWARD = {"keys_backward"}
@@ -169,7 +169,7 @@ SIZES = {
 
 def test_every_operator_with_a_table_is_tuned():
     folders = Path(tune_problems.t2t_fast.__file__).parent / "ops"
-    assert set(TABLES) == {path.parent.name for path in folders.glob("*/launch.py")}
+    assert set(TABLES) == {path.parent.parent.name for path in folders.glob("*/triton/launch.py")}
 
 
 @pytest.mark.parametrize("op", TABLES)

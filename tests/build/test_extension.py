@@ -18,7 +18,7 @@ import t2t_fast
 from build_support.toolchain import find_compiler
 from support.building import LIBRARY, MODULE, ROOT, copy_project, needs_compiler, python, run
 from t2t_fast import _extension, backends, functional
-from t2t_fast.ops import native
+from t2t_fast.ops._common import native_library as native
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads the head of Linux's binaries")
 NOT_BINARIES = {"empty": b"", "text": b"no ELF file", "windows": b"MZ" + bytes(500)}

@@ -10,7 +10,7 @@ from t2t_fast import backends, reference, testing
 from t2t_fast.errors import NothingToSwap
 from t2t_fast.interop.swap import swap
 from t2t_fast.models import build_model
-from t2t_fast.ops import triton_runtime
+from t2t_fast.ops._common import triton_runtime
 from t2t_fast.verification import MODEL, VerifyReport, VerifyRow, verify
 
 OPS = list(testing.CASES)

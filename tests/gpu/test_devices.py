@@ -8,7 +8,7 @@ import torch
 import t2t_fast
 from t2t_fast import reference
 from t2t_fast.functional import soft_split_linear
-from t2t_fast.ops.philox import keep_masks
+from t2t_fast.ops._common.philox import keep_masks
 from t2t_fast.testing import CASES, DTYPES, assert_close, errors, natural_images
 
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from support import sanitizer
 from t2t_fast import functional
-from t2t_fast.ops import native
+from t2t_fast.ops._common import native_library as native
 from t2t_fast.testing import CASES, DTYPES, assert_close
 
 OPERATORS = ("soft_split", "soft_composition", "fused_fold_unfold")

@@ -11,8 +11,8 @@ from benchmarks.questions import amp
 from support import sanitizer
 from t2t_fast import reference, testing
 from t2t_fast.functional import performer_attention
-from t2t_fast.ops.launch import cut
-from t2t_fast.ops.performer_attention.launch import TABLE
+from t2t_fast.ops._common.launch_table import cut
+from t2t_fast.ops.performer_attention.triton.launch import TABLE
 from t2t_fast.testing import CASES, DTYPES, assert_close, errors, exact_attention, features, tolerance
 
 HALVES = (torch.float16, torch.bfloat16)

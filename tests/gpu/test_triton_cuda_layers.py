@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import t2t_fast
 from support import families, golden, sanitizer
-from t2t_fast.ops import triton_runtime
+from t2t_fast.ops._common import triton_runtime
 from t2t_fast.testing import CASES, errors, tolerance
 
 OPERATORS = ("soft_split_linear", "performer_attention", "token_mlp", "performer_layer")

@@ -11,10 +11,10 @@ import t2t_fast
 from t2t_fast import backends, memory, models, reference, testing
 from t2t_fast.functional import performer_layer
 from t2t_fast.modules import T2TModule, TokenPerformer
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention.launch import TABLE as ATTENTION
-from t2t_fast.ops.soft_split_linear.launch import TABLE as SPLIT
-from t2t_fast.ops.token_mlp.launch import TABLE as TAIL
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
+from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
+from t2t_fast.ops.token_mlp.triton.launch import TABLE as TAIL
 from t2t_fast.testing import CASES, Case
 
 TINY = dict(img_size=32, num_classes=4, embed_dim=24, depth=1, num_heads=2, mlp_ratio=2.0, token_dim=16)

@@ -11,8 +11,8 @@ from support import ROOT
 from t2t_fast import backends, memory
 from t2t_fast.cli import measure
 from t2t_fast.modules import TokenPerformer
-from t2t_fast.ops import native
-from t2t_fast.ops.spec import T2T_WINDOWS
+from t2t_fast.ops._common import native_library as native
+from t2t_fast.ops._common.spec import T2T_WINDOWS
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter():

@@ -6,11 +6,10 @@ import torch
 import t2t_fast
 from t2t_fast import backends
 from t2t_fast.modules import T2TModule
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention import triton_impl
+from t2t_fast.ops._common import triton_runtime
 from t2t_fast.testing import DTYPES, assert_close, natural_images
 
-REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 
 NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 from t2t_fast import backends, testing
 from t2t_fast.errors import BackendUnavailable
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention.launch import TABLE as ATTENTION
-from t2t_fast.ops.performer_layer.launch import TABLE as LAYER
-from t2t_fast.ops.soft_split_linear.launch import TABLE as SPLIT
-from t2t_fast.ops.token_mlp.launch import TABLE as TAIL
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
+from t2t_fast.ops.performer_layer.triton.launch import TABLE as LAYER
+from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
+from t2t_fast.ops.token_mlp.triton.launch import TABLE as TAIL
 from t2t_fast.testing import CASES, DTYPES, assert_close
 
 OPS = list(CASES)

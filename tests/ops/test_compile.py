@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import t2t_fast
 from t2t_fast import functional, reference
 from t2t_fast.interop.swap import swap
-from t2t_fast.ops.philox import keep_masks
+from t2t_fast.ops._common.philox import keep_masks
 from t2t_fast.testing import CASES, assert_close, errors
 
 pytestmark = pytest.mark.slow

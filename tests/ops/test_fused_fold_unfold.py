@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import t2t_fast
 from t2t_fast import functional
 from t2t_fast.modules import FusedFoldUnfold
-from t2t_fast.ops.windows import overlap
+from t2t_fast.ops._common.windows import overlap
 from t2t_fast.testing import WINDOW_CASES, errors
 
 BACKENDS = ["native", "aten", "reference"]

@@ -5,11 +5,11 @@ import torch
 
 from t2t_fast import backends
 from t2t_fast.functional import refold, soft_split_linear
-from t2t_fast.ops import kept, triton_runtime
-from t2t_fast.ops.soft_split_linear import triton_impl
+from t2t_fast.ops._common import cached as kept
+from t2t_fast.ops._common import triton_runtime
 from t2t_fast.testing import assert_close
 
-REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 
 
 class Counted:

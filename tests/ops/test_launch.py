@@ -1,14 +1,20 @@
 """The table of launch parameters of the Triton attention, and how a call is cut into programs."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.launch import Table, cut
-from t2t_fast.ops.performer_attention import launch
-from t2t_fast.ops.performer_attention.launch import TABLE
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.launch_table import Table, cut
+from t2t_fast.ops.performer_attention.triton import launch
+from t2t_fast.ops.performer_attention.triton.launch import TABLE
+from t2t_fast.ops.performer_layer.triton.launch import TABLE as LAYER
+from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
+from t2t_fast.ops.token_mlp.triton.launch import TABLE as TOKEN_MLP
+
+TABLES = [TABLE, LAYER, SPLIT, TOKEN_MLP]
 
 ROW = {"tokens": 32, "warps": 8, "stages": 4, "programs": 3}
 """A row of the table, which may leave out the features of a chunk."""
@@ -40,11 +46,37 @@ def test_chosen_from_the_table_else_by_default(tmp_path):
         assert table.chosen(name, architecture, dtype, 64, 32) == launch.default(name, dtype, 64, 32)
 
 
-def test_the_committed_table_is_well_formed():
-    for architecture, passes in TABLE.rows.items():
-        assert architecture.startswith("sm_") and set(passes) <= set(TABLE.passes)
-        for row in (row for rows in passes.values() for row in rows.values()):
-            assert set(ROW) <= set(row) <= {*ROW, "features"}
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.path.parents[1].name)
+def test_the_committed_tables_have_no_misspelt_key(table):
+    assert table.rows
+
+
+WRONG = {
+    "architecture": ({"sm90": {}}, "architecture must be sm_90 or sm_90-few, got 'sm90'"),
+    "pass": ({"sm_90": {"key": {}}}, "pass must be keys, queries, queries_backward, keys_backward, got 'key'"),
+    "dtype": ({"sm_90": {"keys": {"b16-E64-m32": ROW}}}, "shape class must be like fp32-E64-m64, got 'b16-E64-m32'"),
+    "shape class": ({"sm_90": {"keys": {"bf16-E64": ROW}}}, "shape class must be like fp32-E64-m64, got 'bf16-E64'"),
+    "parameter": (
+        {"sm_90": {"keys": {"bf16-E64-m32": {"tokns": 128}}}},
+        "a parameter of sm_90, keys, bf16-E64-m32 must be one of tokens, warps, stages, programs, features, "
+        "got 'tokns'",
+    ),
+    "value": (
+        {"sm_90": {"keys": {"bf16-E64-m32": {"tokens": "128"}}}},
+        "tokens of sm_90, keys, bf16-E64-m32 must be an integer, got '128'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_misspelt_key_is_an_error(what, tmp_path):
+    rows, words = WRONG[what]
+    path = tmp_path / "performer_attention" / "triton" / "launch.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(rows))
+    table = Table(path, launch.PASSES, launch.shape_class, launch.default, launch.candidates)
+    with pytest.raises(ValueError, match=re.escape(f"launch.json of performer_attention: {words}")):
+        table.chosen("keys", "sm_80", torch.float16, 64, 32)
 
 
 def test_override_ends_with_its_block():
@@ -54,6 +86,9 @@ def test_override_ends_with_its_block():
     assert TABLE.chosen("keys", "cpu", torch.float32, 64, 32) == before
     with pytest.raises(ValueError, match="name must be one of keys, "), TABLE.override("values", {}):
         pass
+    misspelt = TABLE.override("keys", {"tokns": 16})
+    with misspelt, pytest.raises(ValueError, match="a parameter of override, keys must be one of tokens, "):
+        TABLE.chosen("keys", "cpu", torch.float32, 64, 32)
 
 
 def test_few_tokens_have_a_section_of_their_own(monkeypatch):

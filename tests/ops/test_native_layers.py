@@ -5,7 +5,7 @@ import torch
 
 from t2t_fast import backends
 from t2t_fast.functional import performer_attention, performer_layer, soft_split_linear, token_mlp
-from t2t_fast.ops import native
+from t2t_fast.ops._common import native_library as native
 from t2t_fast.testing import CASES, Case, assert_close, errors, features, tail_parameters
 
 OPS = ["soft_split_linear", "performer_attention", "token_mlp", "performer_layer"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from t2t_fast import functional
-from t2t_fast.ops import native
+from t2t_fast.ops._common import native_library as native
 from t2t_fast.testing import DTYPES, WINDOW_CASES, assert_close
 
 pytestmark = pytest.mark.skipif(

@@ -16,8 +16,8 @@ from t2t_fast.functional import (
     soft_split_linear,
     token_mlp,
 )
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention.launch import TABLE as ATTENTION
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
 from t2t_fast.testing import errors, features, tail_parameters, tolerance
 
 # numpy, as the interpreter of Triton's kernels uses it

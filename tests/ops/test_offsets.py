@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from support.calls import skip_unless_available, with_gradients
 from t2t_fast.functional import soft_split_linear, token_mlp
-from t2t_fast.ops import triton_runtime
+from t2t_fast.ops._common import triton_runtime
 from t2t_fast.testing import errors, tail_parameters, tolerance
 
 OFFSETS = [0.0, 1e2, 1e4, 1e6]

@@ -6,8 +6,8 @@ import torch
 from t2t_fast import backends
 from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import soft_split_linear
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.pixels import normalisation, values
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.pixels import normalisation, values
 from t2t_fast.testing import assert_close
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.3)
@@ -120,8 +120,8 @@ def test_bad_arguments(name):
 
 def test_more_channels_than_the_kernels_read():
     request = backends.Request("cpu", torch.float32, {"channels": 5, "bytes": True})
-    from t2t_fast.ops.soft_split_linear import triton_impl
+    from t2t_fast.ops.soft_split_linear.triton import support
 
-    if triton_runtime.reason(request, triton_impl.DTYPES) is not None:
+    if triton_runtime.reason(request) is not None:
         pytest.skip("Triton is not here")
-    assert "bytes of 1 to 4 channels, got 5" in triton_impl.supports(request)
+    assert "bytes of 1 to 4 channels, got 5" in support.supports(request)

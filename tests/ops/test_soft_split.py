@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from t2t_fast.functional import soft_composition, soft_split, window
-from t2t_fast.ops import native
+from t2t_fast.ops._common import native_library as native
 from t2t_fast.testing import WINDOW_CASES
 
 WINDOWS = [pytest.param(*case[1:], id=case[0]) for case in WINDOW_CASES]

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from t2t_fast.functional import soft_split_linear
-from t2t_fast.ops import library
-from t2t_fast.ops.soft_split_linear.aten_impl import centred_pixels, fold_norm, patch_statistics
-from t2t_fast.ops.spec import Window, square
+from t2t_fast.ops._common import library
+from t2t_fast.ops._common.spec import Window, square
+from t2t_fast.ops.soft_split_linear.aten import centred_pixels, fold_norm, patch_statistics
 from t2t_fast.testing import DTYPES, assert_close, errors, natural_images
 
 

@@ -19,9 +19,9 @@ from t2t_fast.functional import (
     soft_split_linear,
     token_mlp,
 )
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_layer.launch import TABLE as LAYER
-from t2t_fast.ops.windows import in_layout
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.windows import in_layout
+from t2t_fast.ops.performer_layer.triton.launch import TABLE as LAYER
 from t2t_fast.testing import errors, features, tail_parameters
 
 OPAQUE = {"native": "t2t_fast_native", "triton": "t2t_fast_triton"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from t2t_fast.functional import performer_layer, token_mlp
-from t2t_fast.ops.philox import _lanes, keep_masks, philox
+from t2t_fast.ops._common.philox import _lanes, keep_masks, philox
 from t2t_fast.testing import CASES
 
 # Random123's known answers for philox4x32: rounds, counter, key, result
@@ -114,6 +114,6 @@ def test_lanes_of_more_than_four_billion_calls():
 def test_masks_in_pieces(monkeypatch):
     """How many calls are computed at a time changes nothing."""
     whole = keep_masks(torch.tensor(3), (5, 333), 0.1, 0.2)
-    monkeypatch.setattr("t2t_fast.ops.philox.CPU_CALLS", 16)
+    monkeypatch.setattr("t2t_fast.ops._common.philox.CPU_CALLS", 16)
     for mask, expected in zip(keep_masks(torch.tensor(3), (5, 333), 0.1, 0.2), whole, strict=True):
         assert torch.equal(mask, expected)

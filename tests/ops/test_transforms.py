@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2t_fast
 from t2t_fast import backends, functional, reference
 from t2t_fast.errors import BackendUnavailable
-from t2t_fast.ops import transforms
+from t2t_fast.ops._common import transforms
 from t2t_fast.testing import CASES, errors
 
 TINY = dict(img_size=32, num_classes=4, embed_dim=24, depth=1, num_heads=2, mlp_ratio=2.0, token_dim=16)

@@ -8,22 +8,22 @@ import torch
 
 from t2t_fast import backends
 from t2t_fast.backends import Request
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention import triton_impl as attention
-from t2t_fast.ops.performer_layer import triton_impl as layer
-from t2t_fast.ops.soft_split_linear import triton_impl as split
-from t2t_fast.ops.spec import Window, square
-from t2t_fast.ops.token_mlp import triton_impl as tail
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.spec import Window, square
+from t2t_fast.ops.performer_attention.triton import support as attention
+from t2t_fast.ops.performer_layer.triton import support as layer
+from t2t_fast.ops.soft_split_linear.triton import support as split
+from t2t_fast.ops.token_mlp.triton import support as tail
 
-REASON = triton_runtime.reason(Request("cpu", torch.float32, {}), attention.DTYPES)
+REASON = triton_runtime.reason(Request("cpu", torch.float32, {}))
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 
 ALL_KERNELS = {
-    "performer_attention": ("kernels", "kernels_backward", "kernels_chunked"),
-    "soft_split_linear": ("kernels", "kernels_image", "kernels_weight"),
-    "token_mlp": ("kernels", "kernels_backward"),
-    "performer_layer": ("kernels",),
+    "performer_attention": ("forward", "backward", "chunked"),
+    "soft_split_linear": ("forward", "image_gradient", "weight_gradient"),
+    "token_mlp": ("forward", "backward"),
+    "performer_layer": ("forward",),
 }
 
 
@@ -58,7 +58,7 @@ def launches(monkeypatch):
     found = []
     for op, modules in ALL_KERNELS.items():
         for module in modules:
-            module = import_module(f"t2t_fast.ops.{op}.{module}")
+            module = import_module(f"t2t_fast.ops.{op}.triton.{module}")
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, Launched(getattr(module, name), name, found))
     return found
@@ -117,7 +117,7 @@ def test_the_attention_is_tried_with_amps_mixture(launches, masked):
     assert keys["k"][3] == 3 * 16 and (keys["mask"] is not None) == masked
 
 
-@pytest.mark.parametrize("dtype", attention.DTYPES)
+@pytest.mark.parametrize("dtype", triton_runtime.DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 8, 17])
 def test_one_feature_passes(width, dtype):
     """It leaves no gradient of q but rounding."""

@@ -8,13 +8,12 @@ import torch
 from support.attention import case_of, check
 from t2t_fast import backends
 from t2t_fast.functional import performer_attention
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.launch import cut
-from t2t_fast.ops.performer_attention import triton_impl
-from t2t_fast.ops.performer_attention.launch import TABLE
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.launch_table import cut
+from t2t_fast.ops.performer_attention.triton.launch import TABLE
 from t2t_fast.testing import CASES, DTYPES, Case, errors, exact_attention, tolerance
 
-REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 

@@ -14,13 +14,16 @@ from support.attention import case_of
 from t2t_fast import backends, functional
 from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import performer_attention
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention import aten_impl, triton_impl
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops.performer_attention import aten as aten_impl
+from t2t_fast.ops.performer_attention.triton import operators as triton_impl
+from t2t_fast.ops.performer_attention.triton import support
+from t2t_fast.ops.performer_attention.triton.call import readable
 from t2t_fast.testing import CASES, DTYPES, assert_close, errors, features
 
-REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
-kernels = pytest.importorskip("t2t_fast.ops.performer_attention.kernels", reason="triton is not installed")
-kernels_backward = pytest.importorskip("t2t_fast.ops.performer_attention.kernels_backward", reason="triton is missing")
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
+kernels = pytest.importorskip("t2t_fast.ops.performer_attention.triton.forward", reason="triton is not installed")
+kernels_backward = pytest.importorskip("t2t_fast.ops.performer_attention.triton.backward", reason="triton is missing")
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 
 T2T = CASES["performer_attention"]()[0]
@@ -40,7 +43,7 @@ def test_packed_views_are_read_in_place(heads):
     packed = torch.randn(2, 30, 3, 32) / 2
     k, q, v = (part if heads is None else part.unflatten(-1, (heads, 16)).transpose(1, 2) for part in packed.unbind(2))
     w = features(torch.Generator().manual_seed(0), 8, k.shape[-1])
-    assert all(triton_impl.readable(t)[0] is t for t in (q, k, v))
+    assert all(readable(t)[0] is t for t in (q, k, v))
     out = performer_attention(q, k, v, w, backend="triton")
     expected = performer_attention(*(t.contiguous() for t in (q, k, v)), w, backend="triton")
     assert torch.equal(out, expected)
@@ -179,7 +182,7 @@ WRONG = {
 def test_a_kernel_that_fails_is_left_once_with_a_warning(how, monkeypatch):
     """``auto`` goes on with the next backend, an explicit choice raises, and both say why."""
     run, words = WRONG[how]
-    monkeypatch.setattr(triton_impl, "read_out", run)
+    monkeypatch.setattr(kernels, "launch_read_out", run)
     with pytest.warns(RuntimeWarning, match="leaves its Triton kernel: its") as caught:
         out = T2T.run()
     (warning,) = [each for each in caught if each.category is RuntimeWarning]
@@ -202,8 +205,8 @@ def refused(name):
 @pytest.mark.usefixtures("untried")
 def test_each_kind_of_call_is_tried_once(monkeypatch):
     """A dtype, a size class, forward or both: one run each, whatever the length and the batch."""
-    runs, trial = [], triton_impl._run
-    monkeypatch.setattr(triton_impl, "_run", lambda *args: runs.append(args[1:]) or trial(*args))
+    runs, trial = [], support._run
+    monkeypatch.setattr(support, "_run", lambda *args: runs.append(args[1:]) or trial(*args))
     for length in (5, 20):
         case_of(length, width=60, m=30).run()
     assert [run[:6] for run in runs] == [(torch.float32, torch.float32, 60, 30, False, False)]
@@ -261,7 +264,7 @@ def test_auto_leaves_the_interpreter_to_tests():
 
 def test_gradients_of_the_portable_form_agree():
     """What the self-test compares with is itself the reference's gradient."""
-    q, k, v, w, grad = (t.double() for t in triton_impl.problem("cpu", torch.float32, torch.float32, 16, 16))
+    q, k, v, w, grad = (t.double() for t in support.problem("cpu", torch.float32, torch.float32, 16, 16))
     _, lz, state = aten_impl.attend(q, k, v, w, 1e-8, None)
     found = aten_impl.gradients(grad, q, k, v, w, 1e-8, None, lz, state, True)
     leaves = [t.requires_grad_() for t in (q, k, v, w)]

@@ -10,20 +10,21 @@ import pytest
 import torch
 
 from t2t_fast import backends
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention import aten_impl as aten_attention
-from t2t_fast.ops.performer_attention import triton_impl as attention
-from t2t_fast.ops.performer_layer import launch, triton_impl
-from t2t_fast.ops.performer_layer.composed import Layer
-from t2t_fast.ops.performer_layer.launch import TABLE
-from t2t_fast.ops.pixels import normalisation
-from t2t_fast.ops.spec import Window
-from t2t_fast.ops.token_mlp import aten_impl as aten_tail
-from t2t_fast.ops.token_mlp.tail import Options, Tail
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.pixels import normalisation
+from t2t_fast.ops._common.spec import Window
+from t2t_fast.ops.performer_attention import aten as aten_attention
+from t2t_fast.ops.performer_attention.triton.call import Call
+from t2t_fast.ops.performer_layer.autograd import Layer
+from t2t_fast.ops.performer_layer.triton import fusion, launch
+from t2t_fast.ops.performer_layer.triton import operators as triton_impl
+from t2t_fast.ops.performer_layer.triton.launch import TABLE
+from t2t_fast.ops.token_mlp import aten as aten_tail
+from t2t_fast.ops.token_mlp.autograd import Options, Tail
 from t2t_fast.testing import DTYPES, Case, assert_close, errors, features, natural_images, tail_parameters
 
-REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), attention.DTYPES)
-kernels = pytest.importorskip("t2t_fast.ops.performer_layer.kernels", reason="triton is not installed")
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
+kernels = pytest.importorskip("t2t_fast.ops.performer_layer.triton.forward", reason="triton is not installed")
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 
 
@@ -154,7 +155,7 @@ def block_of(length, width=16, m=8, hidden=16, drops=(0.3, 0.2), batch=2, dtype=
 def run(arguments, fused, **parameters):
     kqv, w, eps, *rest = arguments
     k, q, v = kqv.chunk(3, dim=-1)
-    lz, state = attention.key_state(attention.Call(q, w), k, v, None)
+    lz, state = kernels.launch_key_state(Call(q, w), k, v, None)
     with TABLE.override("read_out_tail", {**SMALL, "fused": fused, **parameters}):
         return triton_impl._finish(kqv, w, eps, lz, state, *rest)
 
@@ -183,7 +184,7 @@ def test_one_launch_is_two(length, sizes, parameters, dtype, monkeypatch):
     """The same numbers within the rounding of one result, and nothing of the other launches."""
     arguments = block_of(length, dtype=DTYPES[dtype], **sizes)
     expected = run(arguments, fused=0)
-    for module, name in ((attention, "read_out"), (triton_impl.tail, "run")):
+    for module, name in ((kernels, "launch_read_out"), (kernels.tail, "run")):
         monkeypatch.setattr(module, name, None)
     out = run(arguments, fused=1, **parameters)
     assert errors(out, expected)[0] <= same(out.dtype)
@@ -227,7 +228,7 @@ def test_one_launch_for_split_and_keys_is_two(sizes, parameters, dtype, monkeypa
     """kqv, statistics and key state within rounding, q and v alone the same bits, and nothing of the other launches."""
     arguments = projection_of(dtype=DTYPES[dtype], **sizes)
     expected = project(arguments, fused=0)
-    for module, name in ((attention, "key_state"), (triton_impl.split, "_forward")):
+    for module, name in ((kernels, "launch_key_state"), (kernels, "launch_split_linear")):
         monkeypatch.setattr(module, name, None)
     found = project(arguments, fused=1, **parameters)
     for value, other in zip(found, expected, strict=True):
@@ -300,8 +301,8 @@ def test_a_fused_kernel_that_fails_is_left_for_two_launches(monkeypatch):
     """With a warning, once; the layer stays with its other Triton kernels."""
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
-    wrong = triton_impl._expected_queries
-    monkeypatch.setattr(triton_impl, "_tried_queries", lambda *call: [2 * t for t in wrong(*call)])
+    wrong = fusion._expected_queries
+    monkeypatch.setattr(fusion, "_tried_queries", lambda *call: [2 * t for t in wrong(*call)])
     arguments = block_of(5)
     with pytest.warns(RuntimeWarning, match="performer_layer leaves its Triton kernel: its self-test on cpu"):
         out = run(arguments, fused=1)
@@ -314,8 +315,8 @@ def test_a_fused_kernel_that_fails_is_left_for_two_launches(monkeypatch):
 def test_a_fused_projection_that_fails_is_left_for_two_launches(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
-    wrong = triton_impl._expected_keys
-    monkeypatch.setattr(triton_impl, "_tried_keys", lambda *call: [2 * t for t in wrong(*call)])
+    wrong = fusion._expected_keys
+    monkeypatch.setattr(fusion, "_tried_keys", lambda *call: [2 * t for t in wrong(*call)])
     arguments = projection_of(**TOKENS)
     with pytest.warns(RuntimeWarning, match="performer_layer leaves its Triton kernel: its self-test on cpu"):
         found = project(arguments, fused=1)
@@ -328,9 +329,9 @@ def test_its_own_self_tests(dtype, monkeypatch):
     monkeypatch.setattr(triton_runtime, "_trials", {})
     dtype = DTYPES[dtype]
     for single in {dtype, torch.float32}:
-        assert triton_impl._queries_trial(None, dtype, single, 16, 16, single, 16, 16, single == dtype) is None
+        assert fusion._queries_trial(None, dtype, single, 16, 16, single, 16, 16, single == dtype) is None
         for channels, window in ((3, Window((7, 7), (4, 4), (2, 2))), (16, Window((3, 3), (2, 2), (1, 1)))):
-            assert triton_impl._keys_trial(None, dtype, single, single, channels, window, 16, 16, True) is None
+            assert fusion._keys_trial(None, dtype, single, single, channels, window, 16, 16, True) is None
 
 
 def test_float32_in_three_tf32_products(matrix_units):

@@ -11,14 +11,15 @@ from torch.utils._pytree import tree_leaves
 import t2t_fast
 from t2t_fast import backends, functional
 from t2t_fast.functional import soft_split_linear
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.soft_split_linear import launch, triton_impl
-from t2t_fast.ops.soft_split_linear.layout import layout
-from t2t_fast.ops.spec import Window, square
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.spec import Window, square
+from t2t_fast.ops.soft_split_linear.triton import launch, support
+from t2t_fast.ops.soft_split_linear.triton import operators as triton_impl
+from t2t_fast.ops.soft_split_linear.triton.layout import layout
 from t2t_fast.testing import CASES, DTYPES, Case, assert_close, errors, tolerance
 
-REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
-pytest.importorskip("t2t_fast.ops.soft_split_linear.kernels", reason="triton is not installed")
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
+pytest.importorskip("t2t_fast.ops.soft_split_linear.triton.forward", reason="triton is not installed")
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 
 
@@ -315,7 +316,7 @@ def test_a_kernel_that_fails_is_left_with_a_warning(monkeypatch):
     monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
     case = case_of()
     right = case.run("aten")
-    monkeypatch.setattr(triton_impl, "_tried", lambda *sizes: [t * 2 for t in triton_impl._expected(*sizes)])
+    monkeypatch.setattr(support, "_tried", lambda *sizes: [t * 2 for t in support._expected(*sizes)])
     with pytest.warns(RuntimeWarning, match="soft_split_linear leaves its Triton kernel: its self-test on cpu gave"):
         out = case.run()
     assert_close(out, right.double(), case.op, "forward", torch.float32)

@@ -4,20 +4,22 @@ import pytest
 import torch
 
 from t2t_fast import backends
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.performer_attention import triton_impl as attention
-from t2t_fast.ops.performer_attention.launch import TABLE as ATTENTION
-from t2t_fast.ops.soft_split_linear import triton_impl as split
-from t2t_fast.ops.soft_split_linear.launch import TABLE as SPLIT
-from t2t_fast.ops.spec import square
-from t2t_fast.ops.token_mlp import aten_impl, triton_impl
-from t2t_fast.ops.token_mlp.launch import TABLE as TAIL
-from t2t_fast.ops.token_mlp.tail import Options, Tail
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.spec import square
+from t2t_fast.ops.performer_attention.triton.call import Call
+from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
+from t2t_fast.ops.soft_split_linear.triton import operators as split
+from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
+from t2t_fast.ops.token_mlp import aten as aten_impl
+from t2t_fast.ops.token_mlp.autograd import Options, Tail
+from t2t_fast.ops.token_mlp.triton import operators as triton_impl
+from t2t_fast.ops.token_mlp.triton.launch import TABLE as TAIL
 from t2t_fast.testing import errors, tail_parameters, tolerance
 
-REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), attention.DTYPES)
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
+kernels = pytest.importorskip("t2t_fast.ops.performer_attention.triton.forward", reason="triton is not installed")
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 
 SIDE = 64
@@ -65,15 +67,19 @@ def state_of_keys():
     k, v = torch.rand(2, 1, TOKENS, 16, generator=generator)
     w = torch.randn(8, 16, generator=generator) / 4
     with ATTENTION.override("keys", {"tokens": 32, "warps": 4, "stages": 1, "programs": 0}):
-        _, found = attention.key_state(attention.Call(k, w), k, v, None)
+        _, found = kernels.launch_key_state(Call(k, w), k, v, None)
     a = k.double() @ w.double().T - k.double().square().sum(-1, keepdim=True) / 2
     return {"state": (found, a.softmax(-2).mT @ v.double())}
 
 
 SUMS = {
-    "weights of a Linear": (weights_of_a_linear, "soft_split_linear", ["soft_split_linear.kernels_weight"]),
-    "parameters of a tail": (parameters_of_a_tail, "token_mlp", ["token_mlp.kernels", "token_mlp.kernels_backward"]),
-    "state of keys": (state_of_keys, "performer_attention", ["performer_attention.kernels"]),
+    "weights of a Linear": (weights_of_a_linear, "soft_split_linear", ["soft_split_linear.triton.weight_gradient"]),
+    "parameters of a tail": (
+        parameters_of_a_tail,
+        "token_mlp",
+        ["token_mlp.triton.forward", "token_mlp.triton.backward"],
+    ),
+    "state of keys": (state_of_keys, "performer_attention", ["performer_attention.triton.forward"]),
 }
 
 

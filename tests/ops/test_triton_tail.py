@@ -10,17 +10,19 @@ from torch.utils.checkpoint import checkpoint
 from t2t_fast import backends
 from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import token_mlp
-from t2t_fast.ops import triton_runtime
-from t2t_fast.ops.philox import _lanes, keep_masks
-from t2t_fast.ops.token_mlp import aten_impl, triton_impl
-from t2t_fast.ops.token_mlp.launch import TABLE
-from t2t_fast.ops.token_mlp.tail import Options, Tail
+from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common.philox import _lanes, keep_masks
+from t2t_fast.ops.token_mlp import aten as aten_impl
+from t2t_fast.ops.token_mlp.autograd import Options, Tail
+from t2t_fast.ops.token_mlp.triton import launch, support
+from t2t_fast.ops.token_mlp.triton import operators as triton_impl
+from t2t_fast.ops.token_mlp.triton.launch import TABLE
 from t2t_fast.testing import CASES, DTYPES, ROW_FACTOR, Case, errors, tail_parameters, tolerance
 
-REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}), triton_impl.DTYPES)
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
-kernels = pytest.importorskip("t2t_fast.ops.token_mlp.kernels", reason="triton is not installed")
+kernels = pytest.importorskip("t2t_fast.ops.token_mlp.triton.forward", reason="triton is not installed")
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 
 SHARED = CASES["token_mlp"]()
@@ -178,7 +180,7 @@ def test_packed_views_are_read_in_place():
     case = case_of(30, batch=2, drops=(0.1, 0.1))
     packed = torch.randn(2, 30, 3 * 16)
     y, _, v = packed.chunk(3, dim=-1)
-    assert triton_impl._strided(v)[0] is v
+    assert launch.strided(v)[0] is v
     case.tensors |= {"y": y.contiguous(), "v": v.contiguous()}
     expected = case.run("triton")
     case.tensors |= {"y": y, "v": v}
@@ -281,7 +283,7 @@ def test_a_kernel_that_fails_is_left_once_with_a_warning(how, monkeypatch):
     monkeypatch.setattr(triton_runtime, "_trials", {})
     table = backends._tables["token_mlp"]
     monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
-    monkeypatch.setattr(triton_impl, "run", run)
+    monkeypatch.setattr(support, "run", run)
     with pytest.warns(RuntimeWarning, match="token_mlp leaves its Triton kernel: its") as caught:
         out = DROPOUT.run()
     (warning,) = [each for each in caught if each.category is RuntimeWarning]

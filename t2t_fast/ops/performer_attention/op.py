@@ -1,9 +1,11 @@
 """``t2t_fast::performer_attention``: positive random-feature attention, upstream's eps included."""
 
 from ...backends import Implementation, always
-from .. import native, transforms, triton_runtime
-from ..library import define
-from . import aten_impl, native_impl, reference, triton_impl
+from .._common import native_library, transforms, triton_runtime
+from .._common.library import define
+from . import aten, native, reference
+from .triton import operators as triton
+from .triton import support
 
 
 def _autocast(call, dtype, q, k, v, w, eps, key_mask):
@@ -15,9 +17,9 @@ performer_attention = define(
     "performer_attention",
     "Tensor q, Tensor k, Tensor v, Tensor w, float eps, Tensor? key_mask",
     implementations={
-        "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
-        "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
-        "aten": Implementation(aten_impl.forward, transforms.plain),
+        "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
+        "native": Implementation(native.forward, native.supports, native_library.passed_over),
+        "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={},

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from ..library import accumulation_dtype
-from ..transforms import constant
+from .._common.library import accumulation_dtype
+from .._common.transforms import constant
 
 
 def features(x, w):

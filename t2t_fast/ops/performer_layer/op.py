@@ -5,10 +5,12 @@ The one operator that is made of others: it may import the implementations of ``
 """
 
 from ...backends import Implementation, always
-from .. import native, transforms, triton_runtime
-from ..library import define
+from .._common import native_library, transforms, triton_runtime
+from .._common.library import define
 from ..token_mlp.op import SIGNATURE
-from . import aten_impl, native_impl, reference, triton_impl
+from . import aten, native, reference
+from .triton import operators as triton
+from .triton import support
 
 DTYPE = 9  # the argument's place
 
@@ -24,9 +26,9 @@ performer_layer = define(
     "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype, float[] pixels, "
     f"Tensor w, float eps, {SIGNATURE}, bool low_memory",
     implementations={
-        "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
-        "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
-        "aten": Implementation(aten_impl.forward, transforms.plain),
+        "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
+        "native": Implementation(native.forward, native.supports, native_library.passed_over),
+        "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={},

@@ -1,16 +1,16 @@
 """``t2t_fast::soft_split``: overlapping windows of an image as tokens."""
 
 from ...backends import Implementation, always
-from .. import transforms
-from ..library import define
-from . import aten_impl, native_impl, reference
+from .._common import transforms
+from .._common.library import define
+from . import aten, native, reference
 
 soft_split = define(
     "soft_split",
     "Tensor x, int[2] kernel, int[2] stride, int[2] padding",
     implementations={
-        "native": Implementation(native_impl.forward, native_impl.supports),
-        "aten": Implementation(aten_impl.forward, transforms.plain),
+        "native": Implementation(native.forward, native.supports),
+        "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={

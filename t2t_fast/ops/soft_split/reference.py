@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from ..windows import gradient_in_layout
+from .._common.windows import gradient_in_layout
 
 
 def forward(x, kernel, stride, padding):

@@ -1,9 +1,11 @@
 """``t2t_fast::soft_split_linear``: soft split, LayerNorm and Linear without the unfolded tokens in between."""
 
 from ...backends import Implementation, always
-from .. import native, transforms, triton_runtime
-from ..library import define
-from . import aten_impl, native_impl, reference, triton_impl
+from .._common import native_library, transforms, triton_runtime
+from .._common.library import define
+from . import aten, native, reference
+from .triton import operators as triton
+from .triton import support
 
 
 def _autocast(call, dtype, x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, _dtype, pixels):
@@ -22,9 +24,9 @@ soft_split_linear = define(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, "
     "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype, float[] pixels",
     implementations={
-        "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
-        "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
-        "aten": Implementation(aten_impl.forward, transforms.plain),
+        "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
+        "native": Implementation(native.forward, native.supports, native_library.passed_over),
+        "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={},

@@ -2,10 +2,10 @@
 
 import torch.nn.functional as F
 
-from ..library import accumulation_dtype
-from ..pixels import values
-from ..transforms import constant
-from ..windows import gradient_in_layout
+from .._common.library import accumulation_dtype
+from .._common.pixels import values
+from .._common.transforms import constant
+from .._common.windows import gradient_in_layout
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):

@@ -1,9 +1,11 @@
 """``t2t_fast::token_mlp``: everything after the attention of a token layer, which is all per token."""
 
 from ...backends import Implementation, always
-from .. import native, transforms, triton_runtime
-from ..library import define
-from . import aten_impl, native_impl, reference, triton_impl
+from .._common import native_library, transforms, triton_runtime
+from .._common.library import define
+from . import aten, native, reference
+from .triton import operators as triton
+from .triton import support
 
 SIGNATURE = (
     "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
@@ -15,9 +17,9 @@ token_mlp = define(
     "token_mlp",
     "Tensor y, Tensor v, " + SIGNATURE,
     implementations={
-        "triton": Implementation(triton_impl.forward, triton_impl.supports, triton_runtime.passed_over),
-        "native": Implementation(native_impl.forward, native_impl.supports, native.passed_over),
-        "aten": Implementation(aten_impl.forward, transforms.plain),
+        "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
+        "native": Implementation(native.forward, native.supports, native_library.passed_over),
+        "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
     absent={},

@@ -2,9 +2,9 @@
 
 import torch.nn.functional as F
 
-from ..library import accumulation_dtype
-from ..philox import keep_masks
-from ..transforms import constant
+from .._common.library import accumulation_dtype
+from .._common.philox import keep_masks
+from .._common.transforms import constant
 
 
 def _cast(dtype, *tensors):

@@ -1,0 +1,1 @@
+"""What operators share: windows, registration, runtimes, launch tables, tiles of kernels."""

@@ -1,0 +1,80 @@
+"""What inference makes of parameters once and keeps until one of them changes."""
+
+import threading
+from collections import OrderedDict
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ...errors import FLOATING
+
+_SIZE = 256
+
+
+def _place(tensor):
+    """Where a tensor lies and how; no other tensor has the same while a weak reference to its storage is held."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def obstacle(tensors):
+    """Why nothing made of some parameters may be kept, or ``None``."""
+    if torch.compiler.is_compiling():
+        return "torch.compile folds what is constant itself"
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or t.dtype not in FLOATING for t in tensors):
+        return "a tensor of a subclass may change unseen"
+    if any(t.is_inference() for t in tensors):
+        return "tensors made in inference mode count no changes"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "FSDP gathers parameters without counting that as a change"
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph must compute everything anew when it is replayed"
+    return None
+
+
+class Kept:
+    """Values made of tensors, kept while those are the same and unchanged.
+
+    Unchanged says a tensor's version counter, which every in-place operation moves but one: a write through ``.data``,
+    as some optimizers and moving averages of weights do it, is hidden from it. Those follow a backward pass, so any
+    backward pass clears everything; who writes so without one calls :func:`functional.refold`.
+    """
+
+    def __init__(self):
+        self._entries = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, tensors, key, make):
+        """``make()``, or what it returned before for the same tensors (some may be ``None``), key and stream."""
+        given = [t for t in tensors if t is not None]
+        if obstacle(given) is not None:
+            return make()
+        stream = torch.cuda.current_stream(given[0].device).cuda_stream if given[0].is_cuda else None
+        full = (key, stream, *(None if t is None else _place(t) for t in tensors))
+        versions = [t._version for t in given]
+        with self._lock:
+            entry = self._entries.get(full)
+            if entry is not None and entry[0] == versions:
+                self._entries.move_to_end(full)
+                return entry[2]
+        value = make()
+        references = [StorageWeakRef(t.untyped_storage()) for t in given]
+        with self._lock:
+            self._entries[full] = versions, references, value
+            for old in [name for name, (_, held, _) in self._entries.items() if any(r.expired() for r in held)]:
+                del self._entries[old]
+            while len(self._entries) > _SIZE:
+                self._entries.popitem(last=False)
+        return value
+
+    def clear(self):
+        """Drop everything."""
+        with self._lock:
+            self._entries.clear()
+
+    def __len__(self):
+        return len(self._entries)
+
+
+FOLDED = Kept()
+"""Folded and packed weights."""

@@ -1,0 +1,122 @@
+"""Launch parameters of Triton kernels: committed tables, their defaults, and how a call is cut into programs.
+
+Nothing is tuned at a user's first call. An operator's folder has a ``launch.json`` (architecture -> pass -> shape class
+-> parameters) and a ``launch.py`` with its :class:`Table` and its defaults. Some passes have parameters of their own
+for few tokens, under the architecture's name with ``-few`` behind it (``triton_runtime.section``).
+"""
+
+import inspect
+import json
+import re
+from contextlib import contextmanager
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""Their names in tables."""
+
+
+def padded(size):
+    """The power of two, at least 16, that a kernel works with instead of ``size``."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+class Cut(NamedTuple):
+    """How the tokens of each sequence are divided: into ``splits`` of ``tiles`` tiles (the last may have fewer)."""
+
+    splits: int
+    tiles: int
+
+
+def cut(length, sequences, tokens, programs):
+    """Divide ``length`` tokens so that about ``programs`` programs run in all; by sizes alone, so always the same."""
+    tiles = -(-length // tokens)
+    splits = max(1, min(programs // max(sequences, 1), tiles))
+    each = max(1, -(-tiles // splits))
+    return Cut(max(1, -(-tiles // each)), each)
+
+
+class Table:
+    """The launch parameters of an operator's passes.
+
+    Args:
+        path: of its ``launch.json``.
+        passes: their names.
+        shape_class: function of (pass, dtype, *sizes): what the parameters depend on, as words.
+        default: function of (pass, dtype, *sizes): all parameters where the table has none.
+        candidates: function of (pass, present parameters): those worth a measurement.
+    """
+
+    def __init__(self, path, passes, shape_class, default, candidates):
+        self.path, self.passes = path, passes
+        self.shape_class, self.default, self.candidates = shape_class, default, candidates
+        self._found, self._overrides = {}, {}
+
+    @cached_property
+    def rows(self):
+        """The file's content: architecture -> pass -> shape class -> parameters.
+
+        Raises:
+            ValueError: an unknown architecture, pass, shape class or parameter, or a value that is no integer.
+        """
+        rows = json.loads(self.path.read_text())
+        for architecture, of_passes in rows.items():
+            self._check(
+                re.fullmatch(r"sm_\d+(-few)?", architecture), "architecture", architecture, "sm_90 or sm_90-few"
+            )
+            for name, of_shapes in of_passes.items():
+                self._check(name in self.passes, "pass", name, ", ".join(self.passes))
+                for shape, parameters in of_shapes.items():
+                    self._check_parameters(
+                        f"{architecture}, {name}, {shape}", name, self._sizes(name, shape), parameters
+                    )
+        return rows
+
+    def _check(self, right, what, got, expected):
+        if not right:
+            raise ValueError(f"{self.path.name} of {self.path.parents[1].name}: {what} must be {expected}, got {got!r}")
+
+    def _sizes(self, name, shape):
+        """Dtype and sizes that a shape class names."""
+        dtypes = {word: dtype for dtype, word in DTYPES.items()}
+        word, *rest = shape.split("-")
+        expected = self.shape_class(
+            name, torch.float32, *[64] * (len(inspect.signature(self.shape_class).parameters) - 2)
+        )
+        pattern = re.sub(r"\d+", r"\\d+", expected.partition("-")[2])
+        self._check(word in dtypes and re.fullmatch(pattern, "-".join(rest)), "shape class", shape, f"like {expected}")
+        return dtypes[word], *(int(re.sub(r"\D", "", size)) for size in rest)
+
+    def _check_parameters(self, where, name, sizes, parameters):
+        known = self.default(name, *sizes)
+        for key, value in parameters.items():
+            self._check(key in known, f"a parameter of {where}", key, f"one of {', '.join(known)}")
+            self._check(type(value) is int, f"{key} of {where}", value, "an integer")
+
+    def chosen(self, name, architecture, dtype, *sizes):
+        """The parameters of a pass: what an override or the table has, the rest by default."""
+        key = (name, architecture, dtype, *sizes)
+        if key not in self._found:
+            row = self.rows.get(architecture, {}).get(name, {}).get(self.shape_class(name, dtype, *sizes), {})
+            self._found[key] = {**self.default(name, dtype, *sizes), **row}
+        found = self._found[key]
+        if name not in self._overrides:
+            return found
+        self._check_parameters(f"override, {name}", name, (dtype, *sizes), self._overrides[name])
+        return {**found, **self._overrides[name]}
+
+    @contextmanager
+    def override(self, name, parameters):
+        """Every launch of pass ``name`` inside the block takes ``parameters``; for tuning and tests."""
+        if name not in self.passes:
+            raise ValueError(f"override: name must be one of {', '.join(self.passes)}, got {name!r}")
+        before = self._overrides.get(name)
+        self._overrides[name] = dict(parameters)
+        try:
+            yield
+        finally:
+            del self._overrides[name]
+            if before is not None:
+                self._overrides[name] = before

@@ -1,0 +1,158 @@
+"""How an operator of this package becomes a ``torch.library`` operator.
+
+Each operator ``t2t_fast::<name>`` takes the resolved backend as its last argument. It is a composite operator:
+``torch`` sees through it, so the plain-PyTorch backends get their fake tensors, their autograd (or the hand-written
+``autograd.Function`` inside) and Inductor's fusion for free, and ``torch.export`` can decompose it. A backend made of
+compiled kernels calls opaque operators of its own, with their own fake and autograd, from its ``call``.
+"""
+
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
+
+import torch
+
+from ... import backends
+from . import flops, transforms
+
+OPAQUE = ("triton", "native")
+"""Backends whose kernels PyTorch cannot see into."""
+
+_library = torch.library.Library("t2t_fast", "DEF")
+
+AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+"""Kinds of device that have autocast; asked once, since torch 2.11 cannot trace the question."""
+
+
+def define(name, signature, implementations, absent, autocast):
+    """Define ``t2t_fast::<name>(<signature>, str backend) -> Tensor``.
+
+    Args:
+        name: the operator's name.
+        signature: its arguments in ``torch.library`` schema language.
+        implementations: backend name -> :class:`backends.Implementation`.
+        absent: backend name -> why there is no implementation.
+        autocast: what the operator does under autocast: ``autocast(call, dtype, *args)`` with autocast switched off,
+            where ``call(*args)`` runs the operator.
+
+    Returns:
+        the operator as a function.
+    """
+    backends.register(name, implementations, absent)
+    _library.define(f"{name}({signature}, str backend) -> Tensor")
+
+    def composite(*args):
+        *values, backend = args
+        if backend in OPAQUE:
+            if (transform := transforms.active()) is not None:
+                raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} takes no part in {transform}")
+            if torch._C._len_torch_dispatch_stack():
+                flops.teach()
+        return backends.implementation(name, backend).call(*values)
+
+    _library.impl(name, composite, "CompositeImplicitAutograd")
+    operator = getattr(torch.ops.t2t_fast, name).default
+
+    def under_autocast(device, call, *args):
+        *values, backend = args
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return autocast(lambda *a: call(*a, backend), dtype, *values)
+
+    for device in ("cpu", "cuda"):
+        _library.impl(name, partial(under_autocast, device, operator), f"Autocast{device.upper()}")
+
+    @wraps(operator)
+    def run(*args):
+        if transforms.active() is None:
+            return operator(*args)
+        # A transformation has no rule for the operator itself, and a trace would hold it as one opaque node.
+        device = args[0].device.type
+        autocasts = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+        # an ONNX file is for inference, and has no node for a hand-written backward
+        with torch.no_grad() if torch.onnx.is_in_onnx_export() else nullcontext():
+            return under_autocast(device, composite, *args) if autocasts else composite(*args)
+
+    return run
+
+
+def opaque_obstacle(request, dtypes, kind):
+    """Why opaque kernels of a kind ("native", "Triton") for ``dtypes`` cannot run a :class:`Request`, or ``None``."""
+    if request.dtype not in dtypes:
+        return f"no {kind} kernel for {str(request.dtype).removeprefix('torch.')}"
+    if request.transform == transforms.TRACING:
+        return f"a traced program would need the {kind} kernels where it runs"
+    if request.transform is not None:
+        return f"the {kind} kernels take no part in {request.transform}"
+    if transforms.is_exporting():
+        return f"an exported program would need the {kind} kernels where it runs"
+    return None
+
+
+def wants_gradient(*tensors):
+    """Whether autograd would record an operation on these tensors (``None`` is skipped)."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def first_order(backward):
+    """Marks a hand-written backward: it runs as it is written also when it is called inside an autocast region, a
+    second derivative, which it does not have, is an error, and where no gradient comes in, none goes out."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled() and any(grad is not None and grad.requires_grad for grad in grads):
+            raise RuntimeError(
+                "t2t_fast: this operator has no second derivative (its backward was asked for one by "
+                "create_graph=True); use t2t_fast.backend('reference') for it"
+            )
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        kind = grads[0].device.type
+        if kind not in AUTOCAST_DEVICES:
+            return once(ctx, *grads)
+        with torch.autocast(kind, enabled=False):
+            return once(ctx, *grads)
+
+    return checked
+
+
+def accumulation_dtype(dtype):
+    """The dtype of statistics, exponents and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def _convolution_as_matmul():
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    convolution.fp32_precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before
+
+
+def matmul_precision(x):
+    """A context in which a convolution of float32 ``x`` is as exact as torch's setting for matrix products says.
+
+    cuDNN convolutions use TF32 unless told otherwise, matrix products do not; here a convolution stands for a Linear.
+    In a graph made by ``torch.compile`` the convolution runs later, under the setting of cuDNN itself.
+    """
+    return _convolution_as_matmul() if x.is_cuda and x.dtype == torch.float32 else nullcontext()
+
+
+def product(x, matrix, into=None):
+    """``x @ matrix`` for (..., N, I) and (I, O), written over ``into`` (a dead buffer or a slice) where that fits.
+
+    On a CPU the first touch of fresh memory costs more than such a product. A trace, which may be differentiated, takes
+    no such writes.
+    """
+    if (
+        into is None
+        or torch.jit.is_tracing()
+        or into.dtype != x.dtype
+        or into.shape != (*x.shape[:-1], matrix.shape[1])
+    ):
+        return x @ matrix
+    torch.mm(x.flatten(0, -2), matrix, out=into.flatten(0, -2))
+    return into

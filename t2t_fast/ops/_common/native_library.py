@@ -1,0 +1,144 @@
+"""The native operators ``torch.ops.t2t_fast_native``: why one cannot run, and the shapes that fake tensors see.
+
+Everything is asked once, when the package is imported, so that ``torch.compile`` traces through plain constants.
+"""
+
+import sys
+import warnings
+
+import torch
+
+from ... import _extension, backends
+from ...errors import FLOATING
+from .library import opaque_obstacle
+
+_MISSING = _extension.operators_error()
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def _defined(name):
+    return _MISSING is None and hasattr(torch.ops.t2t_fast_native, name)
+
+
+def instruction_set():
+    """The instruction set of the layers' CPU kernels, or ``None`` where the loaded library has none."""
+    if not devices("performer_layer"):
+        return None
+    return torch.ops.t2t_fast_native.cpu_instruction_set()
+
+
+def devices(name):
+    """Kinds of device that the loaded library has a kernel of operator ``name`` for."""
+    if not _defined(name):
+        return ()
+    operator = f"t2t_fast_native::{name}"
+    return tuple(kind for kind, key in _KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
+def reason(request, kinds, dtypes=FLOATING):
+    """Why a native operator with kernels for ``kinds`` of device and ``dtypes`` cannot run ``request``, or ``None``.
+
+    That it is not built is the last reason: with it, it would run.
+    """
+    obstacle = opaque_obstacle(request, dtypes, "native")
+    if obstacle is not None:
+        return obstacle
+    if _MISSING is not None:
+        return f"the native operators are missing: {_MISSING}"
+    if request.device not in kinds:
+        return f"no native kernel for {request.device} in this build"
+    return None
+
+
+CUDA_KERNELS = ("soft_split", "soft_composition", "fused_fold_unfold")
+"""Operators that the library has for CUDA as well, if it is built for it."""
+
+_COST = {
+    # python -m benchmarks --suite module: aten against native, 2.8 (inference) and 3.6 (training) on two cores
+    "cpu": "a Performer T2T module takes about three times as long",
+    "cuda": "it takes more time and memory, how much has not been measured",
+}
+_warned = False
+
+
+def noticed(op, request, name, chosen):
+    """``chosen``, the backend of a call of ``op`` that asked for ``name``.
+
+    Warns, once in a process, if ``auto`` took ``aten`` for no other reason than that native code was not built.
+    """
+    if chosen == "aten" and name == "auto" and backends.automatic(op):
+        why = backends.reason(op, "native", request)
+        if why in (f"the native operators are missing: {_MISSING}", "no native kernel for cuda in this build"):
+            _warn(op, request.device)
+    return chosen
+
+
+def _warn(op, device):
+    global _warned
+    there = {
+        "cpu": torch.backends.cpu.get_cpu_capability().startswith("AVX"),  # else auto would pass the native layers over
+        "cuda": op in CUDA_KERNELS,
+    }
+    why = _extension.lacking(device)
+    if _warned or why is None or sys.platform != "linux" or not there.get(device):
+        return
+    _warned = True
+    text = (
+        f"t2t_fast: {op} runs as plain PyTorch operations, since the native operators for {device} are {why}: "
+        f"{_COST[device]}. To build them, run in its source folder: {_extension.COMMAND.format(device)} "
+        "(T2T_FAST_BACKEND=aten keeps plain operations and silences this)"
+    )
+    warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=5)
+
+
+# torch.compiler.assume_constant_result sets this, and imports the compiler to do so; dynamo warns when it traces
+_warn._dynamo_marked_constant = True
+
+
+def fake(name):
+    """Decorator: what the native operator ``name`` returns for fake tensors; nothing where it is not loaded."""
+    return torch.library.register_fake(f"t2t_fast_native::{name}") if _defined(name) else lambda function: function
+
+
+_SLOW = None
+if instruction_set() == "baseline":
+    _SLOW = "this CPU has neither AVX2 nor AVX-512, without which PyTorch's own products are faster"
+
+
+def passed_over(request):
+    """Why ``auto`` leaves a layer on the CPU to another backend although the library has it, or ``None``."""
+    return _SLOW if request.device == "cpu" else None
+
+
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of the operators that compute in float32 whatever comes in."""
+
+
+def single(*tensors):
+    """The tensors in float32, as those operators take them; ``None`` stays."""
+    return [t if t is None else t.to(torch.float32) for t in tensors]
+
+
+def gradient(value, tensor):
+    """What a native backward gave for ``tensor``, in its dtype; ``None`` without a tensor, or if it gave nothing."""
+    return None if tensor is None or value.numel() < tensor.numel() else value.to(tensor.dtype)
+
+
+def image_gradient(value, x):
+    """The gradient of the float32 image ``x``, from the memory order in which the native backward gives it."""
+    if value.dim() == 1:
+        return None
+    return value.permute(0, 3, 1, 2) if x.stride(1) == 1 else value
+
+
+def fake_image_gradient(x, needed):
+    """What a native backward gives for an image: (B, H, W, C) where its channels are adjacent, empty if not needed."""
+    batch, channels, height, width = x.shape
+    if not needed:
+        return x.new_empty(0)
+    return x.new_empty((batch, height, width, channels) if x.stride(1) == 1 else x.shape)
+
+
+def fake_gradients(x, *tensors):
+    """One empty tensor in the shape of each of ``tensors``, of no elements for ``None``."""
+    return [x.new_empty(0 if t is None else t.shape) for t in tensors]

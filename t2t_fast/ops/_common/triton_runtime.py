@@ -1,0 +1,230 @@
+"""What every operator with Triton kernels shares: when they can run, registration, and the first run's self-test.
+
+Triton itself is imported where a kernel is first launched, so that importing this package stays light. Under
+``TRITON_INTERPRET=1`` the kernels run on the CPU, in Triton's interpreter; that is for tests.
+"""
+
+import threading
+import warnings
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ... import config
+from .library import AUTOCAST_DEVICES, accumulation_dtype, opaque_obstacle
+
+INTERPRETED = config.triton_interpreted()
+"""Whether kernels run on the CPU; Triton decides it when they are defined, so it is asked once."""
+
+_MISSING = None if find_spec("triton") is not None else "Triton is not installed (pip install triton)"
+_DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
+_library = torch.library.Library("t2t_fast_triton", "DEF")
+_trials: dict[tuple, str | None] = {}
+_trying = threading.RLock()
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of the kernels' operands."""
+
+FUSION = {"enable_fp_fusion": True}
+"""Multiply and add round once, in every version of Triton."""
+
+FEW = 128
+"""Tokens a multiprocessor, up to which a call has few: larger tiles would leave some without work."""
+
+LARGEST_TILE = 256
+OFFSET_LIMIT = 2**31
+"""Offsets inside a tile of at most that many tokens are 32 bits wide."""
+
+TRIAL_TOKENS = 40 if INTERPRETED else 150
+"""Of a sequence in a trial, more than a tile by default; the interpreter takes its time over each."""
+
+ALLOWED = {torch.float32: 2e-5, "tf32": 2e-2, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative errors in a trial; several times what the tests find, and far below what a wrong kernel gives."""
+
+
+def operand_dtype(request, name):
+    """The dtype of one of a call's operands: ``request.sizes[name]`` where the caller says it.
+
+    Else what AMP makes of it, which leaves images, parameters and ``w`` in float32, and without AMP the call's.
+    """
+    kind = request.device
+    mixed = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
+    return request.sizes.get(name) or (torch.float32 if mixed else request.dtype)
+
+
+def reason(request):
+    """Why no Triton kernel can run ``request``, or ``None``."""
+    if _MISSING is not None:
+        return _MISSING
+    if request.device not in _DEVICES:
+        where = "on the CPU under TRITON_INTERPRET=1 only" if INTERPRETED else "on CUDA devices"
+        return f"Triton kernels run {where}"
+    return opaque_obstacle(request, DTYPES, "Triton")
+
+
+def passed_over(request):
+    """Why ``auto`` leaves what the interpreter can run to another backend, or ``None``."""
+    return "Triton's interpreter is for tests" if request.device == "cpu" else None
+
+
+def operator(signature):
+    """Decorator: registers a function as ``torch.ops.t2t_fast_triton.<signature>``, opaque to ``torch.compile``."""
+    name = signature.partition("(")[0]
+    _library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
+
+    def register(function):
+        def run(*arguments):
+            with torch.cuda.device_of(next(t for t in arguments if isinstance(t, torch.Tensor))):
+                return function(*arguments)
+
+        _library.impl(name, function if INTERPRETED else run, "CPU" if INTERPRETED else "CUDA")
+        return function
+
+    return register
+
+
+def fake(name):
+    """Decorator: what the operator ``name`` returns for fake tensors."""
+    return torch.library.register_fake(f"t2t_fast_triton::{name}", lib=_library)
+
+
+@cache
+def multiprocessors(device):
+    """How many programs run side by side for each that a multiprocessor holds; a few where kernels are interpreted."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def architecture(device):
+    """``"sm_90"``; ``"cpu"`` where kernels are interpreted."""
+    if INTERPRETED:
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def crowded():
+    """Inside, calls of this thread take the launch parameters that they have with many tokens."""
+    before, _thread.crowded = getattr(_thread, "crowded", False), True
+    try:
+        yield
+    finally:
+        _thread.crowded = before
+
+
+def section(device, tokens):
+    """The part of a launch table that a call with so many tokens reads: its architecture's, such as ``"sm_90"``.
+
+    Or that one's for few tokens (:data:`FEW`), ``"sm_90-few"``.
+    """
+    name = architecture(device)
+    few = not (getattr(_thread, "crowded", False) or INTERPRETED) and tokens <= FEW * multiprocessors(device)
+    return f"{name}-few" if few else name
+
+
+def allows_tf32():
+    """Whether torch's setting for matrix products of float32 lets them run in TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def fixed(size):
+    """A size as a constant: ``torch.compile`` compiles anew for another one (a range cannot be symbolic)."""
+    return len(range(size))
+
+
+def readable(x):
+    """A (..., L, E) tensor, or a copy of it where an offset inside a tile would not fit into 32 bits."""
+    token, column = x.stride()[-2:]
+    return x if LARGEST_TILE * token + x.shape[-1] * column < OFFSET_LIMIT else x.contiguous()
+
+
+def trial(name, run, expected, index, dtype, *call):
+    """Why a kernel cannot be used on a device, or ``None``; tried once for each kind of call, then remembered.
+
+    Args:
+        name: the operator's, for the warning.
+        run, expected: functions of (device, dtype, *call) that return tensors: by the kernels that the call runs, and
+            by a form that needs none. They must agree within :data:`ALLOWED` of their norm, or of the norm of another
+            tensor that ``expected`` gives with one, as a pair: of what cancels in it.
+        index: of the CUDA device, ``None`` for the current one (or the CPU, where kernels are interpreted).
+        dtype, call: what makes kernels differ from each other.
+
+    A failure is warned of once, in a distributed run with the rank: the verdict is a rank's own, and a collective here
+    would wait for ever where not all ranks come this way. Running out of memory is no verdict: that error is raised,
+    and nothing is remembered; nor is anything while a CUDA graph is captured, when nothing can be tried.
+    """
+    if not INTERPRETED and index is None:
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA device"
+        index = torch.cuda.current_device()
+    key = (name, index, dtype, dtype == torch.float32 and allows_tf32(), *call)
+    with _trying:  # threads of DataParallel ask at the same time
+        if key in _trials:
+            return _trials[key]
+        if not INTERPRETED and torch.cuda.is_current_stream_capturing():
+            return None
+        device = torch.device("cpu" if INTERPRETED else f"cuda:{index}")
+        verdict = _trials[key] = _try(run, expected, device, dtype, call)
+    if verdict is not None:
+        message = f"t2t_fast: {name} leaves its Triton kernel: {verdict}{_of_rank()}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return verdict
+
+
+def _of_rank():
+    """Words on a distributed run for a warning; empty outside one."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    return (
+        f" (rank {distributed.get_rank()} of {distributed.get_world_size()}; the others may run another backend: "
+        "choose one for all by T2T_FAST_BACKEND or t2t_fast.backend)"
+    )
+
+
+@contextmanager
+def _alone(device):
+    """A state for the trial that does not depend on where it is asked for: real tensors, no autocast, that device."""
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        yield
+
+
+def _out_of_memory(error):
+    """Triton has no type of its own for it; a kernel that asks for too much of a multiprocessor says otherwise."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _try(run, expected, device, dtype, call):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    allowed = ALLOWED["tf32" if dtype == torch.float32 and allows_tf32() else dtype]
+    with _alone(device):
+        try:
+            found = [t.to(accumulation_dtype(dtype)) for t in run(device, dtype, *call)]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # a launch returns before its kernel fails
+        except Exception as error:  # a compiler and a driver raise what they like; it becomes the reason
+            if _out_of_memory(error):
+                raise
+            text = str(error).strip().splitlines() or [""]
+            return f"its first run failed with {type(error).__name__}: {text[-1][:300]}"
+        for value, exact in zip(found, expected(device, dtype, *call), strict=True):
+            exact, *others = exact if isinstance(exact, tuple) else (exact,)
+            difference = (value - exact).norm().item()
+            size = max(t.norm().item() for t in (exact, *others))
+            if not difference <= allowed * size:
+                error = difference / size if size else difference
+                return f"its self-test on {device} gave an error of {error:.1e}, {allowed:.1e} is allowed"
+    return None

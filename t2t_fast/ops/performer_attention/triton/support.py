@@ -1,0 +1,81 @@
+"""When the attention's kernels run: which calls they take, and the self-test before a first call."""
+
+import torch
+
+from ..._common import triton_runtime as runtime
+from .. import aten
+from . import launch
+
+
+def obstacle(request):
+    """Why the kernels are not for a call, or ``None``; nothing is tried."""
+    why = runtime.reason(request)
+    width = request.sizes.get("width", 64)
+    if why is None and width > launch.LARGEST_WIDTH:
+        why = f"the Triton kernels take up to {launch.LARGEST_WIDTH} channels, got {width}"
+    return why
+
+
+def kind(request):
+    """What makes kernels differ: w's dtype, the channels, the features, and whether there is a key mask, backward, and
+    a gradient of w. Constants, as torch.compile needs them.
+    """
+    sizes = request.sizes
+    # from some number of features on, more of them are more chunks for the same kernels
+    width, features = runtime.fixed(sizes.get("width", 64)), runtime.fixed(sizes.get("features", 32))
+    masked, training = bool(sizes.get("masked", False)), bool(sizes.get("training", False))
+    w_gradient = training and bool(sizes.get("w_gradient", False))
+    return runtime.operand_dtype(request, "w"), width, min(features, launch.ALIKE), masked, training, w_gradient
+
+
+def supports(request):
+    """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
+    return obstacle(request) or _trial(request.sizes.get("index"), request.dtype, *kind(request))
+
+
+def _trial(index, dtype, *call):
+    return runtime.trial("performer_attention", _run, _expected, index, dtype, *call)
+
+
+# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+_trial._dynamo_marked_constant = True
+
+
+# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+_trial._dynamo_marked_constant = True
+
+
+def problem(device, dtype, w_dtype, width, features):
+    """Two sequences of norm 2, longer than a tile, side by side in one tensor: q, k, v; w; and an upstream gradient."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(2, runtime.TRIAL_TOKENS, width, generator=generator) for _ in range(4))
+    w = torch.randn(features, width, generator=generator)
+    packed = torch.cat([2 * width**-0.5 * k, 2 * width**-0.5 * q, v], -1).to(device, dtype)
+    k, q, v = packed.chunk(3, dim=-1)
+    return q, k, v, w.to(device, w_dtype), grad.to(device, dtype)
+
+
+def _mask_of_problem(k, masked):
+    """Every third key is left out."""
+    return torch.arange(k.shape[1], device=k.device).remainder(3).ne(0).repeat(k.shape[0], 1) if masked else None
+
+
+def _run(device, dtype, w_dtype, width, features, masked, training, w_gradient):
+    *tensors, grad = problem(device, dtype, w_dtype, width, features)
+    rest = 1e-8, _mask_of_problem(tensors[1], masked)
+    y, lz, state = torch.ops.t2t_fast_triton.performer_attention(*tensors, *rest)
+    if not training:
+        return (y,)
+    *found, d_w = torch.ops.t2t_fast_triton.performer_attention_backward(grad, *tensors, *rest, lz, state, w_gradient)
+    return (y, *found, d_w) if w_gradient else (y, *found)
+
+
+def _expected(device, dtype, w_dtype, width, features, masked, training, w_gradient):
+    *tensors, grad = (t.float() for t in problem(device, dtype, w_dtype, width, features))
+    rest = 1e-8, _mask_of_problem(tensors[1], masked)
+    y, lz, state = aten.attend(*tensors, *rest)
+    if not training:
+        return (y,)
+    d_q, d_k, *others = aten.gradients(grad, *tensors, *rest, lz, state, w_gradient)
+    # a softmax over one feature does not depend on q: d_q is what of two terms of d_k's size does not cancel
+    return (y, (d_q, d_k) if features == 1 else d_q, d_k, *(t for t in others if t is not None))

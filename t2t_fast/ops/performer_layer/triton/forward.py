@@ -1,0 +1,364 @@
+"""Triton kernels of a Performer layer, each two steps in one: the soft split with Linear and the attention's pass over
+the keys; the pass over the queries and the tail.
+
+Letters, padding and precision as in the kernels of the single operators.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._common import triton_runtime as runtime
+from ..._common.launch_table import cut, padded
+from ..._common.tiles import narrowed, rounded
+from ...performer_attention.triton import call as attention
+from ...performer_attention.triton.forward import (
+    LOWEST,
+    features_of,
+    gathered,
+    key_exponents,
+    launch_key_state,
+    launch_read_out,
+    load_tile,
+    merged,
+    overflown,
+    own_tiles,
+    read_out,
+    sequence_of,
+    state_of,
+    store_key_state,
+    store_tile,
+)
+from ...soft_split_linear.triton.call import Call, Folded
+from ...soft_split_linear.triton.forward import launch_split_linear, outputs_of, places_of, products_of
+from ...token_mlp.autograd import Options, Tail
+from ...token_mlp.triton import operators as tail
+from ...token_mlp.triton.forward import kept_weights, random_lanes, tail_of
+from ...token_mlp.triton.launch import dropout
+from . import launch
+from .fusion import queries_fused
+
+VARYING = ("height", "image_width", "grid_width", "length", "tiles_per_split", "seed")
+"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+
+
+@triton.jit
+def _store_part(out, value, place, there, part, OUTPUTS: tl.constexpr):
+    """A tile of a row's part ``part`` of E values; rows have OUTPUTS, and ``place`` is the tile's first."""
+    TOKENS: tl.constexpr = value.shape[0]
+    WIDTH: tl.constexpr = value.shape[1]
+    out += place * OUTPUTS + part * WIDTH
+    offsets = tl.arange(0, TOKENS)[:, None] * OUTPUTS + tl.arange(0, WIDTH)[None, :]
+    tl.store(out + offsets, value, mask=there[:, None])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def split_keys_kernel(
+    image,
+    folded,
+    norm_eps,
+    out,
+    mean,
+    rstd,
+    w,
+    lz,
+    state,
+    height,
+    image_width,
+    grid_width,
+    length,
+    features,
+    tiles_per_split,
+    LAYOUT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    HEADROOM: tl.constexpr,
+    SPECULATE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """k, q and v of the windows as ``split_linear_kernel`` computes them, and one split's key state as ``keys_kernel``.
+
+    Grid (images, splits); a program owns the tokens of one split, reads their windows once (twice where the speculated
+    shift fails), and never reads k or v. WHOLE, for training: ``out`` gets k, q and v, and ``mean`` and ``rstd`` are
+    saved; else ``out`` gets q and v alone. PACKED: outputs of the packed weight, ``split_linear_kernel``'s WIDTH; the
+    other arguments are those of the two kernels; WIDTH channels exactly.
+    """
+    OUTPUTS: tl.constexpr = 3 * WIDTH if WHOLE else 2 * WIDTH
+    sample, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    _, parts = features_of(w, 0, features, WIDTH, OPERAND, WIDTH, FEATURES)
+    first, last = own_tiles(split, tiles_per_split, length, TOKENS)
+    shift = tl.full([FEATURES], LOWEST, tl.float32)
+    total = tl.zeros([FEATURES], tl.float32)
+    wide = tl.zeros([WIDTH, FEATURES], tl.float32)
+    running, again = not SPECULATE, True
+    while again:
+        shift = tl.full([FEATURES], LOWEST, tl.float32)
+        sums = tl.zeros([TOKENS, FEATURES], tl.float32)
+        wide = tl.zeros([WIDTH, FEATURES], tl.float32)
+        for index in range(first, last):
+            start = index * TOKENS
+            token, there = sample * length + start, tl.arange(0, TOKENS) < length - start
+            offsets, top, left = places_of(sample, start + tl.arange(0, TOKENS), grid_width, image, LAYOUT)
+            products, average, inside, scale = products_of(
+                image,
+                (height, image_width),
+                (offsets, top, left, there),
+                folded,
+                norm_eps,
+                0,
+                LAYOUT,
+                True,
+                SHIFT,
+                OPERAND,
+                TOKENS,
+                BLOCK,
+                WIDTH,
+                3,
+                PACKED,
+                PRECISION,
+                False,  # what is not a number reaches every token by the state
+            )
+            if WHOLE:
+                rows = token + tl.arange(0, TOKENS)
+                tl.store(mean + rows, average, mask=there)
+                tl.store(rstd + rows, scale, mask=there)
+            column = tl.arange(0, WIDTH)
+            q = outputs_of(products[1], inside, scale, folded, WIDTH + column, PACKED, True)
+            _store_part(out, narrowed(q, OPERAND), token, there, 1 if WHOLE else 0, OUTPUTS)
+            k = outputs_of(products[0], inside, scale, folded, column, PACKED, True)
+            k = narrowed(k, OPERAND)
+            if WHOLE:
+                _store_part(out, k, token, there, 0, OUTPUTS)
+            v = outputs_of(products[2], inside, scale, folded, 2 * WIDTH + column, PACKED, True)
+            v = narrowed(v, OPERAND)
+            _store_part(out, v, token, there, 2 if WHOLE else 1, OUTPUTS)
+            exponents = key_exponents(k, there, parts, PRECISION)
+            follow = running | (index == first)
+            sums, wide, shift = gathered(exponents, v, sums, wide, shift, follow, HEADROOM, OPERAND, PRECISION)
+        total = tl.sum(sums, 0)
+        again = (not running) & overflown(total)
+        running = True
+    place = sample * tl.num_programs(1) + split
+    store_key_state(lz, state, place, total, wide, shift, 0, features, WIDTH)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def read_out_tail_kernel(
+    q,
+    v,
+    w,
+    lz,
+    state,
+    log_eps,
+    out,
+    tail,
+    norm_eps,
+    seed,
+    drop_proj,
+    drop_mlp,
+    length,
+    features: tl.constexpr,
+    hidden: tl.constexpr,
+    tiles_per_split,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STRIDES: tl.constexpr,
+    KEEP: tl.constexpr,
+    LEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out = tail(y, v)`` with y as ``queries_kernel`` reads it out of the key state; y never reaches memory.
+
+    Grid (sequences, splits); a program owns the tokens of one split, reads q and v once and writes out once; nothing
+    is saved. The arguments are those of ``queries_kernel`` and of ``tail_kernel``, STRIDES those of q and v; one head,
+    WIDTH channels exactly.
+    """
+    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    q = sequence_of(q, sequence, 1)[0], STRIDES[0], STRIDES[1]
+    v = sequence_of(v, sequence, 1)[0], STRIDES[2], STRIDES[3]
+    out = out + sequence * length * WIDTH, WIDTH, 1
+    rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
+    _, parts = features_of(w, 0, features, WIDTH, DTYPE, WIDTH, FEATURES)
+    lz, state = lz + sequence * features, state + sequence * features * WIDTH
+    logs, values = state_of(lz, state, 0, features, WIDTH, float("-inf"), WIDTH, FEATURES)
+    values = rounded(values, DTYPE, PRECISION)
+    kept = kept_weights(tail, WIDTH, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
+    if seed is not None:
+        seed = tl.load(seed)
+    first, last = own_tiles(split, tiles_per_split, length, TOKENS)
+    for index in tl.range(first, last, disable_licm=LEAN > 0):
+        start = index * TOKENS
+        there = rows < length - start
+        tile = load_tile(q, start, rows, there, columns, WIDTH, True)
+        skip = load_tile(v, start, rows, there, columns, WIDTH, True)
+        y, scale = read_out(tile, logs, values, log_eps, parts, PRECISION)
+        if tl.float16 == DTYPE:  # where y might overflow; else the projection takes the scale up with its bias
+            y, scale = y * scale[:, None], None
+        y = rounded(y, DTYPE, PRECISION)
+        lanes = 0
+        if seed is not None:
+            lanes = random_lanes(seed, sequence * length + start, WIDTH, TOKENS, WIDTH, True).to(tl.uint16)
+        found = tail_of(
+            y,
+            scale,
+            skip,
+            lanes,
+            tail,
+            kept,
+            norm_eps,
+            drop_proj,
+            drop_mlp,
+            WIDTH,
+            hidden,
+            WIDTH,
+            HIDDEN,
+            True,
+            LEAN,
+            PRECISION,
+        )
+        store_tile(out, found, start, rows, there, columns, WIDTH, True)
+
+
+def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
+    """kqv (of which q and v alone unless ``whole``), the windows' statistics (empty then), and the key state.
+
+    By one launch, for sizes that fit (launch.py). folded, pixels: ``soft_split_linear``'s ``operands``.
+    """
+
+    features, width = w.shape
+    call = Call(x, dtype, window, 3 * width, pixels)
+    section = runtime.section(x.device, call.tokens)
+    found = launch.TABLE.chosen("split_keys", section, dtype, width, features, call.layout.channels)
+    wanted = found["programs"] * runtime.multiprocessors(x.device)
+    splits, tiles = cut(call.length, x.shape[0], found["tokens"], wanted)
+    out = torch.empty(x.shape[0], call.length, (3 if whole else 2) * width, dtype=dtype, device=x.device)
+    mean, rstd = (call.singles() if whole else None for _ in range(2))
+    sequences = attention.Call(out[..., :width], w)
+    lz, state = sequences.key_states(splits)
+    if sequences.sequences:
+        split_keys_kernel[x.shape[0], splits](
+            call.image(),
+            folded,
+            norm_eps,
+            out,
+            mean,
+            rstd,
+            sequences.directions,
+            lz,
+            state,
+            *x.shape[2:],
+            call.grid[1],
+            call.length,
+            features,
+            tiles,
+            LAYOUT=call.layout,
+            SHIFT=x.dtype == torch.float32 or x.dtype != dtype,
+            TOKENS=found["tokens"],
+            BLOCK=call.layout.block(found["block"]),
+            PACKED=folded.weight.shape[1],
+            WIDTH=width,
+            FEATURES=padded(features),
+            HEADROOM=attention.HEADROOM[dtype],
+            SPECULATE=dtype != torch.float32,
+            WHOLE=whole,
+            **call.products(found),
+        )
+    statistics = (mean, rstd) if whole else (lz.new_empty(0), lz.new_empty(0))
+    return out, *statistics, *merged(sequences, lz, state)
+
+
+@lru_cache(maxsize=1024)
+def _plan(found, dtype, width, features, hidden, length, sequences, processors, tf32):
+    """Splits of a sequence, what the kernel takes behind its tensors, and its constants."""
+    parameters = dict(found)
+    splits, tiles = cut(length, sequences, parameters["tokens"], parameters["programs"] * processors)
+    constants = {
+        "WIDTH": width,
+        "FEATURES": padded(features),
+        "HIDDEN": padded(hidden),
+        "TOKENS": parameters["tokens"],
+        "KEEP": bool(parameters["keep"]),
+        "LEAN": parameters["lean"],
+        "PRECISION": "tf32" if tf32 else "tf32x3",
+        "num_warps": parameters["warps"],
+        "num_stages": parameters["stages"],
+        **runtime.FUSION,
+    }
+    return splits, (length, features, hidden, tiles), constants
+
+
+def queries_and_values(kqv, width):
+    """q and v of kqv, or of what has them alone."""
+    return kqv[..., -2 * width : -width], kqv[..., -width:]
+
+
+def launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
+    """The layer's output by one launch, of the key state, q and v; for sizes that fit (launch.py)."""
+    q, v = queries_and_values(kqv, w.shape[1])
+    call, length = attention.Call(q, w), q.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    hidden = parameters.fc1_weight.shape[0]
+    section = runtime.section(q.device, call.sequences * length)
+    found = launch.TABLE.chosen("read_out_tail", section, q.dtype, call.width, call.features, hidden)
+    splits, sizes, constants = _plan(
+        tuple(found.items()),
+        q.dtype,
+        call.width,
+        call.features,
+        hidden,
+        length,
+        call.sequences,
+        runtime.multiprocessors(q.device),
+        q.dtype == torch.float32 and runtime.allows_tf32(),
+    )
+    q, v = attention.readable(q), attention.readable(v)
+    read_out_tail_kernel[call.sequences, splits](
+        q,
+        v,
+        call.directions,
+        lz,
+        state,
+        call.log_eps(eps),
+        out,
+        Tail(*(None if t is None else t.contiguous() for t in parameters)),
+        options.norm_eps,
+        *dropout(options, seed),
+        *sizes,
+        STRIDES=(*q[-2:], *v[-2:]),
+        **constants,
+    )
+    return out
+
+
+def launch_project(
+    x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, dtype, pixels, fused, whole
+):
+    """kqv, or q and v of it, the windows' statistics and the key state: by one launch, or by two and kqv between."""
+    window, folded = (kernel, stride, padding), Folded(weight, used, row_sums, offset)
+    if fused:
+        return launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole)
+    kqv, mean, rstd = launch_split_linear(x, *folded, 3 * w.shape[1], norm_eps, *window, dtype, pixels)
+    k, q, v = kqv.chunk(3, dim=-1)
+    return kqv, mean, rstd, *launch_key_state(attention.Call(q, w), k, v, None)
+
+
+def launch_finish(kqv, w, eps, lz, state, seed, options, parameters):
+    """The layer's output of the key state, q and v: by one launch, or by two and y between."""
+    parameters, options = Tail(*parameters), Options(*options)
+    q, v = queries_and_values(kqv, w.shape[1])
+    if queries_fused(q, w, parameters, seed is not None):
+        return launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed)
+    return tail.run(launch_read_out(q, w, eps, lz, state), v, parameters, options, seed)

@@ -1,0 +1,105 @@
+"""Whether two steps of a layer are one launch: by sizes and launch table, if that launch passes its self-test."""
+
+import torch
+
+from ..._common import triton_runtime as runtime
+from ..._common.pixels import values
+from ...performer_attention import aten as plain_attention
+from ...performer_attention.triton import support as attention
+from ...soft_split_linear import aten as plain_split
+from ...soft_split_linear.triton import support as split
+from ...soft_split_linear.triton.layout import layout
+from ...soft_split_linear.triton.operands import operands
+from ...token_mlp import aten as plain_tail
+from ...token_mlp.autograd import Tail
+from ...token_mlp.triton import support as tail
+from . import launch
+
+
+def _keys_trial(index, dtype, *call):
+    return runtime.trial("performer_layer", _tried_keys, _expected_keys, index, dtype, *call)
+
+
+def _keys_problem(device, dtype, image, w_dtype, channels, window, width, features, whole):
+    tensors, pixels, _ = split.problem(device, dtype, image, channels, window, 3 * width, True)
+    *_, w, _ = attention.problem(device, dtype, w_dtype, width, features)
+    return tensors, pixels, w
+
+
+def _tried_keys(device, dtype, *call):
+    from .forward import launch_split_keys
+
+    (x, *linear), pixels, w = _keys_problem(device, dtype, *call)
+    *_, window, _, _, whole = call
+    found, columns = operands(x, *linear, 1e-5, window, dtype, pixels, False)
+    arguments = x, found, w, 1e-5, window, dtype, columns, whole
+    with runtime.crowded():
+        again = launch_split_keys(*arguments)
+    return [t for t in (*launch_split_keys(*arguments), *again) if t.numel()]
+
+
+def _expected_keys(device, dtype, *call):
+    (x, *linear), pixels, w = _keys_problem(device, dtype, *call)
+    *_, window, _, _, whole = call
+    x = values(x, pixels, torch.float32).float()
+    kqv, _, rstd = plain_split.run(x, *(t.float() for t in linear), 1e-5, window, torch.float32)
+    k, q, v = kqv.chunk(3, dim=-1)
+    lz, state = plain_attention.key_state(k, v, w.float())
+    mean, rest = plain_split.patch_statistics(plain_split.centred_pixels(x), window, 1e-5)[0][-1]
+    found = [kqv, mean + rest, rstd] if whole else [torch.cat([q, v], -1)]
+    return 2 * [*found, lz.squeeze(-1), state]
+
+
+def keys_fused(x, dtype, window, w, whole):
+    """Whether the soft split and the pass over the keys are one launch: by sizes and table, if it works there."""
+    features, width = (runtime.fixed(size) for size in w.shape)
+    if not launch.fits(width, features):
+        return False
+    channels, (h, across) = runtime.fixed(x.shape[1]), window.grid(*x.shape[2:])
+    section, of_tap = runtime.section(x.device, x.shape[0] * h * across), layout(channels, window).channels
+    if not launch.TABLE.chosen("split_keys", section, dtype, width, features, of_tap)["fused"]:
+        return False
+    call = x.dtype, w.dtype, channels, window, width, features, whole
+    return _keys_trial(x.device.index, dtype, *call) is None
+
+
+def _queries_trial(index, dtype, *call):
+    return runtime.trial("performer_layer", _tried_queries, _expected_queries, index, dtype, *call)
+
+
+def _queries_problem(device, dtype, w_dtype, width, features, *of_tail):
+    """Two sequences longer than a tile, whose keys and queries have norm 2."""
+    *_, parameters, options, seed = tail.problem(device, dtype, *of_tail)
+    q, k, v, w, _ = attention.problem(device, dtype, w_dtype, width, features)
+    return torch.cat([k, q, v], dim=-1), w, 1e-8, parameters, options, seed
+
+
+def _tried_queries(device, dtype, *call):
+    from .forward import launch_read_out_tail
+
+    kqv, w, eps, *rest = _queries_problem(device, dtype, *call)
+    k, _, v = kqv.float().chunk(3, dim=-1)
+    lz, state = plain_attention.key_state(k, v, w.float())
+    arguments = kqv, w, eps, lz.squeeze(-1), state, *rest
+    with runtime.crowded():
+        again = launch_read_out_tail(*arguments)
+    return launch_read_out_tail(*arguments), again
+
+
+def _expected_queries(device, dtype, *call):
+    kqv, w, eps, parameters, *rest = _queries_problem(device, dtype, *call)
+    k, q, v = kqv.float().chunk(3, dim=-1)
+    y, _, _ = plain_attention.attend(q, k, v, w.float(), eps, None)
+    return 2 * [plain_tail.run(y, v, Tail(*(t.float() for t in parameters)), *rest)]
+
+
+def queries_fused(q, w, parameters, dropout):
+    """Whether the pass over the queries and the tail are one launch: by sizes and table, if it works on the device."""
+    (features, width), hidden = w.shape, parameters.fc1_weight.shape[0]
+    if not launch.fits(width, features, hidden):
+        return False
+    section = runtime.section(q.device, q.shape[0] * q.shape[1])
+    if not launch.TABLE.chosen("read_out_tail", section, q.dtype, width, features, hidden)["fused"]:
+        return False
+    call = w.dtype, width, features, parameters.proj_weight.dtype, width, hidden, dropout
+    return _queries_trial(q.device.index, q.dtype, *call) is None

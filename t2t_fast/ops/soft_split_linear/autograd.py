@@ -1,0 +1,79 @@
+"""The operator as autograd sees it, made of an implementation's two halves."""
+
+import torch
+
+from .._common.library import accumulation_dtype, first_order, wants_gradient
+from .._common.spec import Window
+
+
+def differentiable(run, run_backward, infer=None):
+    """The forward of ``soft_split_linear`` with its gradients.
+
+    Args:
+        run: (x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels) -> tokens (B, L, O) in dtype,
+            and each window's mean and reciprocal standard deviation (B, h, w); empty where ``run_backward`` does not
+            want them, as without LayerNorm.
+        run_backward: (grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels)
+            -> the gradients of the five tensors, each in its tensor's dtype, ``None`` unless needed. y: the tokens,
+            wanted for the gradient of an x that was normalised only.
+        infer: ``run`` where nothing is recorded, if that is another one.
+    """
+
+    class SoftSplitLinear(torch.autograd.Function):
+        """Gradients for the image and every parameter (derivation: docs/math.md, section 1)."""
+
+        @staticmethod
+        def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels):
+            return run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            *tensors, ctx.norm_eps, ctx.window, _, ctx.pixels = inputs
+            y, mean, rstd = output
+            ctx.mark_non_differentiable(mean, rstd)
+            keep = ctx.needs_input_grad[0] and ctx.norm_eps is not None
+            ctx.save_for_backward(*tensors, y if keep else None, mean, rstd)
+
+        @staticmethod
+        @first_order
+        def backward(ctx, grad, _mean, _rstd):
+            *tensors, y, mean, rstd = ctx.saved_tensors
+            needed = ctx.needs_input_grad[:5]
+            constants = ctx.norm_eps, ctx.window
+            gradients = run_backward(grad, *tensors, *constants, y, mean, rstd, needed, ctx.pixels)
+            return *gradients, None, None, None, None
+
+    def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):
+        window = Window(tuple(kernel), tuple(stride), tuple(padding))
+        record = wants_gradient(x, weight, bias, norm_weight, norm_bias)
+        call = SoftSplitLinear.apply if record else infer or run
+        return call(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels)[0]
+
+    return forward
+
+
+def parameter_gradients(products, grad, weight, bias, norm_weight, norm_bias, needed):
+    """Gradients of the four parameters, each in its dtype, ``None`` unless needed.
+
+    Args:
+        products: ``P = sum_t G_t xhat_t^T`` (O, K); ``None`` where neither weight nor norm_weight needs a gradient.
+        grad: ``G`` (..., O).
+        needed: four bools.
+    """
+    need_weight, need_bias, need_gamma, need_beta = needed
+    d_weight = d_bias = d_gamma = d_beta = total = None
+    wide = accumulation_dtype(grad.dtype)
+    if need_bias or need_beta or (need_weight and norm_bias is not None):
+        total = grad.flatten(0, -2).sum(0, dtype=wide)
+    if need_weight:
+        d_weight = products if norm_weight is None else products * norm_weight.to(wide)
+        if norm_bias is not None:
+            d_weight = torch.addcmul(d_weight, total.unsqueeze(1), norm_bias.to(wide))
+        d_weight = d_weight.to(weight.dtype)
+    if need_bias:
+        d_bias = total.to(bias.dtype)
+    if need_gamma:
+        d_gamma = (weight.to(wide) * products).sum(0).to(norm_weight.dtype)
+    if need_beta:
+        d_beta = (total @ weight.to(wide)).to(norm_bias.dtype)
+    return d_weight, d_bias, d_gamma, d_beta

@@ -1,0 +1,149 @@
+"""What the Triton kernels of one call share: sizes, launch parameters, constants, and the image as they read it."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..._common import triton_runtime as runtime
+from ..._common.spec import Window
+from . import launch
+from .layout import NARROW, layout
+
+CELLS = 64
+"""Of a tile of ``cells_kernel``."""
+
+
+class Image(NamedTuple):
+    """An image, or its cells, as kernels read windows of it.
+
+    Attributes:
+        pointer: the tensor; batch, channel, row, column: strides, in values.
+        scale, shift: of an image of bytes u, each column's in float32, which make ``scale u + shift`` of them; else
+            ``None``.
+    """
+
+    pointer: torch.Tensor
+    batch: int
+    channel: int
+    row: int
+    column: int
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+
+
+class Folded(NamedTuple):
+    """The parameters as a forward kernel takes them, LayerNorm folded in; packed in a layout's order of columns.
+
+    Attributes:
+        weight: (columns, outputs) in the operands' dtype; outputs are up to whole multiples of NARROW (layout.py).
+        used: (columns) in float32, 1 for each that is one of a window's K values, else 0; ``None`` if all are, or no
+            other could be anything but 0.
+        row_sums: ``Wg 1`` of docs/math.md, section 1, (outputs) in float32; ``None`` without LayerNorm.
+        offset: ``b'`` there, likewise; without LayerNorm the bias.
+    """
+
+    weight: torch.Tensor
+    used: torch.Tensor | None
+    row_sums: torch.Tensor | None
+    offset: torch.Tensor
+
+
+class Call:
+    """What the kernels of one call share.
+
+    Args:
+        x: (B, C, H, W), any strides; dtype: of the operands of products; window, outputs: the call's.
+        pixels: :func:`triton.pixel_columns`.
+    """
+
+    def __init__(self, x, dtype, window, outputs, pixels=None):
+        self.x, self.dtype, self.outputs = x, dtype, outputs
+        self.window = Window(*(tuple(pair) for pair in window))
+        self.layout = layout(x.shape[1], self.window)
+        self.grid = self.window.grid(*x.shape[2:])
+        self.length = self.grid[0] * self.grid[1]
+        self.tokens = x.shape[0] * self.length
+        self.pixels = pixels
+
+    def parameters(self, name):
+        """Launch parameters of a pass; those of the forward one depend on how many tokens there are, too."""
+        device = self.x.device
+        section = runtime.section(device, self.tokens) if name == "forward" else runtime.architecture(device)
+        return launch.TABLE.chosen(name, section, self.dtype, self.layout.channels, self.outputs)
+
+    def constants(self, parameters):
+        """Compile-time constants that several kernels have."""
+        return {"NARROW": NARROW, "EVEN": self.outputs % NARROW == 0, **self.products(parameters)}
+
+    def products(self, parameters):
+        """Those of the products, and how a program is launched."""
+        tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
+        return {
+            "OPERAND": triton_dtype(self.dtype),
+            "PRECISION": "tf32" if tf32 else "tf32x3",
+            "num_warps": parameters["warps"],
+            "num_stages": parameters["stages"],
+            **runtime.FUSION,
+        }
+
+    def image(self):
+        """The image as the kernels read windows of it."""
+        x = self.x
+        if self.layout.cell is not None:
+            x, strides = self._cells()
+        else:
+            if not self.layout.gather and x.stride(1) != 1:
+                x = x.contiguous(memory_format=torch.channels_last)
+            strides = x.stride()
+        return Image(x, *strides, *(self.pixels or (None, None)))
+
+    def _cells(self):
+        """Cells of the image, and strides of the windows over them: a tap is a row of cells, one value after another.
+
+        Bytes stay bytes, in the operands' dtype, which has them all. Pixels that no window covers are left out.
+        """
+        from . import forward as kernels
+
+        covered = [
+            min(n, (steps - 1) * s + k - p)
+            for n, steps, k, s, p in zip(self.x.shape[2:], self.grid, *self.window, strict=True)
+        ]
+        rows = self.grid[0] + self.layout.window.kernel[0] - 1
+        size = self.layout.cell_size
+        columns = self.grid[1] + self.layout.channels // size - 1
+        cells = self.x.shape[0] * rows * columns
+        dtype = self.x.dtype if self.pixels is None else self.dtype
+        out = torch.empty(cells, size, dtype=dtype, device=self.x.device)
+        kernels.cells_kernel[(-(-cells // CELLS),)](
+            self.x,
+            self.x.stride(),
+            out,
+            *covered,
+            rows,
+            columns,
+            cells,
+            CELL=self.layout.cell,
+            PADDING=self.window.padding,
+            BYTES=self.pixels is not None,
+            TILE=CELLS,
+            BLOCK=16,
+            num_warps=4,
+            **runtime.FUSION,
+        )
+        return out, (rows * columns * size, 1, columns * size, size)
+
+    def singles(self):
+        """An empty float32 value for each token, (B, h, w)."""
+        return torch.empty((self.x.shape[0], *self.grid), dtype=torch.float32, device=self.x.device)
+
+
+def triton_dtype(dtype):
+    """Triton's name of a torch dtype."""
+    from triton import language as tl
+
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def divisor(number, most):
+    """The largest divisor of ``number`` that is at most ``most``."""
+    return next(part for part in range(min(number, most), 0, -1) if number % part == 0)

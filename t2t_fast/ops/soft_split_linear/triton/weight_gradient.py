@@ -1,0 +1,160 @@
+"""Triton kernel of the weight's gradient: normalised windows times the upstream gradient, summed over the tokens.
+
+Letters and windows as in kernels.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._common import triton_runtime as runtime
+from ..._common.cached import FOLDED
+from ..._common.launch_table import cut
+from ..._common.tiles import dot, rounded
+from .call import Call, divisor
+from .forward import VARYING, tile_places, window_tile
+from .layout import NARROW
+
+
+@triton.jit(do_not_specialize=VARYING)
+def split_linear_weight_kernel(
+    image,
+    grad,
+    mean,
+    rstd,
+    d_weight,
+    height,
+    image_width,
+    grid_width,
+    length,
+    tokens,
+    outputs,
+    tiles_per_split,
+    LAYOUT: tl.constexpr,
+    NORM: tl.constexpr,
+    OPERAND: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NARROW: tl.constexpr,
+    PARTS: tl.constexpr,
+    TURNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """This split's share of ``P = sum_t G_t xhat_t^T``: (outputs, columns), whole groups as the weight has them.
+
+    Grid (groups of BLOCKS x BLOCK columns, groups of PARTS x NARROW outputs, splits); xhat is u without NORM. The
+    windows are read and normalised again: a normalised value is at most sqrt(K), so that neither it nor G leaves the
+    range of float16. Each G is read once for each group of columns. TURNED: the sums are held as (outputs, columns),
+    not as (columns, outputs), so that the normalised tile is an operand as it is, and not turned.
+    """
+    begin = tl.program_id(0) * (BLOCKS * BLOCK)
+    columns = tl.num_programs(0) * (BLOCKS * BLOCK)
+    group = tl.program_id(1) * (PARTS * NARROW)
+    split = tl.program_id(2)
+    output = tl.arange(0, NARROW)
+    row = tl.arange(0, TOKENS)
+    sums = ()
+    for _ in tl.static_range(BLOCKS * PARTS):
+        sums = sums + (tl.zeros([NARROW, BLOCK] if TURNED else [BLOCK, NARROW], tl.float32),)
+    earliest = split * tiles_per_split
+    tiles = tl.minimum(tiles_per_split, tl.cdiv(tokens, TOKENS) - earliest)
+    # where the first tile's windows lie is divided out; from tile to tile it is added to, as on a clock
+    place, places = tile_places(earliest, tokens, length, grid_width, image, LAYOUT, TOKENS)
+    start, top, left, _ = places
+    STRIDE: tl.constexpr = LAYOUT.window.stride
+    PADDING: tl.constexpr = LAYOUT.window.padding
+    end_column, end_row = grid_width * STRIDE[1], length // grid_width * STRIDE[0]
+    row_step, column_step = TOKENS % length // grid_width * STRIDE[0], TOKENS % length % grid_width * STRIDE[1]
+    step = TOKENS // length * image.batch + row_step * image.row + column_step * image.column
+    next_row = STRIDE[0] * image.row - end_column * image.column
+    next_image = image.batch - end_row * image.row
+    for _ in range(tiles):
+        there = row < tl.minimum(tokens - place, TOKENS).to(tl.int32)
+        if NORM:
+            centre = tl.load(mean + place + row, mask=there, other=0.0)
+            scale = tl.load(rstd + place + row, mask=there, other=0.0)
+        upstreams = ()
+        source = grad + place * outputs + group + row[:, None] * outputs + output[None, :]
+        for part in tl.static_range(PARTS):
+            inside = there[:, None]
+            if not EVEN:
+                inside &= (group + part * NARROW + output < outputs)[None, :]
+            upstream = tl.load(source + part * NARROW, mask=inside, other=0.0)
+            upstream = rounded(upstream, OPERAND, PRECISION)
+            upstreams = upstreams + (tl.trans(upstream) if TURNED else upstream,)
+        products = ()
+        for block in tl.static_range(BLOCKS):
+            places = start, top, left, there
+            tile = window_tile(image, (height, image_width), places, begin + block * BLOCK, LAYOUT, BLOCK)
+            if NORM:
+                # in float32, a difference of two products would cost a rounding
+                if tl.float32 == OPERAND:
+                    tile = (tile.to(tl.float32) - centre[:, None]) * scale[:, None]
+                else:
+                    tile = tile.to(tl.float32) * scale[:, None] - (centre * scale)[:, None]
+            tile = rounded(tile.to(tl.float32), OPERAND, PRECISION)
+            if not TURNED:
+                # the choice changes nothing, but keeps Triton 3.8 from computing the tile twice, once in every warp
+                tile = tl.trans(tl.where(there[:, None], tile, 0.0))
+            for part in tl.static_range(PARTS):
+                first, second = (upstreams[part], tile) if TURNED else (tile, upstreams[part])
+                products = products + (dot(first, second, sums[block * PARTS + part], PRECISION),)
+        sums = products
+        place += TOKENS
+        left += column_step
+        wraps = left >= end_column - PADDING[1]
+        left -= tl.where(wraps, end_column, 0)
+        top += row_step + tl.where(wraps, STRIDE[0], 0)
+        ends = top >= end_row - PADDING[0]
+        top -= tl.where(ends, end_row, 0)
+        # of a product, unlike a choice, the compiler knows that it keeps addresses aligned
+        start += step + wraps.to(tl.int32) * next_row + ends.to(tl.int32) * next_image
+    for part in tl.static_range(PARTS):
+        rows = (split * tl.num_programs(1) * (PARTS * NARROW) + group + part * NARROW + output).to(tl.int64) * columns
+        for block in tl.static_range(BLOCKS):
+            column = begin + block * BLOCK + tl.arange(0, BLOCK)
+            places = rows[:, None] + column[None, :] if TURNED else rows[None, :] + column[:, None]
+            tl.store(d_weight + places, sums[block * PARTS + part])
+
+
+def launch_weight_products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
+    """``sum_t G_t xhat_t^T`` as (O, K) float32."""
+
+    FOLDED.clear()  # somebody is training, and may write where no version counter sees it
+    call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
+    if not grad.numel():
+        return grad.new_zeros((call.outputs, call.layout.values), dtype=torch.float32)
+    parameters = call.parameters("weight")
+    parts = divisor(-(-call.outputs // NARROW), parameters["parts"])
+    groups = -(-call.outputs // (NARROW * parts))
+    block = call.layout.block(parameters["block"])
+    blocks = divisor(-(-call.layout.columns // block), parameters["blocks"])
+    column_groups = -(-call.layout.columns // (block * blocks))
+    wanted = parameters["programs"] * runtime.multiprocessors(x.device)
+    splits, tiles = cut(call.tokens, column_groups * groups, parameters["tokens"], wanted)
+    shape = splits, groups * parts * NARROW, column_groups * blocks * block
+    found = torch.empty(shape, dtype=torch.float32, device=x.device)
+    split_linear_weight_kernel[column_groups, groups, splits](
+        call.image(),
+        grad.contiguous(),
+        mean,
+        rstd,
+        found,
+        *x.shape[2:],
+        call.grid[1],
+        call.length,
+        call.tokens,
+        call.outputs,
+        tiles,
+        LAYOUT=call.layout,
+        NORM=norm,
+        TOKENS=parameters["tokens"],
+        BLOCK=block,
+        BLOCKS=blocks,
+        PARTS=parts,
+        TURNED=parameters["turned"],
+        **call.constants(parameters),
+    )
+    return call.layout.unpack(found.sum(0).t(), call.outputs).contiguous()

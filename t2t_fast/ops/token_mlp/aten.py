@@ -1,0 +1,102 @@
+"""The tail of a token layer; backward recomputes everything from (y, v) and the dropout seed.
+
+    t = v + m1 (y Wp^T + bp)     n = LN(t)     h = n W1^T + b1     out = t + m2 (gelu(h) W2^T + b2)
+
+Matrix products run in the inputs' dtype; sums, LayerNorm and GELU in float32 (float64 for float64).
+
+Buffers are reused wherever a value is dead: on a CPU the first touch of fresh memory costs more than the arithmetic.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .._common.library import accumulation_dtype, product
+from .._common.philox import dropout_, keep_masks
+from .._common.transforms import constant
+from .autograd import Tail, differentiable
+
+
+def _linear(x, weight, bias, into=None):
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if into is None:
+        return F.linear(x, weight, bias)
+    found = product(x, weight.T, into)
+    return found if bias is None else found.add_(bias)
+
+
+def _skip(v, y, tail, options, keep):
+    """``t``: a new tensor in the accumulation dtype."""
+    t = _linear(y, tail.proj_weight, tail.proj_bias).to(accumulation_dtype(y.dtype))
+    return dropout_(t, options.proj_drop, keep).add_(v)
+
+
+def run(y, v, tail, options, seed):
+    """Forward without autograd."""
+    keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
+    t = _skip(v, y, tail, options, keep_proj)
+    gamma, beta = (None if p is None else p.to(t.dtype) for p in (tail.norm_weight, tail.norm_bias))
+    centred = t - t.mean(-1, keepdim=True)  # layer_norm takes the mean off the products, where an offset costs digits
+    n = F.layer_norm(centred, (constant(t.shape[-1]),), gamma, beta, options.norm_eps).to(y.dtype)
+    a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias, into=centred))
+    f = _linear(a, tail.fc2_weight, tail.fc2_bias, into=n).to(t.dtype)
+    return t.add_(dropout_(f, options.mlp_drop, keep_mlp)).to(y.dtype)
+
+
+def _weight_gradient(grad, x):
+    """``sum over tokens of grad x^T`` for (..., L, O) and (..., L, I): (O, I)."""
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def run_backward(grad, y, v, tail, options, seed, needed):
+    """All gradients; d_v is a new tensor in the accumulation dtype."""
+    dtype, wide = y.dtype, accumulation_dtype(y.dtype)
+    width = y.shape[-1]
+    gradients = Tail(*[None] * 8)._asdict()
+
+    def want(name):
+        return needed[Tail._fields.index(name)] and getattr(tail, name) is not None
+
+    def give(name, value):
+        gradients[name] = value.to(getattr(tail, name).dtype)
+
+    def give_bias(name, value):
+        if want(name):
+            give(name, value.flatten(0, -2).sum(0, dtype=wide))
+
+    gamma = y.new_ones(width, dtype=wide) if tail.norm_weight is None else tail.norm_weight.to(wide)
+    keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
+    xhat = _skip(v, y, tail, options, keep_proj)
+    for _ in range(2):  # the second time what rounding the mean has lost
+        xhat.sub_(xhat.mean(-1, keepdim=True))
+    rstd = torch.rsqrt(torch.linalg.vecdot(xhat, xhat).unsqueeze(-1) / width + options.norm_eps)
+    xhat.mul_(rstd)
+    n = xhat * gamma
+    n = (n if tail.norm_bias is None else n.add_(tail.norm_bias.to(wide))).to(dtype)
+    h = _linear(n, tail.fc1_weight, tail.fc1_bias)
+
+    grad = grad.to(wide)
+    d_f = (grad if keep_mlp is None else dropout_(grad.clone(), options.mlp_drop, keep_mlp)).to(dtype)
+    d_h = d_f @ tail.fc2_weight.to(dtype)
+    torch.ops.aten.gelu_backward.grad_input(d_h, h, grad_input=d_h)
+    if want("fc2_weight"):
+        give("fc2_weight", _weight_gradient(d_f, torch.ops.aten.gelu_(h)))
+    give_bias("fc2_bias", d_f)
+    if want("fc1_weight"):
+        give("fc1_weight", _weight_gradient(d_h, n))
+    give_bias("fc1_bias", d_h)
+
+    d_n = product(d_h, tail.fc1_weight.to(dtype), into=h).to(wide)
+    give_bias("norm_bias", d_n)
+    products = torch.mul(d_n, xhat, out=n) if n.dtype == wide else d_n * xhat
+    give_bias("norm_weight", products)
+    along = (products @ gamma).unsqueeze(-1).div_(width)
+    mean = (d_n @ gamma).unsqueeze(-1).div_(width)
+    d_t = d_n.mul_(gamma).sub_(mean).sub_(xhat.mul_(along)).mul_(rstd).add_(grad)
+    d_p = (d_t if keep_proj is None else dropout_(products.copy_(d_t), options.proj_drop, keep_proj)).to(dtype)
+    if want("proj_weight"):
+        give("proj_weight", _weight_gradient(d_p, y))
+    give_bias("proj_bias", d_p)
+    return product(d_p, tail.proj_weight.to(dtype), into=xhat), d_t, list(gradients.values())
+
+
+forward = differentiable(run, run_backward)

@@ -1,0 +1,49 @@
+"""The tail of a token layer as a native operator (``csrc/cpu``), in float32, a tile of tokens at a time.
+
+Saved for backward: y, v, the dropout seed and the parameters; everything else is computed again.
+"""
+
+import torch
+
+from .._common import native_library
+from .._common.native_library import fake_gradients, gradient, single
+from .autograd import differentiable
+
+_KINDS = native_library.devices("token_mlp")
+
+
+def supports(request):
+    return native_library.reason(request, _KINDS, native_library.SINGLE)
+
+
+@native_library.fake("token_mlp")
+def _fake(y, v, *rest):
+    return y.new_empty(y.shape)
+
+
+@native_library.fake("token_mlp_backward")
+def _fake_backward(grad, y, v, proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, *rest):
+    return fake_gradients(y, y, y, proj_weight, proj_bias, norm_weight, norm_bias, *rest[:4])
+
+
+def _arguments(y, v, tail, options, seed):
+    """The native operator's arguments, tensors in float32; ``options`` are norm_eps, proj_drop and mlp_drop."""
+    norm_eps, *drops = options
+    y, v, proj_weight, proj_bias, norm_weight, norm_bias, *mlp = single(y, v, *tail)
+    return y, v, proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, *mlp, *drops, seed
+
+
+def run(y, v, tail, options, seed):
+    """Forward without autograd."""
+    return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, tail, options, seed)).to(y.dtype)
+
+
+def run_backward(grad, y, v, tail, options, seed, needed):
+    """All gradients, each in its tensor's dtype, whether or not they are needed."""
+    arguments = _arguments(y, v, tail, options, seed)
+    found = torch.ops.t2t_fast_native.token_mlp_backward(grad.to(torch.float32), *arguments)
+    d_y, d_v, *gradients = (gradient(value, tensor) for value, tensor in zip(found, (y, v, *tail), strict=True))
+    return d_y, d_v, gradients
+
+
+forward = differentiable(run, run_backward)

@@ -1,0 +1,360 @@
+"""Triton kernel of the tail of a token layer, forward: one pass over the tokens; and what backward shares with it.
+
+Letters as everywhere: L tokens, E token width, F hidden width. The tiles of TOKENS tokens of all sequences stand in one
+row; a program owns some neighbours among them, however many sequences those belong to, and keeps the weight matrices.
+WIDTH and HIDDEN are E and F rounded up to what a matrix instruction takes; what is beyond is zero and never stored.
+
+Operands of matrix products are in the inputs' dtype; LayerNorm, GELU, dropout and sums in float32.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._common.tiles import INTERPRETED, dot, inverse, load, matrix, narrowed, rounded, store, widened
+from ..autograd import Options, Tail
+from .launch import dropout, inner_strides, planned, strided
+
+ROUNDS = tl.constexpr(7)
+LOG2E = tl.constexpr(1.4426950408889634)
+VARYING = ("length", "all_tiles", "own_tiles", "seed")
+"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+
+
+@triton.jit
+def row_of(pointer, size, SIZE: tl.constexpr, NONE: tl.constexpr):
+    """A parameter of ``size`` values in float32, zero beyond them; NONE everywhere where it is absent."""
+    if pointer is None:
+        row = tl.full([SIZE], NONE, tl.float32)
+    else:
+        columns = tl.arange(0, SIZE)
+        row = tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
+    return row
+
+
+@triton.jit
+def proj_of(tail, width, WIDTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """``Wp`` as an operand."""
+    return rounded(matrix(tail.proj_weight, width, width, width, 1, WIDTH, WIDTH), DTYPE, PRECISION)
+
+
+@triton.jit
+def fc1_of(
+    tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``W1 diag(gamma)`` as an operand: the affine part of LayerNorm goes into fc1."""
+    weight = matrix(tail.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
+    if tail.norm_weight is not None:
+        weight *= row_of(tail.norm_weight, width, WIDTH, 1.0)[None, :]
+    return rounded(weight, DTYPE, PRECISION)
+
+
+@triton.jit
+def fc2_of(
+    tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``W2`` as an operand."""
+    return rounded(matrix(tail.fc2_weight, width, hidden, hidden, 1, WIDTH, HIDDEN), DTYPE, PRECISION)
+
+
+@triton.jit
+def _shift(tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+    """``W1 beta + b1``: what fc1 adds, LayerNorm's affine part in it."""
+    shift = row_of(tail.fc1_bias, hidden, HIDDEN, 0.0)
+    if tail.norm_bias is not None:
+        fc1 = matrix(tail.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
+        shift += tl.sum(fc1 * row_of(tail.norm_bias, width, WIDTH, 0.0)[None, :], 1)
+    return shift
+
+
+@triton.jit
+def place_of(index, length, TOKENS: tl.constexpr):
+    """Where a tile is: its sequence, its first token, and which of its tokens there are."""
+    tiles = tl.cdiv(length, TOKENS)
+    start = index % tiles * TOKENS
+    return (index // tiles).to(tl.int64), start, tl.arange(0, TOKENS) < length - start
+
+
+@triton.jit
+def load_tile(x, place, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of ``x``, which is a pointer and the strides of sequence, token and column."""
+    pointer, batch, token, column = x
+    sequence, start, there = place
+    rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
+    return load(pointer + sequence * batch, start, rows, there, columns, width, token, column, EVEN)
+
+
+@triton.jit
+def store_tile(pointer, value, place, length, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """That tile of a contiguous tensor."""
+    sequence, start, there = place
+    rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
+    store(pointer + sequence * length * width, value, start, rows, there, columns, width, width, 1, EVEN)
+
+
+@triton.jit
+def random_lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, OCTETS: tl.constexpr):
+    """The 16 random bits of each element of a tile from ``token`` on, as philox.py has them: (TOKENS, WIDTH) uint32.
+
+    OCTETS: rows are whole groups of 8 elements, of which each takes one call.
+    """
+    rows = tl.arange(0, TOKENS)
+    if OCTETS:
+        calls = width // 8
+        first = token * calls
+        base = (first & 0xFFFFFFFF).to(tl.uint32)
+        columns = tl.arange(0, WIDTH // 8)
+        low = base + (rows[:, None] * calls + columns[None, :]).to(tl.uint32)
+        high = (first >> 32).to(tl.uint32) + (low < base).to(tl.uint32)
+    else:
+        columns = tl.arange(0, WIDTH)
+        element = token * width + (rows[:, None] * width + columns[None, :])
+        low, high = (element >> 3 & 0xFFFFFFFF).to(tl.uint32), (element >> 35).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    a, b, c, d = tl.philox(seed, low, high, zero, zero, ROUNDS)
+    if OCTETS:
+        words = tl.join(tl.join(a, c), tl.join(b, d))
+        lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [TOKENS, WIDTH])
+    else:
+        lane = (element & 7).to(tl.int32)
+        word = tl.where(lane < 4, tl.where(lane < 2, a, b), tl.where(lane < 6, c, d))
+        lanes = tl.where(lane % 2 == 0, word, word >> 16) & 0xFFFF
+    return lanes
+
+
+@triton.jit
+def left_out(lanes, drop):
+    """Which elements dropout leaves out, by their random bits.
+
+    drop: the first value that drops an element (``None``: 0), how many do (``None``: no dropout), and what the others
+    are scaled by; in float32, so that another probability makes no other kernel.
+    """
+    first, count, _ = drop
+    lanes = lanes.to(tl.uint32)
+    if first is not None:
+        lanes -= tl.cast(first, tl.uint32)
+    return lanes < tl.cast(count, tl.uint32)
+
+
+@triton.jit
+def dropped(x, lanes, drop):
+    """A tile in float32 after dropout: times its scale or times 0, so that what is not finite becomes NaN."""
+    if drop[1] is not None:
+        x *= tl.where(left_out(lanes, drop), 0.0, drop[2])
+    return x
+
+
+@triton.jit
+def spared(x, lanes, drop):
+    """A tile after dropout but for its scale (:func:`scale_of`), in its own type."""
+    if drop[1] is not None:
+        none = narrowed(widened(x) * 0.0, x.dtype) if INTERPRETED else x * 0.0
+        x = tl.where(left_out(lanes, drop), none, x)
+    return x
+
+
+@triton.jit
+def scale_of(drop):
+    """What dropout scales by."""
+    return 1.0 if drop[1] is None else drop[2]
+
+
+@triton.jit
+def centred_half(t, width, norm_eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Half of each row without its mean, which float16 holds wherever it holds the row; and ``2 / sigma``."""
+    t = t * 0.5 - (tl.sum(t, 1) / width * 0.5)[:, None]
+    if not EVEN:
+        t = tl.where((tl.arange(0, WIDTH) < width)[None, :], t, 0.0)
+    return t, tl.rsqrt(tl.sum(t * t, 1) / width + 0.25 * norm_eps)
+
+
+@triton.jit
+def normalised(t, width, norm_eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """LayerNorm of each row before its affine part, and ``1 / sigma``."""
+    t, scale = centred_half(t, width, norm_eps, WIDTH, EVEN)
+    return t * scale[:, None], 0.5 * scale
+
+
+@triton.jit
+def normal_of(h):
+    """The standard normal's density, and its tail ``Phi(-|h|)``; from one exponential.
+
+    The tail is ``phi(x) r(1 / (1 + 0.32 x))`` for x >= 0. The polynomial r, by weighted least squares, leaves 2.5e-8.
+    """
+    density = tl.exp2(h * h * (-0.5 * LOG2E) - 1.3257480647361592)  # 1 / sqrt(2 pi) in it
+    t = inverse(0.32 * tl.abs(h) + 1.0)
+    r = t * -0.3211710034314119 + 1.225343188351582
+    r = r * t - 0.6378672765604185
+    r = r * t + 0.7674615917922787
+    r = r * t + 0.20814712249209733
+    r = r * t + 0.011400479654180127
+    return density, density * r
+
+
+@triton.jit
+def gelu_of(h):
+    """``gelu(h)``."""
+    _, beyond = normal_of(h)
+    return tl.maximum(h, 0.0) - tl.abs(h) * beyond
+
+
+@triton.jit
+def kept_weights(
+    tail,
+    width,
+    hidden,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What a program keeps of the parameters: with KEEP the weights as operands, and always what is added to a row."""
+    weights = ()
+    if KEEP:
+        fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
+        proj = proj_of(tail, width, WIDTH, DTYPE, PRECISION)
+        weights = proj, fc1, fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
+    proj_bias, fc2_bias = row_of(tail.proj_bias, width, WIDTH, 0.0), row_of(tail.fc2_bias, width, WIDTH, 0.0)
+    return weights, proj_bias, _shift(tail, width, hidden, WIDTH, HIDDEN), fc2_bias
+
+
+@triton.jit
+def tail_of(
+    y,
+    y_scale,
+    v,
+    lanes,
+    tail,
+    kept,
+    norm_eps,
+    drop_proj,
+    drop_mlp,
+    width,
+    hidden,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    EVEN: tl.constexpr,
+    LEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tail of one tile in float32. y_scale: what rows of y are still to be multiplied by, or ``None``; lanes:
+    :func:`random_lanes`; kept: :func:`kept_weights`.
+
+    A product takes a row's scale up behind it, in one instruction with what is added to rows.
+    """
+    DTYPE: tl.constexpr = y.dtype
+    weights, proj_bias, shift, fc2_bias = kept
+    proj = proj_of(tail, width, WIDTH, DTYPE, PRECISION) if len(weights) == 0 else weights[0]
+    if LEAN:
+        proj_bias, fc2_bias = row_of(tail.proj_bias, width, WIDTH, 0.0), row_of(tail.fc2_bias, width, WIDTH, 0.0)
+    t = dot(y, tl.trans(proj), None, PRECISION)
+    if y_scale is not None:
+        t *= y_scale[:, None]
+    t = dropped(t + proj_bias[None, :], lanes, drop_proj) + widened(v)
+    centred, scale = centred_half(t, width, norm_eps, WIDTH, EVEN)
+    fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[1]
+    h = dot(rounded(centred, DTYPE, PRECISION), tl.trans(fc1), None, PRECISION) * scale[:, None] + shift[None, :]
+    a = rounded(gelu_of(h), DTYPE, PRECISION)
+    fc2 = fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[2]
+    if drop_mlp[1] is None and tl.float32 != DTYPE:
+        # in float32 a sum that starts at t would be less exact: matrix units cut off what they add
+        t = dot(a, tl.trans(fc2), t + fc2_bias[None, :], PRECISION)
+    else:
+        f = dot(a, tl.trans(fc2), None, PRECISION) + fc2_bias[None, :]
+        t += dropped(f, lanes, drop_mlp)
+    return t
+
+
+@triton.jit(do_not_specialize=VARYING)
+def tail_kernel(
+    y,
+    v,
+    out,
+    tail,
+    norm_eps,
+    seed,
+    drop_proj,
+    drop_mlp,
+    length,
+    width: tl.constexpr,
+    hidden: tl.constexpr,
+    all_tiles,
+    own_tiles,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EVEN: tl.constexpr,
+    OCTETS: tl.constexpr,
+    STRIDES: tl.constexpr,
+    KEEP: tl.constexpr,
+    LEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out = t + m2 (gelu(LN(t) W1^T + b1) W2^T + b2)`` with ``t = v + m1 (y Wp^T + bp)``.
+
+    Grid (programs), each with ``own_tiles`` tiles of ``all_tiles``; reads y and v once, writes out once; nothing else
+    is saved. y, v: :func:`load_tile`; STRIDES: of token and column of y and v, instead of theirs; drop_proj, drop_mlp:
+    :func:`spared`; tail: tail.Tail of pointers.
+
+    KEEP: the weights are kept, not read again for every tile. LEAN: addresses are computed and what is added to rows
+    is read in every round of the loop, to save registers.
+    """
+    DTYPE: tl.constexpr = y[0].dtype.element_ty
+    y = y[0], y[1], STRIDES[0], STRIDES[1]
+    v = v[0], v[1], STRIDES[2], STRIDES[3]
+    kept = kept_weights(tail, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
+    if seed is not None:
+        seed = tl.load(seed)
+    first = tl.program_id(0) * own_tiles
+    for index in tl.range(first, tl.minimum(first + own_tiles, all_tiles), disable_licm=LEAN > 0):
+        place = place_of(index, length, TOKENS)
+        tile = load_tile(y, place, width, TOKENS, WIDTH, EVEN)
+        skip = load_tile(v, place, width, TOKENS, WIDTH, EVEN)
+        lanes = 0
+        if seed is not None:
+            lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
+        found = tail_of(
+            tile,
+            None,
+            skip,
+            lanes,
+            tail,
+            kept,
+            norm_eps,
+            drop_proj,
+            drop_mlp,
+            width,
+            hidden,
+            WIDTH,
+            HIDDEN,
+            EVEN,
+            LEAN,
+            PRECISION,
+        )
+        store_tile(out, found, place, length, width, TOKENS, WIDTH, EVEN)
+
+
+def launch_token_mlp(y, v, seed, options, tail):
+    """The output in y's dtype, contiguous: a launch of :func:`tail_kernel`."""
+    tail, options = Tail(*tail), Options(*options)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if not out.numel():
+        return out
+    programs, sizes, found, constants = planned("tail", y, tail, math.prod(y.shape[:-2]))
+    parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
+    operands = [strided(x) for x in (y, v)]
+    tail_kernel[(programs,)](
+        *operands,
+        out,
+        parameters,
+        options.norm_eps,
+        *dropout(options, seed),
+        *sizes,
+        STRIDES=inner_strides(operands),
+        LEAN=found["lean"],
+        **constants,
+    )
+    return out

@@ -1,0 +1,131 @@
+"""Launch parameters of the tail's Triton kernels: defaults, and candidates for a measurement."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ..._common import triton_runtime as runtime
+from ..._common.launch_table import DTYPES, Table, cut, padded
+
+LARGEST = 128
+"""Channels and hidden units that the kernels take."""
+
+PASSES = ("tail", "tail_backward")
+
+
+def shape_class(name, dtype, width, hidden):
+    """What the parameters depend on, as words: dtype and padded sizes."""
+    return f"{DTYPES[dtype]}-E{padded(width)}-F{padded(hidden)}"
+
+
+def candidates(name, present):
+    """Parameters worth a measurement, whatever is in use at ``present``.
+
+    tokens: of a tile; warps: of a program; stages: tiles on their way; programs: wanted on a multiprocessor; keep: 1
+    where a program keeps the weights, 0 where it reads them again for every tile; split: 1 where backward is two
+    launches; lean: how far registers are saved, what could be held computed or read again (the kernels tell).
+    """
+    backward = name == "tail_backward"
+    return [
+        {
+            "tokens": tokens,
+            "warps": warps,
+            "stages": stages,
+            "programs": programs,
+            "keep": keep,
+            "split": split,
+            "lean": lean,
+        }
+        for split in ((0, 1) if backward else (0,))
+        for tokens, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 4), (128, 8))
+        for stages, keep in ((1, 0), (1, 1), (2, 1))
+        for programs in ((1, 2) if backward else (2, 3, 4))
+        for lean in (((2,) if tokens > 32 else (0, 1, 2)) if backward else (0, 1))
+    ]
+
+
+def default(name, dtype, width, hidden):
+    """Parameters that compile without spills for T2T's shape; backward in float32 may have a few.
+
+    Weights in float32, kept, would not fit into the 99 KiB of shared memory that every card has; nor would large ones.
+    """
+    single, backward = dtype == torch.float32, name == "tail_backward"
+    large = max(padded(width), padded(hidden)) > 64
+    tokens = 16 if backward or (single and large) else 32
+    return {
+        "tokens": tokens,
+        "warps": 8 if backward or single or large else 4,
+        "stages": 1 if backward or single or large else 2,
+        "programs": 1 if backward else 2,
+        "keep": int(not single and not large),
+        "split": 0,
+        "lean": int(backward and single),
+    }
+
+
+TABLE = Table(Path(__file__).with_name("launch.json"), PASSES, shape_class, default, candidates)
+
+
+@lru_cache(maxsize=1024)
+def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
+    """Grid, what a kernel takes behind its tensors, the launch parameters, and the kernels' common constants."""
+    parameters = dict(found)
+    tokens = parameters["tokens"]
+    tiles = -(-length // tokens)
+    programs, own = cut(sequences * tiles * tokens, 1, tokens, parameters["programs"] * processors)
+    constants = {
+        "WIDTH": padded(width),
+        "HIDDEN": padded(hidden),
+        "TOKENS": tokens,
+        "EVEN": padded(width) == width,
+        "OCTETS": width % 8 == 0,
+        "KEEP": bool(parameters["keep"]),
+        "PRECISION": "tf32" if tf32 else "tf32x3",
+        "num_warps": parameters["warps"],
+        "num_stages": parameters["stages"],
+        **runtime.FUSION,
+    }
+    sizes = length, width, hidden, sequences * tiles, own
+    return programs, sizes, parameters, constants
+
+
+def planned(name, y, tail, sequences):
+    length, width = y.shape[-2:]
+    hidden = tail.fc1_weight.shape[0]
+    # forward by how many tokens there are, too
+    section = runtime.section(y.device, sequences * length) if name == "tail" else runtime.architecture(y.device)
+    found = TABLE.chosen(name, section, y.dtype, width, hidden)
+    tf32 = y.dtype == torch.float32 and runtime.allows_tf32()
+    return _plan(
+        tuple(found.items()),
+        y.dtype,
+        width,
+        hidden,
+        sequences,
+        length,
+        runtime.multiprocessors(y.device),
+        tf32,
+    )
+
+
+def strided(x):
+    """A (..., L, E) tensor as the kernels take it: itself, and strides of sequence, token and column."""
+    x = runtime.readable(x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
+    return x, *x.stride()
+
+
+def inner_strides(operands):
+    """The strides of token and column of some tensors (:func:`strided`), one behind the other."""
+    return tuple(stride for _, _, *of_token_and_column in operands for stride in of_token_and_column)
+
+
+def dropout(options, seed):
+    """The seed and what the masks of projection and MLP are made by (philox.py), ``None`` where there is no dropout."""
+    p1, p2 = options.proj_drop, options.mlp_drop
+    a, b = round(65536 * p1), round(65536 * p2)
+    begin = a - round(a * b / 65536)
+    proj = None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)
+    mlp = float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2)
+    return seed if p1 > 0 or p2 > 0 else None, proj, mlp

@@ -1,0 +1,79 @@
+"""The operators ``t2t_fast_triton::token_mlp`` and ``token_mlp_backward``, and the function that autograd records.
+
+Saved for backward: y, v, the dropout seed and the parameters; everything else is recomputed. The only tensors of token
+length that the kernels write are the results. Triton is imported at the first launch.
+"""
+
+import torch
+
+from ..._common.triton_runtime import fake, operator
+from ..autograd import Tail, differentiable
+
+_ORDER = (
+    "proj_weight",
+    "proj_bias",
+    "fc1_weight",
+    "norm_weight",
+    "norm_bias",
+    "fc1_bias",
+    "fc2_weight",
+    "fc2_bias",
+)
+"""How the backward kernel lays the parameters' gradients one behind the other."""
+
+
+@operator("token_mlp(Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] tail) -> Tensor")
+def _forward(*arguments):
+    from .forward import launch_token_mlp
+
+    return launch_token_mlp(*arguments)
+
+
+@fake("token_mlp")
+def _fake(y, v, seed, options, tail):
+    return y.new_empty(y.shape)
+
+
+def lengths(tail):
+    """How many values each gradient of :data:`_ORDER` has, whether or not the parameter is there."""
+    hidden, width = tail.fc1_weight.shape
+    return width * width, width, width * hidden, width, width, hidden, width * hidden, width
+
+
+@operator(
+    "token_mlp_backward(Tensor grad, Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] tail, "
+    "bool need_tail) -> (Tensor, Tensor, Tensor)"
+)
+def _backward(*arguments):
+    from .backward import launch_token_mlp_backward
+
+    return launch_token_mlp_backward(*arguments)
+
+
+@fake("token_mlp_backward")
+def _fake_backward(grad, y, v, seed, options, tail, need_tail):
+    length = sum(lengths(Tail(*tail))) if need_tail else 0
+    return y.new_empty(y.shape), y.new_empty(y.shape), y.new_empty(length, dtype=torch.float32)
+
+
+def run(y, v, tail, options, seed):
+    """Forward without autograd."""
+    return torch.ops.t2t_fast_triton.token_mlp(y, v, seed, list(options), list(tail))
+
+
+def run_backward(grad, y, v, tail, options, seed, needed):
+    """All gradients, those of y and v in y's dtype."""
+    d_y, d_v, flat = torch.ops.t2t_fast_triton.token_mlp_backward(
+        grad, y, v, seed, list(options), list(tail), any(needed)
+    )
+    if not any(needed):
+        return d_y, d_v, [None] * len(tail)
+    found = dict(zip(_ORDER, flat.split(lengths(tail)), strict=True))
+    gradients = [
+        found[name].view(parameter.shape).to(parameter.dtype) if wanted and parameter is not None else None
+        for name, parameter, wanted in zip(Tail._fields, tail, needed, strict=True)
+    ]
+    return d_y, d_v, gradients
+
+
+forward = differentiable(run, run_backward)
