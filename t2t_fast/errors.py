@@ -205,3 +205,9 @@ def check_number(function, name, value, *, above=None, minimum=None, below=None,
 def check_probability(function, name, value):
     """``value`` as a Python number in [0, 1)."""
     return check_number(function, name, value, minimum=0, below=1)
+
+
+def check_bool(function, name, value):
+    """Raise unless ``value`` is ``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be True or False, got {value!r}")

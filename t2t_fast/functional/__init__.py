@@ -7,15 +7,21 @@ An image is (B, C, H, W) with any strides. Tokens (B, L, C) with a grid *are* an
 """
 
 from .arguments import image_values, window
-from .layers import performer_attention, performer_layer, token_mlp
-from .splits import fused_fold_unfold, refold, soft_composition, soft_split, soft_split_linear
+from .fused_fold_unfold import fused_fold_unfold
+from .performer_attention import performer_attention
+from .performer_layer import performer_layer
+from .soft_composition import soft_composition
+from .soft_split import soft_split
+from .soft_split_linear import clear_weight_cache, soft_split_linear
+from .soft_split_linear import refold as refold  # deprecated
+from .token_mlp import token_mlp
 
 __all__ = [
+    "clear_weight_cache",
     "fused_fold_unfold",
     "image_values",
     "performer_attention",
     "performer_layer",
-    "refold",
     "soft_composition",
     "soft_split",
     "soft_split_linear",

@@ -154,3 +154,23 @@ def choose(op, x, backend, *, dtype=None, **sizes):
 def running_dtype(x):
     """The dtype in which an operator with matrix products runs: autocast's, or that of ``x``."""
     return x.dtype if same_dtype(x) else torch.get_autocast_dtype(x.device.type)
+
+
+def check_composition(function, tokens, output_size, kernel_size, stride, padding):
+    """The checked image size and window of tokens that are to be composed."""
+    check_tensor(function, "tokens", tokens, ndim=3)
+    check_filled(function, "tokens", tokens, first=1)
+    size = check_pair(function, "output_size", output_size, minimum=1)
+    win = window(kernel_size, stride, padding, function=function)
+    h, w = check_window(function, win, (tokens.shape[0], tokens.shape[2] // win.taps, *size))
+    if known(tokens.shape[1] != h * w):
+        raise ValueError(
+            f"{function}: tokens must have {h} x {w} = {h * w} tokens for output_size {size} and {win}, "
+            f"got {tokens.shape[1]}"
+        )
+    if known(tokens.shape[2] % win.taps != 0):
+        raise ValueError(
+            f"{function}: tokens must have a width that is a multiple of the window's {win.taps} pixels, "
+            f"got {tokens.shape[2]}"
+        )
+    return size, win

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from .._deprecated import warn_deprecated
 from ..errors import as_size, check_number, check_sizes
+from ..functional.performer_layer import recompute_of
 
 
 def check_choice(owner, name, value, choices):
@@ -73,3 +75,18 @@ def check_options(owner, options):
     for name, value in options.items():
         if name in OPTIONS:
             OPTIONS[name](owner, name, value)
+
+
+def deprecated_memory(owner):
+    """The property ``memory``, "fast" or "low": the old name of ``recompute``, ``False`` or ``True``."""
+    names = f"{owner}.memory", f"{owner}.recompute"
+
+    def get(module):
+        warn_deprecated(*names)
+        return "low" if module.recompute else "fast"
+
+    def set_(module, memory):
+        warn_deprecated(*names)
+        module.recompute = recompute_of(memory, owner)
+
+    return property(get, set_, doc=f"Deprecated: use :attr:`{names[1]}`.")

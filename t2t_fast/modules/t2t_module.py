@@ -6,15 +6,16 @@ from math import isqrt, prod
 import torch
 from torch import nn
 
-from ..errors import check_pair, check_tensor
+from .._deprecated import renamed_arguments
+from ..errors import check_bool, check_pair, check_tensor
 from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
 from ..functional.arguments import IMAGES, check_pixel_norm
-from ..functional.layers import check_memory
+from ..functional.performer_layer import recompute_of
 from ..ops._common.spec import T2T_WINDOWS, Window, grid_after
 from ..ops._common.windows import as_image
 from . import fusion
-from .options import check_choice, check_options
+from .options import check_choice, check_options, deprecated_memory
 from .soft_split import Unfold
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
@@ -114,7 +115,7 @@ class T2TModule(nn.Module):
         tokens_type: "performer", "transformer" or "convolution" (the paper's comparison: three convolutions).
         in_chans, embed_dim, token_dim: channels of the image, width of the outgoing and of the inner tokens.
         windows: three (kernel, stride, padding); the paper's by default.
-        memory: see :attr:`memory`; pixel_norm: see :attr:`pixel_norm`.
+        recompute: see :attr:`recompute`; pixel_norm: see :attr:`pixel_norm`.
     """
 
     pixel_norm = None
@@ -126,6 +127,7 @@ class T2TModule(nn.Module):
 
     tokens_type = None
 
+    @renamed_arguments(memory=("recompute", recompute_of))
     def __init__(
         self,
         img_size=224,
@@ -134,7 +136,7 @@ class T2TModule(nn.Module):
         embed_dim=768,
         token_dim=64,
         windows=T2T_WINDOWS,
-        memory="fast",
+        recompute=False,
         pixel_norm=None,
     ):
         super().__init__()
@@ -142,7 +144,7 @@ class T2TModule(nn.Module):
         check_choice("T2TModule", "tokens_type", tokens_type, TOKENS_TYPES)
         if pixel_norm is not None:
             check_pixel_norm("T2TModule", pixel_norm, in_chans)
-        check_memory("T2TModule", memory)
+        check_bool("T2TModule", "recompute", recompute)
         if (
             not isinstance(windows, Sequence)
             or [isinstance(each, Sequence) and len(each) for each in windows] != [3] * 3
@@ -162,27 +164,29 @@ class T2TModule(nn.Module):
             self.attention1 = layer(dim=in_chans * first.taps, in_dim=token_dim)
             self.attention2 = layer(dim=token_dim * second.taps, in_dim=token_dim)
             self.project = nn.Linear(token_dim * third.taps, embed_dim)
-        self.memory = memory
+        self.recompute = recompute
         self.pixel_norm = pixel_norm
 
-    @property
-    def memory(self):
-        """What the two Performer layers keep for backward: "fast", or "low" for less memory and more time.
+    memory = deprecated_memory("T2TModule")
 
-        May be set at any time, also on a swapped model; see :func:`t2t_fast.functional.performer_layer`. Only "fast"
+    @property
+    def recompute(self) -> bool:
+        """Whether the two Performer layers recompute k, q and v in backward: less memory, more time.
+
+        May be set at any time, also on a swapped model; see :func:`t2t_fast.functional.performer_layer`. Only ``False``
         for the other token types, whose attention is PyTorch's.
         """
         layers = self._performers()
-        return layers[0].memory if layers else "fast"
+        return layers[0].recompute if layers else False
 
-    @memory.setter
-    def memory(self, memory):
-        check_memory("T2TModule", memory)
+    @recompute.setter
+    def recompute(self, recompute: bool) -> None:
+        check_bool("T2TModule", "recompute", recompute)
         layers = self._performers()
-        if memory != "fast" and not layers:
-            raise ValueError(f"T2TModule: memory must be 'fast' without a Performer layer of t2t_fast, got {memory!r}")
+        if recompute and not layers:
+            raise ValueError("T2TModule: recompute must be False without a Performer layer of t2t_fast, got True")
         for layer in layers:
-            layer.memory = memory
+            layer.recompute = recompute
 
     def _performers(self):
         layers = (getattr(self, name, None) for name in ("attention1", "attention2"))

@@ -10,7 +10,7 @@ from ..functional import image_values, performer_attention, performer_layer, sof
 from ..functional.arguments import IMAGES
 from ..ops._common.spec import square
 from . import fusion
-from .options import check_options
+from .options import check_options, deprecated_memory
 
 _SINGLE = square(1, 1, 0)
 
@@ -41,8 +41,10 @@ class TokenPerformer(nn.Module):
         dp1, dp2: dropout after the projection and after the MLP in training mode; 0.1 both, as upstream.
     """
 
-    memory = "fast"
-    """What is kept for backward, "fast" or "low" (see :func:`performer_layer`); without effect in an unfused layer."""
+    recompute = False
+    """Whether backward recomputes k, q and v (see :func:`performer_layer`); without effect in an unfused layer."""
+
+    memory = deprecated_memory("TokenPerformer")
 
     def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
         super().__init__()
@@ -110,7 +112,7 @@ class TokenPerformer(nn.Module):
             mlp_drop=fusion.rate(self.mlp[3]),
             pixel_norm=pixel_norm,
             grid=(1, x.shape[1]) if window is None else None,
-            memory=self.memory,
+            recompute=self.recompute,
         )
 
     def _unfused(self, x):

@@ -357,8 +357,8 @@ def test_methods_and_attributes_stay():
     same(model.halves(images()), halves)
     same(model.attention1(model.soft_split0(images()).transpose(1, 2)).chunk(2, dim=1), halves)
     assert isinstance(type(model).tiny(), Named)
-    model.memory = "low"
-    assert model.attention1.memory == "low"
+    model.recompute = True
+    assert model.attention1.recompute
     assert type(unswap(model) and model) is Named
 
 

@@ -38,13 +38,13 @@ def test_a_hook_makes_values_first(tokens_type, watched):
     assert seen
 
 
-@pytest.mark.parametrize("memory", ["fast", "low"])
-def test_gradients(memory, fused):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients(recompute, fused):
     """Every parameter's, from the bytes alone; the bytes are what is kept of the image."""
     (x, values), found = image(), []
     for each in (x, values):
         t2t = module("performer")
-        t2t.memory = memory
+        t2t.recompute = recompute
         with t2t_fast.backend(fused):
             t2t(each).square().sum().backward()
         found.append({name: p.grad for name, p in t2t.named_parameters() if p.grad is not None})

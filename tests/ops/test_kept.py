@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from t2t_fast import backends
-from t2t_fast.functional import refold, soft_split_linear
+from t2t_fast.functional import clear_weight_cache, soft_split_linear
 from t2t_fast.ops._common import cached as kept
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.testing import assert_close
@@ -159,5 +159,5 @@ class TestFoldedWeights:
             before = self.call()
             self.parameters["weight"].data.mul_(2)
             assert torch.equal(self.call(), before)
-            refold()
+            clear_weight_cache()
             assert_close(self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32)

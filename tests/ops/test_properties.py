@@ -165,7 +165,7 @@ class Maker:
         linear, options, columns, tokens = self._linear("kqv_", 3 * width, 2.0 / width**0.5)
         tail, drops = self._tail(width)
         tensors = {**linear, "kqv_bias": linear.get("kqv_bias"), "w": features(self.generator, m, width), **tail}
-        options |= {"eps": self._eps(min(m, tokens)), "memory": self.draw(st.sampled_from(["fast", "low"]))}
+        options |= {"eps": self._eps(min(m, tokens)), "recompute": self.draw(st.booleans())}
         return tensors | self._norm("norm1", columns), options | drops
 
 

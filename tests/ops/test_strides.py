@@ -153,8 +153,10 @@ def every_call(backend, dtype):
         tensors = {name: t if name == "w" else t.to(dtype) for name, t in tensors.items()}
         for fused in (0, 1):
             with LAYER.override("split_keys", {"fused": fused}), LAYER.override("read_out_tail", {"fused": fused}):
-                for memory in ("fast", "low"):
-                    options = dict(kernel_size=kernel, stride=1, padding=kernel // 2, memory=memory, backend=backend)
+                for recompute in (False, True):
+                    options = dict(
+                        kernel_size=kernel, stride=1, padding=kernel // 2, recompute=recompute, backend=backend
+                    )
                     backward(lambda options=options, **t: performer_layer(**t, **options), tensors, ("w",))
                 with torch.no_grad():
                     performer_layer(**tensors, **options)

@@ -102,7 +102,7 @@ def test_training_of_a_layer_tries_its_backward(launches, image_gradient):
 
 
 def test_low_memory_computes_kqv_again(launches):
-    assert layer.supports(layer_request(torch.float32, training=True, low_memory=True, **TOKENS)) is None
+    assert layer.supports(layer_request(torch.float32, training=True, recompute=True, **TOKENS)) is None
     assert "split_linear_kernel" in {name for name, _ in launches}
     assert not any(found["WHOLE"] for name, found in launches if name == "split_keys_kernel")
 

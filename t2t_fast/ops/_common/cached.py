@@ -37,7 +37,7 @@ class Kept:
 
     Unchanged says a tensor's version counter, which every in-place operation moves but one: a write through ``.data``,
     as some optimizers and moving averages of weights do it, is hidden from it. Those follow a backward pass, so any
-    backward pass clears everything; who writes so without one calls :func:`functional.refold`.
+    backward pass clears everything; who writes so without one calls :func:`functional.clear_weight_cache`.
     """
 
     def __init__(self):

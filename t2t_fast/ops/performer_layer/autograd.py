@@ -24,7 +24,7 @@ class Layer(NamedTuple):
     pixels: list
     eps: float
     tail: Options
-    low_memory: bool
+    recompute: bool
 
 
 class Composed(NamedTuple):
@@ -64,9 +64,9 @@ def compose(split, project, finish, rebuild, run_tail_backward):
     def run(layer, seed, w, x, *parameters):
         """The output, lz, state, and kqv with its statistics unless in low memory."""
         linear, tail = parameters[:4], Tail(*parameters[4:])
-        kqv, mean, rstd, lz, state = project(x, linear, w, layer, not layer.low_memory, False)
+        kqv, mean, rstd, lz, state = project(x, linear, w, layer, not layer.recompute, False)
         out = finish(kqv, w, layer.eps, lz, state, tail, layer.tail, seed)
-        return (out, lz, state) if layer.low_memory else (out, lz, state, kqv, mean, rstd)
+        return (out, lz, state) if layer.recompute else (out, lz, state, kqv, mean, rstd)
 
     def run_backward(grad, kept, layer, seed, w, x, *parameters, needed):
         """The gradients of w, x and each of the parameters, ``None`` unless needed."""
@@ -122,11 +122,11 @@ def compose(split, project, finish, rebuild, run_tail_backward):
         eps,
         *arguments,
     ):
-        *tail_arguments, low_memory = arguments
+        *tail_arguments, recompute = arguments
         tail, options, seed = unpack(*tail_arguments)
         linear = (kqv_weight, kqv_bias, norm1_weight, norm1_bias)
         window = Window(tuple(kernel), tuple(stride), tuple(padding))
-        layer = Layer(norm1_eps, window, dtype, pixels, eps, options, low_memory)
+        layer = Layer(norm1_eps, window, dtype, pixels, eps, options, recompute)
         if wants_gradient(x, *linear, w, *tail):
             return PerformerLayer.apply(layer, seed, w, x, *linear, *tail)[0]
         kqv, _, _, lz, state = project(x, linear, w, layer, False, True)

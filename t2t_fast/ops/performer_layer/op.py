@@ -24,7 +24,7 @@ performer_layer = define(
     "performer_layer",
     "Tensor x, Tensor kqv_weight, Tensor? kqv_bias, Tensor? norm1_weight, Tensor? norm1_bias, float norm1_eps, "
     "int[2] kernel, int[2] stride, int[2] padding, ScalarType dtype, float[] pixels, "
-    f"Tensor w, float eps, {SIGNATURE}, bool low_memory",
+    f"Tensor w, float eps, {SIGNATURE}, bool recompute",
     implementations={
         "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
         "native": Implementation(native.forward, native.supports, native_library.passed_over),

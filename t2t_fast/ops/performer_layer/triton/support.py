@@ -22,8 +22,8 @@ def supports(request):
             return why
     (w_dtype, _, *of_attention), of_tail = attention.kind(request), tail.kind(request)
     call = w_dtype, of_tail[1], *of_attention, *split.kind(request), *of_tail
-    low_memory = bool(request.sizes.get("low_memory", False))
-    return _trial(request.sizes.get("index"), request.dtype, low_memory, *call)
+    recompute = bool(request.sizes.get("recompute", False))
+    return _trial(request.sizes.get("index"), request.dtype, recompute, *call)
 
 
 def _trial(index, dtype, *call):
@@ -49,7 +49,7 @@ class _Problem(NamedTuple):
     needed: list
 
 
-def _problem(device, dtype, low_memory, *call):
+def _problem(device, dtype, recompute, *call):
     of_attention, of_split, of_tail = call[:6], call[6:-5], call[-5:]
     w_dtype, width, features, _, training, w_gradient = of_attention
     (image, channels, window, _, _), needed = split.called(*of_split)
@@ -61,7 +61,7 @@ def _problem(device, dtype, low_memory, *call):
     length = math.prod(window.grid(*x_and_linear[0].shape[2:]))
     grad = y[:, :1].expand(-1, length, -1).contiguous()
     # inference keeps as little as low memory does
-    layer = Layer(1e-5, window, dtype, pixels, 1e-8, options, low_memory or not training)
+    layer = Layer(1e-5, window, dtype, pixels, 1e-8, options, recompute or not training)
     needed = [w_gradient, *needed, *[training] * len(parameters)]
     return _Problem(layer, seed, w, (*x_and_linear, *parameters), grad, needed)
 

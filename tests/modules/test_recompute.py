@@ -1,4 +1,4 @@
-"""``memory="low"``: the numbers of "fast", without k, q and v kept for backward."""
+"""``recompute=True``: the same numbers, without k, q and v kept for backward."""
 
 import copy
 import sys
@@ -56,7 +56,7 @@ def _round_products_once(monkeypatch):
 def low(case, wants=None):
     """The same call in low memory, with gradients for ``wants`` only."""
     wants = case.wants_gradient if wants is None else wants
-    return Case(case.op, case.name, case.tensors, {**case.options, "memory": "low"}, wants)
+    return Case(case.op, case.name, case.tensors, {**case.options, "recompute": True}, wants)
 
 
 def assert_equal(found, expected):
@@ -119,19 +119,19 @@ class TestNumbers:
 
         def call(*values):
             named = dict(zip(shapes, values, strict=True))
-            return performer_layer(**named, **options, seed=torch.tensor(7), memory="low", backend="aten")
+            return performer_layer(**named, **options, seed=torch.tensor(7), recompute=True, backend="aten")
 
         assert torch.autograd.gradcheck(call, tensors)
 
     def test_backward_may_run_twice(self, by):
         x = DROPOUT.tensors["x"].clone().requires_grad_()
-        out = performer_layer(**{**DROPOUT.tensors, "x": x}, **DROPOUT.options, memory="low", backend=by)
+        out = performer_layer(**{**DROPOUT.tensors, "x": x}, **DROPOUT.options, recompute=True, backend=by)
         first, again = (torch.autograd.grad(out, x, torch.ones_like(out), retain_graph=True)[0] for _ in range(2))
         assert torch.equal(first, again)
 
     def test_a_second_derivative_is_refused(self):
         x = DROPOUT.tensors["x"].clone().requires_grad_()
-        out = performer_layer(**{**DROPOUT.tensors, "x": x}, **DROPOUT.options, memory="low", backend="aten")
+        out = performer_layer(**{**DROPOUT.tensors, "x": x}, **DROPOUT.options, recompute=True, backend="aten")
         upstream = torch.ones_like(out, requires_grad=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(out, x, upstream, create_graph=True)
@@ -155,7 +155,7 @@ class TestMemory:
     )
     def test_kqv_and_the_statistics_are_not_kept(self, by, wants):
         case = Case(DROPOUT.op, DROPOUT.name, DROPOUT.tensors, DROPOUT.options, wants)
-        fast, less = saved(case, by), saved(case, by, memory="low")
+        fast, less = saved(case, by), saved(case, by, recompute=True)
         state = 2 * 32 * (WIDTH + 1) * 4
         if by == "reference":
             assert less == fast > KQV_BYTES
@@ -166,7 +166,7 @@ class TestMemory:
 
     def test_inference_keeps_nothing(self, by):
         with torch.no_grad():
-            assert saved(DROPOUT, by, memory="low") == 0
+            assert saved(DROPOUT, by, recompute=True) == 0
 
 
 @pytest.mark.slow
@@ -186,16 +186,16 @@ class TestCompiled:
         known = {**leaves, "seed": tensors["seed"]}
         out = performer_layer(**known, **DROPOUT.options, backend=by)
         expected = torch.autograd.grad(out.sum(), list(leaves.values()))
-        kept = {"fast": set(), "low": set()}
-        for mode, sizes in kept.items():
+        kept = {False: set(), True: set()}
+        for recompute, sizes in kept.items():
             with torch.autograd.graph.saved_tensors_hooks(lambda t, add=sizes.add: add(t.numel()) or t, lambda t: t):
-                out = call(**known, **DROPOUT.options, memory=mode, backend=by)
+                out = call(**known, **DROPOUT.options, recompute=recompute, backend=by)
             for name, found, wanted in zip(
                 leaves, torch.autograd.grad(out.sum(), list(leaves.values())), expected, strict=True
             ):
                 assert testing.errors(found, wanted)[0] < 1e-4, name
         kqv = 4 * 7 * 9 * 3 * WIDTH
-        assert max(kept["fast"]) == kqv > max(kept["low"])
+        assert max(kept[False]) == kqv > max(kept[True])
 
     def test_opcheck(self, by, monkeypatch):
         """torch.library's checks, tracing with symbolic sizes among them."""
@@ -206,14 +206,14 @@ class TestCompiled:
         operator, calls = torch.ops.t2t_fast.performer_layer.default, []
         module = sys.modules[performer_layer.__module__]
         monkeypatch.setattr(module, "_performer_layer", lambda *args: calls.append(args) or operator(*args))
-        performer_layer(**tensors, **DROPOUT.options, memory="low", backend=by)
+        performer_layer(**tensors, **DROPOUT.options, recompute=True, backend=by)
         assert calls[0][-2:] == (True, by)
         torch.library.opcheck(operator, calls[0], rtol=1e-4, atol=1e-5)
 
     def test_a_swapped_model(self):
         model = reference.T2T_ViT(**TINY).eval()
         t2t_fast.swap(model)
-        model.tokens_to_token.memory = "low"
+        model.tokens_to_token.recompute = True
         x = torch.randn(2, 3, 32, 32)
         with t2t_fast.backend("aten"):
             expected = model(x)
@@ -236,17 +236,17 @@ class TestModules:
         x = torch.randn(2, 9, 27)
         with t2t_fast.backend(by):
             expected = step(layer, x)
-            layer.memory = "low"
+            layer.recompute = True
             assert_equal(step(layer, x), expected)
 
     def test_module_keeps_less(self):
-        module = T2TModule(64, embed_dim=24, token_dim=16, memory="low")
-        assert [module.memory, module.attention1.memory, module.attention2.memory] == ["low"] * 3
+        module = T2TModule(64, embed_dim=24, token_dim=16, recompute=True)
+        assert module.recompute and module.attention1.recompute and module.attention2.recompute
         x = torch.randn(2, 3, 64, 64)
         with t2t_fast.backend("aten"):
             found = step(module, x)
             less = memory.saved_bytes(lambda: module(x), module.parameters())
-            module.memory = "fast"
+            module.recompute = False
             assert_equal(found, step(module, x))
             fast = memory.saved_bytes(lambda: module(x), module.parameters())
         tokens = 2 * (16 * 16 + 8 * 8)
@@ -257,13 +257,13 @@ class TestModules:
         before = copy.deepcopy(model.state_dict())
         t2t_fast.swap(model)
         module = model.tokens_to_token
-        assert module.memory == "fast"
+        assert module.recompute is False
         x = torch.randn(2, 3, 32, 32)
         with t2t_fast.backend("aten"):
             fast = memory.saved_bytes(lambda: module(x), module.parameters())
             expected = step(model, x)
-            module.memory = "low"
-            assert module.attention1.memory == module.attention2.memory == "low"
+            module.recompute = True
+            assert module.attention1.recompute and module.attention2.recompute
             assert memory.saved_bytes(lambda: module(x), module.parameters()) < fast
             assert_equal(step(model, x), expected)
         assert list(model.state_dict()) == list(before)
@@ -275,31 +275,31 @@ class TestModules:
         model = reference.T2T_ViT(**TINY)
         t2t_fast.swap(model, include="tokens_to_token.attention2")
         assert not isinstance(model.tokens_to_token, T2TModule)
-        model.tokens_to_token.attention2.memory = "low"
+        model.tokens_to_token.attention2.recompute = True
         assert model(torch.randn(1, 3, 32, 32)).shape == (1, 4)
 
     def test_copies_and_checkpoints(self):
         model = models.T2TViT(**TINY)
-        model.tokens_to_token.memory = "low"
-        assert copy.deepcopy(model).tokens_to_token.memory == "low"
+        model.tokens_to_token.recompute = True
+        assert copy.deepcopy(model).tokens_to_token.recompute
         models.T2TViT(**TINY).load_state_dict(model.state_dict())
 
     @pytest.mark.parametrize("tokens_type", ["transformer", "convolution"])
     def test_other_token_types_have_one_mode(self, tokens_type):
-        assert T2TModule(32, tokens_type, embed_dim=24, token_dim=16).memory == "fast"
-        with pytest.raises(ValueError, match="T2TModule: memory must be 'fast' without a Performer layer"):
-            T2TModule(32, tokens_type, embed_dim=24, token_dim=16, memory="low")
+        assert T2TModule(32, tokens_type, embed_dim=24, token_dim=16).recompute is False
+        with pytest.raises(ValueError, match="T2TModule: recompute must be False without a Performer layer"):
+            T2TModule(32, tokens_type, embed_dim=24, token_dim=16, recompute=True)
 
     def test_unknown_modes_are_refused(self):
-        text = "memory must be one of fast, low, got 'tiny'"
-        with pytest.raises(ValueError, match=f"performer_layer: {text}"):
-            performer_layer(**DROPOUT.tensors, **DROPOUT.options, memory="tiny")
-        module = T2TModule(32, embed_dim=24, token_dim=16, memory="low")
-        with pytest.raises(ValueError, match=f"T2TModule: {text}"):
-            module.memory = "tiny"
-        assert module.memory == module.attention2.memory == "low"
-        module.attention1.memory = "tiny"
-        with pytest.raises(ValueError, match=f"performer_layer: {text}"):
+        text = "recompute must be True or False, got 1"
+        with pytest.raises(TypeError, match=f"performer_layer: {text}"):
+            performer_layer(**DROPOUT.tensors, **DROPOUT.options, recompute=1)
+        module = T2TModule(32, embed_dim=24, token_dim=16, recompute=True)
+        with pytest.raises(TypeError, match=f"T2TModule: {text}"):
+            module.recompute = 1
+        assert module.recompute and module.attention2.recompute
+        module.attention1.recompute = 1
+        with pytest.raises(TypeError, match=f"performer_layer: {text}"):
             module(torch.randn(1, 3, 32, 32))
 
 
@@ -310,9 +310,9 @@ def test_on_a_gpu(dtype):
     module, x = T2TModule(224).cuda(), testing.natural_images(8, 3, 224, 224).cuda()
     kept, found = {}, {}
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        for mode in ("fast", "low"):
-            module.memory = mode
-            found[mode] = step(module, x)
-            kept[mode] = memory.saved_bytes(lambda: module(x), module.parameters())
-    assert_equal(found["low"], found["fast"])
-    assert kept["fast"] - kept["low"] >= 8 * (56 * 56 + 28 * 28) * 3 * 64 * x.new_empty(0, dtype=dtype).element_size()
+        for recompute in (False, True):
+            module.recompute = recompute
+            found[recompute] = step(module, x)
+            kept[recompute] = memory.saved_bytes(lambda: module(x), module.parameters())
+    assert_equal(found[True], found[False])
+    assert kept[False] - kept[True] >= 8 * (56 * 56 + 28 * 28) * 3 * 64 * x.new_empty(0, dtype=dtype).element_size()

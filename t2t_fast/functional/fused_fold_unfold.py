@@ -1,0 +1,29 @@
+"""Fold, normalise by the overlap, unfold (FuseFormer's F3N)."""
+
+from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
+from .arguments import check_composition, choose
+
+
+def fused_fold_unfold(tokens, output_size, kernel_size, stride=1, padding=0, *, backend="auto"):
+    """Fold, normalise by the overlap, unfold: each pixel of a token becomes the mean over all tokens that show it.
+
+    F3N of FuseFormer (Liu et al., ICCV 2021; its ``FusionFeedForward``, as also in E2FGVI and ProPainter) without
+    folding ones. An orthogonal projection of the tokens, so it is its own gradient.
+
+    Args:
+        tokens: (B, h*w, C*k*k), columns as :func:`soft_split` makes them.
+        output_size: int or (H, W) of the image in between.
+        kernel_size, stride, padding: int or (height, width) pair.
+
+    Returns:
+        (B, h*w, C*k*k) contiguous tokens in ``tokens``' dtype; what lies in the padding is 0.
+
+    Numerics:
+        sums and their division in float32 (float64 for float64), rounded once. A second derivative is refused.
+
+    Raises:
+        TypeError, ValueError: as :func:`soft_composition`.
+    """
+    function = "fused_fold_unfold"
+    size, win = check_composition(function, tokens, output_size, kernel_size, stride, padding)
+    return _fused_fold_unfold(tokens, size, *win, choose(function, tokens, backend, kernel=win.kernel))
