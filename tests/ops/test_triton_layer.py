@@ -157,7 +157,7 @@ def run(arguments, fused, **parameters):
     k, q, v = kqv.chunk(3, dim=-1)
     lz, state = kernels.launch_key_state(Call(q, w), k, v, None)
     with TABLE.override("read_out_tail", {**SMALL, "fused": fused, **parameters}):
-        return triton_impl._finish(kqv, w, eps, lz, state, *rest)
+        return triton_impl._output(kqv, w, eps, lz, state, *rest)
 
 
 def same(dtype):

@@ -23,20 +23,20 @@ def _project(x, linear, w, layer, whole, keep):
     return kqv, mean, rstd, *attention.key_state(k, v, w.to(wide))
 
 
-def _finish(kqv, w, eps, lz, state, parameters, options, seed):
+def _output(kqv, w, eps, lz, state, parameters, options, seed):
     wide = lz.dtype
     _, q, v = _parts(kqv, wide)
     y, _, _ = attention.read_out(q, lz, state, w.to(wide), eps)
     return tail.run(y.to(kqv.dtype), v, parameters, options, seed)
 
 
-def _rebuild(kqv, w, eps, lz, state):
+def _recompute_attention(kqv, w, eps, lz, state):
     wide = lz.dtype
     k, q, v = _parts(kqv, wide)
     w_wide = w.to(wide)
     y, p, gate = attention.read_out(q, lz, state, w_wide, eps)
 
-    def finish(d_y, d_skip, need_w):
+    def attention_backward(d_y, d_skip, need_w):
         d_kqv = torch.empty_like(kqv, dtype=wide, memory_format=torch.contiguous_format)
         into_k, into_q, into_v = d_kqv.chunk(3, dim=-1)
         gated = d_y.to(wide).mul_(gate)
@@ -46,7 +46,7 @@ def _rebuild(kqv, w, eps, lz, state):
         d_w = attention.w_gradient(d_scores, q, d_a, k).to(w.dtype) if need_w else None
         return d_kqv.to(kqv.dtype), d_w
 
-    return y.to(kqv.dtype), v, finish
+    return y.to(kqv.dtype), v, attention_backward
 
 
-forward, run, run_backward = compose(split, _project, _finish, _rebuild, tail.run_backward)
+forward, run, run_backward = compose(split, _project, _output, _recompute_attention, tail.run_backward)

@@ -39,7 +39,7 @@ class Composed(NamedTuple):
     run_backward: Callable
 
 
-def compose(split, project, finish, rebuild, run_tail_backward):
+def compose(split, project, output, recompute_attention, run_tail_backward):
     """The layer made of one implementation of each operator, a :class:`Composed`.
 
     Args:
@@ -47,8 +47,8 @@ def compose(split, project, finish, rebuild, run_tail_backward):
         project: (x, linear, w, layer, whole, keep) -> kqv, each window's mean and reciprocal standard deviation, lz and
             state; without autograd. ``linear``: the Linear's four tensors. Not ``whole``: of kqv, q and v do, and the
             statistics are not wanted. ``keep``: what is made of the parameters may be kept for the next call.
-        finish: (kqv or its q and v, w, eps, lz, state, tail, options, seed) -> the layer's output; without autograd.
-        rebuild: (kqv, w, eps, lz, state) -> y in kqv's dtype, v, and a function (d_y, d_skip, need_w) -> d_kqv, d_w
+        output: (kqv or its q and v, w, eps, lz, state, tail, options, seed) -> the layer's output; without autograd.
+        recompute_attention: (kqv, w, eps, lz, state) -> y in kqv's dtype, v, and a function (d_y, d_skip, need_w) -> d_kqv, d_w
             (``None`` if not needed), each in its tensor's dtype, where d_skip is what flows into v beside the
             attention.
         run_tail_backward: token_mlp's ``run_backward``.
@@ -56,16 +56,16 @@ def compose(split, project, finish, rebuild, run_tail_backward):
 
     def behind_kqv(grad, kqv, w, lz, state, tail, layer, seed, need_kqv, need_w, needed):
         """d_kqv, d_w (``None`` unless needed) and the gradients of the tail's parameters; frees all else it made."""
-        y, v, rest = rebuild(kqv, w, layer.eps, lz, state)
+        y, v, attention_backward = recompute_attention(kqv, w, layer.eps, lz, state)
         d_y, d_skip, d_tail = run_tail_backward(grad, y, v, tail, layer.tail, seed, needed)
-        d_kqv, d_w = rest(d_y, d_skip, need_w) if need_kqv or need_w else (None, None)
+        d_kqv, d_w = attention_backward(d_y, d_skip, need_w) if need_kqv or need_w else (None, None)
         return d_kqv, d_w, d_tail
 
     def run(layer, seed, w, x, *parameters):
         """The output, lz, state, and kqv with its statistics unless in low memory."""
         linear, tail = parameters[:4], Tail(*parameters[4:])
         kqv, mean, rstd, lz, state = project(x, linear, w, layer, not layer.recompute, False)
-        out = finish(kqv, w, layer.eps, lz, state, tail, layer.tail, seed)
+        out = output(kqv, w, layer.eps, lz, state, tail, layer.tail, seed)
         return (out, lz, state) if layer.recompute else (out, lz, state, kqv, mean, rstd)
 
     def run_backward(grad, kept, layer, seed, w, x, *parameters, needed):
@@ -130,7 +130,7 @@ def compose(split, project, finish, rebuild, run_tail_backward):
         if wants_gradient(x, *linear, w, *tail):
             return PerformerLayer.apply(layer, seed, w, x, *linear, *tail)[0]
         kqv, _, _, lz, state = project(x, linear, w, layer, False, True)
-        return finish(kqv, w, eps, lz, state, tail, options, seed)
+        return output(kqv, w, eps, lz, state, tail, options, seed)
 
     return Composed(forward, run, run_backward)
 

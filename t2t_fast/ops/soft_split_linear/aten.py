@@ -109,7 +109,7 @@ def _unfolded(weight, window):
 
 
 def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
-    """Forward without autograd (:func:`gradient.differentiable`); no means, which backward does not want."""
+    """Forward without autograd (:func:`autograd.differentiable`); no means, which backward does not want."""
     x = values(x, pixels, accumulation_dtype(dtype) if norm_eps is not None else dtype)
     if norm_eps is None:
         bias = None if bias is None else bias.to(x.dtype)
@@ -216,7 +216,7 @@ def _normed_backward(grad, x, centred, offset, window, norm_eps, y, rstd, need_x
 
 
 def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels=()):
-    """Gradients of the image and every parameter (:func:`gradient.differentiable`)."""
+    """Gradients of the image and every parameter (:func:`autograd.differentiable`)."""
     channels_last = x.stride(1) == 1
     x = values(x, pixels, accumulation_dtype(grad.dtype) if norm_eps is not None else grad.dtype)
     need_x, need_weight, _, need_gamma, _ = needed

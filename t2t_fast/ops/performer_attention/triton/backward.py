@@ -1,4 +1,4 @@
-"""The two passes of Performer attention backward; kernels.py has the letters and what the passes share.
+"""The two passes of Performer attention backward; forward.py has the letters and what the passes share.
 
 Gradients that may leave the range of float16 go through TF32 (GRADIENT, their products' operands: float32 instead of
 float16) or carry a scale for each feature.

@@ -1,4 +1,4 @@
-"""The passes of kernels.py and kernels_backward.py for states too large for one program.
+"""The passes of forward.py and backward.py for states too large for one program.
 
 The features come in chunks of FEATURES, read for each tile.
 

@@ -32,7 +32,7 @@ from ...performer_attention.triton.forward import (
     store_tile,
 )
 from ...soft_split_linear.triton.call import Call, Folded
-from ...soft_split_linear.triton.forward import launch_split_linear, outputs_of, places_of, products_of
+from ...soft_split_linear.triton.forward import launch_split_linear, normalised, places_of, tile_products
 from ...token_mlp.autograd import Options, Tail
 from ...token_mlp.triton import operators as tail
 from ...token_mlp.triton.forward import kept_weights, random_lanes, tail_of
@@ -107,7 +107,7 @@ def split_keys_kernel(
             start = index * TOKENS
             token, there = sample * length + start, tl.arange(0, TOKENS) < length - start
             offsets, top, left = places_of(sample, start + tl.arange(0, TOKENS), grid_width, image, LAYOUT)
-            products, average, inside, scale = products_of(
+            products, window_mean, product_mean, window_rstd = tile_products(
                 image,
                 (height, image_width),
                 (offsets, top, left, there),
@@ -128,16 +128,16 @@ def split_keys_kernel(
             )
             if WHOLE:
                 rows = token + tl.arange(0, TOKENS)
-                tl.store(mean + rows, average, mask=there)
-                tl.store(rstd + rows, scale, mask=there)
+                tl.store(mean + rows, window_mean, mask=there)
+                tl.store(rstd + rows, window_rstd, mask=there)
             column = tl.arange(0, WIDTH)
-            q = outputs_of(products[1], inside, scale, folded, WIDTH + column, PACKED, True)
+            q = normalised(products[1], product_mean, window_rstd, folded, WIDTH + column, PACKED, True)
             _store_part(out, narrowed(q, OPERAND), token, there, 1 if WHOLE else 0, OUTPUTS)
-            k = outputs_of(products[0], inside, scale, folded, column, PACKED, True)
+            k = normalised(products[0], product_mean, window_rstd, folded, column, PACKED, True)
             k = narrowed(k, OPERAND)
             if WHOLE:
                 _store_part(out, k, token, there, 0, OUTPUTS)
-            v = outputs_of(products[2], inside, scale, folded, 2 * WIDTH + column, PACKED, True)
+            v = normalised(products[2], product_mean, window_rstd, folded, 2 * WIDTH + column, PACKED, True)
             v = narrowed(v, OPERAND)
             _store_part(out, v, token, there, 2 if WHOLE else 1, OUTPUTS)
             exponents = key_exponents(k, there, parts, PRECISION)
@@ -355,7 +355,7 @@ def launch_project(
     return kqv, mean, rstd, *launch_key_state(attention.Call(q, w), k, v, None)
 
 
-def launch_finish(kqv, w, eps, lz, state, seed, options, parameters):
+def launch_output(kqv, w, eps, lz, state, seed, options, parameters):
     """The layer's output of the key state, q and v: by one launch, or by two and y between."""
     parameters, options = Tail(*parameters), Options(*options)
     q, v = queries_and_values(kqv, w.shape[1])

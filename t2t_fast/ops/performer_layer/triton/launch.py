@@ -35,7 +35,7 @@ def candidates(name, present):
     fused: 1 for one launch, 0 for two, to which the others mean nothing; tokens: of a tile; warps: of a program;
     stages: tiles on their way; programs: wanted on a multiprocessor; block: columns of a product, at most; keep: 1
     where a program keeps the tail's weights, 0 where it reads them again for every tile; lean: 1 where the tail saves
-    registers (token_mlp/kernels.py).
+    registers (token_mlp/forward.py).
     """
     if name == "split_keys":
         special = [{"block": block} for block in (32, 64)]

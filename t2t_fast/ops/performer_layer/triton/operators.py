@@ -67,32 +67,32 @@ def _project(x, linear, w, layer, whole, keep):
 
 
 @operator(
-    "performer_finish(Tensor kqv, Tensor w, float eps, Tensor lz, Tensor state, Tensor? seed, float[] options, "
+    "performer_output(Tensor kqv, Tensor w, float eps, Tensor lz, Tensor state, Tensor? seed, float[] options, "
     "Tensor?[] tail) -> Tensor"
 )
-def _finish_op(*arguments):
-    from .forward import launch_finish
+def _output_op(*arguments):
+    from .forward import launch_output
 
-    return launch_finish(*arguments)
+    return launch_output(*arguments)
 
 
-@fake("performer_finish")
-def _fake_finish(kqv, w, eps, lz, state, seed, options, parameters):
+@fake("performer_output")
+def _fake_output(kqv, w, eps, lz, state, seed, options, parameters):
     return kqv.new_empty(*kqv.shape[:2], w.shape[1])
 
 
-def _finish(kqv, w, eps, lz, state, parameters, options, seed):
-    return torch.ops.t2t_fast_triton.performer_finish(kqv, w, eps, lz, state, seed, list(options), list(parameters))
+def _output(kqv, w, eps, lz, state, parameters, options, seed):
+    return torch.ops.t2t_fast_triton.performer_output(kqv, w, eps, lz, state, seed, list(options), list(parameters))
 
 
-def _rebuild(kqv, w, eps, lz, state):
+def _recompute_attention(kqv, w, eps, lz, state):
     _, q, v = kqv.chunk(3, dim=-1)
 
-    def finish(d_y, d_skip, need_w):
+    def attention_backward(d_y, d_skip, need_w):
         d_kqv, d_w = torch.ops.t2t_fast_triton.performer_kqv_backward(d_y, kqv, w, eps, lz, state, d_skip, need_w)
         return d_kqv, d_w.to(w.dtype) if need_w else None
 
-    return torch.ops.t2t_fast_triton.performer_read_out(q, w, eps, lz, state), v, finish
+    return torch.ops.t2t_fast_triton.performer_read_out(q, w, eps, lz, state), v, attention_backward
 
 
-forward, run, run_backward = compose(split, _project, _finish, _rebuild, tail.run_backward)
+forward, run, run_backward = compose(split, _project, _output, _recompute_attention, tail.run_backward)

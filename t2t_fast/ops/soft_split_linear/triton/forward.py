@@ -167,7 +167,7 @@ def _centre(image, extent, places, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def products_of(
+def tile_products(
     image,
     extent,
     places,
@@ -189,14 +189,14 @@ def products_of(
     """Of a tile's windows, products with the PARTS x NARROW outputs from ``group`` on; extent, places:
     :func:`window_tile`; other arguments as of :func:`split_linear_kernel`.
 
-    Returns the PARTS products, (TOKENS, NARROW) each; and with NORM ``mu``, what must be subtracted of it from the
-    products, and ``r``, (TOKENS) each; all in float32.
+    Returns the PARTS products, (TOKENS, NARROW) each; and with NORM the mean ``mu``, the mean of what the products
+    took (``mu``, or less the centre under SHIFT) and ``r``, (TOKENS) each; all in float32.
 
     Beside a window's pixels lie some of its neighbours' in its cells, whose weight is 0. 0 times NaN is NaN: GUARD puts
     0 in their place. It cannot under NORM without SHIFT, where the product reads the tile as it was loaded, which takes
     a third less instructions.
     """
-    mean, inside, scale = 0.0, 0.0, 1.0
+    mean, product_mean, rstd = 0.0, 0.0, 1.0
     if NORM:
         shift = _centre(image, extent, places, LAYOUT)
         statistics = no_statistics(TOKENS, BLOCK, OPERAND)
@@ -232,20 +232,20 @@ def products_of(
             products = products + (dot(operand, rounded(second, OPERAND, PRECISION), sums[index], PRECISION),)
         sums = products
     if NORM:
-        average, squares = found_statistics(statistics, LAYOUT.values, OPERAND)
-        mean = average + shift
-        inside = average if SHIFT else mean
-        scale = 1.0 / tl.sqrt(squares / LAYOUT.values + eps)
-    return sums, mean, inside, scale
+        off_centre, squares = found_statistics(statistics, LAYOUT.values, OPERAND)
+        mean = off_centre + shift
+        product_mean = off_centre if SHIFT else mean
+        rstd = 1.0 / tl.sqrt(squares / LAYOUT.values + eps)
+    return sums, mean, product_mean, rstd
 
 
 @triton.jit
-def outputs_of(product, inside, scale, folded, column, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    """(TOKENS, NARROW) outputs in float32 from one of the products and the rest that :func:`products_of` returns."""
+def normalised(product, product_mean, rstd, folded, column, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """(TOKENS, NARROW) outputs in float32 from one of the products and the rest that :func:`tile_products` returns."""
     if NORM:
         row_sums = tl.load(folded.row_sums + column, mask=column < WIDTH, other=0.0)
-        product -= inside[:, None] * row_sums[None, :]
-        product *= scale[:, None]
+        product -= product_mean[:, None] * row_sums[None, :]
+        product *= rstd[:, None]
     return product + tl.load(folded.offset + column, mask=column < WIDTH, other=0.0)[None, :]
 
 
@@ -279,13 +279,13 @@ def split_linear_kernel(
 
     Grid (token tiles, groups of PARTS x NARROW outputs). image, folded: call.py's ``Image`` and ``Folded``; the weight
     is packed (layout.py), (columns, WIDTH). The statistics gather in the same loop as the product, from the windows
-    less the value s at their centre (kernels_statistics.py). SHIFT: the product takes u - s too, so that rounding it to
+    less the value s at their centre (statistics.py). SHIFT: the product takes u - s too, so that rounding it to
     OPERAND costs no more than rounding what LayerNorm makes of it.
     """
     first, places = tile_places(tl.program_id(0), tokens, length, grid_width, image, LAYOUT, TOKENS)
     there = places[3]
     group = tl.program_id(1) * PARTS * NARROW
-    sums, average, inside, scale = products_of(
+    sums, window_mean, product_mean, window_rstd = tile_products(
         image,
         (height, image_width),
         places,
@@ -307,12 +307,12 @@ def split_linear_kernel(
     if NORM:
         if tl.program_id(1) == 0:
             token = first + tl.arange(0, TOKENS)
-            tl.store(mean + token, average, mask=there)
-            tl.store(rstd + token, scale, mask=there)
+            tl.store(mean + token, window_mean, mask=there)
+            tl.store(rstd + token, window_rstd, mask=there)
     out += first * outputs
     for index in tl.static_range(PARTS):
         column = group + index * NARROW + tl.arange(0, NARROW)
-        y = outputs_of(sums[index], inside, scale, folded, column, WIDTH, NORM)
+        y = normalised(sums[index], product_mean, window_rstd, folded, column, WIDTH, NORM)
         mask = there[:, None] if EVEN else there[:, None] & (column < outputs)[None, :]
         target = out + tl.arange(0, TOKENS)[:, None] * outputs + column[None, :]
         tl.store(target, narrowed(y, out.dtype.element_ty), mask=mask)

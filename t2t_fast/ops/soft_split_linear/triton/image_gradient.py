@@ -1,6 +1,6 @@
 """Triton kernels of the image's gradient, gathered: each pixel sums over the windows that cover it.
 
-Letters as in kernels.py.
+Letters as in forward.py.
 """
 
 import torch

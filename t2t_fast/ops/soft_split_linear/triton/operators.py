@@ -69,7 +69,7 @@ def _run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixel
 
 
 def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
-    """Forward without autograd (:func:`gradient.differentiable`)."""
+    """Forward without autograd (:func:`autograd.differentiable`)."""
     return _run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, False)
 
 
@@ -79,7 +79,7 @@ def infer(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixe
 
 
 def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels=()):
-    """Gradients of the image and every parameter (:func:`gradient.differentiable`)."""
+    """Gradients of the image and every parameter (:func:`autograd.differentiable`)."""
     need_x, need_weight, _, need_gamma, _ = needed
     norm, operators = norm_eps is not None, torch.ops.t2t_fast_triton
     channels = runtime.fixed(x.shape[1])

@@ -1,6 +1,6 @@
 """Triton kernel of the weight's gradient: normalised windows times the upstream gradient, summed over the tokens.
 
-Letters and windows as in kernels.py.
+Letters and windows as in forward.py.
 """
 
 import torch

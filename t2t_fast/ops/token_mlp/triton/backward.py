@@ -1,6 +1,6 @@
 """Triton kernel of the tail of a token layer, backward: one pass over the tokens that computes all else again.
 
-Letters, padding and precision as in ``kernels.py``.
+Letters, padding and precision as in ``forward.py``.
 """
 
 import math
