@@ -48,9 +48,9 @@ def compose(split, project, output, recompute_attention, run_tail_backward):
             state; without autograd. ``linear``: the Linear's four tensors. Not ``whole``: of kqv, q and v do, and the
             statistics are not wanted. ``keep``: what is made of the parameters may be kept for the next call.
         output: (kqv or its q and v, w, eps, lz, state, tail, options, seed) -> the layer's output; without autograd.
-        recompute_attention: (kqv, w, eps, lz, state) -> y in kqv's dtype, v, and a function (d_y, d_skip, need_w) -> d_kqv, d_w
-            (``None`` if not needed), each in its tensor's dtype, where d_skip is what flows into v beside the
-            attention.
+        recompute_attention: (kqv, w, eps, lz, state) -> y in kqv's dtype, v, and a function (d_y, d_skip, need_w) ->
+            d_kqv, d_w (``None`` if not needed), each in its tensor's dtype, where d_skip is what flows into v beside
+            the attention.
         run_tail_backward: token_mlp's ``run_backward``.
     """
 
