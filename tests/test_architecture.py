@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "t2t_fast"
 KERNELS = tuple(f"kernels{part}" for part in ("", "_backward", "_chunked", "_image", "_statistics", "_weight"))
 # Lowest layer first; a module may import its own layer's package and anything below.
 LAYERS = [
-    ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
+    ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._deprecated", "t2t_fast._extension"],
     ["t2t_fast.backends", "t2t_fast.memory"],
     [f"t2t_fast.ops.{name}" for name in ("spec", "transforms", "costs", "flops", "windows", "philox", "pixels")],
     [f"t2t_fast.ops.{name}" for name in ("library", "launch", "kept")],
