@@ -22,7 +22,7 @@ LAYERS = [
     ["t2t_fast.modules"],
     ["t2t_fast.models"],
     ["t2t_fast.interop"],
-    ["t2t_fast.capture", "t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification"],
+    ["t2t_fast.cuda_graphs", "t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification"],
     ["t2t_fast"],
     ["t2t_fast.cli", "t2t_fast.__main__"],
 ]
