@@ -37,6 +37,12 @@ class CheckpointError(ValueError):
     """A checkpoint could not be read or does not fit; the model is unchanged."""
 
 
+class CommandError(Exception):
+    """A command cannot do what was asked; the text is the whole message. The exit code is 1."""
+
+    code = 1
+
+
 # ---- tensors
 
 

@@ -24,13 +24,26 @@ LAYERS = [
     ["t2t_fast.interop"],
     ["t2t_fast.cuda_graphs", "t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification"],
     ["t2t_fast"],
+    ["t2t_fast.demo"],
     ["t2t_fast.cli", "t2t_fast.__main__"],
 ]
 # An operator never imports another one, but for the one that is made of three others.
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
 # Heavy or optional packages may only be imported where they are used, inside functions.
-DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves imported inside the demo's functions
-LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
+# imported by the command after a check that the extra is installed
+DRAWING = {f"t2t_fast.demo.{name}" for name in ("charts", "page", "pictures", "run", "style")}
+LAZY = {
+    "timm",
+    "torchvision",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "matplotlib",
+    "jinja2",
+    "PIL",
+    "triton",
+}
 
 
 def modules():
