@@ -47,16 +47,25 @@ def pytest_addoption(parser):
     )
 
 
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 def pytest_configure(config):
-    """Give every run compile caches of its own, which its workers and child processes share.
+    """Give every run compile caches of its own, which workers and child processes share; divide cores among workers.
 
     A run that is killed while it compiles leaves incomplete files. In the user's caches they would make every later run
     fail. The folder's name is new in each run, so nothing that is left over is ever read.
     """
-    if hasattr(config, "workerinput"):  # the variables are inherited from the controller
+    if hasattr(config, "workerinput"):
+        # the caches are those of the controller; threads beyond the cores would spend their time waiting for each other
+        threads = max(1, cores() // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         return
     folder = tempfile.mkdtemp(prefix="t2t_fast-test-caches-")
     environment = pytest.MonkeyPatch()
@@ -69,9 +78,8 @@ def pytest_configure(config):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """For ``-n auto``: one worker per core and per 4 GB of memory (a worker uses up to 3 GB), at most eight."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return max(1, min(cores, int(gigabytes / 4), 8))
+    return max(1, min(cores(), int(gigabytes / 4), 8))
 
 
 @cache

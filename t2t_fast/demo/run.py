@@ -89,7 +89,7 @@ def make_report(settings: Settings, out: Path, progress: Progress) -> tuple[dict
         notes.append(f"{settings.model} has no Performer: the half-precision experiment used a module of its own.")
     if checkpoint is None:
         notes.append(RANDOM)
-    data = {
+    data: dict[str, Any] = {
         "photo": {
             "name": photo.name,
             "credit": photo.credit,

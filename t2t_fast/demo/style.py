@@ -10,7 +10,7 @@ INK, MUTED, FAINT = "#1c2530", "#5f6b7a", "#d5dbe3"
 BEFORE, AFTER, ALARM = "#a9b3c0", "#0a7d72", "#c8323a"
 LABELS = ("before (upstream's form)", "after t2t_fast.swap")
 
-RC = {
+RC: dict[Any, Any] = {
     "axes.edgecolor": FAINT,
     "axes.labelcolor": MUTED,
     "axes.labelsize": 9,

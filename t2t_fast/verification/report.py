@@ -93,7 +93,7 @@ class VerifyReport:
         return lines
 
     def __str__(self) -> str:
-        table = [("what", "backend", "dtype", "forward", "of", "backward", "of", "", "worst")]
+        table: list[tuple[str, ...]] = [("what", "backend", "dtype", "forward", "of", "backward", "of", "", "worst")]
         for (what, name, dtype), rows in self._grouped().items():
             numbers = [
                 "-" if row is None or value is None else f"{value:.1e}"

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import nn
@@ -54,12 +55,12 @@ def verify(
     total, started, rows = (len(ops) + len(subjects)) * len(dtype_names), time.perf_counter(), list[VerifyRow]()
     report_progress = progress or (lambda *_: None)
     with _full_float32():
-        for done, (what, dtype) in enumerate((what, dtype) for what in [*ops, *subjects] for dtype in dtype_names):
-            report_progress(done, total, f"{what.what if isinstance(what, Subject) else what}, {dtype}")
-            if isinstance(what, Subject):
-                rows += model_rows(what, dtype, names or ["auto"], place)
-            else:
-                rows += operator_rows(what, dtype, names, place)
+        for done, (op, dtype) in enumerate(product(ops, dtype_names)):
+            report_progress(done, total, f"{op}, {dtype}")
+            rows += operator_rows(op, dtype, names, place)
+        for done, (subject, dtype) in enumerate(product(subjects, dtype_names), len(ops) * len(dtype_names)):
+            report_progress(done, total, f"{subject.what}, {dtype}")
+            rows += model_rows(subject, dtype, names or ["auto"], place)
     report_progress(total, total, "compared")
     if names is not None:
         ran = {row.backend for row in rows if row.error is not None}

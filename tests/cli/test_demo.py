@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -129,12 +130,12 @@ def report(tmp_path_factory):
     """The demo of a small model, once for all tests: (folder, exit code, printed summary)."""
     out = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "t2t_fast", *map(str, SMALL), "--no-compile", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, done.stdout, done.stderr
 
 
-@pytest.mark.slow
 class TestDemo:
     def test_files(self, report):
         out, _, _ = report
@@ -182,6 +183,7 @@ class TestDemo:
         assert "logits   same" in printed and "scores are meaningless" in printed
         assert progress.startswith("[ 1/11] ") and "[11/11] write the report" in progress and "\r" not in progress
 
+    @pytest.mark.slow
     def test_failures_are_reported(self, capsys, monkeypatch, tmp_path):
         monkeypatch.setattr("t2t_fast.demo.run.PARITY", -1.0)
         monkeypatch.setattr(torch, "compile", lambda module: torch.nn.Module())
@@ -198,6 +200,7 @@ class TestDemo:
         assert "&lt;photo&gt;.png" in text and "<photo>" not in text
         assert "weights of the checkpoint" in out and "meaningless" not in text
 
+    @pytest.mark.slow
     def test_model_without_performer(self, capsys, tmp_path):
         code, out, _ = run(capsys, *SMALL, "--model", "t2t_vit_t_14", "--no-compile", "--out", tmp_path)
         assert code == 0 and "t2t_vit_t_14 has no Performer" in out
