@@ -90,23 +90,10 @@ def make_report(settings: Settings, out: Path, progress: Progress) -> tuple[dict
     if checkpoint is None:
         notes.append(RANDOM)
     data: dict[str, Any] = {
-        "photo": {
-            "name": photo.name,
-            "credit": photo.credit,
-            "width": photo.image.width,
-            "height": photo.image.height,
-            "box": list(photo.box),
-            "img_size": settings.img_size,
-        },
-        "model": {
-            "name": settings.model,
-            "parameters": sum(p.numel() for p in before.parameters()),
-            "checkpoint": checkpoint,
-            "seed": SEED,
-            "img_size": settings.img_size,
-            "batch": settings.batch,
-            "swap": str(swapped),
-        },
+        "photo": dict(name=photo.name, credit=photo.credit, box=list(photo.box), img_size=settings.img_size)
+        | dict(zip(("width", "height"), photo.image.size, strict=True)),
+        "model": dict(name=settings.model, checkpoint=checkpoint, seed=SEED, img_size=settings.img_size)
+        | dict(batch=settings.batch, parameters=sum(p.numel() for p in before.parameters()), swap=str(swapped)),
         "parity": parity,
         "time": times,
         "memory": memory,

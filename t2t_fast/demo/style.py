@@ -10,6 +10,7 @@ INK, MUTED, FAINT = "#1c2530", "#5f6b7a", "#d5dbe3"
 BEFORE, AFTER, ALARM = "#a9b3c0", "#0a7d72", "#c8323a"
 LABELS = ("before (upstream's form)", "after t2t_fast.swap")
 
+TICKS = {"color": MUTED, "labelsize": 9, "major.size": 0}
 RC: dict[Any, Any] = {
     "axes.edgecolor": FAINT,
     "axes.labelcolor": MUTED,
@@ -29,12 +30,7 @@ RC: dict[Any, Any] = {
     "legend.labelcolor": INK,
     "savefig.dpi": 144,
     "text.color": INK,
-    "xtick.color": MUTED,
-    "xtick.labelsize": 9,
-    "xtick.major.size": 0,
-    "ytick.color": MUTED,
-    "ytick.labelsize": 9,
-    "ytick.major.size": 0,
+    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in TICKS.items()},
 }
 """Matplotlib settings, for ``matplotlib.rc_context``."""
 

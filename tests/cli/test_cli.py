@@ -166,6 +166,7 @@ class TestInvalidBackendVariable:
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.usefixtures("untested_kernels")
 def test_env_says_why_there_are_no_operators_for_cuda(capsys, monkeypatch):
     info = dict.fromkeys(("mode", "compiler", "torch", "cuda"))
     monkeypatch.setattr("t2t_fast._extension.build_info", lambda: info)
@@ -174,6 +175,7 @@ def test_env_says_why_there_are_no_operators_for_cuda(capsys, monkeypatch):
     assert re.search(r"operators for CUDA +not built for cuda, for a test\n", out)
 
 
+@pytest.mark.usefixtures("untested_kernels")
 def test_env_says_why_there_is_no_native_build(capsys, monkeypatch):
     monkeypatch.setattr("t2t_fast._extension.build_info", lambda: None)
     monkeypatch.setattr("t2t_fast._extension.load_error", lambda: "not built, for a test")
