@@ -10,8 +10,6 @@ from ..errors import CommandError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CommandError", "Progress", "UsageError", "choose_device", "existing_file", "require"]
-
 
 class UsageError(CommandError):
     """The arguments are invalid; exit code 2."""

@@ -29,6 +29,5 @@ def run(options: argparse.Namespace) -> int:
     )
     with Progress() as progress:
         data, path = make_report(settings, Path(options.out), progress)
-    print(page.summary(data))
-    print(f"\nreport: {path}")
+    print(f"{page.summary(data)}\n\nreport: {path}")
     return 0 if data["parity"]["ok"] else 1

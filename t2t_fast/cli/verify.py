@@ -19,7 +19,5 @@ def run(options: argparse.Namespace) -> int:
             verify(op, dtypes=options.dtype, backends=options.backend, device=device, progress=progress.at)
             for op in options.op or [None]
         )
-    print(report)
-    print("\nTo paste into a bug report:\n")
-    print(report.paste())
+    print(f"{report}\n\nTo paste into a bug report:\n\n{report.paste()}")
     return 0 if report.ok else 1

@@ -39,16 +39,10 @@ class HalfResult:
 
     def row(self) -> dict[str, Any]:
         """As plain data."""
-        return {
-            "gain": self.gain,
-            "dtype": self.dtype,
-            "form": self.form,
-            "inner_tokens": self.broken.numel(),
-            "inner_tokens_not_finite": int(self.broken.sum()),
-            "tokens": self.tokens,
-            "tokens_not_finite": self.broken_out,
-            "error": self.error if self.error == self.error else None,
-        }
+        row: dict[str, Any] = dict(gain=self.gain, dtype=self.dtype, form=self.form)
+        row |= dict(inner_tokens=self.broken.numel(), inner_tokens_not_finite=int(self.broken.sum()))
+        row |= dict(tokens=self.tokens, tokens_not_finite=self.broken_out)
+        return row | dict(error=self.error if self.error == self.error else None)
 
 
 def performer_module(model: Any, img_size: int) -> tuple[nn.Module, bool]:

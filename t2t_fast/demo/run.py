@@ -37,15 +37,13 @@ MODELS = tuple(name for name in reference.__all__ if name.startswith("t2t_vit"))
 
 
 class Progress(Protocol):
-    """Where the steps are reported."""
+    """Reports that a step begins, and details of the current step."""
 
     total: int
 
-    def step(self, text: str) -> None:
-        """The next step begins."""
+    def step(self, text: str) -> None: ...
 
-    def detail(self, text: str) -> None:
-        """A detail of the current step."""
+    def detail(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
