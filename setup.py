@@ -1,7 +1,7 @@
-"""Builds the native code of ``t2t_fast``; what the package is and needs stands in pyproject.toml.
+"""Builds the native code of ``t2t_fast``; the metadata is in pyproject.toml.
 
-There are two files: ``_ops.so`` with the operators (LibTorch's stable ABI), and the module ``_C``, which tells how they
-were built and what the CPU offers. ``T2T_FAST_BUILD`` says what to build:
+There are two files: ``_ops.so`` with the operators (LibTorch's stable ABI), and the module ``_C`` with build
+information and the CPU's features. ``T2T_FAST_BUILD`` selects what to build:
   auto  (default) what this machine can, down to a pure-Python package; never breaks an installation
   cuda  everything, or an error that says why not
   cpu   everything but the CUDA operators, or an error that says why not
@@ -21,13 +21,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, SetupError
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on sys.path
 
 from build_support import operators  # noqa: E402
 from build_support.toolchain import CannotBuild, find_compiler  # noqa: E402
 
 OPERATORS, MODULE = "t2t_fast._ops", "t2t_fast._C"
-PARTS = {"auto": ("cuda", "cpu"), "cuda": ("cuda",), "cpu": ("cpu",), "none": ()}  # the first that can be built
+PARTS = {"auto": ("cuda", "cpu"), "cuda": ("cuda",), "cpu": ("cpu",), "none": ()}  # the first one that can be built
 
 
 def build_mode():
@@ -40,7 +40,7 @@ def build_mode():
 
 def commit():
     """The checkout's commit, with "+" if files differ from it; empty where there is no git checkout."""
-    if not (ROOT / ".git").exists():  # a copy inside some other project's checkout must not report that one's commit
+    if not (ROOT / ".git").exists():  # a copy inside another project's checkout must not report that project's commit
         return ""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
@@ -67,7 +67,7 @@ def pybind11_headers(built):
 
 
 class BuildExt(build_ext):
-    """Builds what :func:`build_mode` asks for and prints one line that says what was built, and why not more."""
+    """Builds the parts of :func:`build_mode` and prints one line: what was built, and why not more."""
 
     def run(self):
         self.mode = build_mode()
@@ -83,13 +83,13 @@ class BuildExt(build_ext):
         print(f"t2t_fast: {self.summary()} (T2T_FAST_BUILD={self.mode})", flush=True)
 
     def record(self):
-        """Write down beside the package what was asked for and what is missing; ``_extension.py`` reads it."""
+        """Write the mode and the missing parts to ``_build.json`` in the package, for ``_extension.py``."""
         path = Path(self.folders[-1], "t2t_fast", "_build.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"mode": self.mode, "missing": self.missing}) + "\n")
 
     def build_operators(self):
-        """The library with the most operators that were asked for and can be built, or ``None``."""
+        """The library with as many of the requested operators as can be built, or ``None``."""
         for part in PARTS[self.mode]:
             try:
                 return operators.build(ROOT, with_cuda=part == "cuda")
@@ -98,7 +98,7 @@ class BuildExt(build_ext):
         return None
 
     def give_up(self, part, name, reason):
-        """Note that a part is not built, which is an error where it was asked for by name."""
+        """Record that a part is not built; an error if it was requested explicitly."""
         if self.mode != "auto":
             raise SetupError(f"T2T_FAST_BUILD={self.mode}: {name} cannot be built: {reason}")
         self.missing[part] = str(reason)
@@ -121,17 +121,17 @@ class BuildExt(build_ext):
                 self.leave_out(MODULE)
 
     def copy_file(self, infile, outfile, *args, **kwargs):
-        """Copy in one step: whoever imports the package meanwhile finds the old file or the new one, and all of it."""
+        """Copy atomically: a process that imports the package meanwhile finds the complete old or new file."""
         path = Path(outfile)
-        beside = path.with_name(f".{os.getpid()}-{path.name}")  # ends as the file does, so that all treat it so
+        beside = path.with_name(f".{os.getpid()}-{path.name}")  # with the same suffix, so that it is treated alike
         _, copied = super().copy_file(infile, str(beside), *args, **kwargs)
         if beside.exists():  # a dry run copies nothing
             beside.replace(path)
         return outfile, copied
 
     def configure(self, extension):
-        """Give the module its include path, flags and what it says about the build."""
-        self.force = True  # an old object would tell an old commit, date and mode
+        """Set the module's include path, flags and build information."""
+        self.force = True  # an old object would contain an old commit, date and mode
         built = self.operators
         told = {
             "MODE": self.mode,
@@ -148,7 +148,7 @@ class BuildExt(build_ext):
         extension.define_macros = [(f"T2T_FAST_{name}", f'"{text}"') for name, text in told.items()]
 
     def summary(self):
-        """What is built, and why not more."""
+        """What was built, and why not more."""
         names = {extension.name for extension in self.extensions}
         if not names:
             reasons = dict.fromkeys(self.missing[part] for part in ("cpu", MODULE) if part in self.missing)
@@ -160,17 +160,17 @@ class BuildExt(build_ext):
             built.append(f"the operators for {kinds} with {self.operators.torch.name}")
         parts = {"cuda": "CUDA operators", "cpu": "operators", MODULE: MODULE}
         if self.operators is None:
-            del parts["cuda"]  # what the other operators lack, these lack too
+            del parts["cuda"]  # the same reason as for the other operators
         lacking = [f"no {name}: {self.missing[part]}" for part, name in parts.items() if part in self.missing]
         return "; ".join(["built " + " and ".join(built), *lacking])
 
     def get_ext_filename(self, fullname):
-        """The file's name; that of the operators names no Python, as they use none."""
+        """The file's name; without a Python tag for the operators, which do not use Python."""
         *folders, name = fullname.split(".")
         return os.path.join(*folders, "_ops.so") if name == "_ops" else super().get_ext_filename(fullname)
 
     def leave_out(self, name):
-        """Go on without an extension and the binary of an earlier build; without any, the wheel names no platform."""
+        """Drop an extension and its binary of an earlier build; a wheel without extensions is platform-independent."""
         for folder in self.folders:
             Path(folder, self.get_ext_filename(name)).unlink(missing_ok=True)
         self.extensions = [extension for extension in self.extensions if extension.name != name]
@@ -181,7 +181,7 @@ class BuildExt(build_ext):
 
 
 setup(
-    license="BSD-3-Clause",  # here, not in pyproject.toml: no spelling there suits both old and new setuptools
+    license="BSD-3-Clause",  # not in pyproject.toml, where old and new setuptools need different spellings
     ext_modules=[
         Extension(OPERATORS, []),  # built by build_support, copied by BuildExt
         Extension(MODULE, ["csrc/bindings.cpp"], depends=["csrc/cpu_features.h"], language="c++"),

@@ -1,4 +1,4 @@
-"""Runs compilers in parallel: with ninja only what has changed, without it everything."""
+"""Runs compilers in parallel; with ninja only for changed sources, without it for all."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ MEMORY_PER_JOB = 2 << 30  # bytes; nvcc takes the most
 
 
 class Step(NamedTuple):
-    """A command that makes ``output`` of ``inputs``; a compiler also lists the headers it read in ``output``.d."""
+    """A command that makes ``output`` from ``inputs``; compilers write the headers they read to ``output``.d."""
 
     output: Path
     inputs: list[Path]
@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
 
 def available_memory():
-    """Bytes that programs can have without swapping: also pages that hold files, which Linux drops when it must."""
+    """Bytes available without swapping, including Linux's page cache, which is freed on demand."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
@@ -33,7 +33,7 @@ def available_memory():
 
 
 def job_count():
-    """``MAX_JOBS``, else as many as there are cores for this process and memory for compilers."""
+    """``MAX_JOBS``, else the number of cores, limited by the memory that compilers need."""
     chosen = os.environ.get("MAX_JOBS", "")
     if chosen.isdigit() and int(chosen) > 0:
         return int(chosen)
@@ -50,10 +50,10 @@ def find_ninja():
 
 
 def run_steps(root, folder, compilations, link, jobs, environment):
-    """Run all compilations, ``jobs`` at a time, then the link, in ``root``; ``folder`` below it is ninja's memory.
+    """Run all compilations, ``jobs`` at a time, then the link, in ``root``; ninja's state is in ``folder`` below it.
 
     Raises:
-        CannotBuild: a command failed; what it printed has been printed.
+        CannotBuild: a command failed; its output has been printed.
     """
     (root / folder).mkdir(parents=True, exist_ok=True)
     ninja = find_ninja()
@@ -71,7 +71,7 @@ def run_steps(root, folder, compilations, link, jobs, environment):
 
 
 def run(root, environment, step):
-    """Whether the step succeeded; prints what it printed, in one piece."""
+    """Whether the step succeeded; prints its output in one piece."""
     (root / step.output).parent.mkdir(parents=True, exist_ok=True)
     result = subprocess.run(
         step.command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -103,5 +103,5 @@ def ninja_plan(folder, compilations, link):
 
 
 def escape(path):
-    """A path as ninja reads it."""
+    """A path, escaped for ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

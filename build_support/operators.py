@@ -11,12 +11,12 @@ from .toolchain import Torch, find_architectures, find_compiler, find_toolkit, f
 
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest PyTorch that the library is to run under
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest PyTorch that the library supports
 FOLDER = Path("build", "operators")
 
 
 class Operators(NamedTuple):
-    """The library that was built, and what it is made with; ``cuda`` is ``None`` where it is for the CPU only."""
+    """The built library, and what it was built with; ``cuda`` is ``None`` for the CPU only."""
 
     library: Path
     headers: Path
@@ -26,7 +26,7 @@ class Operators(NamedTuple):
 
 
 def build(root, with_cuda):
-    """Build the library below ``root``/build, where the next build finds what need not be compiled again.
+    """Build the library in ``root``/build, which keeps the object files for the next build.
 
     Raises:
         CannotBuild: something is missing, or a compiler failed.
@@ -38,8 +38,8 @@ def build(root, with_cuda):
     host += [f"-ffile-prefix-map={headers}=torch"]  # no path of this machine in error messages
     host += shlex.split(f"{os.environ.get('CPPFLAGS', '')} {os.environ.get('CXXFLAGS', '')}")
     compilers = {"csrc/operators.cpp": host, "csrc/cpu/*.cpp": host}
-    # libtorch.so leads to libtorch_cpu.so and, in a CUDA build of PyTorch, to libtorch_cuda.so. The loader finds them
-    # by name among what PyTorch has loaded, so no folder is recorded and the file suits every PyTorch.
+    # libtorch.so depends on libtorch_cpu.so and, in a CUDA build of PyTorch, on libtorch_cuda.so. The loader finds them
+    # by name among the libraries that PyTorch has loaded, so no path is recorded and the file works with every PyTorch.
     libraries = ["-L", str(torch.root / "lib"), "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     toolkit, architectures = None, []
     if with_cuda:
@@ -48,7 +48,7 @@ def build(root, with_cuda):
         compilers["csrc/cuda/*.cpp"] = [*host, "-DUSE_CUDA", *toolkit.includes]
         gencodes = [flag for name in architectures for flag in gencode(name)]
         compilers["csrc/cuda/*.cu"] = [*nvcc(toolkit, compiler), *gencodes]
-        # A CUDA runtime of its own, hidden from PyTorch's, which may be another version.
+        # a static CUDA runtime with hidden symbols, since PyTorch's may have another version
         libraries += [*toolkit.libraries, "-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
 
     compilations = [
@@ -65,29 +65,29 @@ def build(root, with_cuda):
 
 
 def nvcc(toolkit, compiler):
-    """nvcc with the C++ compiler that ``CXX`` chooses, else its own choice."""
+    """nvcc with the C++ compiler of ``CXX``, else with its default one."""
     return [toolkit.nvcc, *CUDA_FLAGS, "-Icsrc", *(["-ccbin", compiler[0]] if os.environ.get("CXX") else [])]
 
 
 def compilation(source, command, torch):
-    """The step that compiles a source; its output's folder is one for these flags and this PyTorch."""
+    """The step that compiles a source; the output's folder depends on the flags and PyTorch's version."""
     output = FOLDER / digest([torch, *command]) / source.with_suffix(f"{source.suffix}.o")
     return Step(output, [source], [*command, "-MD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)])
 
 
 def digest(words):
-    """A short name for a list of words."""
+    """A short hash of a list of words."""
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
 
 
 def run_locked(root, compilations, link):
-    """Run the steps while no other build of this folder does."""
-    import fcntl  # not on every system, but on those that find_torch lets pass
+    """Run the steps under a lock, so that builds of one folder do not run at the same time."""
+    import fcntl  # on Linux, the only system that find_torch accepts
 
     jobs = job_count()
     environment = dict(os.environ)
     kernels = sum(step.inputs[0].suffix == ".cu" for step in compilations)
-    if kernels:  # not in the commands: it changes nothing in what they make
+    if kernels:  # by the environment, since it does not affect the output and commands are hashed
         threads = max(1, jobs // kernels)
         environment["NVCC_APPEND_FLAGS"] = f"{environment.get('NVCC_APPEND_FLAGS', '')} --threads={threads}"
     (root / FOLDER).mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Finds what the operators are built with: PyTorch, a C++ compiler, the CUDA toolkit and its architectures.
+"""Finds the tools for building the operators: PyTorch, a C++ compiler, the CUDA toolkit and its architectures.
 
-PyTorch is located and never imported: its headers, its libraries and the text of ``torch/version.py`` are all that a
-build against the stable ABI uses.
+PyTorch is located but never imported: a build against the stable ABI needs only its headers, its libraries and the text
+of ``torch/version.py``.
 """
 
 import ast
@@ -22,14 +22,14 @@ ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # the last one tha
 
 
 class CannotBuild(Exception):
-    """What the message says is missing or has failed; a smaller build may do without it."""
+    """Something is missing or has failed, as the message says; a smaller build may be possible without it."""
 
 
 class Torch(NamedTuple):
     """The PyTorch to build against.
 
-    ``root`` is its folder, ``cuda`` the version of its CUDA (``None``: without CUDA); ``place`` says whose it is, empty
-    for that of the Python which builds.
+    ``root`` is its folder, ``cuda`` its CUDA version (``None``: without CUDA), ``place`` the environment that has it
+    (empty: that of the running Python).
     """
 
     root: Path
@@ -39,12 +39,12 @@ class Torch(NamedTuple):
 
     @property
     def name(self):
-        """What messages call it."""
+        """Its name in messages."""
         return f"PyTorch {self.version}{self.place and ' of '}{self.place}"
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit: its nvcc, its version, and the flags that lead a C++ compiler to its headers and libraries."""
+    """A CUDA toolkit: nvcc, version, and the C++ compiler's flags for its headers and libraries."""
 
     nvcc: str
     version: str
@@ -66,12 +66,12 @@ def find_compiler():
 def find_torch():
     """The PyTorch to build against, if operators can be built against it.
 
-    That is the one that this Python would import. Where a front end isolates the build there is none on its path; then
-    it is that of the first environment which has one: the environment that pip installs into, the active one, the front
-    end's own, the base Python. Operators built with any PyTorch run under every other one.
+    That is the one that this Python would import. In an isolated build there is none on the path; then it is that of
+    the first environment that has one: the environment that pip installs into, the active one, the front end's own, the
+    base Python. Operators built with one PyTorch run under every other one.
 
     Raises:
-        CannotBuild: there is none, or the first one does not fit.
+        CannotBuild: there is none, or the first one is unsuitable.
     """
     if sys.platform != "linux":
         raise CannotBuild("they are built on Linux only")
@@ -87,9 +87,9 @@ def find_torch():
 
 
 class FrontEnd(NamedTuple):
-    """The process that started this build: the folder it runs in, the words of its command, its environment variables.
+    """The process that started this build: its working folder, command line and environment variables.
 
-    pip and uv change variables for the build alone, so these are the user's.
+    pip and uv change variables for the build only, so these are the user's.
     """
 
     folder: str
@@ -98,7 +98,7 @@ class FrontEnd(NamedTuple):
 
 
 def front_end():
-    """The front end, as far as Linux tells: without it, this process's own folder and variables."""
+    """The front end according to /proc; if that cannot be read, this process's own folder and variables."""
     process = Path("/proc", str(os.getppid()))
 
     def words(name):
@@ -113,13 +113,13 @@ def front_end():
 
 
 def interpreters(outside):
-    """The Pythons whose PyTorch an isolated build may use, best first: (path, whose it is)."""
-    # pip runs an isolated build by the interpreter that it installs for, and hides its packages
+    """The Pythons whose PyTorch an isolated build may use, best first: (path, description)."""
+    # pip runs an isolated build with the interpreter of the target environment, and hides its packages
     yield sys.executable, "the environment it installs into"
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         for folder in filter(None, (outside.variables.get(name), os.environ.get(name))):
             yield os.path.join(folder, "bin", "python"), "the active environment"
-    # as in "ENV/bin/python -m build" and "uv pip install --python ENV", and where uv looks by itself
+    # as in "ENV/bin/python -m build" and "uv pip install --python ENV"; .venv is uv's default
     for word in [*outside.command, ".venv"]:
         path = os.path.join(outside.folder, word.removeprefix("--python="))
         python = path if re.fullmatch(r"python[\d.]*", os.path.basename(path)) else os.path.join(path, "bin", "python")
@@ -144,7 +144,7 @@ def located(interpreter, variables):
         result = subprocess.run([interpreter, "-c", LOCATE], env=variables, capture_output=True, text=True)
     except OSError:
         return None
-    last = result.stdout.strip().rpartition("\n")[2]  # a .pth file may have printed something before
+    last = result.stdout.strip().rpartition("\n")[2]  # a .pth file may print something first
     return None if result.returncode != 0 or last in ("", "None") else Path(last).parent
 
 
@@ -176,7 +176,7 @@ def described(root, place):
 
 
 def assignments(path):
-    """(name, value) of each constant that a module's text assigns to a name; nothing is run."""
+    """(name, value) of each constant that a module's source assigns to a name; nothing is executed."""
     for node in ast.parse(path.read_text()).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if isinstance(getattr(node, "value", None), ast.Constant):
@@ -184,14 +184,14 @@ def assignments(path):
 
 
 def kind_of_binary(path):
-    """What the head of a binary says of the processor that it is for: word size, byte order, instruction set."""
+    """The processor that a binary is for, from its ELF header: word size, byte order, instruction set."""
     with open(path, "rb") as file:
         head = file.read(20)
     return head[4:6], head[18:20]
 
 
 def find_toolkit(torch):
-    """The CUDA toolkit that ``CUDA_HOME`` (or ``CUDA_PATH``) names, else that of the nvcc on ``PATH``."""
+    """The CUDA toolkit of ``CUDA_HOME`` (or ``CUDA_PATH``), else that of the nvcc on ``PATH``."""
     if torch.cuda is None:
         raise CannotBuild(f"{torch.name} is built without CUDA")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -201,7 +201,7 @@ def find_toolkit(torch):
     nvcc = nvcc or shutil.which(USUAL_NVCC)
     if nvcc is None:
         raise CannotBuild("nvcc is not found, neither by CUDA_HOME nor on PATH")
-    # A dry run tells version and folders of the toolkit also where nvcc is a script that starts another one.
+    # a dry run prints the toolkit's version and folders, also where nvcc is a script that starts another nvcc
     told = ask(nvcc, "--dryrun", "none.cu")
     version = re.search(r"-D__CUDACC_VER_MAJOR__=(\d+) -D__CUDACC_VER_MINOR__=(\d+)", told)
     if version is None:
@@ -214,7 +214,7 @@ def find_toolkit(torch):
 
 
 def ask(nvcc, *arguments):
-    """What nvcc answers, or why it cannot."""
+    """The output of nvcc."""
     try:
         result = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
     except OSError as error:
@@ -226,7 +226,7 @@ def ask(nvcc, *arguments):
 
 
 def find_architectures(toolkit):
-    """What ``TORCH_CUDA_ARCH_LIST`` names, as in ``8.0;9.0a+PTX``, else what the toolkit can build of the default."""
+    """The architectures of ``TORCH_CUDA_ARCH_LIST``, as in ``8.0;9.0a+PTX``, else the default ones that nvcc knows."""
     known = {int(digits) for digits in re.findall(r"compute_(\d+)", ask(toolkit.nvcc, "--list-gpu-arch"))}
     chosen = re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;"))
     if chosen == [""]:
@@ -243,7 +243,7 @@ def find_architectures(toolkit):
 
 
 def gencode(architecture):
-    """nvcc's flags for one: machine code, and with ``+PTX`` also code that the driver translates for newer devices."""
+    """nvcc's flags for one architecture: machine code, and with ``+PTX`` also PTX for newer devices."""
     digits = architecture.removesuffix("+PTX").replace(".", "")
     flags = [f"-gencode=arch=compute_{digits},code=sm_{digits}"]
     if architecture.endswith("+PTX"):

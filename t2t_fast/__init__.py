@@ -6,8 +6,9 @@ Start with :func:`swap`, :func:`create_model` and :func:`verify`; the operators 
 __version__ = "0.1.0"
 
 from . import functional, models
+from ._deprecated import deprecated_alias
 from .backends import backend
-from .capture import CapturedModel, capture
+from .cuda_graphs import CapturedModel, cuda_graph
 from .errors import BackendUnavailable, CheckpointError, NothingToSwap
 from .interop import (
     LoadReport,
@@ -24,6 +25,8 @@ from .interop import (
 from .models import T2TViT, list_models
 from .modules import FusedFoldUnfold, SoftComposition, SoftSplit, T2TModule, TokenPerformer, TokenTransformer
 from .verification import VerifyReport, verify
+
+capture = deprecated_alias("t2t_fast.capture", "t2t_fast.cuda_graph", cuda_graph)
 
 __all__ = [
     "BackendUnavailable",
@@ -42,8 +45,8 @@ __all__ = [
     "TokenTransformer",
     "VerifyReport",
     "backend",
-    "capture",
     "create_model",
+    "cuda_graph",
     "explain",
     "export_model",
     "functional",

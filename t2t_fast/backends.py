@@ -1,17 +1,16 @@
-"""Which implementation of an operator runs, and why not another one.
+"""Which implementation of an operator runs, and why the others do not.
 
-Every operator has a table of :class:`Implementation` records. ``auto`` walks :data:`ORDER` and takes the first one
-that states no reason against the call and none to be passed over; it never falls back on an exception. An explicit
-name works or raises :class:`BackendUnavailable` with every reason. The choice is made once, before the operator is
-called, and travels into it as an argument: forward and backward agree, and ``torch.compile`` sees no Python state
-inside the operator.
+Every operator has a table of :class:`Implementation` records. ``auto`` goes through :data:`ORDER` and selects the first
+one that supports the call and is not passed over; it never falls back on an exception. An explicit name works or raises
+:class:`BackendUnavailable` with every reason. The backend is selected once, before the operator is called, and is an
+argument of the operator: forward and backward agree, and ``torch.compile`` sees no Python state inside the operator.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,16 +21,16 @@ ORDER = ("triton", "native", "aten", "reference")
 
 
 class Request(NamedTuple):
-    """What a capability check may look at: device type, dtype, and the operator's own sizes by name."""
+    """The call that a capability check sees: device type, dtype, and the operator's own sizes by name."""
 
     device: str
     dtype: torch.dtype
-    sizes: dict
+    sizes: dict[str, Any]
     transform: str | None = None
-    """What of PyTorch follows the operations of the call, in words (``ops/transforms.py``)."""
+    """The PyTorch transformation that follows the call's operations, if any (``ops/transforms.py``)."""
 
 
-def always(request):
+def always(request: Request) -> str | None:
     """The ``supports`` of an implementation in plain PyTorch operations."""
     return None
 
@@ -40,11 +39,11 @@ class Implementation(NamedTuple):
     """One way to run an operator.
 
     ``call`` takes the operator's arguments without the backend name and is differentiable. ``supports`` takes a
-    :class:`Request` and returns ``None`` or the reason why not; ``passed_over`` likewise, for what it can run but
-    ``auto`` leaves to another one, because that is faster.
+    :class:`Request` and returns ``None`` or the reason why not; ``passed_over`` likewise, for calls that it can run
+    but ``auto`` leaves to a faster one.
     """
 
-    call: Callable
+    call: Callable[..., Any]
     supports: Callable[[Request], str | None]
     passed_over: Callable[[Request], str | None] = always
 
@@ -55,7 +54,7 @@ _DEFAULT = config.default_backend()
 
 
 class _Block(NamedTuple):
-    """One ``with backend(name, op):`` that is open; told apart by identity."""
+    """One open ``with backend(name, op):`` block; compared by identity."""
 
     name: str
     op: str | None
@@ -63,27 +62,27 @@ class _Block(NamedTuple):
 
 _open: ContextVar[tuple[_Block, ...]] = ContextVar("t2t_fast_backend", default=())
 _last: tuple[_Block, ...] = ()
-"""The open blocks as the last change left them in any thread, for compilers that cannot trace a ContextVar."""
+"""The open blocks after the last change in any thread, for compilers that cannot trace a ContextVar."""
 
 
-def _traces_context():
+def _traces_context() -> bool:
     """Whether dynamo traces a read of a ContextVar and guards on its value (PyTorch 2.11 does not)."""
     from torch._dynamo.variables import misc
 
     return hasattr(misc, "ContextVarVariable")
 
 
-_traces_context._dynamo_marked_constant = True
+setattr(_traces_context, "_dynamo_marked_constant", True)  # noqa: B010 - functions have no such attribute for mypy
 
 
-def _change(blocks):
+def _change(blocks: tuple[_Block, ...]) -> None:
     global _last
     _open.set(blocks)
     _last = blocks
 
 
-def _selected(op):
-    """The backend that the innermost open block for ``op`` names, else the environment's."""
+def _selected(op: str) -> str:
+    """The backend of the innermost open block for ``op``, else the environment's."""
     blocks = _last if torch.compiler.is_dynamo_compiling() and not _traces_context() else _open.get()
     for block in reversed(blocks):
         if block.op is None or block.op == op:
@@ -91,50 +90,50 @@ def _selected(op):
     return _DEFAULT
 
 
-def register(op, implementations, absent):
-    """Give operator ``op`` its table; ``absent`` says for each backend without an implementation why there is none."""
+def register(op: str, implementations: Mapping[str, Implementation], absent: Mapping[str, str]) -> None:
+    """Set the table of operator ``op``; ``absent`` has the reason for each backend without an implementation."""
     missing = set(ORDER) - set(implementations) - set(absent)
     if missing or set(implementations) & set(absent):
         raise ValueError(f"{op}: every backend needs an implementation or a reason, {sorted(missing)} has neither")
-    _tables[op] = implementations
-    _absent[op] = absent
+    _tables[op] = dict(implementations)
+    _absent[op] = dict(absent)
 
 
-def implementation(op, name):
+def implementation(op: str, name: str) -> Implementation:
     """The registered implementation; used by the operators themselves, with a resolved name."""
     return _tables[op][name]
 
 
-def operators():
+def operators() -> tuple[str, ...]:
     """Names of all registered operators."""
     return tuple(_tables)
 
 
-def reason(op, name, request):
+def reason(op: str, name: str, request: Request) -> str | None:
     """Why ``name`` cannot run ``request``, or ``None``."""
     found = _tables[op].get(name)
     return _absent[op][name] if found is None else found.supports(request)
 
 
-def problem():
-    """What is wrong with the backend that ``T2T_FAST_BACKEND`` asks for, or ``None``."""
+def problem() -> str | None:
+    """The error in the value of ``T2T_FAST_BACKEND``, or ``None``."""
     if _DEFAULT in config.BACKENDS:
         return None
     return f"T2T_FAST_BACKEND must be one of {', '.join(config.BACKENDS)}, got {_DEFAULT!r}"
 
 
-def automatic(op):
-    """Whether a call of ``op`` that names no backend takes the first that can run it."""
+def automatic(op: str) -> bool:
+    """Whether a call of ``op`` without an explicit backend uses the first one that can run it."""
     return _selected(op) == "auto"
 
 
-def resolve(op, request, name="auto"):
-    """The backend that runs ``request``: the argument if given, else the context's choice, else the first in order."""
+def resolve(op: str, request: Request, name: str = "auto") -> str:
+    """The backend that runs ``request``: the argument if given, else the context's backend, else the first in order."""
     if name not in config.BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(config.BACKENDS)}, got {name!r}")
     if name == "auto":
         name = _selected(op)
-        if name not in config.BACKENDS:  # only what the environment set is unchecked so far
+        if name not in config.BACKENDS:  # the environment's value has not been checked before
             raise ValueError(problem())
     if name != "auto":
         if reason(op, name, request) is not None:
@@ -147,7 +146,7 @@ def resolve(op, request, name="auto"):
     raise BackendUnavailable(_refusal(op, "auto", request))
 
 
-def _refusal(op, name, request):
+def _refusal(op: str, name: str, request: Request) -> str:
     dtype = str(request.dtype).removeprefix("torch.")
     lines = [f"{op}: backend {name!r} cannot run on {request.device} with {dtype}"]
     for candidate in ORDER:
@@ -156,12 +155,12 @@ def _refusal(op, name, request):
 
 
 @contextmanager
-def backend(name, op=None):
-    """Choose the backend inside a ``with`` block, for every operator or for one.
+def backend(name: str, op: str | None = None) -> Iterator[None]:
+    """Select the backend inside a ``with`` block, for every operator or for one.
 
-    The choice holds in the thread and the asyncio task that opened the block; a new thread starts without one. Blocks
-    may overlap without nesting: each ends its own choice, and the innermost of those that are still open counts. (Code
-    compiled by a PyTorch that cannot trace a ``ContextVar``, such as 2.11, sees the choice of any thread.)
+    The selection holds in the thread and the asyncio task that opened the block; new threads start without one. Blocks
+    may overlap without nesting: each ends its own selection, and the innermost open one counts. (Code compiled by a
+    PyTorch that cannot trace a ``ContextVar``, such as 2.11, sees the selection of any thread.)
 
     Args:
         name: "auto", "triton", "native", "aten" or "reference".
@@ -185,17 +184,17 @@ def backend(name, op=None):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows of (operator, backend, "chosen" | "available ..." | the reason why not); ``str()`` is a table."""
+    """Rows of (operator, backend, "chosen" | "available ..." | why it cannot run); ``str()`` is a table."""
 
     device: str
     dtype: torch.dtype
     rows: tuple[tuple[str, str, str], ...]
 
-    def chosen(self, op):
-        """The backend that runs ``op``, or ``None``: the one that was asked for cannot."""
+    def chosen(self, op: str) -> str | None:
+        """The backend that runs ``op``, or ``None`` if the requested one cannot."""
         return next((name for row_op, name, verdict in self.rows if row_op == op and verdict == "chosen"), None)
 
-    def __str__(self):
+    def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         width = max(len(op) for op, _, _ in self.rows)
         lines = [f"{'operator':{width}}  backend    on {self.device}, {dtype}"]
@@ -204,8 +203,14 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op=None, *, device=None, dtype=torch.float32, **sizes):
-    """For each operator: the backend that would run, and the reason why not each other one.
+def explain(
+    op: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **sizes: Any,
+) -> Explanation:
+    """For each operator: the selected backend, and why the others were rejected.
 
     Args:
         op: one operator's name, or ``None`` for all.
@@ -221,7 +226,7 @@ def explain(op=None, *, device=None, dtype=torch.float32, **sizes):
     rows = []
     for each in [op] if op else _tables:
         try:
-            chosen = resolve(each, request)
+            chosen: str | None = resolve(each, request)
         except BackendUnavailable:
             chosen = None
         for name in ORDER:

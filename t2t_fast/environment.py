@@ -1,4 +1,4 @@
-"""What a report says about where its numbers come from: versions, commit, operating system, device."""
+"""The environment that a report describes: versions, commit, operating system, device."""
 
 import platform
 import shutil
@@ -12,9 +12,8 @@ import torch
 from . import __version__
 
 
-def environment(device):
-    """What a bug report needs to know, name -> words: versions, commit, operating system, device."""
-    device = torch.device(device)
+def environment(device: str | torch.device) -> dict[str, str]:
+    """For a bug report, name -> text: versions, commit, operating system, device."""
     name = commit()
     return {
         "t2t_fast": __version__ if name is None else f"{__version__} (commit {name})",
@@ -25,8 +24,8 @@ def environment(device):
     }
 
 
-def device_name(device):
-    """The device in words."""
+def device_name(device: str | torch.device) -> str:
+    """The device's model name and properties."""
     device = torch.device(device)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -38,8 +37,8 @@ def device_name(device):
 
 
 @cache
-def cpu_name():
-    """The processor's model name as the system tells it."""
+def cpu_name() -> str:
+    """The processor's model name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -48,7 +47,7 @@ def cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def version(package):
+def version(package: str) -> str | None:
     """The installed version of a package, or ``None``."""
     try:
         return metadata.version(package)
@@ -56,8 +55,8 @@ def version(package):
         return None
 
 
-def driver():
-    """The NVIDIA driver's version as nvidia-smi tells it, or ``None``."""
+def driver() -> str | None:
+    """The NVIDIA driver's version as nvidia-smi reports it, or ``None``."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -72,15 +71,15 @@ def driver():
 
 
 @cache
-def commit():
+def commit() -> str | None:
     """Short hash of the git checkout that this package runs from ("+" if files changed), or ``None`` outside one."""
     folder = Path(__file__).parent
 
-    def git(*command):
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10)
 
     try:
-        # A package installed below somebody else's checkout is not of that checkout's commit.
+        # a package installed inside another project's checkout must not report that project's commit
         if git("ls-files", "--error-unmatch", "__init__.py").returncode:
             return None
         found, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")

@@ -1,4 +1,6 @@
-"""Memory of one call: bytes saved for backward, and the most bytes alive at a time."""
+"""Memory of one call: bytes saved for backward, and the most bytes allocated at a time."""
+
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -6,15 +8,15 @@ from . import _extension
 from .config import quiet_profiler
 
 
-def saved_bytes(forward, lasting):
+def saved_bytes(forward: Callable[[], object], lasting: Iterable[torch.Tensor]) -> int:
     """Bytes that autograd keeps after ``forward()`` until backward, each storage once.
 
-    ``lasting`` are tensors that live on anyway, such as parameters, and are not counted.
+    Tensors in ``lasting``, such as parameters, exist anyway and are not counted.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in lasting}
-    found = {}
+    found: dict[int, int] = {}
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             found[storage.data_ptr()] = storage.nbytes()
@@ -25,12 +27,12 @@ def saved_bytes(forward, lasting):
     return sum(found.values())
 
 
-def peak_bytes(call, device):
-    """Most bytes allocated at a time by ``call()`` beyond what was there before; its gradients are among them.
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """Most bytes that ``call()`` allocates at a time, gradients included, beyond what was allocated before.
 
-    On CUDA the caching allocator's count; on a CPU that of torch's allocator as its profiler records it, plus the most
-    scratch memory that native operators had in use, as if both were at one moment. This sees eager and compiled code
-    alike, but not what other libraries (oneDNN, MKL) take for themselves.
+    On CUDA this is the caching allocator's count. On a CPU it is that of PyTorch's allocator as its profiler records
+    it, plus the most scratch memory of the native operators, as if both peaks coincided. It covers eager and compiled
+    code, but not the memory that other libraries (oneDNN, MKL) allocate themselves.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -52,8 +54,8 @@ def peak_bytes(call, device):
     return most + _scratch_bytes()
 
 
-def _scratch_bytes(restart=False):
-    """Most bytes of scratch memory that native operators had in use since the last restart; 0 without them."""
+def _scratch_bytes(restart: bool = False) -> int:
+    """Most bytes of the native operators' scratch memory in use at a time since the last restart; 0 without them."""
     name = "t2t_fast_native::scratch_bytes"
     if not _extension.operators() or not torch._C._dispatch_has_kernel_for_dispatch_key(
         name, "CompositeExplicitAutograd"

@@ -1,12 +1,13 @@
 """Inputs, error measures and the one tolerance table that tests, ``verify`` and benchmarks share.
 
-Errors are taken against the reference implementation in float64 on the same (already rounded) inputs, two ways: over
-the whole tensor, and for the worst row (a token, a pixel, a weight's row), so that one wrong border tile shows.
+Errors are relative to the reference implementation in float64 on the same (already rounded) inputs. There are two
+measures: of the whole tensor, and of the worst row (a token, a pixel, a weight's row), which shows a wrong border tile.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,9 +18,9 @@ from .ops._common.spec import T2T_WINDOWS
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Tolerances are those of the published error analysis of these formulas (about three times the error of an exact
-# emulation), not fitted to this code. Beside each the worst error measured over the cases below (aten and native, CPU);
-# `t2t-fast verify` measures them anew on any machine.
+# The tolerances come from the error analysis of these formulas (about three times the error of an exact emulation) and
+# are not fitted to this code. In brackets: the worst error over the cases below (aten and native, CPU), which
+# `t2t-fast verify` measures on any machine.
 _TABLE = """
 operator             direction        fp64             fp32             fp16             bf16
 soft_split           forward              0 (0)            0 (0)            0 (0)            0 (0)
@@ -41,7 +42,7 @@ t2t_module           backward     1e-13 (2e-15)    1e-5 (1.2e-6)    8e-3 (8.7e-4
 """
 
 
-def _parse(table):
+def _parse(table: str) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
     rows = {}
     for line in table.strip().splitlines()[1:]:
         op, direction, *cells = line.replace("(", "").replace(")", "").split()
@@ -56,15 +57,15 @@ TOLERANCES = _parse(_TABLE)
 """(operator, direction) -> dtype name -> (tolerance, measured error)."""
 
 ROW_FACTOR = 8
-"""How much larger than the tolerance the error of one row may be, relative to a mean row."""
+"""The error of one row, relative to a mean row, may be this many times the tolerance."""
 
 
-def tolerance(op, direction, dtype):
-    """The tolerance of ``op`` ("forward" or "backward") for a dtype."""
+def tolerance(op: str, direction: str, dtype: torch.dtype) -> float:
+    """The tolerance of ``op`` for a dtype; ``direction`` is "forward" or "backward"."""
     return TOLERANCES[op, direction][DTYPE_NAMES[dtype]][0]
 
 
-def errors(value, expected):
+def errors(value: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """(relative error of the whole tensor, largest error of a row relative to a mean row); NaN counts as infinite."""
     value, expected = value.detach().double(), expected.detach().double()
     if value.shape != expected.shape:
@@ -82,7 +83,9 @@ def errors(value, expected):
     return (difference.norm() / scale).item(), (difference.norm(dim=1).max() / mean_row).item()
 
 
-def assert_close(value, expected, op, direction, dtype, label=""):
+def assert_close(
+    value: torch.Tensor, expected: torch.Tensor, op: str, direction: str, dtype: torch.dtype, label: str = ""
+) -> None:
     """Raise ``AssertionError`` with both errors unless they are within the table's tolerance."""
     allowed = tolerance(op, direction, dtype)
     whole, row = errors(value, expected)
@@ -95,15 +98,15 @@ def assert_close(value, expected, op, direction, dtype, label=""):
 
 @dataclass
 class Case:
-    """One call of an operator: named tensors, other arguments, and which tensors get a gradient."""
+    """One call of an operator: named tensors, other arguments, and the names of tensors that need a gradient."""
 
     op: str
     name: str
     tensors: dict[str, torch.Tensor]
-    options: dict = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     wants_gradient: tuple[str, ...] = ()
 
-    def cast(self, dtype, device="cpu"):
+    def cast(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> "Case":
         """The same case with its floating tensors rounded to ``dtype`` on ``device``."""
         tensors = {
             name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in self.tensors.items()
@@ -111,15 +114,17 @@ class Case:
         return Case(self.op, self.name, tensors, self.options, self.wants_gradient)
 
     @property
-    def call(self) -> Callable:
+    def call(self) -> Callable[..., torch.Tensor]:
         """The function of :mod:`t2t_fast.functional`."""
         return getattr(functional, self.op)
 
-    def run(self, backend="auto"):
+    def run(self, backend: str = "auto") -> torch.Tensor:
         """Forward only."""
         return self.call(**self.tensors, **self.options, backend=backend)
 
-    def run_backward(self, backend="auto", round_to=None, seed=1):
+    def run_backward(
+        self, backend: str = "auto", round_to: torch.dtype | None = None, seed: int = 1
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward and backward with a random upstream gradient: the output and the named gradients.
 
         ``round_to`` rounds the upstream gradient first, so that a reference in a wider type sees the same numbers.
@@ -132,18 +137,19 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
         out.backward(upstream.to(round_to or out.dtype).to(out))
-        return out.detach(), {name: tensors[name].grad for name in self.wants_gradient}
+        gradients: dict[str, Any] = {name: tensors[name].grad for name in self.wants_gradient}
+        return out.detach(), gradients
 
 
-def natural_images(batch, channels, height, width, seed=0):
-    """Noise with a photograph's 1/f spectrum and an offset per image, clipped to ImageNet's normalised range."""
+def natural_images(batch: int, channels: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Noise with the 1/f spectrum of photographs and an offset per image, clipped to ImageNet's normalised range."""
     if batch == 0:
         return torch.empty(0, channels, height, width)
     generator = torch.Generator().manual_seed(seed)
     fy, fx = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
     amplitude = 1 / (fy[:, None] ** 2 + fx[None] ** 2 + 1 / max(height, width) ** 2).sqrt()
 
-    def field(count):
+    def field(count: int) -> torch.Tensor:
         white = torch.randn(batch, count, height, width, generator=generator)
         shaped = torch.fft.ifft2(torch.fft.fft2(white) * amplitude).real
         return shaped / shaped.std()
@@ -152,12 +158,14 @@ def natural_images(batch, channels, height, width, seed=0):
     return (field(1) + 0.3 * field(channels) + offset).clamp(-2.2, 2.6)
 
 
-def _normal(generator, *shape, std=1.0, mean=0.0):
+def _normal(generator: torch.Generator, *shape: int, std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
     return mean + std * torch.randn(*shape, generator=generator)
 
 
-def tail_parameters(generator, width, hidden=None, gain=1.0):
-    """Parameters of ``token_mlp``, all terms exercised."""
+def tail_parameters(
+    generator: torch.Generator, width: int, hidden: int | None = None, gain: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Random parameters of ``token_mlp``; every term contributes."""
     hidden = width if hidden is None else hidden
     std = 0.125 * gain
     return {
@@ -172,13 +180,15 @@ def tail_parameters(generator, width, hidden=None, gain=1.0):
     }
 
 
-def features(generator, m, width):
+def features(generator: torch.Generator, m: int, width: int) -> torch.Tensor:
     """Random features as upstream draws them: orthogonal rows of norm sqrt(m)."""
     return torch.nn.init.orthogonal_(torch.empty(m, width), generator=generator) * m**0.5
 
 
-def exact_attention(q, k, v, w, eps=1e-8):
-    """``performer_attention`` in float64 and log space, where not even the reference underflows, and the gate.
+def exact_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, eps: float = 1e-8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``performer_attention`` and its gate in float64 and log space, also where the reference underflows.
 
     Returns:
         y (B, L, E), the gate (B, L, 1); differentiable.
@@ -195,7 +205,7 @@ def exact_attention(q, k, v, w, eps=1e-8):
 
 
 # (name, batch, channels, height, width, kernel, stride, padding); T2T's three stages, then awkward ones
-WINDOW_CASES = [
+WINDOW_CASES: list[tuple[Any, ...]] = [
     ("stage1", 2, 3, 64, 64, *T2T_WINDOWS[0]),
     ("stage2", 2, 64, 16, 16, *T2T_WINDOWS[1]),
     ("non-square image", 1, 3, 37, 61, 7, 4, 2),
@@ -209,7 +219,7 @@ WINDOW_CASES = [
 ]
 
 
-def soft_split_cases():
+def soft_split_cases() -> list[Case]:
     """Cases of ``soft_split``."""
     return [
         Case(
@@ -223,9 +233,9 @@ def soft_split_cases():
     ]
 
 
-def _token_cases(op, windows):
+def _token_cases(op: str, windows: Sequence[tuple[Any, ...]]) -> list[Case]:
     """Tokens of each window, for an operator that composes them."""
-    cases = []
+    cases: list[Case] = []
     for name, b, c, h, w, k, s, p in windows:
         win = functional.window(k, s, p)
         rows, columns = win.grid(h, w)
@@ -235,19 +245,19 @@ def _token_cases(op, windows):
     return cases
 
 
-def soft_composition_cases():
+def soft_composition_cases() -> list[Case]:
     """Cases of ``soft_composition``."""
     return _token_cases("soft_composition", WINDOW_CASES)
 
 
-def fused_fold_unfold_cases():
+def fused_fold_unfold_cases() -> list[Case]:
     """Cases of ``fused_fold_unfold``, FuseFormer's window among them."""
     return _token_cases("fused_fold_unfold", [*WINDOW_CASES, ("FuseFormer", 1, 4, 60, 108, 7, 3, 3)])
 
 
-def soft_split_linear_cases():
+def soft_split_linear_cases() -> list[Case]:
     """Cases of ``soft_split_linear``: with and without LayerNorm, its affine part and the bias."""
-    cases = []
+    cases: list[Case] = []
     for index, (name, b, c, h, w, k, s, p) in enumerate(WINDOW_CASES):
         generator = torch.Generator().manual_seed(index)
         win = functional.window(k, s, p)
@@ -281,9 +291,9 @@ def soft_split_linear_cases():
     return cases
 
 
-def performer_attention_cases():
+def performer_attention_cases() -> list[Case]:
     """Cases of ``performer_attention``; q and k have the norms of a freshly initialised model (2 to 4)."""
-    cases = []
+    cases: list[Case] = []
     for name, shape, m, norm, eps in [
         ("T2T stage 3", (2, 196, 64), 32, 2.0, 1e-8),
         ("norm 4", (2, 131, 64), 32, 4.0, 1e-8),
@@ -312,9 +322,9 @@ def performer_attention_cases():
     return cases
 
 
-def token_mlp_cases():
+def token_mlp_cases() -> list[Case]:
     """Cases of ``token_mlp``, with and without dropout (a given seed makes the masks the same for every backend)."""
-    cases = []
+    cases: list[Case] = []
     for name, shape, hidden, drop in [
         ("T2T stage 3", (2, 196, 64), 64, 0.0),
         ("dropout", (2, 49, 64), 64, 0.1),
@@ -332,9 +342,9 @@ def token_mlp_cases():
     return cases
 
 
-def performer_layer_cases():
+def performer_layer_cases() -> list[Case]:
     """Cases of ``performer_layer``; k and q have the norms of a freshly initialised model."""
-    cases = []
+    cases: list[Case] = []
     for name, image, win, width, m, drop, eps in [
         ("stage1", (2, 3, 64, 64), T2T_WINDOWS[0], 64, 32, 0.0, 1e-8),
         ("stage2", (2, 64, 16, 16), T2T_WINDOWS[1], 64, 32, 0.0, 1e-8),
@@ -375,10 +385,12 @@ CASES = {
 }
 
 
-def measure(op, dtype, backend="aten", device="cpu"):
-    """Worst errors of an operator over its cases against the float64 reference.
+def measure(
+    op: str, dtype: torch.dtype, backend: str = "aten", device: str | torch.device = "cpu"
+) -> Iterator[tuple[str, str, float, float]]:
+    """Errors of an operator in each of its cases against the float64 reference.
 
-    A case that the backend cannot run for a stated reason is left out, but not all of them.
+    Cases that the backend does not support are skipped; it is an error if it supports none.
 
     Yields:
         (case name, "forward" or the gradient's name, whole error, worst row's error).

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +31,7 @@ with contextlib.suppress(ImportError):  # test_properties.py skips without it
 if triton_runtime.INTERPRETED:
     interpreter.hasten()
 
-# A worker of pytest-xdist tells of itself in its environment. The commands that tests run are no part of it: told so,
+# pytest-xdist marks its workers by environment variables. Commands that tests run must not inherit them:
 # pytest-benchmark would measure nothing in the benchmarks' own suites.
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
     del os.environ[name]
@@ -45,29 +47,56 @@ def pytest_addoption(parser):
     )
 
 
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def pytest_configure(config):
+    """Give every run compile caches of its own, which workers and child processes share; divide cores among workers.
+
+    A run that is killed while it compiles leaves incomplete files. In the user's caches they would make every later run
+    fail. The folder's name is new in each run, so nothing that is left over is ever read.
+    """
+    if hasattr(config, "workerinput"):
+        # the caches are those of the controller; threads beyond the cores would spend their time waiting for each other
+        threads = max(1, cores() // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        return
+    folder = tempfile.mkdtemp(prefix="t2t_fast-test-caches-")
+    environment = pytest.MonkeyPatch()
+    for variable in CACHES:
+        environment.setenv(variable, os.path.join(folder, variable.lower()))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    config.add_cleanup(environment.undo)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """For ``-n auto``: one for each core and each 4 GB of memory, of which a worker uses up to three; up to eight."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """For ``-n auto``: one worker per core and per 4 GB of memory (a worker uses up to 3 GB), at most eight."""
     gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return max(1, min(cores, int(gigabytes / 4), 8))
+    return max(1, min(cores(), int(gigabytes / 4), 8))
 
 
 @cache
 def _makes_once(path):
-    """Whether a file of tests makes something once for several of them."""
+    """Whether a test file has a module-wide fixture."""
     return 'scope="module"' in (ROOT / path).read_text(encoding="utf-8")
 
 
 def scope(nodeid):
-    """The name of what goes to one worker as a whole: a file whose tests share something, or a test by itself."""
+    """The unit that one worker runs: a file with a module-wide fixture, or a single test."""
     path = nodeid.partition("::")[0]
     return path if _makes_once(path) else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """For ``--dist loadgroup``, whose own way does nothing under pytest 9.2."""
+    """The scheduler of ``--dist loadgroup``; xdist's own does not group under pytest 9.2."""
     if config.getvalue("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -81,7 +110,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
-        # what takes long begins early, so that none of it runs alone at the end
+        # long tests start first, so that none runs alone at the end
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
@@ -110,7 +139,7 @@ def known_state():
 
 
 def _running(request):
-    """The backend that a fixture's parameter names, where it runs the test's ``dtype`` (float32 without one) here."""
+    """The backend of a fixture's parameter; skips where it cannot run the test's ``dtype`` (float32 by default)."""
     dtype = request.node.callspec.params.get("dtype", torch.float32)
     if not isinstance(dtype, torch.dtype):
         dtype = torch.float32
@@ -126,36 +155,38 @@ def _running(request):
 
 @pytest.fixture(params=["aten", "native"])
 def fused(request):
-    """The name of a fused backend that has every operator, on this CPU."""
+    """A fused backend that has every operator, on this CPU."""
     return _running(request)
 
 
 @pytest.fixture(params=["aten", "native", "triton"])
 def attending(request):
-    """The name of a fused backend that has the attention, on this CPU (Triton's interpreted)."""
+    """A fused backend that has the attention, on this CPU (Triton interpreted)."""
     return _running(request)
 
 
 def cut_off(x, bits):
-    """float32 with its last mantissa bits cut off, as matrix units read TF32 (13 bits less)."""
+    """float32 with its last mantissa bits truncated, as matrix units read TF32 (13 bits less)."""
     return (x.view("int32") & -(1 << bits)).view("float32")
 
 
 def towards_zero(x):
-    """float64 in float32, cut off."""
+    """float64 rounded towards zero to float32."""
     nearest = x.astype("float32")
     beyond = abs(nearest.astype("float64")) > abs(x)
-    return (nearest.view("int32") - beyond).view("float32")  # one step towards zero is one less, for either sign
+    return (nearest.view("int32") - beyond).view("float32")  # the next integer below is the next float towards zero
 
 
 TERMS = 8
-"""What a matrix unit adds up at a time, in TF32."""
+"""Number of TF32 products that a matrix unit sums at a time."""
 
 
 @pytest.fixture
 def matrix_units(monkeypatch):
-    """Products of float32 as the matrix units make them: TF32 operands cut to 10 bits, and after every 8 terms the sum
-    cut off as well. Yields what was multiplied."""
+    """Emulates matrix units for float32: TF32 operands of 10 bits, and the sum truncated after every 8 terms.
+
+    Returns the set of operand types and precisions that were used.
+    """
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -167,7 +198,7 @@ def matrix_units(monkeypatch):
             seen.add(str(a.data.dtype))
             return original(self, a, b, d, precision, *rest)
         seen.add(name)
-        # the second is of bfloat16 in the interpreter: TF32 has all its values
+        # the interpreter computes the second one in bfloat16, whose values TF32 can represent
         assert name in ("tf32", "tf32x3"), name
         first, second = (cut_off(part.data, 13).astype("float64") for part in (a, b))
         total = d.data
@@ -183,7 +214,7 @@ def matrix_units(monkeypatch):
 def _fail_if_required(report, config, parameters=()):
     """Turn a skip into a failure if it concerns a backend that ``--require-backend`` names.
 
-    It does if the test is parametrized with the backend's name, or the reason for the skip mentions it.
+    That is so if the test is parametrized with the backend's name, or the reason for the skip mentions it.
     """
     reason = report.longrepr[2]
     for name in config.getoption("--require-backend"):

@@ -10,7 +10,7 @@ from support import ROOT
 OPS, COMMON = "t2t_fast.ops.*", "t2t_fast.ops._common"
 # Lowest layer first; a module may import modules of its own layer and anything below.
 LAYERS = [
-    ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._extension"],
+    ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._deprecated", "t2t_fast._extension"],
     ["t2t_fast.backends", "t2t_fast.memory"],
     [COMMON, *(f"{COMMON}.{name}" for name in ("spec", "transforms", "costs", "flops", "windows", "philox", "pixels"))],
     [f"{COMMON}.{name}" for name in ("library", "launch_table", "cached")],
@@ -22,8 +22,9 @@ LAYERS = [
     ["t2t_fast.modules*"],
     ["t2t_fast.models*"],
     ["t2t_fast.interop*"],
-    ["t2t_fast.capture", "t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification"],
+    ["t2t_fast.cuda_graphs", "t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification*"],
     ["t2t_fast"],
+    ["t2t_fast.demo*"],
     ["t2t_fast.cli*", "t2t_fast.__main__"],
     ["benchmarks.suites*"],
     ["benchmarks.measure*"],
@@ -35,8 +36,20 @@ LAYERS = [
 # An operator never imports another one, but for the one that is made of three others.
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
 # Heavy or optional packages may only be imported where they are used, inside functions.
-DRAWING = {"t2t_fast.cli.charts", "t2t_fast.cli.pictures"}  # themselves imported inside the demo's functions
-LAZY = {"timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "triton"}
+# imported by the command after a check that the extra is installed
+DRAWING = {f"t2t_fast.demo.{name}" for name in ("charts", "page", "pictures", "run", "style")}
+LAZY = {
+    "timm",
+    "torchvision",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "matplotlib",
+    "jinja2",
+    "PIL",
+    "triton",
+}
 
 
 def modules(package):

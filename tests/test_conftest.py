@@ -1,6 +1,8 @@
 """The suite's own rules: filled memory, seeds, division among processes, skips, ``--require-backend``."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,85 @@ def test_gpu_tests_say_why_they_are_skipped(suite):
     result = suite.runpytest("-rs")
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*no CUDA device*"])
+
+
+CACHE_TEST = """
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_caches(turn):
+    folders = [os.environ[name] for name in VARIABLES]
+    assert cache_dir() == folders[0] and not any(list(Path(folder).glob("*")) for folder in folders)
+    child = "import os, sys; print(*[os.environ[name] for name in sys.argv[1:]])"
+    assert subprocess.check_output([sys.executable, "-c", child, *VARIABLES], text=True).split() == folders
+    with open("folders", "a") as file:
+        print(*folders, file=file)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["one process", "workers"])
+def test_compile_caches_are_new_in_each_run_and_removed_after_it(suite, monkeypatch, workers):
+    """They are shared by workers and child processes, and the caller's variables return after a run in this process."""
+    before = [os.environ[name] for name in conftest.CACHES]
+    users = suite.mkdir("users")
+    for name in conftest.CACHES:
+        monkeypatch.setenv(name, str(users))
+    suite.makepyfile(CACHE_TEST)
+    if workers:
+        pytest.importorskip("xdist")
+        own = Path(conftest.__file__)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(own.parents[1]), str(own.parent)]))
+        suite.runpytest_subprocess("-n", str(workers)).assert_outcomes(passed=2)
+    else:
+        for _ in range(2):
+            suite.runpytest().assert_outcomes(passed=2)
+    assert [os.environ[name] for name in conftest.CACHES] == 2 * [str(users)] and not list(users.iterdir())
+    runs = set((suite.path / "folders").read_text().splitlines())
+    assert len(runs) == (1 if workers else 2)
+    folders = {Path(folder) for run in runs for folder in run.split()}
+    assert len(folders) == 2 * len(runs) and not folders & {users, *map(Path, before)}
+    assert not any(folder.parent.exists() for folder in folders)
+
+
+COMPILES = """
+import torch
+
+def test_compile():
+    compiled = torch.compile(lambda x: x.sin() + x.cos())
+    x = torch.randn(37)
+    torch.testing.assert_close(compiled(x), x.sin() + x.cos())
+"""
+
+
+@pytest.mark.slow
+def test_a_broken_library_in_the_users_cache_does_not_matter(suite, monkeypatch):
+    """What a killed run leaves behind: it breaks a process that uses that cache, but not the tests."""
+    users = suite.mkdir("users")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(users))
+    path = suite.makepyfile(COMPILES)
+    code = f"import runpy; runpy.run_path({str(path)!r})['test_compile']()"
+
+    def in_the_users_cache():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
+
+    if not in_the_users_cache():
+        pytest.skip("torch.compile does not work here")
+    libraries = list(users.rglob("*.so"))
+    for library in libraries:
+        library.write_bytes(b"")
+    assert libraries and not in_the_users_cache()
+    own = Path(conftest.__file__)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(own.parents[1]), str(own.parent)]))
+    suite.runpytest_subprocess().assert_outcomes(passed=1)
 
 
 def test_a_command_does_not_learn_that_it_was_started_by_one_worker_of_several():

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import t2t_fast
 from t2t_fast import reference
-from t2t_fast.cli.common import CommandError
-from t2t_fast.cli.photo import MEAN, STD, load_photo
+from t2t_fast.demo.photo import MEAN, STD, load_photo
+from t2t_fast.errors import CommandError
 from t2t_fast.testing import DTYPES
 
 CELLS = 4

@@ -2,10 +2,9 @@
 
 from html import escape
 
-from t2t_fast.cli import page
-
 from ..suites.groups import LITE
 from . import crossover
+from . import html as page
 from .cases import OURS, SUITES, cases, floor_share, headline, lost, main_dtype, of, ordered, ours, suite
 from .goals import judge
 from .pictures import PICTURES

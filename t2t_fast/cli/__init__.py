@@ -1,8 +1,10 @@
-"""The command ``t2t-fast``: demo, verify, env, bench, export. What a subcommand needs is imported when it runs."""
+"""The command ``t2t-fast``: demo, verify, env, bench, export. A subcommand's dependencies are imported when it runs."""
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__, backends
 from ..errors import BackendUnavailable, CheckpointError, NothingToSwap
@@ -10,16 +12,16 @@ from . import arguments
 from .common import CommandError, UsageError
 
 EXPECTED = (CommandError, BackendUnavailable, CheckpointError, NothingToSwap, OSError)
-"""Errors whose text is the whole message; any other is a defect and shows its traceback."""
+"""Errors whose text is the whole message; any other is a bug and shows its traceback."""
 
 INTERRUPTED = 130
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the arguments, by default those of the process.
+        argv: the arguments; by default those of the process.
 
     Returns:
         0 for success; 1 where something failed (a comparison, a missing package, an unreadable file); 2 for bad usage.
@@ -28,7 +30,7 @@ def main(argv=None):
     parser = build_parser()
     try:
         options, rest = parser.parse_known_args(given)
-        if rest and options.command != "bench":  # the suite has options of its own
+        if rest and options.command != "bench":  # the benchmark suite parses its own options
             options.parser.error(f"unknown arguments: {' '.join(rest)}")
         if options.command is None:
             parser.print_help()
@@ -37,38 +39,38 @@ def main(argv=None):
         if problem is not None and options.command != "env":  # env shows it
             raise UsageError(problem)
         options.rest = rest
-        return options.run(options)
-    except SystemExit as stop:  # argparse ends the process; a caller of main gets the code instead
-        return stop.code or 0
+        return arguments.run(options)
+    except SystemExit as stop:  # of argparse; a caller of main gets the code instead
+        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         print("t2t-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has gone: nothing is left to say, at the interpreter's exit too
+    except BrokenPipeError:  # the reader of a pipe is gone; avoid a second error at the interpreter's exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EXPECTED as error:
         print(f"t2t-fast: error: {error}", file=sys.stderr)
-        return getattr(error, "code", 1)
+        return int(getattr(error, "code", 1))
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with an error of one line."""
+    """argparse with one-line errors."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The parser of the command and its subcommands."""
     parser = _Parser(
         prog="t2t-fast",
-        description="Fused soft split and Performer for T2T-ViT models: see them at work, verify them, measure them.",
+        description="Fused soft split and Performer for T2T-ViT models: demo, verification, benchmarks, export.",
     )
     parser.add_argument("--version", action="version", version=f"t2t-fast {__version__}")
     parser.set_defaults(command=None, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    for name, (summary, add, run) in arguments.COMMANDS.items():
+    for name, (summary, add) in arguments.COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         add(command)
-        command.set_defaults(command=name, parser=command, run=run)
+        command.set_defaults(command=name, parser=command)
     return parser

@@ -1,5 +1,6 @@
 """``t2t-fast bench``: the benchmark suite, which lives beside the package in a source checkout."""
 
+import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -10,12 +11,12 @@ ROOT = Path(__file__).parents[2]
 """The folder that holds the package; in a source checkout, ``benchmarks`` too."""
 
 
-def run(options):
-    """Run ``benchmarks``' own main with the arguments it knows."""
+def run(options: argparse.Namespace) -> int:
+    """Run the main function of ``benchmarks`` with these arguments."""
     if not (ROOT / "benchmarks" / "__main__.py").is_file():
         raise CommandError(
-            f"the benchmark suite is part of the source tree and not of an installed package: there is no benchmarks "
-            f"folder beside {ROOT / 't2t_fast'}; clone the repository and run `make bench` there"
+            "the benchmark suite is part of the source tree and not of the installed package: there is no folder "
+            f"benchmarks beside {ROOT / 't2t_fast'}; clone the repository and run `make bench` there"
         )
     arguments = [f"--{name}" for name in ("quick", "resume") if getattr(options, name)]
     if options.report is not None:
@@ -27,4 +28,4 @@ def run(options):
         suite = import_module("benchmarks.__main__")
     except ImportError as error:
         raise CommandError(f"the benchmark suite cannot be loaded: {error}; pip install 't2t_fast[bench]'") from error
-    return suite.main([*arguments, *options.rest])
+    return int(suite.main([*arguments, *options.rest]))

@@ -1,9 +1,12 @@
-"""``t2t-fast env``: everything that decides which code runs here."""
+"""``t2t-fast env``: versions, devices, the native build and the backends."""
 
+import argparse
 import json
 import os
 import platform
+from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -12,7 +15,7 @@ from ..environment import commit, cpu_name, driver, version
 from ..ops._common import native_library
 from ..testing import DTYPES
 
-OPTIONAL = (
+OPTIONAL: tuple[str, ...] = (
     "triton",
     "numpy",
     "timm",
@@ -21,21 +24,18 @@ OPTIONAL = (
     "onnx",
     "onnxscript",
     "onnxruntime",
-    "matplotlib",
-    "pillow",
-    "pytest",
-    "pytest-benchmark",
 )
+OPTIONAL += ("onnxruntime", "jinja2", "matplotlib", "pillow", "pytest", "pytest-benchmark")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
     """Print the report."""
     report = collect()
     print(json.dumps(report, indent=2) if options.json else as_text(report))
     return 0
 
 
-def collect():
+def collect() -> dict[str, Any]:
     """The report as plain data: strings, numbers, lists and dicts."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     problem = backends.problem()
@@ -63,7 +63,7 @@ def collect():
     }
 
 
-def _versions():
+def _versions() -> dict[str, Any]:
     from .. import __version__
 
     return {
@@ -77,25 +77,23 @@ def _versions():
     }
 
 
-def _gpus():
+def _gpus() -> dict[str, Any]:
     if not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
         return {"driver": driver(), "devices": [], "reason": why}
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "name": found.name,
-                "capability": f"{found.major}.{found.minor}",
-                "memory GiB": round(found.total_memory / 2**30, 1),
-                "multiprocessors": found.multi_processor_count,
-            }
-        )
+    devices = [
+        {
+            "name": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "memory GiB": round(found.total_memory / 2**30, 1),
+            "multiprocessors": found.multi_processor_count,
+        }
+        for found in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
     return {"driver": driver(), "devices": devices, "reason": None}
 
 
-def _native():
+def _native() -> dict[str, Any]:
     reasons = {"t2t_fast._C": _extension.load_error(), "t2t_fast._ops": _extension.operators_error()}
     loaded = {name: "loaded" if reason is None else reason for name, reason in reasons.items()}
     if native_library.instruction_set() is not None:
@@ -106,15 +104,15 @@ def _native():
     return loaded | info
 
 
-def _matmul_precision():
+def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through PyTorch's newer per-operator flags, which it refuses to sum up
+    except RuntimeError:  # set by PyTorch's newer per-operator flags
         return "set per operator"
 
 
-def _backends(device):
-    """Operator -> chosen backend per dtype, and the reason why not each other one (float32)."""
+def _backends(device: str) -> dict[str, Any]:
+    """Operator -> selected backend per dtype, and why the others were rejected (float32)."""
     table = {}
     for op in backends.operators():
         reasons = {name: verdict for _, name, verdict in backends.explain(op, device=device).rows}
@@ -123,7 +121,7 @@ def _backends(device):
     return table
 
 
-def _words(value):
+def _words(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, (list, tuple)):
@@ -131,13 +129,14 @@ def _words(value):
     return str(value)
 
 
-def _section(title, pairs):
+def _section(title: str, items: Iterable[tuple[str, Any]]) -> list[str]:
+    pairs = list(items)
     width = max(len(name) for name, _ in pairs)
     return [title, *(f"  {name:{width}}  {_words(value)}" for name, value in pairs), ""]
 
 
-def as_text(report):
-    """The report for people."""
+def as_text(report: dict[str, Any]) -> str:
+    """The report as text."""
     lines = _section("versions", report["versions"].items())
     lines += _section("system", report["system"].items())
     gpus = report["GPUs"]
@@ -153,12 +152,12 @@ def as_text(report):
     return "\n".join(lines).rstrip()
 
 
-def _backend_table(device, table):
+def _backend_table(device: str, table: dict[str, Any]) -> list[str]:
     rows = []
     for op, entry in table.items():
         chosen = set(entry["chosen"].values())
         words = chosen.pop() if len(chosen) == 1 else ", ".join(f"{k}: {v}" for k, v in entry["chosen"].items())
-        words = "none: the backend that was asked for cannot run" if words is None else words
+        words = "none: the requested backend cannot run" if words is None else words
         rows.append((op, words))
         for name, verdict in entry["reasons"].items():
             if verdict != "chosen":

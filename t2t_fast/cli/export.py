@@ -1,13 +1,13 @@
 """``t2t-fast export``."""
 
-from pathlib import Path
+import argparse
 
 from ..models import list_models
-from .common import CommandError, UsageError
+from .common import CommandError, UsageError, existing_file
 
 
-def run(options):
-    """Write the files and print what they are."""
+def run(options: argparse.Namespace) -> int:
+    """Write the files and print their table."""
     from ..interop.create import create_model
     from ..interop.export import export_model
 
@@ -15,24 +15,19 @@ def run(options):
         raise UsageError(f"unknown model {options.model!r}; known are {', '.join(list_models())}")
     if len(options.img_size) > 2:
         raise UsageError(f"--img-size takes a side or H W, got {len(options.img_size)} numbers")
-    if options.checkpoint is not None and not Path(options.checkpoint).is_file():
-        raise UsageError(f"--checkpoint: there is no file {options.checkpoint}")
-    height, width = options.img_size[0], options.img_size[-1]
+    checkpoint = existing_file("--checkpoint", options.checkpoint)
+    size, channels = (options.img_size[0], options.img_size[-1]), options.in_chans
     formats = ("onnx", "program") if options.format == "both" else (options.format,)
     try:
         model = create_model(
-            options.model,
-            img_size=(height, width),
-            in_chans=options.in_chans,
-            num_classes=options.num_classes,
-            checkpoint=options.checkpoint,
+            options.model, img_size=size, in_chans=channels, num_classes=options.num_classes, checkpoint=checkpoint
         )
         report = export_model(
             model.eval(),
             options.out,
             name=options.name or options.model,
-            img_size=(height, width),
-            in_chans=options.in_chans,
+            img_size=size,
+            in_chans=channels,
             batch=options.batch,
             dynamic_batch=options.dynamic_batch,
             formats=formats,
@@ -40,6 +35,6 @@ def run(options):
     except (ValueError, RuntimeError, ImportError) as error:
         raise CommandError(str(error)) from error
     print(report)
-    if options.checkpoint is None:
-        print("The weights are random: give --checkpoint to export a trained model.")
+    if checkpoint is None:
+        print("The weights are random; use --checkpoint to export a trained model.")
     return 0

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.questions import neutrality
 from benchmarks.questions.neutrality import BASE, OTHER_SEED, Run, Settings
-from t2t_fast.cli.common import CommandError
+from t2t_fast.errors import CommandError
 
 MISSING = [name for name in ("matplotlib", "PIL") if importlib.util.find_spec(name) is None]
 needs_pictures = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")

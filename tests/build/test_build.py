@@ -144,7 +144,7 @@ class TestBuilt:
 
 
 @needs_operators
-@pytest.mark.parametrize("with_ninja", [True, False], ids=["ninja", "no-ninja"])
+@pytest.mark.parametrize("with_ninja", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["ninja", "no-ninja"])
 def test_only_what_has_changed_is_compiled_again(project, monkeypatch, with_ninja):
     """With ninja; without it everything is, and the library is as good."""
     if not with_ninja:
@@ -270,6 +270,7 @@ class TestAuto:
         line = self.build(project, BOTH, PYTHONPATH=path, CUDA_HOME=str(home))
         assert line.endswith(CPU + "; no CUDA operators: " + FAILED)
 
+    @pytest.mark.slow
     def test_pybind11_of_pytorch_serves_where_there_is_none(self, tmp_path):
         (tmp_path / "hidden").mkdir()
         (tmp_path / "hidden" / "pybind11.py").write_text("raise ImportError")

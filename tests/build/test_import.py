@@ -1,31 +1,42 @@
 """`import t2t_fast` is as light as importing torch, and starts nothing."""
 
+import json
 import subprocess
 import sys
-import time
 
-HEAVY = ["timm", "torchvision", "safetensors", "onnx", "onnxruntime", "matplotlib", "PIL", "torch._dynamo"]
+import pytest
 
-
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
-def test_import_costs_less_than_half_of_torch_more():
-    """The best of several turns each, taken alternately, so that a busy machine slows down both."""
-    best = {"import torch": float("inf"), "import t2t_fast": float("inf")}
-    for _ in range(4):
-        for statement in best:
-            start = time.perf_counter()
-            python(statement)
-            best[statement] = min(best[statement], time.perf_counter() - start)
-    assert best["import t2t_fast"] < 1.5 * best["import torch"]
+HEAVY = ["timm", "torchvision", "safetensors", "onnx", "onnxruntime", "matplotlib", "jinja2", "PIL", "torch._dynamo"]
+CODE = f"""
+import json, sys, time
+start = time.process_time()
+import torch
+middle = time.process_time()
+import t2t_fast
+end = time.process_time()
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+print(json.dumps(dict(ratio=(end - middle) / (middle - start), heavy=heavy, cuda=torch.cuda.is_initialized())))
+"""
 
 
-def test_import_loads_no_optional_package():
-    code = f"import t2t_fast, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
-    assert python(code).strip() == "[]"
+def imported():
+    """What a new process that imports the package says of it."""
+    return json.loads(subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout)
 
 
-def test_import_starts_no_device_context():
-    assert python("import torch, t2t_fast; print(torch.cuda.is_initialized())").strip() == "False"
+@pytest.fixture(scope="module")
+def first():
+    return imported()
+
+
+def test_import_costs_less_than_half_of_torch_more(first):
+    """In CPU time, the best of up to three turns."""
+    assert first["ratio"] < 0.5 or min(imported()["ratio"] for _ in range(2)) < 0.5
+
+
+def test_import_loads_no_optional_package(first):
+    assert first["heavy"] == []
+
+
+def test_import_starts_no_device_context(first):
+    assert first["cuda"] is False

@@ -55,6 +55,8 @@ print(json.dumps({
 """
 
 
+OWN = ("*.py", "*.json", "*.html", "py.typed")
+"""The package's own files."""
 NOT_ISOLATED = "--no-build-isolation"
 NO_HOME = "/dev/null/home"
 """Nobody can write below it, not even root."""
@@ -72,7 +74,6 @@ def fresh_venv(tmp_path):
 
 
 @needs_pip
-@pytest.mark.slow
 def test_pure_python_wheel(project, tmp_path):
     stale = project / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "t2t_fast"
     stale.mkdir(parents=True)
@@ -85,7 +86,7 @@ def test_pure_python_wheel(project, tmp_path):
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
         (scripts,) = [archive.read(name).decode() for name in names if name.endswith("/entry_points.txt")]
     assert not [name for name in names if name.endswith(".so")]
-    own = {path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.json") for path in (ROOT / "t2t_fast").rglob(kind)}
+    own = {path.relative_to(ROOT).as_posix() for kind in OWN for path in (ROOT / "t2t_fast").rglob(kind)}
     assert own <= set(names)
     assert not {name.split("/")[0] for name in names} & {"tests", "benchmarks", "csrc", "build_support"}
     assert "t2t-fast = t2t_fast.cli:main" in scripts
@@ -125,7 +126,6 @@ def unpacked(wheel):
 
 @needs_pip
 @needs_operators
-@pytest.mark.slow
 class TestArchiveAndItsWheel:
     @staticmethod
     def report(folder, interpreter):
@@ -139,14 +139,16 @@ class TestArchiveAndItsWheel:
         with tarfile.open(archive) as names:
             inside = {name.split("/", 1)[-1] for name in names.getnames()}
         sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
-        tables = {path.relative_to(ROOT).as_posix() for path in (ROOT / "t2t_fast").rglob("*.json")}
+        tables = {path.relative_to(ROOT).as_posix() for kind in OWN for path in (ROOT / "t2t_fast").rglob(kind)}
         tables.discard("t2t_fast/_build.json")  # the record of a build of this checkout
         assert sources | tables | {"build_support/operators.py", "LICENSE", "pyproject.toml", "setup.py"} <= inside
 
+    @pytest.mark.slow
     def test_the_wheel_is_for_this_python_and_platform(self, wheel):
         assert f"-{sys.implementation.name[:2]}{sys.version_info.major}{sys.version_info.minor}-" in wheel.name
         assert {f"t2t_fast/{MODULE}", f"t2t_fast/{LIBRARY}"} <= set(zipfile.ZipFile(wheel).namelist())
 
+    @pytest.mark.slow
     def test_it_runs(self, unpacked):
         report = self.report(unpacked, sys.executable)
         assert report["errors"] == [None, None]
@@ -159,6 +161,7 @@ class TestArchiveAndItsWheel:
             assert (build["operators"], build["architectures"]) == (["cpu", "cuda"], ["8.0"])
             assert build["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
 
+    @pytest.mark.slow
     def test_it_runs_under_another_pytorch(self, unpacked):
         """One build for all: the operators load under any Python too, the module ``_C`` only under this one's like."""
         others = [path for path in os.environ.get("T2T_FAST_TEST_PYTHON", "").split(os.pathsep) if path]
@@ -169,6 +172,7 @@ class TestArchiveAndItsWheel:
             assert report["errors"][1] is None
             assert report["equal"]
 
+    @pytest.mark.slow
     def test_it_loads_where_pytorch_has_no_cuda(self, unpacked, tmp_path):
         """Such a PyTorch, here made up of a libtorch.so that leads to libtorch_cpu.so alone, lacks libtorch_cuda.so."""
         real = os.path.join(torch.__path__[0], "lib")
@@ -184,7 +188,6 @@ class TestArchiveAndItsWheel:
 
 
 @needs_pip
-@pytest.mark.slow
 class TestInstall:
     def test_editable(self, project, fresh_venv):
         pip_install(fresh_venv, project, NOT_ISOLATED, "--editable", T2T_FAST_BUILD="none")
@@ -193,11 +196,13 @@ class TestInstall:
         assert (fresh_venv.parent / "t2t-fast").is_file()
         assert not binaries(project)
 
+    @pytest.mark.slow
     @needs_operators
     def test_editable_with_native_code(self, project, fresh_venv):
         pip_install(fresh_venv, project, NOT_ISOLATED, "--editable", T2T_FAST_BUILD="cpu")
         assert binaries(project) == {MODULE, LIBRARY}
 
+    @pytest.mark.slow
     @needs_operators
     def test_installed_where_nothing_can_be_written(self, project, fresh_venv):
         pip_install(fresh_venv, project, NOT_ISOLATED, T2T_FAST_BUILD="cpu")
@@ -241,7 +246,6 @@ UV = shutil.which("uv") or shutil.which("uv", path=sysconfig.get_path("scripts")
 
 @needs_pip
 @needs_operators
-@pytest.mark.slow
 class TestIsolation:
     """A front end hides the environment's packages from the build, which finds PyTorch all the same."""
 
@@ -272,12 +276,14 @@ class TestIsolation:
         assert result.stdout.split() == ["None", str(folder / LIBRARY)]
         assert record == {"mode": "cpu", "missing": {}}
 
+    @pytest.mark.slow
     def test_pip_into_an_environment_whose_pytorch_has_no_cuda(self, small, user, offline):
         pip_install(user, small, **offline)
         folder, record = installed(user)
         self.check(record, "the environment it installs into")
         assert {MODULE, LIBRARY} <= {path.name for path in folder.iterdir()}
 
+    @pytest.mark.slow
     @needs_no_torch
     def test_pip_without_pytorch(self, small, tmp_path, offline):
         """It installs, and the first call says what is missing, what that costs, and what mends it."""
@@ -298,6 +304,7 @@ class TestIsolation:
             )
             assert f"are not built ({missing}): " in result.stdout
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not any(metadata.distributions(name="build")), reason="build is not installed here")
     def test_build_in_the_active_environment(self, small, user, offline, tmp_path):
         """It makes an environment of its own and leaves VIRTUAL_ENV as it is."""
@@ -310,6 +317,7 @@ class TestIsolation:
             self.check(json.loads(archive.read("t2t_fast/_build.json")), "the active environment")
             assert {f"t2t_fast/{MODULE}", f"t2t_fast/{LIBRARY}"} <= set(archive.namelist())
 
+    @pytest.mark.slow
     @pytest.mark.skipif(UV is None, reason="uv is not installed here")
     @pytest.mark.parametrize("how", ["named", "active"])
     def test_uv(self, small, user, offline, tmp_path, how):
@@ -326,13 +334,22 @@ class TestIsolation:
         assert {MODULE, LIBRARY} <= {path.name for path in folder.iterdir()}
 
 
+TESTS = ("test", "test-slow", "test-all")
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed here")
 class TestMakefile:
+    def test_the_two_halves_of_the_tests_are_all_tests(self, project):
+        """``make test`` and ``make test-slow`` differ in the marker that they select; ``make test-all`` has none."""
+        quick, slow, all_tests = (run(project, "make", "-n", target, "ARGS=-x").stdout for target in TESTS)
+        assert quick.replace('"not slow"', "slow") == slow and " -m slow -x" in slow
+        assert all_tests == slow.replace(" -m slow", "")
+
     def test_help_lists_every_target(self, project):
         result = run(project, "make")
         assert result.returncode == 0
         listed = [line.split()[1] for line in result.stdout.splitlines()]
-        assert listed == ["help", "demo", "test", "properties", "sanitize", "gpu", "bench", "lint", "env"]
+        assert listed == ["help", "demo", *TESTS, "properties", "sanitize", "gpu", "bench", "lint", "env"]
 
     def test_gpu_writes_where_it_is_told_and_not_where_another_tool_is(self, project):
         """Systems that lend machines set OUT."""

@@ -9,7 +9,7 @@ import torch
 
 from support import ROOT
 from t2t_fast import backends, memory
-from t2t_fast.cli import measure
+from t2t_fast.demo import measure
 from t2t_fast.modules import TokenPerformer
 from t2t_fast.ops._common import native_library as native
 from t2t_fast.ops._common.spec import T2T_WINDOWS

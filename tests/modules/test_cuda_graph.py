@@ -1,4 +1,4 @@
-"""``capture``: what it refuses, what a call does, and on a GPU that replays follow the model."""
+"""``cuda_graph``: what it refuses, what a call does, and on a GPU that replays follow the model."""
 
 from copy import deepcopy
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import nn
 
 import t2t_fast
 from t2t_fast import reference, testing
-from t2t_fast.capture import CapturedModel, capture
+from t2t_fast.cuda_graphs import CapturedModel, cuda_graph
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -56,38 +56,42 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("model", "x", "options", "error", "text"),
         [
-            (len, X, {}, TypeError, "capture: model must be a torch.nn.Module, got builtin_function_or_method"),
-            (network(), [1.0], {}, TypeError, "capture: x must be a torch.Tensor, got list"),
-            (network(), X, {"warmup": 0}, ValueError, "capture: warmup must be an int of at least 1, got 0"),
-            (network(), X, {"warmup": 1.5}, ValueError, "capture: warmup must be an int of at least 1, got 1.5"),
+            (len, X, {}, TypeError, "cuda_graph: model must be a torch.nn.Module, got builtin_function_or_method"),
+            (network(), [1.0], {}, TypeError, "cuda_graph: x must be a torch.Tensor, got list"),
+            (network(), X, {"warmup": 0}, ValueError, "cuda_graph: warmup must be an int of at least 1, got 0"),
+            (network(), X, {"warmup": 1.5}, ValueError, "cuda_graph: warmup must be an int of at least 1, got 1.5"),
             (network().train(), X, {}, ValueError, "eval mode .*, but the model is in training mode"),
         ],
         ids=["model", "x", "no warm-up", "half a warm-up", "training"],
     )
     def test_arguments(self, model, x, options, error, text):
         with pytest.raises(error, match=text):
-            capture(model, x, **options)
+            cuda_graph(model, x, **options)
+
+    def test_the_old_name_warns_and_is_the_same_function(self):
+        with pytest.warns(DeprecationWarning, match=r"t2t_fast\.cuda_graph"), pytest.raises(TypeError, match="got int"):
+            t2t_fast.capture(3, X)
 
     def test_one_module_in_training_mode_is_named(self):
         model = network()
         model[2].train()
         with pytest.raises(ValueError, match="but 2 is in training mode"):
-            capture(model, X)
+            cuda_graph(model, X)
 
     def test_no_cuda(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(RuntimeError, match="capture: PyTorch finds no CUDA device"):
-            capture(network(), X)
+        with pytest.raises(RuntimeError, match="cuda_graph: PyTorch finds no CUDA device"):
+            cuda_graph(network(), X)
 
     def test_input_or_parameter_elsewhere(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(ValueError, match="capture: x must be on a CUDA device, got cpu"):
-            capture(network(), X)
+        with pytest.raises(ValueError, match="cuda_graph: x must be on a CUDA device, got cpu"):
+            cuda_graph(network(), X)
 
     @pytest.mark.gpu
     def test_parameter_elsewhere(self):
-        with pytest.raises(ValueError, match=r"capture: 0.weight must be on the device of x \(cuda:0\), got cpu"):
-            capture(network(), X.cuda())
+        with pytest.raises(ValueError, match=r"cuda_graph: 0.weight must be on the device of x \(cuda:0\), got cpu"):
+            cuda_graph(network(), X.cuda())
 
     @pytest.mark.parametrize(
         ("x", "text"),
@@ -272,7 +276,7 @@ class TestOnAGpu:
     def test_equals_the_swapped_model(self, batch, dtype):
         model = swapped()
         with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype is not None):
-            captured = t2t_fast.capture(model, torch.zeros(batch, 3, 224, 224, device="cuda"))
+            captured = t2t_fast.cuda_graph(model, torch.zeros(batch, 3, 224, 224, device="cuda"))
             for seed in range(3):
                 x = testing.natural_images(batch, 3, 224, 224, seed).cuda()
                 assert_same(captured(x), model(x))
@@ -283,7 +287,7 @@ class TestOnAGpu:
         x = testing.natural_images(1, 3, 224, 224).cuda()
         with torch.no_grad():
             model(x)
-            captured = t2t_fast.capture(model, x)
+            captured = t2t_fast.cuda_graph(model, x)
             before = captured(x)
             for parameter in model.tokens_to_token.parameters():
                 parameter.mul_(1.1)
@@ -294,7 +298,7 @@ class TestOnAGpu:
     def test_refuses_a_replaced_parameter(self):
         model = swapped()
         x = testing.natural_images(1, 3, 224, 224).cuda()
-        captured = t2t_fast.capture(model, x)
+        captured = t2t_fast.cuda_graph(model, x)
         parameter = model.tokens_to_token.attention1.kqv.weight
         parameter.data = parameter.data.clone()
         with pytest.raises(RuntimeError, match=r"tokens_to_token\.attention1\.kqv\.weight was replaced"):
@@ -304,7 +308,7 @@ class TestOnAGpu:
         """Each graph has its own memory."""
         models = [swapped(), swapped()]
         x = testing.natural_images(1, 3, 224, 224).cuda()
-        captured = [t2t_fast.capture(model, x) for model in models]
+        captured = [t2t_fast.cuda_graph(model, x) for model in models]
         other = deepcopy(x).flip(3)
         outs = [each(image) for image in (x, other) for each in captured]
         with torch.no_grad():
@@ -315,7 +319,7 @@ class TestOnAGpu:
     def test_a_call_runs_no_operator_of_the_model(self):
         model = swapped()
         x = testing.natural_images(1, 3, 224, 224).cuda()
-        captured = t2t_fast.capture(model, x)
+        captured = t2t_fast.cuda_graph(model, x)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             captured(x)
         names = {event.key for event in profile.key_averages()}

@@ -1,4 +1,4 @@
-"""Pieces of HTML that the reports share: one file each, with all that it shows inside, so that it opens anywhere."""
+"""Pieces of the report's HTML: one file with its pictures inside, so that it opens without network."""
 
 import base64
 from html import escape
