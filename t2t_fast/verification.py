@@ -311,7 +311,7 @@ def _small_model(tokens_type):
 
 def _frozen(model):
     """A copy in eval mode; tensors that autograd made are constants in it."""
-    from .interop.swap_proof import copied
+    from .interop.swap import copied
 
     found = copied(model, lambda t: copy.deepcopy(t) if t.is_leaf else t.detach().clone())
     found.eval()  # a train() of somebody else's may return nothing

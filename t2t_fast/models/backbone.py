@@ -43,17 +43,23 @@ class Backbone(nn.Module):
 
     Args:
         name: attribute under which the tokeniser is kept (it prefixes the parameter names).
-        tokeniser: module with ``forward(image) -> tokens``, its ``windows`` and ``grid_size``.
+        tokeniser: module with ``forward(image) -> tokens``.
+        windows: the tokeniser's windows, one a soft split; the token grid follows from them.
+        img_size: int or (H, W) that the position table is made for.
         learned_positions: a learned table, initialised randomly, instead of the frozen sinusoid.
         distilled: a second extra token.
         others: as upstream's models.
     """
+
+    block_classes = BLOCKS
 
     def __init__(
         self,
         name,
         tokeniser,
         *,
+        windows,
+        img_size,
         embed_dim,
         depth,
         num_heads,
@@ -72,8 +78,8 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.embed_dim = embed_dim
-        self.grid_size = tokeniser.grid_size
-        self.windows = tokeniser.windows
+        self.windows = windows
+        self.grid_size = grid_after(windows, *check_pair(type(self).__name__, "img_size", img_size, minimum=1))
         self.extra_tokens = 2 if distilled else 1
         self.position_mode = "bicubic"
         self._tokeniser_name = name
@@ -95,7 +101,7 @@ class Backbone(nn.Module):
             norm_layer=norm_layer,
         )
         self.blocks, self.num_features = block_stack(
-            block, embed_dim, depth, drop_path_rate, growth_rate, block_config, options
+            block, embed_dim, depth, drop_path_rate, growth_rate, block_config, options, self.block_classes
         )
         self.norm = norm_layer(self.num_features)
 
@@ -136,7 +142,7 @@ class Backbone(nn.Module):
     def encode(self, tokens, grid):
         """Tokens (B, h*w, embed_dim) -> normalised (B, extra + h*w, num_features)."""
         extra = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        x = torch.cat([token.expand(tokens.shape[0], -1, -1).to(tokens.dtype) for token in extra] + [tokens], dim=1)
+        x = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in extra), tokens], dim=1)
         x = self.pos_drop(x + self.positions(grid))
         for block in self.blocks:
             x = block(x)

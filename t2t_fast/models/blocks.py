@@ -36,11 +36,15 @@ class Attention(nn.Module):
         """q, k and v as (B, heads, N, head_dim)."""
         return heads(self.qkv(x), self.num_heads)
 
+    def _attend(self, q, k, v):
+        return attend(q, k, v, self.scale, self.attn_drop)
+
     def _gate(self, y):
         return y
 
     def forward(self, x):
-        y = merged(attend(*self._project(x), self.scale, self.attn_drop))
+        """(B, N, dim) -> (B, N, dim)."""
+        y = merged(self._attend(*self._project(x)))
         return self.proj_drop(self._gate(self.proj(y)))
 
 
@@ -76,8 +80,8 @@ def _cheap_operation(channels):
     return nn.Conv1d(channels, channels, kernel_size=1, groups=channels, bias=False)
 
 
-def _scale_channels(convolution, x):
-    """What that convolution does to (B, N, C), without transposing it where the convolution need not be called."""
+def scale_channels(convolution, x):
+    """A cheap operation on (B, N, C): a product, or the convolution itself if it has hooks or was replaced."""
     if fusion.difference(convolution, nn.Conv1d) is None and not fusion.watched():
         return x * convolution.weight.flatten()
     return convolution(x.transpose(1, 2)).transpose(1, 2)
@@ -85,6 +89,8 @@ def _scale_channels(convolution, x):
 
 class AttentionGhost(Attention):
     """Self-attention whose q, k and v are computed for half the channels and copied by factors per channel."""
+
+    scale_channels = staticmethod(scale_channels)
 
     def _make_projections(self, dim, qkv_bias):
         half = dim // 2
@@ -98,7 +104,7 @@ class AttentionGhost(Attention):
     def _project(self, x):
         def ghost_heads(linear, cheap):
             half = linear(x)
-            full = torch.cat([half, _scale_channels(cheap, half)], dim=2)
+            full = torch.cat([half, self.scale_channels(cheap, half)], dim=2)
             return full.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
         return (
@@ -110,6 +116,8 @@ class AttentionGhost(Attention):
 
 class MlpGhost(nn.Module):
     """MLP of three parts, one computed, two copied by factors per channel and activated again."""
+
+    scale_channels = staticmethod(scale_channels)
 
     def __init__(self, in_features, hidden_features, out_features, act_layer=nn.GELU, drop=0.0):
         super().__init__()
@@ -126,7 +134,7 @@ class MlpGhost(nn.Module):
 
     def forward(self, x):
         x = self.act(self.fc1(x))
-        copies = (self.act(_scale_channels(cheap, x)) for cheap in (self.cheap_operation2, self.cheap_operation3))
+        copies = (self.act(self.scale_channels(cheap, x)) for cheap in (self.cheap_operation2, self.cheap_operation3))
         return self.drop(self.fc2(self.drop(torch.cat([x, *copies], dim=2))))
 
 
@@ -201,10 +209,10 @@ class Transition(nn.Module):
 
 
 BLOCKS = {"plain": Block, "se": BlockSE, "ghost": BlockGhost, "dense": BlockDense}
-"""By name. "dense" grows and is built by :func:`dense_blocks`, the others keep the width."""
+"""By name. "dense" grows and is built in stages by :func:`block_stack`, the others keep the width."""
 
 
-def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_config, options):
+def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_config, options, classes=BLOCKS):
     """The backbone's blocks and its final width.
 
     Args:
@@ -213,14 +221,15 @@ def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_confi
         drop_path_rate: stochastic depth of the last block (dense: of the last stage), growing linearly from 0.
         growth_rate, block_config: for "dense": channels a block adds, blocks per stage.
         options: arguments of every block.
+        classes: {kind: class of the block}.
     """
     if kind == "dense":
-        return dense_blocks(embed_dim, drop_path_rate, growth_rate, block_config, options)
+        return _dense_blocks(classes["dense"], embed_dim, drop_path_rate, growth_rate, block_config, options)
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-    return nn.ModuleList(BLOCKS[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
+    return nn.ModuleList(classes[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
 
 
-def dense_blocks(width, drop_path_rate, growth_rate, block_config, options):
+def _dense_blocks(block, width, drop_path_rate, growth_rate, block_config, options):
     """Stages of :class:`BlockDense`, with a halving :class:`Transition` between stages, as one list."""
     blocks = nn.ModuleList()
     rates = torch.linspace(0, drop_path_rate, len(block_config), device="cpu").tolist()
@@ -229,6 +238,6 @@ def dense_blocks(width, drop_path_rate, growth_rate, block_config, options):
             blocks.append(Transition(width, width // 2))
             width //= 2
         for _ in range(count):
-            blocks.append(BlockDense(growth_rate, width, drop_path=rate, **options))
+            blocks.append(block(growth_rate, width, drop_path=rate, **options))
             width += growth_rate
     return blocks, width

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..modules.options import check_choice, check_options
 from ..modules.t2t_module import TOKENS_TYPES, T2TModule
+from ..ops.spec import T2T_WINDOWS
 from ..ops.windows import as_image
 from .backbone import Backbone, check_model, init_weights
 from .patch import PatchEmbed
@@ -23,6 +24,8 @@ class T2TViT(Backbone):
         token_dim: width of the T2T module's inner tokens.
         others: as upstream's ``T2T_ViT``; ``num_classes=0`` leaves the head out.
     """
+
+    tokens_module = T2TModule
 
     def __init__(
         self,
@@ -51,11 +54,15 @@ class T2TViT(Backbone):
         check_choice(type(self).__name__, "tokens_type", tokens_type, (*TOKENS_TYPES, "patch"))
         if tokens_type == "patch":
             name, tokeniser = "patch_embed", PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+            windows = tokeniser.windows
         else:
-            name, tokeniser = "tokens_to_token", T2TModule(img_size, tokens_type, in_chans, embed_dim, token_dim)
+            tokeniser = self.tokens_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
+            name, windows = "tokens_to_token", T2T_WINDOWS
         super().__init__(
             name,
             tokeniser,
+            windows=windows,
+            img_size=img_size,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,

@@ -51,9 +51,12 @@ class ViT(Backbone):
     ):
         norm_layer = partial(nn.LayerNorm, eps=1e-6) if norm_layer is None else norm_layer
         check_model(type(self).__name__, locals())
+        tokeniser = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         super().__init__(
             "patch_embed",
-            PatchEmbed(img_size, patch_size, in_chans, embed_dim),
+            tokeniser,
+            windows=tokeniser.windows,
+            img_size=img_size,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,

@@ -11,7 +11,7 @@ from torch import nn
 from t2t_fast import backends, models, reference
 from t2t_fast.errors import NothingToSwap
 from t2t_fast.interop.swap import swap, swapped, unswap
-from t2t_fast.interop.swap_rules import SPLITS
+from t2t_fast.models.family import SOFT_SPLITS as SPLITS
 from t2t_fast.modules import Fold, T2TModule, TokenPerformer, TokenTransformer, Unfold
 from t2t_fast.testing import errors
 

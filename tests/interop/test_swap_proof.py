@@ -13,7 +13,7 @@ import t2t_fast
 from t2t_fast import reference
 from t2t_fast.errors import NothingToSwap
 from t2t_fast.interop.swap import swap, unswap
-from t2t_fast.interop.swap_rules import SPLITS
+from t2t_fast.models.family import SOFT_SPLITS as SPLITS
 from t2t_fast.modules import T2TModule, TokenPerformer, TokenTransformer, Unfold
 from t2t_fast.testing import errors
 
@@ -271,7 +271,7 @@ REFUSED = {
     ClassSwitch: "its forward reads double, which the fast form does not",
     Maps: "its forward stores last, which the fast form does not",
     Optional: "its forward takes (x, mask=None), the fast one an input alone",
-    Own: "it has obstacle of its own, which the fast form has too",
+    Own: "it defines obstacle, which the fast form defines too",
     Detached: "in eval mode the gradient of its input",
     Undecided: "in eval mode its result has no gradient",
     TrainsOtherwise: "in training mode its result",

@@ -7,7 +7,7 @@ from ...models.backbone import init_weights
 from ...models.position import resize_position_table, square_grid
 from . import commit as writing
 from .entries import as_tensor
-from .names import layout, match
+from .names import NETWORKS, layout, match
 from .report import LoadReport, Refused
 
 _TABLES = ("pos_embed", "pos_embedding")
@@ -219,9 +219,8 @@ class Fit:
 
     def hints(self, report):
         """Lines on what may be wrong where the checkpoint does not fit."""
-        if self.layout in ("vit-pytorch", "lanl") and layout(self.target) != self.layout:
-            cls = {"vit-pytorch": "vit-pytorch's T2TViT", "lanl": "t2t_fast.models.lanl.T2TViT"}[self.layout]
-            return [f"  it is of {self.layout}'s network, which computes something else; its weights fit {cls} alone"]
+        if self.layout in NETWORKS and layout(self.target) != self.layout:
+            return [f"  it is a checkpoint of {self.layout}'s network; its weights fit {NETWORKS[self.layout]} only"]
         if report.loaded == 0:
             return ["  not one tensor of it belongs to this model: is it a checkpoint of another architecture?"]
         if any(set(name.split(".")) & set(_HEADS) for name in report.missing):

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from ...models import FAMILIES
 from .report import Refused, listed
 
 # Modules that wrap another one: DataParallel and DDP, torch.compile, activation checkpointing, FSDP.
@@ -34,12 +35,14 @@ _LAYOUTS = {
     "mmpretrain": re.compile(r"(?<![^.])encoder\.0\.ln1\."),
     "paddlevit": re.compile(r"(?<![^.])patch_embed\.attn[12]\."),
     "vit-pytorch": re.compile(r"(?<![^.])to_patch_embedding\.\d+\.layers\."),
-    "lanl": re.compile(r"(?<![^.])tokens_to_token\.transformer[12]\."),
+    **{family.name: re.compile(family.checkpoint_names) for family in FAMILIES},
 }
+NETWORKS = {"vit-pytorch": "vit-pytorch's T2TViT", **{family.name: family.model for family in FAMILIES}}
+"""Layouts of other networks than upstream's: the class that their weights fit."""
 
 
 def layout(names):
-    """Whose names these are: "mmpretrain", "paddlevit", "vit-pytorch", "lanl", else "upstream"."""
+    """Whose names these are: "mmpretrain", "paddlevit", "vit-pytorch", a family's, else "upstream"."""
     return next((project for project, sign in _LAYOUTS.items() if any(map(sign.search, names))), "upstream")
 
 

@@ -25,7 +25,8 @@ class LoadReport:
     Attributes:
         path: the file, "state dict" for an object; source: the entry of it that was read ("state_dict_ema",
             "state_dict", "net", ..., nested ones with dots; "tensors" if the tensors are at the top).
-        layout: whose names the checkpoint had: "upstream", "mmpretrain", "paddlevit", "vit-pytorch" or "lanl".
+        layout: whose names the checkpoint had: "upstream", "mmpretrain", "paddlevit", "vit-pytorch", or those of one of
+            ``models.FAMILIES``.
         prefix: (prefix of the checkpoint's names, prefix of the model's that took its place).
         loaded, total: tensors of the model that were loaded, and all of them.
         resized: (name, old grid, new grid) of position tables.

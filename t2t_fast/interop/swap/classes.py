@@ -20,7 +20,7 @@ def swapped_class(original, fast, argument=None, template=None, hidden=()):
     Args:
         original, fast: classes of modules.
         argument: the name that ``original.forward`` gives its input, if ``fast`` gives it another one.
-        template: what ``forward`` returns of the stages (``swap_proof.Template``); ``None`` for what ``fast`` returns.
+        template: what ``forward`` returns of the stages (``template.Template``); ``None`` for what ``fast`` returns.
         hidden: names of properties of ``fast`` that give way to the instance's own attributes.
     """
     forward = fast.forward if template is None else _returning(fast, template)

@@ -9,19 +9,13 @@ its random state and the settings of the process are neither used nor changed.
 import copy
 from collections import OrderedDict
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..backends import backend
-from ..ops.windows import as_image
-from .swap_classes import swapped_class
-
-
-class Mismatch(Exception):
-    """A module that looks like a candidate but cannot be swapped; the text is the reason."""
-
+from ...backends import backend
+from .classes import swapped_class
+from .template import Mismatch, recognised
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative difference between a module and its fast form, in results and in each gradient."""
@@ -31,7 +25,7 @@ def prove(module, changes, probes):
     """Raise :class:`Mismatch` unless a twin of ``module`` computes the same before and after ``changes``.
 
     Args:
-        changes: [:class:`swap_rules.Change`] of ``module`` and of modules inside it.
+        changes: [:class:`match.Change`] of ``module`` and of modules inside it.
         probes: shapes of inputs to try, the first on which the original runs counts.
 
     Returns:
@@ -185,7 +179,7 @@ def _swapped_twin(module, changes, dtype, template):
 def apply(change):
     """Give a module its new class."""
     module = change.module
-    module.__class__ = swapped_class(type(module), change.kind, change.argument, change.template, change.hidden)
+    module.__class__ = swapped_class(type(module), change.form.kind, change.argument, change.template, change.hidden)
 
 
 def _evaluate(twin, x):
@@ -263,74 +257,13 @@ def _sizes(value):
         yield value
 
 
-class Template(NamedTuple):
-    """What a module returns, told by what is known at each of its stages.
-
-    Attributes:
-        kind: "tuple", "list", "dict", "none", "input", "input size", "grid", "tokens" or "image".
-        stage: of a grid, tokens or image.
-        items: of a tuple or list its templates, of a dict pairs of key and template.
-    """
-
-    kind: str
-    stage: int = 0
-    items: tuple = ()
-
-    def fill(self, x, stages):
-        """The structure for an input and its stages, [(tokens, grid)]."""
-        if self.kind == "tuple":
-            return tuple(item.fill(x, stages) for item in self.items)
-        if self.kind == "list":
-            return [item.fill(x, stages) for item in self.items]
-        if self.kind == "dict":
-            return {key: item.fill(x, stages) for key, item in self.items}
-        if self.kind in ("none", "input", "input size"):
-            return {"none": None, "input": x, "input size": x.shape}[self.kind]
-        tokens, grid = stages[self.stage]
-        if self.kind == "tokens":
-            return tokens
-        return grid if self.kind == "grid" else as_image(tokens, grid)
-
-    def __str__(self):
-        if self.kind in ("tuple", "list"):
-            return f"{self.kind} of {', '.join(map(str, self.items))}"
-        if self.kind == "dict":
-            return f"dict of {', '.join(f'{key}: {item}' for key, item in self.items)}"
-        return self.kind if self.kind in ("none", "input", "input size") else f"{self.kind} {self.stage + 1}"
-
-
 def _template(module, changes, x, returned):
     """The template of a structure that the original returned for ``x``; the fast twin's stages tell its parts."""
     *_, outer = changes
-    if not hasattr(outer.kind, "_stages"):
+    if not hasattr(outer.form.kind, "_stages"):
         raise Mismatch(f"the original returns a {type(returned).__name__}, not a tensor")
     twin = _swapped_twin(module, changes, x.dtype, None)
     twin.eval()
     with torch.no_grad():
-        stages = outer.kind._stages(twin, x)
-    return _recognised(returned, x, stages)
-
-
-def _recognised(value, x, stages):
-    if value is None:
-        return Template("none")
-    if isinstance(value, torch.Tensor):
-        if torch.equal(value, x):
-            return Template("input")
-        for index, (tokens, grid) in enumerate(stages):
-            image = as_image(tokens, grid)
-            for kind, known in (("tokens", tokens), ("image", image)):
-                if value.shape == known.shape and torch.allclose(value, known, rtol=1e-3, atol=1e-3):
-                    return Template(kind, index)
-        raise Mismatch(f"the original returns a tensor {tuple(value.shape)} that is none of its stages")
-    if isinstance(value, torch.Size) and value == x.shape:
-        return Template("input size")
-    if isinstance(value, tuple) and all(type(n) is int for n in value):
-        for index, (_, grid) in enumerate(stages):
-            if value == tuple(grid):
-                return Template("grid", index)
-    elif type(value) in (tuple, list):
-        return Template(type(value).__name__, 0, tuple(_recognised(item, x, stages) for item in value))
-    elif type(value) is dict:
-        return Template("dict", 0, tuple((key, _recognised(item, x, stages)) for key, item in value.items()))
-    raise Mismatch(f"the original returns a {type(value).__name__} ({value!r:.40}) that is no size of its stages")
+        stages = outer.form.kind._stages(twin, x)
+    return recognised(returned, x, stages)
