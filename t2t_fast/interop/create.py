@@ -1,13 +1,28 @@
 """Models by name, with weights from a file."""
 
+from __future__ import annotations
+
+import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
 
 from ..errors import check_pair
 from ..models import build_model
 from .checkpoints import load_checkpoint
 
 
-def create_model(name, *, img_size=224, in_chans=3, num_classes=1000, checkpoint=None, **options):
+def create_model(
+    name: str,
+    *,
+    img_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    checkpoint: str | os.PathLike | Mapping | None = None,
+    **options: Any,
+) -> nn.Module:
     """A model by name, randomly initialised or with the weights of a checkpoint file.
 
     Args:

@@ -1,11 +1,15 @@
 """Models as files for other runtimes: ONNX, and ``torch.export`` programs of plain ATen operators."""
 
+from __future__ import annotations
+
 import copy
 import importlib
+import os
 import re
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,18 +89,18 @@ class ExportReport:
 
 
 def export_model(
-    model,
-    folder,
+    model: nn.Module,
+    folder: str | os.PathLike,
     *,
-    name=None,
-    img_size=None,
-    in_chans=3,
-    batch=1,
-    dynamic_batch=False,
-    formats=("onnx", "program"),
-    opset=20,
-    check=True,
-):
+    name: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    batch: int = 1,
+    dynamic_batch: bool = False,
+    formats: str | Iterable[str] = ("onnx", "program"),
+    opset: int = 20,
+    check: bool = True,
+) -> ExportReport:
     """Write ``model`` for inference to ``folder / name`` with the ending of each format, and compare with the model.
 
     The operators of this package become plain ones (the "aten" backend's): an ONNX file needs no custom operator and

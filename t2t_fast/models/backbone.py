@@ -1,16 +1,21 @@
 """What every classification model here shares: extra tokens, positions for any grid, blocks, norm."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..errors import check_pair
 from ..modules.options import check_choice, check_options
-from ..ops.spec import grid_after
+from ..ops.spec import Window, grid_after
 from .blocks import BLOCKS, block_stack
 from .position import resize_position_table, same_grid, sinusoid_table
 
 
-def init_weights(module):
+def init_weights(module: nn.Module) -> None:
     """Upstream's initialisation: Linear weights truncated normal (std 0.02), biases 0, LayerNorm identity."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -21,7 +26,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def check_model(owner, options):
+def check_model(owner: str, options: Mapping[str, Any]) -> None:
     """Check a classification model's arguments, name -> value, before anything is built.
 
     Raises:
@@ -51,30 +56,30 @@ class Backbone(nn.Module):
         others: as upstream's models.
     """
 
-    block_classes = BLOCKS
+    block_classes: Mapping[str, type[nn.Module]] = BLOCKS
 
     def __init__(
         self,
-        name,
-        tokeniser,
+        name: str,
+        tokeniser: nn.Module,
         *,
-        windows,
-        img_size,
-        embed_dim,
-        depth,
-        num_heads,
-        mlp_ratio,
-        qkv_bias,
-        qk_scale,
-        drop_rate,
-        attn_drop_rate,
-        drop_path_rate,
-        norm_layer,
-        block="plain",
-        growth_rate=32,
-        block_config=(3, 4, 6, 3),
-        learned_positions=False,
-        distilled=False,
+        windows: Sequence[Window],
+        img_size: int | tuple[int, int],
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        drop_rate: float,
+        attn_drop_rate: float,
+        drop_path_rate: float,
+        norm_layer: Callable[..., nn.Module],
+        block: str = "plain",
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (3, 4, 6, 3),
+        learned_positions: bool = False,
+        distilled: bool = False,
     ):
         super().__init__()
         self.embed_dim = embed_dim
@@ -113,11 +118,11 @@ class Backbone(nn.Module):
         self.apply(init_weights)
 
     @property
-    def tokeniser(self):
+    def tokeniser(self) -> Any:
         """The module that makes tokens of the image."""
         return getattr(self, self._tokeniser_name)
 
-    def positions(self, grid):
+    def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """The position table for a grid (h, w), (1, extra + h*w, embed_dim).
 
         The stored table where the grid is the one the model was built for; else, by :attr:`position_mode`, its grid
@@ -131,7 +136,7 @@ class Backbone(nn.Module):
             return table.to(self.pos_embed)
         return resize_position_table(self.pos_embed, self.grid_size, grid, self.extra_tokens, self.position_mode)
 
-    def tokens(self, x):
+    def tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """What the tokeniser makes of an image (B, C, H, W), and its grid.
 
         The tokeniser is called as any module, so hooks and wrappers on it count; the grid follows from the windows that
@@ -139,7 +144,7 @@ class Backbone(nn.Module):
         """
         return self.tokeniser(x), grid_after(self.windows, *x.shape[2:])
 
-    def encode(self, tokens, grid):
+    def encode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens (B, h*w, embed_dim) -> normalised (B, extra + h*w, num_features)."""
         extra = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         x = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in extra), tokens], dim=1)
@@ -148,10 +153,10 @@ class Backbone(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> set[str]:
         """Names of parameters that upstream's recipes exempt from weight decay."""
         return {"cls_token"}
 
-    def get_classifier(self):
+    def get_classifier(self) -> nn.Module:
         """The head."""
-        return self.head
+        return self.get_submodule("head")

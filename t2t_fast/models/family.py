@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isqrt, prod
+from typing import Any
 
 from torch import nn
 
@@ -63,9 +64,9 @@ class Rule:
     name: str
     structure: str
     form: Form
-    matches: Callable[[nn.Module], bool]
-    probes: Callable[[nn.Module], list[tuple[int, ...]]]
-    refusal: Callable[[nn.Module], str | None] = lambda module: None
+    matches: Callable[[Any], bool]
+    probes: Callable[[Any], list[tuple[int, ...]]]
+    refusal: Callable[[Any], str | None] = lambda module: None
     inner: Mapping[str, Form] = field(default_factory=dict)
     soft_splits: Mapping[str, str] = field(default_factory=dict)
     operator: str = "soft_split_linear"
@@ -89,12 +90,12 @@ class Family:
     model: str
 
 
-def has(module: nn.Module, **kinds: type) -> bool:
+def has(module: Any, **kinds: type) -> bool:
     """Whether ``module`` has the named attributes, each of its class."""
     return all(isinstance(getattr(module, name, None), kind) for name, kind in kinds.items())
 
 
-def has_token_layer(module: nn.Module, mlp: str) -> bool:
+def has_token_layer(module: Any, mlp: str) -> bool:
     """Whether a module has norm1, attn (qkv, proj, scale, num_heads), norm2 and, named ``mlp``, fc1, act and fc2."""
     return (
         has(module, norm1=nn.Module, norm2=nn.Module, attn=nn.Module, **{mlp: nn.Module})
@@ -105,7 +106,7 @@ def has_token_layer(module: nn.Module, mlp: str) -> bool:
     )
 
 
-def window_refusal(split: nn.Module) -> str | None:
+def window_refusal(split: Any) -> str | None:
     """Why an ``nn.Unfold`` or ``nn.Fold`` has no fast form: its dilation, or a window with impossible numbers."""
     if split.dilation not in (1, (1, 1), [1, 1]):
         return f"dilation {split.dilation}: a soft split has dilation 1"
@@ -116,7 +117,7 @@ def window_refusal(split: nn.Module) -> str | None:
     return None
 
 
-def token_probes(module: nn.Module) -> list[tuple[int, ...]]:
+def token_probes(module: Any) -> list[tuple[int, ...]]:
     """A probe of tokens for a layer with ``attn.qkv``: (2, 7, width)."""
     return [(2, 7, module.attn.qkv.in_features)]
 

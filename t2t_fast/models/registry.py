@@ -3,18 +3,22 @@
 Sources: the factories of yitu-opensource/T2T-ViT and table 6 of the T2T-ViT paper ("from CNN to ViT").
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from .t2t_vit import T2TViT, T2TViTDense, T2TViTGhost, T2TViTSE
 from .vit import ViT
 
-_t2t = partial(dict, cls=T2TViT)
-_vit = partial(dict, cls=ViT, qkv_bias=False, norm_layer=nn.LayerNorm)
+_t2t: Callable[..., dict[str, Any]] = partial(dict, cls=T2TViT)
+_vit: Callable[..., dict[str, Any]] = partial(dict, cls=ViT, qkv_bias=False, norm_layer=nn.LayerNorm)
 _vit_s = partial(_vit, embed_dim=768, depth=8, num_heads=8, mlp_ratio=3.0)
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     # T2T-ViT, table 1 of the paper
     "t2t_vit_7": _t2t(embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0),
     "t2t_vit_10": _t2t(embed_dim=256, depth=10, num_heads=4, mlp_ratio=2.0),
@@ -54,12 +58,12 @@ CONFIGS = {
 }
 
 
-def list_models():
+def list_models() -> list[str]:
     """Names that :func:`create_model` knows."""
     return list(CONFIGS)
 
 
-def build_model(name, **options):
+def build_model(name: str, **options: Any) -> nn.Module:
     """A randomly initialised model by name; options override its configuration."""
     if name not in CONFIGS:
         raise ValueError(f"create_model: name must be one of {', '.join(CONFIGS)}, got {name!r}")

@@ -4,6 +4,10 @@ Sources in yitu-opensource/T2T-ViT: ``models/t2t_vit.py``, ``t2t_vit_se.py``, ``
 ``t2t_vit_ghost.py``. ``tests/golden`` holds these models to upstream's own outputs and gradients.
 """
 
+from collections.abc import Mapping
+
+from torch import nn
+
 from .. import models
 from ..models.position import sinusoid_table as get_sinusoid_encoding
 from .blocks import BLOCKS
@@ -16,7 +20,7 @@ __all__ = ["T2T_ViT", "T2T_ViT_Dense", "T2T_ViT_Ghost", "T2T_ViT_SE", "get_sinus
 class Upstream:
     """Upstream's blocks, and its position table as it is: images of another size than ``img_size`` fail."""
 
-    block_classes = BLOCKS
+    block_classes: Mapping[str, type[nn.Module]] = BLOCKS
 
     def tokens(self, x):
         return self.tokeniser(x), self.grid_size

@@ -4,10 +4,13 @@
 ``names.py`` whose tensor is whose, ``fit.py`` finishes every value, ``commit.py`` writes.
 """
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,7 +26,7 @@ from .report import LoadReport, Refused
 __all__ = ["LoadReport", "load_checkpoint", "read_state_dict", "unwrap"]
 
 
-def read_state_dict(path, *, use_ema=True):
+def read_state_dict(path: str | os.PathLike | Mapping, *, use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of a checkpoint file, on the CPU, under the file's names without those of wrapping modules.
 
     Args:
@@ -51,8 +54,16 @@ def read_state_dict(path, *, use_ema=True):
 
 
 def load_checkpoint(
-    model, path, *, use_ema=True, num_classes=None, strict=True, source_grid=None, grid=None, trained_with=None
-):
+    model: nn.Module,
+    path: str | os.PathLike | Mapping,
+    *,
+    use_ema: bool = True,
+    num_classes: int | None = None,
+    strict: bool = True,
+    source_grid: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
+    trained_with: str | None = None,
+) -> LoadReport:
     """Load a checkpoint into ``model``, in place; if anything is wrong, the model is unchanged.
 
     Every value is finished and checked before the first is written, and a write that is interrupted is taken back.
@@ -174,12 +185,12 @@ def _check_arguments(model, num_classes, trained_with):
         raise ValueError(f"load_checkpoint: trained_with must be None or 'mmpretrain', got {trained_with!r}")
 
 
-def unwrap(model):
+def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model

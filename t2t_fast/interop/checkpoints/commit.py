@@ -1,15 +1,19 @@
 """Tensors of a model as places to write to, and the write that happens whole or not at all."""
 
+from __future__ import annotations
+
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def obstacle(tensor):
+def obstacle(tensor: torch.Tensor) -> str | None:
     """What keeps a tensor from being read or written in place, as words that follow its shape; ``None`` if nothing."""
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         return f"a {type(tensor).__name__}"
@@ -27,7 +31,7 @@ def obstacle(tensor):
     return None
 
 
-def describe(value):
+def describe(value: Any) -> str:
     """Shape and kind of an entry, for messages."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
@@ -41,7 +45,7 @@ def _dtype(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def own_tensors(model):
+def own_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """{name: tensor} of the model's state dict, and {name: why not} of those that cannot be written in place.
 
     The tensors are the model's parameters and buffers themselves. A state dict may also hold copies, made by hooks or a
@@ -73,7 +77,7 @@ def _read_only_pages():
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
-def place(tensor):
+def place(tensor: torch.Tensor) -> tuple:
     """What identifies the memory of a tensor: two tensors of the same place are tied."""
     return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
@@ -101,14 +105,14 @@ def _pairs(target, value):
 
 
 @torch.no_grad()
-def separate(values, targets):
+def separate(values: list[torch.Tensor], targets: list[torch.Tensor]) -> list[torch.Tensor]:
     """Values that do not lie in the targets' memory, where a write would change them before they are read."""
     storages = {_storage(target) for target in targets}
     return [value.clone() if _storage(value) in storages else value for value in values]
 
 
 @torch.no_grad()
-def conflicts(copies):
+def conflicts(copies: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
     """Names of targets that would not hold their value when all is written, since they share memory.
 
     Each shared storage is copied, written as :func:`commit` would, and compared.
@@ -145,14 +149,14 @@ def _copy(target, value):
 
 
 @torch.no_grad()
-def commit(attributes, copies):
+def commit(attributes: list[tuple[Any, str, Any]], copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Set attributes and write tensors; whatever interrupts it, what was there before comes back.
 
     Args:
         attributes: (object, name, value).
         copies: (target, value) of the same shape, dtype and device.
     """
-    undo = [(setattr, owner, name, getattr(owner, name)) for owner, name, _ in attributes]
+    undo: list[tuple[Any, ...]] = [(setattr, owner, name, getattr(owner, name)) for owner, name, _ in attributes]
     try:
         for owner, name, value in attributes:
             setattr(owner, name, value)

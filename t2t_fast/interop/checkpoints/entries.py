@@ -1,7 +1,10 @@
 """Which dict of a checkpoint is the state dict, and its values as tensors."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ _KNOWN = ("tensors", "state_dict", "model_state_dict", "model", "net", "module",
 _AVERAGED = re.compile(r"(?<![^._])ema(?![^._])", re.IGNORECASE)
 
 
-def choose(content, *, use_ema, rate):
+def choose(content: Any, *, use_ema: bool, rate: Callable[[dict[str, Any]], int]) -> tuple[dict[str, Any], str]:
     """The state dict inside what a file holds, and the name of its entry ("tensors" if it is all there is).
 
     Args:
@@ -32,8 +35,8 @@ def choose(content, *, use_ema, rate):
     """
     if not isinstance(content, Mapping):
         raise Refused(f"it must hold a dict of tensors, alone or under a name, got {type(content).__name__}")
-    found = sorted(_dicts_of_tensors(content, (), set()), key=lambda item: -len(item[1]))
-    found = dict(found[:_CANDIDATES])
+    largest = sorted(_dicts_of_tensors(content, (), set()), key=lambda item: -len(item[1]))
+    found = dict(largest[:_CANDIDATES])
     if not found:
         raise Refused(f"it holds no tensors; its entries are {listed(_kinds(content))}")
     rates = {source: rate(entry) for source, entry in found.items()}
@@ -73,7 +76,7 @@ def _kinds(content):
     return [f"{name} ({type(value).__name__})" for name, value in content.items() if isinstance(name, str)] or ["none"]
 
 
-def as_tensor(value):
+def as_tensor(value: Any) -> Any:
     """A tensor, where the value is one, an array or a number; else the value itself."""
     try:
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":

@@ -1,10 +1,14 @@
 """From a path to what a checkpoint file holds."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
 import stat
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from ...errors import CheckpointError
 from . import paddle_files, torch_files
@@ -20,7 +24,7 @@ _KINDS = (
 )
 
 
-def read(path):
+def read(path: Path) -> Any:
     """What the file holds: dicts of tensors on the CPU, nested as they are there.
 
     Args:

@@ -1,5 +1,10 @@
 """Fits a checkpoint's tensors to a model: names, shapes, position tables, matrices' order, attention scale, heads."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,7 +19,7 @@ _TABLES = ("pos_embed", "pos_embedding")
 _HEADS = ("head", "head_dist", "mlp_head")
 
 
-def shapes(state):
+def shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     """{name: shape} of the entries of a state dict; ``None`` for what cannot be loaded."""
     return {
         name: tuple(value.shape) if isinstance(value, torch.Tensor) and writing.obstacle(value) is None else None
@@ -35,7 +40,17 @@ class Fit:
         Refused: names or grids that fit in several ways or in none. ValueError: ``num_classes`` without a head.
     """
 
-    def __init__(self, model, state, *, num_classes, source_grid, grid, trained_with, transposed):
+    def __init__(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        *,
+        num_classes: int | None,
+        source_grid: tuple[int, int] | None,
+        grid: tuple[int, int] | None,
+        trained_with: str | None,
+        transposed: bool,
+    ):
         self.model = model
         self.num_classes = num_classes
         self.source_grid, self.grid = source_grid, grid
@@ -49,9 +64,14 @@ class Fit:
         self.prefix = found.prefix
         self.state = {ours: values[theirs] for theirs, ours in found.names.items()}
 
-        self.copies, self.heads = {}, []
-        self.resized, self.rescaled, self.reinitialised, self.left_out = [], [], [], []
-        self.missing, self.mismatched = [], []
+        self.copies: dict[str, torch.Tensor] = {}
+        self.heads: list[tuple[str, nn.Module, str, nn.Module]] = []
+        self.resized: list[tuple[str, tuple[int, int], tuple[int, int]]] = []
+        self.rescaled: list[tuple[str, float]] = []
+        self.reinitialised: list[str] = []
+        self.left_out: list[str] = []
+        self.missing: list[str] = []
+        self.mismatched: list[tuple[str, str, str]] = []
         self.owners = {
             f"{path}.{name}" if path else name: module
             for path, module in model.named_modules()
@@ -186,7 +206,7 @@ class Fit:
         ]
         self.missing = [name for name in self.missing if name not in self.tied]
 
-    def report(self, path, source):
+    def report(self, path: str, source: str) -> LoadReport:
         return LoadReport(
             path=path,
             source=source,
@@ -217,7 +237,7 @@ class Fit:
         if self.layout == "paddlevit":
             yield "PaddleViT's LayerNorm has eps 1e-6, upstream's and this package's 1e-5"
 
-    def hints(self, report):
+    def hints(self, report: LoadReport) -> list[str]:
         """Lines on what may be wrong where the checkpoint does not fit."""
         if self.layout in NETWORKS and layout(self.target) != self.layout:
             return [f"  it is a checkpoint of {self.layout}'s network; its weights fit {NETWORKS[self.layout]} only"]
@@ -227,7 +247,7 @@ class Fit:
             return ["  the checkpoint has no head: give num_classes to start with a new one, or 0 for none"]
         return []
 
-    def commit(self):
+    def commit(self) -> None:
         """Write everything, or, if anything fails, nothing."""
         names = list(self.copies)
         targets = [self.target[name] for name in names]
@@ -235,7 +255,7 @@ class Fit:
         wrong = writing.conflicts(dict(zip(names, zip(targets, values, strict=True), strict=True)))
         if wrong:
             raise Refused(f"the checkpoint has different values for memory that the model shares: {', '.join(wrong)}")
-        attributes = [(owner, name, head) for _, owner, name, head in self.heads]
+        attributes: list[tuple[nn.Module, str, Any]] = [(owner, name, head) for _, owner, name, head in self.heads]
         attributes += [
             (owner, "num_classes", getattr(head, "out_features", 0))
             for owner, _, head in attributes

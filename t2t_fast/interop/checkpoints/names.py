@@ -4,8 +4,11 @@ One function translates the names of both sides, so any project's file can go in
 then finds the prefixes under which most names agree.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...models import FAMILIES
@@ -41,19 +44,19 @@ NETWORKS = {"vit-pytorch": "vit-pytorch's T2TViT", **{family.name: family.model 
 """Layouts of other networks than upstream's: the class that their weights fit."""
 
 
-def layout(names):
+def layout(names: Iterable[str]) -> str:
     """Whose names these are: "mmpretrain", "paddlevit", "vit-pytorch", a family's, else "upstream"."""
     return next((project for project, sign in _LAYOUTS.items() if any(map(sign.search, names))), "upstream")
 
 
-def without_wrappers(names):
+def without_wrappers(names: Iterable[str]) -> dict[str, str]:
     """{name: name without wrapping modules}; names that would become equal stay as they are."""
     return _apart(names, lambda name: _WRAPPER.sub("", name))
 
 
-def check_distinct(names):
+def check_distinct(names: Iterable[str]) -> None:
     """Raise :class:`Refused` if two of a checkpoint's names differ by wrapping modules alone."""
-    seen = {}
+    seen: dict[str, str] = {}
     for name in names:
         short = _WRAPPER.sub("", name)
         if short in seen:
@@ -62,7 +65,7 @@ def check_distinct(names):
         seen[short] = name
 
 
-def comparable(names):
+def comparable(names: Iterable[str]) -> dict[str, str]:
     """{name: upstream's name for it, without wrappers}; names that would become equal stay apart."""
     short = without_wrappers(names)
     upstreams = _apart(short.values(), _upstreams)
@@ -97,7 +100,7 @@ class Match:
     score: tuple[int, int]
 
 
-def match(source, target):
+def match(source: Mapping[str, tuple[int, ...] | None], target: Mapping[str, tuple[int, ...] | None]) -> Match:
     """Find the prefixes under which ``source`` fits ``target`` best.
 
     A pair (prefix of the source, prefix of the target) is tried if at least half of the smaller side could agree under
@@ -119,7 +122,8 @@ def match(source, target):
     theirs, ours = comparable(source), comparable(target)
     named = {value: name for name, value in theirs.items()}
     needed = (min(len(source), len(target)) + 1) // 2
-    best, score, rivals = None, (0, 0), []
+    best, score = None, (0, 0)
+    rivals: list[tuple[str, str]] = []
     for old in _prefixes(named, needed):
         for new in _prefixes(ours.values(), needed):
             pairs = {

@@ -3,7 +3,10 @@
 Source of the format: ``paddle.save`` in PaddlePaddle's ``python/paddle/framework/io.py``.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from .torch_files import PLAIN_DTYPE
 _BUFFER = ("numpy.core.numeric._frombuffer", "numpy.core.multiarray._frombuffer")
 
 
-def read(file, size):
+def read(file: BinaryIO, size: int) -> Any:
     """{name: tensor} of the file, nested as it is there. Raises :class:`Refused`, or anything for a broken pickle."""
     return _plain(_Reader(file, size, longest=size).load(), depth=0)
 

@@ -4,7 +4,10 @@ Subclasses of :class:`Machine` define what a call or a persistent id means: ``to
 ``torch.save`` before PyTorch reads them, ``paddle_files.py`` builds arrays.
 """
 
+from __future__ import annotations
+
 import pickletools
+from typing import Any, BinaryIO, cast
 
 from .report import Refused
 
@@ -31,12 +34,14 @@ _MARK = object()
 class Global:
     """A module's attribute that a pickle names; it is never looked up."""
 
-    def __init__(self, name):
+    def __init__(self, name: str):
         self.name = name
 
 
 class Tuple(tuple):
     """A tuple and the number of steps that hashing it takes."""
+
+    steps: int
 
     def __new__(cls, items=()):
         self = super().__new__(cls, items)
@@ -46,7 +51,7 @@ class Tuple(tuple):
         return self
 
 
-def check_key(key):
+def check_key(key: Any) -> None:
     """Raise unless ``key`` can be hashed in few steps."""
     if isinstance(key, Tuple) and key.steps > KEY_STEPS:
         raise Refused(f"a key in it is a tuple of {key.steps} entries")
@@ -83,26 +88,27 @@ class Machine:
         longest: bytes of the longest string.
     """
 
-    def __init__(self, file, size, longest):
+    def __init__(self, file: BinaryIO, size: int, longest: int):
         self._file = _Bounded(file, size, longest)
-        self._stack, self._memo = [], {}
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
 
-    def call(self, function, args):
+    def call(self, function: Global, args: Tuple) -> Any:
         """The result of a call of ``function`` (:class:`Global`) or an object of that class, for the stack."""
         raise NotImplementedError
 
-    def build(self, instance, state):
+    def build(self, instance: Any, state: Any) -> None:
         """Give what :meth:`call` returned its state."""
         raise NotImplementedError
 
-    def persistent(self, identity):
+    def persistent(self, identity: Any) -> Any:
         """What a persistent id stands for."""
         raise Refused("it refers to objects outside of it")
 
-    def load(self):
+    def load(self) -> Any:
         """The next pickle: dicts, lists, :class:`Tuple`, numbers, strings, bytes and what :meth:`call` returned."""
         self._stack, self._memo = [], {}
-        for opcode, argument, _ in pickletools.genops(self._file):
+        for opcode, argument, _ in pickletools.genops(cast(BinaryIO, self._file)):
             self._step(opcode.name, argument)
         return self._stack.pop()
 

@@ -1,5 +1,8 @@
 """What a load says: its report, and why a checkpoint is refused."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _LISTED = 20
@@ -12,7 +15,7 @@ class Refused(Exception):
     """A checkpoint is broken, hostile, or no checkpoint; the text says what it holds, the caller adds the path."""
 
 
-def listed(names):
+def listed(names: Sequence[str]) -> str:
     """The first of the names, without control characters, and how many more there are."""
     shown = [name if name.isprintable() and len(name) <= _LENGTH else f"{name[:_LENGTH]!r}" for name in names[:_LISTED]]
     return ", ".join(shown) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
@@ -58,11 +61,11 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         """Whether every tensor of model and checkpoint is accounted for."""
         return not (self.missing or self.unexpected or self.mismatched)
 
-    def problems(self):
+    def problems(self) -> list[str]:
         """Lines that name what is not accounted for."""
         mismatched = [f"{name} (checkpoint {theirs}, model {ours})" for name, theirs, ours in self.mismatched]
         rows = (("missing", self.missing), ("unexpected", self.unexpected), ("does not fit", mismatched))

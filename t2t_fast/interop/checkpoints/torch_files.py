@@ -5,11 +5,14 @@ compressed records are unpacked before their size is compared, storages of the o
 grow with a view, and hashing a deep tuple overflows the stack. The inspection refuses such files.
 """
 
+from __future__ import annotations
+
 import argparse
 import io
 import re
 import threading
 import zipfile
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -59,7 +62,7 @@ LONGEST_STRING = 1 << 26
 _LOADING = threading.Lock()
 
 
-def read(file, size):
+def read(file: BinaryIO, size: int) -> Any:
     """What the file holds, its tensors on the CPU. Raises :class:`Refused`, or anything that ``torch.load`` does."""
     _inspect(file, size)
     file.seek(0)
@@ -70,7 +73,7 @@ def read(file, size):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
-def refused_class(name):
+def refused_class(name: str) -> str:
     """Why a file with a pickled class is not read."""
     return (
         f"it holds a pickled {name.removeprefix('builtins.')}, which loading with weights_only=True refuses, since it "

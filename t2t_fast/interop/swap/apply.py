@@ -231,7 +231,7 @@ def swapped(
     Yields:
         :class:`SwapReport`.
     """
-    before = set()
+    before: set[int] = set()
     if isinstance(model, nn.Module):
         before.update(id(module) for module in model.modules() if original_class(module) is not None)
     report = swap(model, include=include, exclude=exclude)

@@ -5,16 +5,27 @@ properties and class attributes stay, ``isinstance`` holds, and the instance's a
 ``forward`` is the fast one's, and what the fast class has beside it is there as well.
 """
 
+from __future__ import annotations
+
 import inspect
 from functools import cache, wraps
+from typing import Any
 
 from torch import nn
+
+from .template import Template
 
 _ORIGINAL = "_t2t_fast_original"
 
 
 @cache
-def swapped_class(original, fast, argument=None, template=None, hidden=()):
+def swapped_class(
+    original: Any,
+    fast: Any,
+    argument: str | None = None,
+    template: Template | None = None,
+    hidden: tuple[str, ...] = (),
+) -> type:
     """A class that is both ``original`` and ``fast``, one for each combination.
 
     Args:
@@ -37,17 +48,17 @@ def swapped_class(original, fast, argument=None, template=None, hidden=()):
     return type(fast.__name__, (fast,) if issubclass(fast, original) else (original, fast), namespace)
 
 
-def original_class(module):
+def original_class(module: nn.Module) -> type | None:
     """The class that a module had before it was swapped, or ``None``."""
     return type(module).__dict__.get(_ORIGINAL)
 
 
-def is_swapped(module):
+def is_swapped(module: nn.Module) -> bool:
     """Whether a module was swapped, also if its class was changed again since."""
     return any(_ORIGINAL in vars(cls) for cls in type(module).__mro__)
 
 
-def collisions(module, fast):
+def collisions(module: nn.Module, fast: type) -> set[str]:
     """Names that both a module (or its class) and a fast class define, other than ``forward`` and ``extra_repr``."""
     own = {name for cls in _above_module(fast) for name in vars(cls)} - {"forward", "extra_repr"}
     theirs = {name for cls in _above_module(type(module)) for name in vars(cls)}
@@ -68,7 +79,7 @@ def _returning(fast, template):
     return forward
 
 
-def argument_of(cls):
+def argument_of(cls: Any) -> str:
     """The name of the input of a class's ``forward``."""
     return list(inspect.signature(cls.forward).parameters)[1]
 

@@ -13,7 +13,7 @@ from ...errors import BackendUnavailable
 from .rules import FAST, RULES
 
 
-def backend_of(module: nn.Module) -> str:
+def backend_of(module: Any) -> str:
     """The backend of a fast module's main operator for the device and dtype of its parameters.
 
     "unfused: " and the reason if the module calls its children one by one; "none" if no backend is available.

@@ -6,22 +6,27 @@ where the original can, has no hooks, and is called in eval and in training mode
 its random state and the settings of the process are neither used nor changed.
 """
 
+from __future__ import annotations
+
 import copy
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...backends import backend
 from .classes import swapped_class
-from .template import Mismatch, recognised
+from .match import Change
+from .template import Mismatch, Template, recognised
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative difference between a module and its fast form, in results and in each gradient."""
 
 
-def prove(module, changes, probes):
+def prove(module: nn.Module, changes: Sequence[Change], probes: Iterable[tuple[int, ...]]) -> Template | None:
     """Raise :class:`Mismatch` unless a twin of ``module`` computes the same before and after ``changes``.
 
     Args:
@@ -109,14 +114,15 @@ def _twin(module, dtype):
         raise Mismatch(f"it cannot be copied, so nothing can be proved: {_words(error)}") from error
 
 
-def copied(module, replaced, hooks=True):
+def copied(module: nn.Module, replaced: Callable[[torch.Tensor], torch.Tensor], hooks: bool = True) -> nn.Module:
     """A deep copy of a module, also where it keeps tensors that autograd made, which ``copy.deepcopy`` refuses.
 
     Args:
         replaced: function of a tensor -> what the copy has for it.
         hooks: whether the copy has the hooks.
     """
-    memo, kept = {}, []
+    memo: dict[int, Any] = {}
+    kept: list[torch.Tensor] = []
     for each in module.modules():
         for name, value in each.__dict__.items():
             if not hooks and isinstance(value, dict) and "_hooks" in name:
@@ -176,10 +182,12 @@ def _swapped_twin(module, changes, dtype, template):
     return twin
 
 
-def apply(change):
+def apply(change: Change) -> None:
     """Give a module its new class."""
     module = change.module
-    module.__class__ = swapped_class(type(module), change.form.kind, change.argument, change.template, change.hidden)
+    original: Any = type(module)
+    kind: Any = change.form.kind
+    module.__class__ = swapped_class(original, kind, change.argument, change.template, change.hidden)
 
 
 def _evaluate(twin, x):

@@ -26,7 +26,7 @@ class Template(NamedTuple):
     stage: int = 0
     items: tuple = ()
 
-    def fill(self, x, stages):
+    def fill(self, x: torch.Tensor, stages: list) -> Any:
         """The structure for an input and its stages, [(tokens, grid)]."""
         if self.kind == "tuple":
             return tuple(item.fill(x, stages) for item in self.items)

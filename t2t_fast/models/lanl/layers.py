@@ -1,5 +1,10 @@
 """Attention, MLP, token transformer and backbone block, with the articles' names of classes and parameters."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
 from ...modules import fusion
@@ -11,7 +16,7 @@ from ...modules.token_transformer import TokenTransformer as _TokenTransformer
 class Attention(nn.Module):
     """Multi-head attention from width ``dim`` to width ``chan``, with a skip through ``v`` after the projection."""
 
-    def __init__(self, dim, chan, num_heads=1, qkv_bias=False, qk_scale=None):
+    def __init__(self, dim: int, chan: int, num_heads: int = 1, qkv_bias: bool = False, qk_scale: float | None = None):
         super().__init__()
         check_options("Attention", locals())
         if chan % num_heads:
@@ -23,12 +28,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, chan * 3, bias=qkv_bias)
         self.proj = nn.Linear(chan, chan)
 
-    def mix(self, qkv):
+    def mix(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention on packed (B, T, 3 * chan): the mixed values and the values themselves, (B, T, chan) each."""
         q, k, v = heads(qkv, self.num_heads)
         return merged(attend(q, k, v, self.scale)), merged(v)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, dim) -> (B, T, chan)."""
         y, v = self.mix(self.qkv(x))
         return v + self.proj(y)
@@ -37,7 +42,13 @@ class Attention(nn.Module):
 class NeuralNet(nn.Module):
     """Linear, activation, Linear."""
 
-    def __init__(self, in_chan, hidden_chan=None, out_chan=None, act_layer=nn.GELU):
+    def __init__(
+        self,
+        in_chan: int,
+        hidden_chan: int | None = None,
+        out_chan: int | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+    ):
         super().__init__()
         check_options("NeuralNet", locals())
         hidden_chan = in_chan if hidden_chan is None else hidden_chan
@@ -45,7 +56,7 @@ class NeuralNet(nn.Module):
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden_chan, in_chan if out_chan is None else out_chan)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_chan) -> (..., out_chan)."""
         return self.fc2(self.act(self.fc1(x)))
 
@@ -71,14 +82,14 @@ class TokenTransformer(_TokenTransformer):
 
     def __init__(
         self,
-        dim,
-        chan,
-        num_heads,
-        hidden_chan_mul=1.0,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
+        dim: int,
+        chan: int,
+        num_heads: int,
+        hidden_chan_mul: float = 1.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ):
         nn.Module.__init__(self)
         check_options("TokenTransformer", locals())
@@ -98,17 +109,17 @@ class TokenTransformer(_TokenTransformer):
 class Encoding(nn.Module):
     """Backbone block: pre-norm attention and MLP, both with skips (and the skip through ``v`` inside)."""
 
-    attention_layer = Attention
+    attention_layer: type[nn.Module] = Attention
 
     def __init__(
         self,
-        dim,
-        num_heads=1,
-        hidden_chan_mul=4.0,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
+        dim: int,
+        num_heads: int = 1,
+        hidden_chan_mul: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
         check_options("Encoding", locals())
@@ -117,7 +128,7 @@ class Encoding(nn.Module):
         self.norm2 = norm_layer(dim)
         self.neuralnet = NeuralNet(dim, int(dim * hidden_chan_mul), dim, act_layer)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         x = x + self.attn(self.norm1(x))
         return x + self.neuralnet(self.norm2(x))

@@ -1,5 +1,10 @@
 """The two models: patch tokens or soft splits in front of one backbone."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,20 +20,20 @@ from .tokens import PatchTokenization, Tokens2Token, check_image, split_window
 class ViTBackbone(nn.Module):
     """Class token, frozen sinusoidal positions, :class:`Encoding` blocks, norm, and a head on the class token."""
 
-    block = Encoding
+    block: type[nn.Module] = Encoding
 
     def __init__(
         self,
-        preds=1,
-        token_len=768,
-        grid_size=(4, 4),
-        num_heads=1,
-        Encoding_hidden_chan_mul=4.0,
-        depth=12,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
+        preds: int = 1,
+        token_len: int = 768,
+        grid_size: tuple[int, int] = (4, 4),
+        num_heads: int = 1,
+        Encoding_hidden_chan_mul: float = 4.0,
+        depth: int = 12,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
         check_options("ViTBackbone", locals())
@@ -36,7 +41,7 @@ class ViTBackbone(nn.Module):
         entries = self.grid_size[0] * self.grid_size[1] + 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, token_len))
         self.pos_embed = nn.Parameter(sinusoid_table(entries, token_len), requires_grad=False)
-        options = dict(
+        options: dict[str, Any] = dict(
             num_heads=num_heads,
             hidden_chan_mul=Encoding_hidden_chan_mul,
             qkv_bias=qkv_bias,
@@ -49,7 +54,7 @@ class ViTBackbone(nn.Module):
         self.head = nn.Linear(token_len, preds)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
-    def forward(self, tokens, grid=None):
+    def forward(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Tokens (B, h*w, token_len) -> (B, preds); positions are resized if ``grid`` is not the stored one."""
         table = resize_position_table(self.pos_embed, self.grid_size, self.grid_size if grid is None else grid)
         x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + table
@@ -61,22 +66,22 @@ class ViTBackbone(nn.Module):
 class ViTModel(nn.Module):
     """Patch tokens and :class:`ViTBackbone`: (B, C, H, W) -> (B, preds); any H and W that the patch divides."""
 
-    tokeniser = PatchTokenization
-    classifier = ViTBackbone
+    tokeniser: type[nn.Module] = PatchTokenization
+    classifier: type[nn.Module] = ViTBackbone
 
     def __init__(
         self,
-        img_size=(1, 400, 100),
-        patch_size=50,
-        token_len=768,
-        preds=1,
-        num_heads=1,
-        Encoding_hidden_chan_mul=4.0,
-        depth=12,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
+        img_size: Sequence[int] = (1, 400, 100),
+        patch_size: int = 50,
+        token_len: int = 768,
+        preds: int = 1,
+        num_heads: int = 1,
+        Encoding_hidden_chan_mul: float = 4.0,
+        depth: int = 12,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
         check_options("ViTModel", locals())
@@ -96,7 +101,7 @@ class ViTModel(nn.Module):
         )
         self.apply(init_weights)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, preds)."""
         return self.backbone(self.patch_tokens(x), grid_after(self.windows, *x.shape[2:]))
 
@@ -104,24 +109,24 @@ class ViTModel(nn.Module):
 class T2TViT(nn.Module):
     """:class:`Tokens2Token` and :class:`ViTBackbone`: (B, C, H, W) -> (B, preds)."""
 
-    tokeniser = Tokens2Token
-    classifier = ViTBackbone
+    tokeniser: type[nn.Module] = Tokens2Token
+    classifier: type[nn.Module] = ViTBackbone
 
     def __init__(
         self,
-        img_size=(1, 1700, 500),
-        softsplit_kernels=(31, 3, 3),
-        preds=1,
-        token_len=768,
-        token_chan=64,
-        num_heads=1,
-        T2T_hidden_chan_mul=1.0,
-        Encoding_hidden_chan_mul=4.0,
-        depth=12,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
+        img_size: Sequence[int] = (1, 1700, 500),
+        softsplit_kernels: Sequence[int] = (31, 3, 3),
+        preds: int = 1,
+        token_len: int = 768,
+        token_chan: int = 64,
+        num_heads: int = 1,
+        T2T_hidden_chan_mul: float = 1.0,
+        Encoding_hidden_chan_mul: float = 4.0,
+        depth: int = 12,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
         check_options("T2TViT", locals())
@@ -152,6 +157,6 @@ class T2TViT(nn.Module):
         )
         self.apply(init_weights)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, preds)."""
         return self.vit_backbone(self.tokens_to_token(x), grid_after(self.windows, *x.shape[2:]))
