@@ -22,8 +22,8 @@ class T2TEmbed(nn.Module):
 
         VisionTransformer(embed_layer=partial(T2TEmbed, tokens_type="performer"), ...)
 
-    (B, in_chans, H, W) -> (B, N, embed_dim), or what ``output_fmt`` says. Where timm's needs H and W to be multiples of
-    the patch size, this one does not: its grid rounds up, and :meth:`dynamic_feat_size` says so.
+    (B, in_chans, H, W) -> (B, N, embed_dim), or the layout of ``output_fmt``. Unlike timm's, it accepts H and W
+    that are not multiples of the patch size; the grid is rounded up (:meth:`dynamic_feat_size`).
 
     Args:
         img_size: int, (H, W) or ``None`` (no size is checked, :attr:`grid_size` and :attr:`num_patches` are ``None``).
@@ -91,7 +91,7 @@ class T2TEmbed(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Another image size; ``patch_size`` may only be repeated."""
+        """Change the image size; ``patch_size`` cannot change, and another one is a ``ValueError``."""
         if patch_size is not None:
             self._check_patch_size(patch_size)
         if img_size is not None:
@@ -101,7 +101,7 @@ class T2TEmbed(nn.Module):
             self.num_patches = prod(self.grid_size)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token along an axis: the larger one, or (height, width)."""
+        """Pixels per token: the larger of the two axes, or (height, width)."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -114,6 +114,7 @@ class T2TEmbed(nn.Module):
         return (-height % self.patch_size[0], -width % self.patch_size[1]) if self.dynamic_img_pad else (0, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, N, embed_dim), or the layout of ``output_fmt``."""
         height, width = x.shape[2:]
         if self.strict_img_size and self.img_size is not None and (height, width) != self.img_size:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What every classification model here shares: extra tokens, positions for any grid, blocks, norm."""
+"""The base of all classification models here: extra tokens, positions for any grid, blocks, norm."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         self.norm = norm_layer(self.num_features)
 
     def _initialise(self):
-        """Draw all weights; called by subclasses when they are complete."""
+        """Initialise all weights; subclasses call it at the end of their constructors."""
         for token in (self.cls_token, self.dist_token, self.pos_embed):
             if token is not None and token.requires_grad:
                 nn.init.trunc_normal_(token, std=0.02)
@@ -119,15 +119,14 @@ class Backbone(nn.Module):
 
     @property
     def tokeniser(self) -> Any:
-        """The module that makes tokens of the image."""
+        """The module that turns an image into tokens."""
         return getattr(self, self._tokeniser_name)
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """The position table for a grid (h, w), (1, extra + h*w, embed_dim).
 
-        The stored table where the grid is the one the model was built for; else, by :attr:`position_mode`, its grid
-        interpolated ("bicubic", "bilinear": what the model learned about places is kept) or a new sinusoid
-        ("sinusoid": what a model of that size would be built with).
+        The stored table if the model was built for this grid. Otherwise :attr:`position_mode` decides: "bicubic" and
+        "bilinear" interpolate the stored table, "sinusoid" computes the table of a new model of that size.
         """
         if same_grid(grid, self.grid_size):
             return self.pos_embed
@@ -137,10 +136,9 @@ class Backbone(nn.Module):
         return resize_position_table(self.pos_embed, self.grid_size, grid, self.extra_tokens, self.position_mode)
 
     def tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """What the tokeniser makes of an image (B, C, H, W), and its grid.
+        """Tokens (B, h*w, embed_dim) of an image (B, C, H, W), and their grid (h, w).
 
-        The tokeniser is called as any module, so hooks and wrappers on it count; the grid follows from the windows that
-        it was built with.
+        The tokeniser is called as a module, so its hooks and wrappers run; the grid follows from :attr:`windows`.
         """
         return self.tokeniser(x), grid_after(self.windows, *x.shape[2:])
 
@@ -158,5 +156,5 @@ class Backbone(nn.Module):
         return {"cls_token"}
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """The classifier."""
         return self.get_submodule("head")

@@ -74,6 +74,7 @@ class SELayer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, channel) -> (B, N, channel)."""
         return x * self.fc(x.mean(dim=1)).unsqueeze(1)
 
 
@@ -101,7 +102,7 @@ def scale_channels(convolution: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
 
 
 class AttentionGhost(Attention):
-    """Self-attention whose q, k and v are computed for half the channels and copied by factors per channel."""
+    """Self-attention that computes q, k and v for half of the channels; the others are scaled copies of them."""
 
     scale_channels = staticmethod(scale_channels)
 
@@ -128,7 +129,7 @@ class AttentionGhost(Attention):
 
 
 class MlpGhost(nn.Module):
-    """MLP of three parts, one computed, two copied by factors per channel and activated again."""
+    """MLP of three parts: one is computed, two are scaled copies of it, activated again."""
 
     scale_channels = staticmethod(scale_channels)
 
@@ -153,6 +154,7 @@ class MlpGhost(nn.Module):
         self.cheap_operation3 = _cheap_operation(in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, in_features) -> (B, N, out_features)."""
         x = self.act(self.fc1(x))
         copies = (self.act(self.scale_channels(cheap, x)) for cheap in (self.cheap_operation2, self.cheap_operation3))
         return self.drop(self.fc2(self.drop(torch.cat([x, *copies], dim=2))))
@@ -188,6 +190,7 @@ class Block(nn.Module):
         self.mlp = self.mlp_layer(dim, int(dim * mlp_ratio), dim, act_layer=act_layer, drop=drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, dim) -> (B, N, dim)."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -213,6 +216,7 @@ class BlockDense(Block):
         self.dense_linear = nn.Linear(dim, growth_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, dim) -> (B, N, dim + growth_rate)."""
         return torch.cat([x, self.dense_linear(super().forward(x))], dim=2)
 
 
@@ -225,11 +229,12 @@ class Transition(nn.Module):
         self.linear = nn.Linear(in_features, out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, in_features) -> (B, N, out_features)."""
         return self.act(self.linear(x))
 
 
 BLOCKS = {"plain": Block, "se": BlockSE, "ghost": BlockGhost, "dense": BlockDense}
-"""By name. "dense" grows and is built in stages by :func:`block_stack`, the others keep the width."""
+"""Block classes by name. "dense" blocks widen the tokens, the others keep the width."""
 
 
 def block_stack(

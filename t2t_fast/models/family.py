@@ -1,8 +1,7 @@
-"""What other code needs to know of a family of models: the rules by which ``swap`` finds and replaces its modules, and
-how its checkpoints are recognised.
+"""Records that describe modules to ``swap``, and families of models to ``swap`` and ``load_checkpoint``.
 
-A rule is one record. ``interop.swap`` has the rules of upstream's modules; a package of :mod:`t2t_fast.models` declares
-its own in a :class:`Family`, which ``models.FAMILIES`` lists.
+A swap rule is one record. The rules of upstream's modules are in ``interop/swap/rules.py``; a package of
+:mod:`t2t_fast.models` declares its rules in a :class:`Family`, which ``models.FAMILIES`` lists.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SOFT_SPLITS = ("soft_split0", "soft_split1", "soft_split2")
 
 @dataclass(frozen=True)
 class Form:
-    """A fast class, and all that a module may consist of to become one of that class.
+    """A fast class, and everything that a module may have to become one of that class.
 
     Attributes:
         kind: the fast class.
@@ -45,16 +44,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Rule:
-    """What ``swap`` looks for, by structure and never by class, and what a match becomes.
+    """What ``swap`` looks for, by structure and never by class, and the class that a match gets.
 
     Attributes:
         name: the class that the rule is about, for messages.
         structure: what a match has, for messages.
-        form: what a match becomes.
+        form: the fast class that a match gets.
         matches: module -> whether it has the structure.
         refusal: matching module -> the reason why it cannot be swapped, or ``None``.
         probes: matching module -> input shapes for the proof; the first on which the original runs is used.
-        inner: child -> what it becomes along with the module.
+        inner: child -> the fast class that it gets along with the module.
         soft_splits: of a whole T2T module: soft split -> layer that computes it too. If the module cannot be swapped,
             its soft splits are, where the proof allows it.
         operator: the operator whose backend reports show.
@@ -78,7 +77,7 @@ class Family:
     """A family of models with parameter names of its own.
 
     Attributes:
-        name: as reports call it.
+        name: the name in reports.
         swap_rules: rules for its modules.
         checkpoint_names: regular expression that is found in names of its state dicts, and in no other project's.
         model: the class here that its weights fit, for messages.

@@ -36,7 +36,11 @@ class PatchEmbed(nn.Module):
         return self.grid_size[0] * self.grid_size[1]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid (h, w) of an image; an error unless the patch divides it."""
+        """Token grid (h, w) of an image of ``height`` x ``width``.
+
+        Raises:
+            ValueError: the patch does not divide the image.
+        """
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"PatchEmbed: patch_size {self.patch_size} must divide the image, got height {height}, width {width}"

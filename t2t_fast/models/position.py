@@ -22,7 +22,7 @@ def sinusoid_table(positions: int, width: int) -> torch.Tensor:
 
 
 def same_grid(first: tuple[int, int], second: tuple[int, int]) -> bool:
-    """Whether two grids are the same; for an exported program with free sizes only if they are for every size."""
+    """Whether two grids are equal; during an export with dynamic sizes, whether they are equal for all sizes."""
     sizes = (*first, *second)
     if not any(isinstance(n, torch.SymInt) for n in sizes) and not is_exporting():
         return tuple(first) == tuple(second)
@@ -60,7 +60,11 @@ def resize_position_table(
 
 
 def square_grid(entries: int, extra: int = 1) -> tuple[int, int]:
-    """The (h, w) grid of a table of ``entries``, if its area is a square; else an error that asks for the grid."""
+    """The square grid (h, w) of a position table with ``entries`` entries.
+
+    Raises:
+        ValueError: the number of entries without the extra ones is no square.
+    """
     area = entries - extra
     side = round(area**0.5)
     if side * side != area:

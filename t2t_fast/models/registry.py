@@ -39,8 +39,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "t2t_vit_dense": dict(
         cls=T2TViTDense, growth_rate=64, block_config=(3, 6, 6, 4), embed_dim=128, num_heads=8, mlp_ratio=2.0
     ),
-    # the same without T2T; where upstream has no code (all but ViT-S/16), the paper gives depth and width, and heads
-    # and MLP ratio are those of the row's T2T sibling or of ViT-S/16
+    # the same without T2T; upstream has code for ViT-S/16 only. Depth and width of the others are the paper's, heads
+    # and MLP ratio those of the corresponding T2T model or of ViT-S/16
     "vit_small_patch16_224": _vit_s(),
     "vit_deep_narrow_patch16_224": _vit(embed_dim=384, depth=16, num_heads=6, mlp_ratio=3.0),
     "vit_shallow_wide_patch16_224": _vit(embed_dim=1024, depth=4, num_heads=8, mlp_ratio=3.0),
@@ -59,12 +59,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """Names that :func:`create_model` knows."""
+    """The names that :func:`create_model` accepts."""
     return list(CONFIGS)
 
 
 def build_model(name: str, **options: Any) -> nn.Module:
-    """A randomly initialised model by name; options override its configuration."""
+    """A randomly initialised model by name; options override its configuration.
+
+    Raises:
+        ValueError: unknown name. TypeError, ValueError: an option of the wrong type or value.
+    """
     if name not in CONFIGS:
         raise ValueError(f"create_model: name must be one of {', '.join(CONFIGS)}, got {name!r}")
     config = {**CONFIGS[name], **options}

@@ -102,6 +102,7 @@ class T2TViT(Backbone):
         return self.encode(*self.tokens(x))[:, 0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.head(self.forward_features(x))
 
     def forward_stages(self, x: torch.Tensor) -> list[torch.Tensor]:

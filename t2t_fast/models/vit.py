@@ -101,16 +101,18 @@ class ViT(Backbone):
                 setattr(self, name, head.to(self.cls_token))
 
     def no_weight_decay(self) -> set[str]:
+        """Names of parameters that upstream's recipes exempt from weight decay."""
         return {"pos_embed", "cls_token", "dist_token"}
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What the head receives: (B, num_features), or a pair of (B, embed_dim) with ``distilled``."""
+        """The input of the head: (B, num_features), or a pair of (B, embed_dim) with ``distilled``."""
         x = self.encode(*self.tokens(x))
         if self.dist_token is None:
             return self.pre_logits(x[:, 0])
         return x[:, 0], x[:, 1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(B, in_chans, H, W) -> (B, num_classes); with ``distilled`` in training a pair of them, one a head."""
         features = self.forward_features(x)
         if self.head_dist is None:
             return self.head(features)

@@ -66,7 +66,7 @@ class ClassSwitch(reference.Token_performer):
 
 
 class Maps(reference.Token_performer):
-    """Keeps what passes, for somebody to read."""
+    """Stores its output in an attribute."""
 
     def forward(self, x):
         y = super().forward(x)

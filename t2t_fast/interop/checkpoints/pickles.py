@@ -1,4 +1,4 @@
-"""Reads pickles without running them: opcodes are interpreted here, no class is imported and no function called.
+"""Reads pickles without running them: opcodes are interpreted, no class is imported and no function called.
 
 Subclasses of :class:`Machine` define what a call or a persistent id means: ``torch_files.py`` inspects files of
 ``torch.save`` before PyTorch reads them, ``paddle_files.py`` builds arrays.
@@ -16,7 +16,7 @@ KEY_STEPS = 1000
 TUPLE_STEPS = 10_000
 """Nested entries of any tuple of tuples."""
 LINE_LENGTH = 4096
-"""Characters of a line, in which old opcodes store a number or a name."""
+"""Longest line of a text opcode."""
 
 # Opcodes that push their argument.
 _VALUES = frozenset(
@@ -32,7 +32,7 @@ _MARK = object()
 
 
 class Global:
-    """A module's attribute that a pickle names; it is never looked up."""
+    """A module attribute that a pickle names; it is never resolved."""
 
     def __init__(self, name: str):
         self.name = name
@@ -58,7 +58,7 @@ def check_key(key: Any) -> None:
 
 
 class _Bounded:
-    """The part of a file that a pickle may read: ``size`` bytes, ``longest`` at a time, no endless line."""
+    """Limits what a pickle may read: ``size`` bytes in total, ``longest`` at a time, lines of ``LINE_LENGTH``."""
 
     def __init__(self, file, size, longest):
         self._file = file
@@ -102,7 +102,7 @@ class Machine:
         raise NotImplementedError
 
     def persistent(self, identity: Any) -> Any:
-        """What a persistent id stands for."""
+        """The object that a persistent id refers to."""
         raise Refused("it refers to objects outside of it")
 
     def load(self) -> Any:
@@ -175,7 +175,7 @@ class Machine:
 
 
 def _global(module, attribute):
-    """The name as of Python 3 and NumPy 1, so that files of every version use the same one."""
+    """The global under its Python 3 and NumPy 1 name, whatever version wrote the file."""
     if not (isinstance(module, str) and isinstance(attribute, str)):
         raise Refused("it names a class by something else than strings")
     module = {"__builtin__": "builtins"}.get(module, module)

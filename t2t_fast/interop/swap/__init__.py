@@ -1,8 +1,8 @@
-"""The fast modules in place of upstream's: :func:`swap`, the way back, and what runs now.
+"""Replacing upstream's modules by fast ones (:func:`swap`), undoing it (:func:`unswap`), and :func:`explain`.
 
-``rules.py`` has one record a kind of module, ``match.py`` applies them, ``proof.py`` proves each match on a twin,
-``template.py`` describes what a T2T module returns, ``classes.py`` makes the new classes, ``apply.py`` has the public
-functions, ``explain.py`` and ``report.py`` the tables.
+``rules.py`` has one record for each kind of module, ``match.py`` applies them, ``proof.py`` proves each match on a
+twin, ``template.py`` describes what a T2T module returns, ``classes.py`` makes the new classes, ``apply.py`` has the
+public functions, ``explain.py`` and ``report.py`` the tables.
 """
 
 from .apply import swap, swapped, unswap

@@ -1,4 +1,4 @@
-"""``swap``: the fast forms in place of upstream's modules, on the instances that a model holds.
+"""``swap``: replaces upstream's modules by their fast forms, on the instances that a model holds.
 
 A swap changes a module's class and nothing else (``classes.py``): the object stays, and with it its parameters,
 hooks, attributes, methods and every reference to it (an optimizer's, a wrapper's); ``unswap`` restores the class. This
@@ -9,7 +9,7 @@ every match is proved on a twin before anything is changed (``proof.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -48,12 +48,12 @@ def _selected(path, include, exclude):
 
 
 def _named(path, include):
-    """Whether a pattern matches this very path."""
+    """Whether a pattern matches the path itself."""
     return include is not None and any(fnmatchcase(path, pattern) for pattern in include)
 
 
 def _find(model, include, exclude):
-    """What matches, [(path, module, plan)], and [Row] of what is left."""
+    """The matches, [(path, module, plan)], and a :class:`Row` for each candidate that is left."""
     found, left, claimed = [], [], set()
     for path, module in model.named_modules():
         if id(module) in claimed:
@@ -81,7 +81,7 @@ def _find(model, include, exclude):
 
 
 class _Swap(NamedTuple):
-    """Proved changes of one module, the last of which is that of the module at ``path``."""
+    """The proved changes of one module; the last one is that of the module at ``path``."""
 
     path: str
     changes: list[Change]
@@ -89,7 +89,7 @@ class _Swap(NamedTuple):
 
 
 def _prove_all(model, found, include, exclude):
-    """[:class:`_Swap`] of what is proved, and [Row] of what is left; from the inside out."""
+    """A :class:`_Swap` for each proved match, and a :class:`Row` for each other one; inner modules first."""
     proved, left = [], []
     for path, module, plan in reversed(found):
         inside = {id(each) for each in module.modules()}
@@ -107,25 +107,25 @@ def _prove_all(model, found, include, exclude):
 
 
 def _prove_parts(module, path, plan, inner, include, exclude):
-    """[:class:`_Swap`] of the children that can be swapped in a module that stays as it is."""
+    """A :class:`_Swap` for each child that can be swapped in a module that is left."""
     paths = {id(child): f"{path}.{name}" if path else name for name, child in module.named_modules()}
     parts = [change for change in plan.parts if _selected(paths[id(change.module)], include, exclude)]
     try:
         if parts:
             prove(module, [*inner, *parts], plan.probes)
     except Mismatch:
-        return []  # the module's own reason says more
+        return []  # the reason of the module itself is reported
     return [_Swap(paths[id(change.module)], [change]) for change in parts]
 
 
 def swap(
     model: nn.Module,
     *,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
+    include: str | Sequence[str] | set[str] | None = None,
+    exclude: str | Sequence[str] | set[str] | None = None,
     dry_run: bool = False,
 ) -> SwapReport:
-    """Put the fast forms in place of upstream's T2T modules, in place, on this instance.
+    """Replace upstream's T2T modules by their fast forms, in place.
 
     These modules are swapped, wherever they are in the model: the whole tokens-to-token module (both token types; also
     one that returns its stages or their sizes beside the tokens), single ``Token_performer`` and ``Token_transformer``
@@ -180,7 +180,7 @@ def swap(
 
 
 def _rows(model, swap, sources):
-    """The lines of one swap, while it is made."""
+    """The rows of one swap; called while the swap is in effect."""
     change, path = swap.changes[-1], swap.path
     returns = f"returns a {change.template}" if change.template is not None else ""
     yield Row(path, sources[path], change.form.name, backend_of(change.module), returns)
@@ -191,12 +191,12 @@ def _rows(model, swap, sources):
 
 
 def _undo(module):
-    """Give a module its original class back."""
+    """Restore a module's original class."""
     module.__class__ = original_class(module)
 
 
 def unswap(model: nn.Module) -> SwapReport:
-    """Undo :func:`swap`: every module gets its original class back.
+    """Undo :func:`swap`: restore the original class of every module.
 
     Args:
         model: a model that :func:`swap` changed, wholly or in part.
@@ -224,7 +224,10 @@ def unswap(model: nn.Module) -> SwapReport:
 
 @contextmanager
 def swapped(
-    model: nn.Module, *, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+    model: nn.Module,
+    *,
+    include: str | Sequence[str] | set[str] | None = None,
+    exclude: str | Sequence[str] | set[str] | None = None,
 ) -> Iterator[SwapReport]:
     """:func:`swap` for the length of a ``with`` block; also after an error, its end restores what this block swapped.
 

@@ -1,4 +1,4 @@
-"""From a module to the changes that a rule makes of it, or the reason why it cannot be swapped."""
+"""The changes that a rule makes to a module, or the reason why the module cannot be swapped."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .template import Mismatch, Template
 
 _BARE = frozenset(nn.Module().__dict__)
 _YIELDING = {"num_patches", "grid_size", "img_size", "tokens_type"}
-"""Names of a fast class that an instance's own attributes may hide."""
+"""Names defined by fast classes that attributes of an instance may hide."""
 
 
 class Change(NamedTuple):
-    """One module's class to be changed: see :func:`classes.swapped_class`."""
+    """The new class of one module: see :func:`classes.swapped_class`."""
 
     module: nn.Module
     form: Form
@@ -78,7 +78,7 @@ def _plan(rule, module):
 
 
 def _change(module, form):
-    """The change of ``module`` into ``form``, if the fast class ignores nothing that the module has."""
+    """The change of ``module`` into ``form``; :class:`Mismatch` if the fast class would ignore a part of the module."""
     extra = [name for held in (module._parameters, module._buffers) for name in held if name not in form.parameters]
     if extra:
         raise Mismatch(f"{type(module).__name__} has {', '.join(extra)}, which the fast form does not have")
@@ -111,7 +111,7 @@ def _data(cls):
 
 
 def _names_in_forward(cls):
-    """Attribute names in the code of ``forward`` and of the methods that it names, and those that it stores."""
+    """Attribute names that ``forward`` and the methods it names read, and those that they store; from bytecode."""
     if _code(cls.forward) is None:
         raise Mismatch(f"its forward is a {type(cls.forward).__name__}, not Python code that can be read")
     names, stored, waiting, seen = set(), set(), ["forward"], set()
@@ -135,7 +135,7 @@ def _code(value):
 
 
 def _parts(code):
-    """A code object and those of the functions and comprehensions in it."""
+    """A code object and those of functions and comprehensions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -143,7 +143,7 @@ def _parts(code):
 
 
 def _argument(module, kind):
-    """The name of ``forward``'s only argument, if it is not that of the fast one."""
+    """The name of ``forward``'s only argument, or ``None`` if the fast one has the same name."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if len(parameters) != 1 or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         raise Mismatch(f"its forward takes ({', '.join(map(str, parameters))}), the fast one an input alone")

@@ -1,4 +1,4 @@
-"""What a swap did, as rows and as a table."""
+"""The report of a swap, as rows and as a table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ FUSED = "(fused)"
 class Row(NamedTuple):
     """One line of a report.
 
-    ``target`` is the new class; "(fused)" for a child that a swapped module does not call any more; empty where a
-    module was left as it was, and ``reason`` says why.
+    ``target`` is the new class; "(fused)" for a child that a swapped module no longer calls; empty for a module that
+    was left, with the reason in ``reason``.
     """
 
     path: str
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What was swapped (or would be, or came back) and what was left; ``str()`` is a table."""
+    """The modules that were swapped (or would be, or were restored) and those that were left; ``str()`` is a table."""
 
     rows: tuple[Row, ...]
     done: str
@@ -36,7 +36,7 @@ class SwapReport:
 
     @property
     def left(self) -> dict[str, str]:
-        """Path -> reason of the candidates that did not change."""
+        """Path -> reason, for the candidates that did not change."""
         return {row.path: row.reason for row in self.rows if not row.target}
 
     def __str__(self) -> str:

@@ -136,4 +136,4 @@ RULES = (
 )
 
 FAST = tuple(rule.form.kind for rule in RULES)
-"""The classes of fast modules, swapped or built as such."""
+"""The classes of fast modules, swapped or constructed."""

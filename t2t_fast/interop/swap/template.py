@@ -14,7 +14,7 @@ class Mismatch(Exception):
 
 
 class Template(NamedTuple):
-    """What a module returns, told by what is known at each of its stages.
+    """The structure that a module returns, expressed in terms of its stages.
 
     Attributes:
         kind: "tuple", "list", "dict", "none", "input", "input size", "grid", "tokens" or "image".
@@ -27,7 +27,7 @@ class Template(NamedTuple):
     items: tuple = ()
 
     def fill(self, x: torch.Tensor, stages: list) -> Any:
-        """The structure for an input and its stages, [(tokens, grid)]."""
+        """The structure with the values for an input and its stages, [(tokens, grid)]."""
         if self.kind == "tuple":
             return tuple(item.fill(x, stages) for item in self.items)
         if self.kind == "list":

@@ -18,7 +18,11 @@ from .layers import TokenTransformer
 
 
 def check_image(owner: str, img_size: Sequence[int]) -> tuple[int, int, int]:
-    """``img_size`` as (C, H, W), three integers."""
+    """``img_size`` as (C, H, W).
+
+    Raises:
+        TypeError, ValueError: it is not three integers of at least 1; the text begins with ``owner``.
+    """
     check_series(owner, "img_size", img_size, length=3)
     channels, height, width = img_size
     return channels, height, width
@@ -116,7 +120,11 @@ class PatchTokenization(nn.Module):
         self.project = nn.Linear(channels * patch_size**2, token_len)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid (h, w); an error unless the patch divides the image."""
+        """Token grid (h, w) of an image of ``height`` x ``width``.
+
+        Raises:
+            ValueError: the patch does not divide the image.
+        """
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"PatchTokenization: patch_size {self.patch_size} must divide the image, "
