@@ -112,7 +112,7 @@ RULES = (
     ),
     Rule(
         name="nn.Unfold",
-        structure="one that include names, and soft_split0..2 of a T2T module that cannot be swapped as a whole",
+        structure="if include names it; also soft_split0..2 of a T2T module that cannot be swapped as a whole",
         form=Form(Unfold),
         matches=lambda module: isinstance(module, nn.Unfold),
         refusal=window_refusal,
