@@ -2,9 +2,8 @@
 
 from .checkpoints import LoadReport, load_checkpoint, read_state_dict
 from .create import create_model
-from .explain import ModelExplanation, explain
 from .export import ExportReport, export_model
-from .swap import SwapReport, swap, swapped, unswap
+from .swap import ModelExplanation, SwapReport, explain, swap, swapped, unswap
 from .timm_embed import T2TEmbed
 
 __all__ = [

@@ -1,13 +1,28 @@
 """Models by name, with weights from a file."""
 
+from __future__ import annotations
+
+import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
 
 from ..errors import check_pair
 from ..models import build_model
 from .checkpoints import load_checkpoint
 
 
-def create_model(name, *, img_size=224, in_chans=3, num_classes=1000, checkpoint=None, **options):
+def create_model(
+    name: str,
+    *,
+    img_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    checkpoint: str | os.PathLike | Mapping | None = None,
+    **options: Any,
+) -> nn.Module:
     """A model by name, randomly initialised or with the weights of a checkpoint file.
 
     Args:
@@ -15,16 +30,15 @@ def create_model(name, *, img_size=224, in_chans=3, num_classes=1000, checkpoint
         img_size: int or (H, W): the size whose token grid the stored position table has. Other sizes work at call time.
         in_chans, num_classes: channels of the image; classes, 0 for no head.
         checkpoint: path of a file that :func:`load_checkpoint` reads, or a state dict. Its position table is resized to
-            ``img_size``; if it has another class count (or no head), the head is newly initialised and a warning says
-            so.
+            ``img_size``; if its class count differs (or it has no head), the head is newly initialised, with a warning.
         options: other arguments of the model's class, such as ``drop_path_rate``, ``qk_scale``, ``norm_layer``.
 
     Returns:
         the model, in training mode.
 
     Raises:
-        ValueError: unknown name or bad value. TypeError: unknown option; ``pretrained=True``, which upstream's
-        factories take for another attention scale and which loads nothing. FileNotFoundError, CheckpointError: as
+        ValueError: unknown name or bad value. TypeError: unknown option, or ``pretrained=True``, which in upstream's
+        factories changes the attention scale and loads nothing. FileNotFoundError, CheckpointError: as
         :func:`load_checkpoint`.
     """
     if options.pop("pretrained", False):

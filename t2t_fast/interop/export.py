@@ -1,11 +1,15 @@
 """Models as files for other runtimes: ONNX, and ``torch.export`` programs of plain ATen operators."""
 
+from __future__ import annotations
+
 import copy
 import importlib
+import os
 import re
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +25,10 @@ FORMATS = {"onnx": ".onnx", "program": ".pt2"}
 """Format -> file name ending: ONNX, and a program that ``torch.export.load`` reads."""
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest error of an exported file against the model, relative to the largest output; larger ones are refused."""
+"""Largest allowed error of an exported file, relative to the model's largest output."""
 
 FORBIDDEN_NODES = ("Im2Col", "Col2Im", "Einsum")
-"""ONNX nodes that many runtimes lack, or run slowly."""
+"""ONNX nodes that many runtimes do not support, or run slowly."""
 
 SINGLE_FILE_LIMIT = 1_900_000_000
 """Bytes of weights beyond which ONNX, limited to 2 GB a file, keeps them in a second file."""
@@ -36,7 +40,7 @@ class ExportedFile:
 
     Attributes:
         format: "onnx" or "program"; path, size: the file and its bytes (weights kept in a second file included).
-        nodes: operator -> how often it occurs.
+        nodes: operator -> number of nodes.
         batches: batch sizes at which the file was compared with the model, none without a check.
         max_abs_error, max_rel_error: largest difference from the model's output, and that divided by the largest
             output; ``None`` without a check.
@@ -56,8 +60,8 @@ class ExportReport:
     """What :func:`export_model` wrote; ``str()`` is a table.
 
     Attributes:
-        name: the files' name; input_shape: (B, C, H, W) of the input; dynamic_batch: whether B is free.
-        dtype: of input and weights; files: one :class:`ExportedFile` a format.
+        name: the files' name; input_shape: (B, C, H, W) of the input; dynamic_batch: whether B is dynamic.
+        dtype: of input and weights; files: one :class:`ExportedFile` for each format.
     """
 
     name: str
@@ -85,29 +89,29 @@ class ExportReport:
 
 
 def export_model(
-    model,
-    folder,
+    model: nn.Module,
+    folder: str | os.PathLike,
     *,
-    name=None,
-    img_size=None,
-    in_chans=3,
-    batch=1,
-    dynamic_batch=False,
-    formats=("onnx", "program"),
-    opset=20,
-    check=True,
-):
+    name: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    batch: int = 1,
+    dynamic_batch: bool = False,
+    formats: str | Iterable[str] = ("onnx", "program"),
+    opset: int = 20,
+    check: bool = True,
+) -> ExportReport:
     """Write ``model`` for inference to ``folder / name`` with the ending of each format, and compare with the model.
 
-    The operators of this package become plain ones (the "aten" backend's): an ONNX file needs no custom operator and
-    no Im2Col, Col2Im or Einsum, and ``torch.export.load`` reads the program where this package is not installed. Both
-    hold CPU tensors, whatever the model's device; ``torch.export.passes.move_to_device_pass`` moves a program. The
-    model is not changed (its training flags are restored), and its hooks and dropout act as in eval mode. Swap an
-    upstream model first: its own Performer holds Einsums, which ONNX files are refused for.
+    The operators of this package are replaced by those of the "aten" backend: the ONNX file contains no custom operator
+    and no Im2Col, Col2Im or Einsum, and ``torch.export.load`` reads the program without this package. Both contain CPU
+    tensors, regardless of the model's device; ``torch.export.passes.move_to_device_pass`` moves a program. The model is
+    exported in eval mode, with its hooks, and not changed (its training flags are restored). Swap an upstream model
+    first: upstream's Performer uses Einsum, which is refused in ONNX files.
 
     Args:
         model: (B, in_chans, H, W) -> a tensor or a tuple of tensors.
-        folder: created if missing; files of the same names are replaced, and only once everything succeeded.
+        folder: created if missing; files of the same names are replaced after everything has succeeded.
         name: the files' name; by default that of the model's class, in lower case.
         img_size: int or (H, W), fixed in the file; by default what the model or a module of it has as ``img_size``.
         batch: batch size, fixed in the file unless ``dynamic_batch``.
@@ -138,7 +142,7 @@ def export_model(
     if "onnx" in formats:
         _check_onnx(dtype, check)
 
-    traced = max(batch, 2) if dynamic_batch else batch  # tracing would take a batch of 1 for a constant
+    traced = max(batch, 2) if dynamic_batch else batch  # tracing specialises on a batch of 1
     batches = sorted({1, traced, traced + 1}) if dynamic_batch else [batch]
     with _for_inference(model) as model:
         inputs = {size: _sample((size, in_chans, height, width), dtype) for size in batches}
@@ -146,7 +150,7 @@ def export_model(
         program = _trace(model, inputs[traced], dynamic_batch)
         cases = [(x, expected[size]) for size, x in inputs.items()] if check else []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, about themselves
+            warnings.simplefilter("ignore")  # the exporters' own deprecation warnings
             files = _write(program, folder, name, formats, opset, cases, TOLERANCES[dtype])
     return ExportReport(name, (traced, in_chans, height, width), dynamic_batch, dtype, tuple(files))
 
@@ -193,7 +197,7 @@ def _sample(shape, dtype):
 
 
 def _outputs(value):
-    """What a model returned, as a tuple of tensors."""
+    """A model's result as a tuple of tensors."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     if not all(isinstance(each, torch.Tensor) for each in values):
         raise TypeError("export_model: model must return a tensor or a tuple of tensors")
@@ -202,7 +206,7 @@ def _outputs(value):
 
 @contextmanager
 def _for_inference(model):
-    """The model in eval mode on the CPU: itself, or a copy of a model that lives elsewhere."""
+    """The model in eval mode on the CPU: itself, or a copy if it is on another device."""
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model).cpu()
     modes = [(module, module.training) for module in model.modules()]
@@ -216,7 +220,7 @@ def _for_inference(model):
 
 
 def _trace(model, sample, dynamic_batch):
-    """An ``ExportedProgram`` of ATen operators, without traces of the source files it came from."""
+    """An ``ExportedProgram`` of ATen operators, without references to source files."""
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
 
     def plain(op):
@@ -230,8 +234,8 @@ def _trace(model, sample, dynamic_batch):
     for node in _program_nodes(program):
         for key in ("stack_trace", "from_node"):
             node.meta.pop(key, None)
-        # The strides that tracing foresees are not always those at run time (a batch of 1 has several right answers),
-        # and a view of other strides would fail.
+        # The traced strides are not always those at run time (for a batch of 1 several are valid), and view() fails for
+        # strides that do not fit.
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten":
@@ -249,7 +253,7 @@ def _program_nodes(program):
 
 
 def _write(program, folder, name, formats, opset, cases, tolerance):
-    """Write and check everything in a scratch folder, then move it into place."""
+    """Write and check all files in a temporary folder, then move them into place."""
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -272,7 +276,7 @@ def _write(program, folder, name, formats, opset, cases, tolerance):
 
 
 def _compare(format, run, cases, tolerance):
-    """Run a written file on inputs whose outputs are known: batches and errors for :class:`ExportedFile`."""
+    """Compare a written file with the model's outputs: batches and errors for :class:`ExportedFile`."""
     worst, relative, batches = 0.0, 0.0, []
     for x, expected in cases:
         got = run(x)
@@ -334,7 +338,7 @@ def _write_onnx(program, path, opset):
 
 
 def _tidy(proto):
-    """Name the free batch, and drop the exporter's notes, which hold paths of this machine."""
+    """Name the dynamic batch dimension, and remove the exporter's metadata, which contain local paths."""
     batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         del value.metadata_props[:]

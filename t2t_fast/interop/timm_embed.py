@@ -1,13 +1,17 @@
 """The tokens-to-token front end as timm's patch embedding."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import check_pair
 from ..modules import T2TModule
-from ..ops._common.spec import T2T_WINDOWS, grid_after
+from ..ops._common.spec import T2T_WINDOWS, Window, grid_after
 from ..ops._common.windows import as_image
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
@@ -18,8 +22,8 @@ class T2TEmbed(nn.Module):
 
         VisionTransformer(embed_layer=partial(T2TEmbed, tokens_type="performer"), ...)
 
-    (B, in_chans, H, W) -> (B, N, embed_dim), or what ``output_fmt`` says. Where timm's needs H and W to be multiples of
-    the patch size, this one does not: its grid rounds up, and :meth:`dynamic_feat_size` says so.
+    (B, in_chans, H, W) -> (B, N, embed_dim), or the layout of ``output_fmt``. Unlike timm's, it accepts H and W
+    that are not multiples of the patch size; the grid is rounded up (:meth:`dynamic_feat_size`).
 
     Args:
         img_size: int, (H, W) or ``None`` (no size is checked, :attr:`grid_size` and :attr:`num_patches` are ``None``).
@@ -37,22 +41,22 @@ class T2TEmbed(nn.Module):
 
     def __init__(
         self,
-        img_size=224,
-        patch_size=16,
-        in_chans=3,
-        embed_dim=768,
-        norm_layer=None,
-        flatten=True,
-        output_fmt=None,
-        bias=True,
-        strict_img_size=True,
-        dynamic_img_pad=False,
-        device=None,
-        dtype=None,
+        img_size: int | tuple[int, int] | None = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        flatten: bool = True,
+        output_fmt: str | None = None,
+        bias: bool = True,
+        strict_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         *,
-        tokens_type="performer",
-        token_dim=64,
-        windows=T2T_WINDOWS,
+        tokens_type: str = "performer",
+        token_dim: int = 64,
+        windows: Sequence[Window] = T2T_WINDOWS,
     ):
         super().__init__()
         if output_fmt is not None and output_fmt not in FORMATS:
@@ -70,7 +74,9 @@ class T2TEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim).to(device=device, dtype=dtype)
-        self.img_size = self.grid_size = self.num_patches = None
+        self.img_size: tuple[int, int] | None = None
+        self.grid_size: tuple[int, int] | None = None
+        self.num_patches: int | None = None
         if img_size is not None:
             self.set_input_size(img_size)
 
@@ -82,8 +88,10 @@ class T2TEmbed(nn.Module):
                 f"T2TEmbed: patch_size must be {expected}, the product of the soft splits' strides, got {patch_size!r}"
             )
 
-    def set_input_size(self, img_size=None, patch_size=None):
-        """Another image size; ``patch_size`` may only be repeated."""
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change the image size; ``patch_size`` cannot change, and another one is a ``ValueError``."""
         if patch_size is not None:
             self._check_patch_size(patch_size)
         if img_size is not None:
@@ -92,11 +100,11 @@ class T2TEmbed(nn.Module):
             self.grid_size = self.dynamic_feat_size(self.img_size)
             self.num_patches = prod(self.grid_size)
 
-    def feat_ratio(self, as_scalar=True):
-        """Pixels per token along an axis: the larger one, or (height, width)."""
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token: the larger of the two axes, or (height, width)."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
-    def dynamic_feat_size(self, img_size):
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Token grid (h, w) of an image of (H, W), padding included."""
         height, width = img_size
         pad_height, pad_width = self._padding(height, width)
@@ -105,7 +113,8 @@ class T2TEmbed(nn.Module):
     def _padding(self, height, width):
         return (-height % self.patch_size[0], -width % self.patch_size[1]) if self.dynamic_img_pad else (0, 0)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, N, embed_dim), or the layout of ``output_fmt``."""
         height, width = x.shape[2:]
         if self.strict_img_size and self.img_size is not None and (height, width) != self.img_size:
             raise ValueError(

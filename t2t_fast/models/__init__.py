@@ -5,4 +5,18 @@ from .registry import CONFIGS, build_model, list_models
 from .t2t_vit import T2TViT, T2TViTDense, T2TViTGhost, T2TViTSE
 from .vit import ViT
 
-__all__ = ["CONFIGS", "T2TViT", "T2TViTDense", "T2TViTGhost", "T2TViTSE", "ViT", "build_model", "lanl", "list_models"]
+FAMILIES = (lanl.FAMILY,)
+"""Families of models with parameter names of their own (:class:`family.Family`)."""
+
+__all__ = [
+    "CONFIGS",
+    "FAMILIES",
+    "T2TViT",
+    "T2TViTDense",
+    "T2TViTGhost",
+    "T2TViTSE",
+    "ViT",
+    "build_model",
+    "lanl",
+    "list_models",
+]

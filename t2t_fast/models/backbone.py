@@ -1,16 +1,21 @@
-"""What every classification model here shares: extra tokens, positions for any grid, blocks, norm."""
+"""The base of all classification models here: extra tokens, positions for any grid, blocks, norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import check_pair
 from ..modules.options import check_choice, check_options
-from ..ops._common.spec import grid_after
+from ..ops._common.spec import Window, grid_after
 from .blocks import BLOCKS, block_stack
 from .position import resize_position_table, same_grid, sinusoid_table
 
 
-def init_weights(module):
+def init_weights(module: nn.Module) -> None:
     """Upstream's initialisation: Linear weights truncated normal (std 0.02), biases 0, LayerNorm identity."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -21,7 +26,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def check_model(owner, options):
+def check_model(owner: str, options: Mapping[str, Any]) -> None:
     """Check a classification model's arguments, name -> value, before anything is built.
 
     Raises:
@@ -43,37 +48,43 @@ class Backbone(nn.Module):
 
     Args:
         name: attribute under which the tokeniser is kept (it prefixes the parameter names).
-        tokeniser: module with ``forward(image) -> tokens``, its ``windows`` and ``grid_size``.
+        tokeniser: module with ``forward(image) -> tokens``.
+        windows: the tokeniser's windows, one a soft split; the token grid follows from them.
+        img_size: int or (H, W) that the position table is made for.
         learned_positions: a learned table, initialised randomly, instead of the frozen sinusoid.
         distilled: a second extra token.
         others: as upstream's models.
     """
 
+    block_classes: Mapping[str, type[nn.Module]] = BLOCKS
+
     def __init__(
         self,
-        name,
-        tokeniser,
+        name: str,
+        tokeniser: nn.Module,
         *,
-        embed_dim,
-        depth,
-        num_heads,
-        mlp_ratio,
-        qkv_bias,
-        qk_scale,
-        drop_rate,
-        attn_drop_rate,
-        drop_path_rate,
-        norm_layer,
-        block="plain",
-        growth_rate=32,
-        block_config=(3, 4, 6, 3),
-        learned_positions=False,
-        distilled=False,
+        windows: Sequence[Window],
+        img_size: int | tuple[int, int],
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        drop_rate: float,
+        attn_drop_rate: float,
+        drop_path_rate: float,
+        norm_layer: Callable[..., nn.Module],
+        block: str = "plain",
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (3, 4, 6, 3),
+        learned_positions: bool = False,
+        distilled: bool = False,
     ):
         super().__init__()
         self.embed_dim = embed_dim
-        self.grid_size = tokeniser.grid_size
-        self.windows = tokeniser.windows
+        self.windows = windows
+        self.grid_size = grid_after(windows, *check_pair(type(self).__name__, "img_size", img_size, minimum=1))
         self.extra_tokens = 2 if distilled else 1
         self.position_mode = "bicubic"
         self._tokeniser_name = name
@@ -95,28 +106,27 @@ class Backbone(nn.Module):
             norm_layer=norm_layer,
         )
         self.blocks, self.num_features = block_stack(
-            block, embed_dim, depth, drop_path_rate, growth_rate, block_config, options
+            block, embed_dim, depth, drop_path_rate, growth_rate, block_config, options, self.block_classes
         )
         self.norm = norm_layer(self.num_features)
 
     def _initialise(self):
-        """Draw all weights; called by subclasses when they are complete."""
+        """Initialise all weights; subclasses call it at the end of their constructors."""
         for token in (self.cls_token, self.dist_token, self.pos_embed):
             if token is not None and token.requires_grad:
                 nn.init.trunc_normal_(token, std=0.02)
         self.apply(init_weights)
 
     @property
-    def tokeniser(self):
-        """The module that makes tokens of the image."""
+    def tokeniser(self) -> Any:
+        """The module that turns an image into tokens."""
         return getattr(self, self._tokeniser_name)
 
-    def positions(self, grid):
+    def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """The position table for a grid (h, w), (1, extra + h*w, embed_dim).
 
-        The stored table where the grid is the one the model was built for; else, by :attr:`position_mode`, its grid
-        interpolated ("bicubic", "bilinear": what the model learned about places is kept) or a new sinusoid
-        ("sinusoid": what a model of that size would be built with).
+        The stored table if the model was built for this grid. Otherwise :attr:`position_mode` decides: "bicubic" and
+        "bilinear" interpolate the stored table, "sinusoid" computes the table of a new model of that size.
         """
         if same_grid(grid, self.grid_size):
             return self.pos_embed
@@ -125,27 +135,26 @@ class Backbone(nn.Module):
             return table.to(self.pos_embed)
         return resize_position_table(self.pos_embed, self.grid_size, grid, self.extra_tokens, self.position_mode)
 
-    def tokens(self, x):
-        """What the tokeniser makes of an image (B, C, H, W), and its grid.
+    def tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Tokens (B, h*w, embed_dim) of an image (B, C, H, W), and their grid (h, w).
 
-        The tokeniser is called as any module, so hooks and wrappers on it count; the grid follows from the windows that
-        it was built with.
+        The tokeniser is called as a module, so its hooks and wrappers run; the grid follows from :attr:`windows`.
         """
         return self.tokeniser(x), grid_after(self.windows, *x.shape[2:])
 
-    def encode(self, tokens, grid):
+    def encode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens (B, h*w, embed_dim) -> normalised (B, extra + h*w, num_features)."""
         extra = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        x = torch.cat([token.expand(tokens.shape[0], -1, -1).to(tokens.dtype) for token in extra] + [tokens], dim=1)
+        x = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in extra), tokens], dim=1)
         x = self.pos_drop(x + self.positions(grid))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> set[str]:
         """Names of parameters that upstream's recipes exempt from weight decay."""
         return {"cls_token"}
 
-    def get_classifier(self):
-        """The head."""
-        return self.head
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.get_submodule("head")

@@ -4,6 +4,11 @@ Sources in yitu-opensource/T2T-ViT: ``models/transformer_block.py``, ``t2t_vit_s
 ``t2t_vit_dense.py``. Attention runs through ``scaled_dot_product_attention``: the same numbers, no N x N tensor.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,7 +22,15 @@ from ..modules.token_transformer import Mlp
 class Attention(nn.Module):
     """Multi-head self-attention on (B, N, dim); ``qk_scale`` replaces ``head_dim ** -0.5``."""
 
-    def __init__(self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
         super().__init__()
         check_options("Attention", locals())
         if dim % num_heads:
@@ -36,18 +49,22 @@ class Attention(nn.Module):
         """q, k and v as (B, heads, N, head_dim)."""
         return heads(self.qkv(x), self.num_heads)
 
+    def _attend(self, q, k, v):
+        return attend(q, k, v, self.scale, self.attn_drop)
+
     def _gate(self, y):
         return y
 
-    def forward(self, x):
-        y = merged(attend(*self._project(x), self.scale, self.attn_drop))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, dim) -> (B, N, dim)."""
+        y = merged(self._attend(*self._project(x)))
         return self.proj_drop(self._gate(self.proj(y)))
 
 
 class SELayer(nn.Module):
     """Squeeze-and-excitation over tokens: channels of (B, N, C) scaled by a gate of their token mean."""
 
-    def __init__(self, channel, reduction=16):
+    def __init__(self, channel: int, reduction: int = 16):
         super().__init__()
         self.fc = nn.Sequential(
             nn.Linear(channel, channel // reduction, bias=False),
@@ -56,14 +73,15 @@ class SELayer(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, channel) -> (B, N, channel)."""
         return x * self.fc(x.mean(dim=1)).unsqueeze(1)
 
 
 class AttentionSE(Attention):
     """Self-attention whose projected output passes an :class:`SELayer`."""
 
-    def __init__(self, dim, **options):
+    def __init__(self, dim: int, **options: Any):
         super().__init__(dim, **options)
         self.se_layer = SELayer(dim)
 
@@ -76,15 +94,17 @@ def _cheap_operation(channels):
     return nn.Conv1d(channels, channels, kernel_size=1, groups=channels, bias=False)
 
 
-def _scale_channels(convolution, x):
-    """What that convolution does to (B, N, C), without transposing it where the convolution need not be called."""
+def scale_channels(convolution: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
+    """A cheap operation on (B, N, C): a product, or the convolution itself if it has hooks or was replaced."""
     if fusion.difference(convolution, nn.Conv1d) is None and not fusion.watched():
         return x * convolution.weight.flatten()
     return convolution(x.transpose(1, 2)).transpose(1, 2)
 
 
 class AttentionGhost(Attention):
-    """Self-attention whose q, k and v are computed for half the channels and copied by factors per channel."""
+    """Self-attention that computes q, k and v for half of the channels; the others are scaled copies of them."""
+
+    scale_channels = staticmethod(scale_channels)
 
     def _make_projections(self, dim, qkv_bias):
         half = dim // 2
@@ -98,7 +118,7 @@ class AttentionGhost(Attention):
     def _project(self, x):
         def ghost_heads(linear, cheap):
             half = linear(x)
-            full = torch.cat([half, _scale_channels(cheap, half)], dim=2)
+            full = torch.cat([half, self.scale_channels(cheap, half)], dim=2)
             return full.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
         return (
@@ -109,9 +129,18 @@ class AttentionGhost(Attention):
 
 
 class MlpGhost(nn.Module):
-    """MLP of three parts, one computed, two copied by factors per channel and activated again."""
+    """MLP of three parts: one is computed, two are scaled copies of it, activated again."""
 
-    def __init__(self, in_features, hidden_features, out_features, act_layer=nn.GELU, drop=0.0):
+    scale_channels = staticmethod(scale_channels)
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ):
         super().__init__()
         if hidden_features != 3 * in_features:
             raise ValueError(
@@ -124,30 +153,31 @@ class MlpGhost(nn.Module):
         self.cheap_operation2 = _cheap_operation(in_features)
         self.cheap_operation3 = _cheap_operation(in_features)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, in_features) -> (B, N, out_features)."""
         x = self.act(self.fc1(x))
-        copies = (self.act(_scale_channels(cheap, x)) for cheap in (self.cheap_operation2, self.cheap_operation3))
+        copies = (self.act(self.scale_channels(cheap, x)) for cheap in (self.cheap_operation2, self.cheap_operation3))
         return self.drop(self.fc2(self.drop(torch.cat([x, *copies], dim=2))))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
-    attention_layer = Attention
-    mlp_layer = Mlp
+    attention_layer: type[nn.Module] = Attention
+    mlp_layer: type[nn.Module] = Mlp
 
     def __init__(
         self,
-        dim,
-        num_heads,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        qk_scale=None,
-        drop=0.0,
-        attn_drop=0.0,
-        drop_path=0.0,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
         check_options(type(self).__name__, locals())
@@ -159,7 +189,8 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = self.mlp_layer(dim, int(dim * mlp_ratio), dim, act_layer=act_layer, drop=drop)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, dim) -> (B, N, dim)."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -180,31 +211,42 @@ class BlockGhost(Block):
 class BlockDense(Block):
     """Block that appends ``growth_rate`` new channels to its input: (B, N, dim) -> (B, N, dim + growth_rate)."""
 
-    def __init__(self, growth_rate, dim, num_heads, **options):
+    def __init__(self, growth_rate: int, dim: int, num_heads: int, **options: Any):
         super().__init__(dim, num_heads, **options)
         self.dense_linear = nn.Linear(dim, growth_rate)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, dim) -> (B, N, dim + growth_rate)."""
         return torch.cat([x, self.dense_linear(super().forward(x))], dim=2)
 
 
 class Transition(nn.Module):
     """Narrowing layer between dense stages: Linear, then activation."""
 
-    def __init__(self, in_features, out_features, act_layer=nn.GELU):
+    def __init__(self, in_features: int, out_features: int, act_layer: Callable[..., nn.Module] = nn.GELU):
         super().__init__()
         self.act = act_layer()
         self.linear = nn.Linear(in_features, out_features)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, in_features) -> (B, N, out_features)."""
         return self.act(self.linear(x))
 
 
 BLOCKS = {"plain": Block, "se": BlockSE, "ghost": BlockGhost, "dense": BlockDense}
-"""By name. "dense" grows and is built by :func:`dense_blocks`, the others keep the width."""
+"""Block classes by name. "dense" blocks widen the tokens, the others keep the width."""
 
 
-def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_config, options):
+def block_stack(
+    kind: str,
+    embed_dim: int,
+    depth: int,
+    drop_path_rate: float,
+    growth_rate: int,
+    block_config: Sequence[int],
+    options: Mapping[str, Any],
+    classes: Mapping[str, type[nn.Module]] = BLOCKS,
+) -> tuple[nn.ModuleList, int]:
     """The backbone's blocks and its final width.
 
     Args:
@@ -213,14 +255,15 @@ def block_stack(kind, embed_dim, depth, drop_path_rate, growth_rate, block_confi
         drop_path_rate: stochastic depth of the last block (dense: of the last stage), growing linearly from 0.
         growth_rate, block_config: for "dense": channels a block adds, blocks per stage.
         options: arguments of every block.
+        classes: {kind: class of the block}.
     """
     if kind == "dense":
-        return dense_blocks(embed_dim, drop_path_rate, growth_rate, block_config, options)
+        return _dense_blocks(classes["dense"], embed_dim, drop_path_rate, growth_rate, block_config, options)
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-    return nn.ModuleList(BLOCKS[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
+    return nn.ModuleList(classes[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
 
 
-def dense_blocks(width, drop_path_rate, growth_rate, block_config, options):
+def _dense_blocks(block, width, drop_path_rate, growth_rate, block_config, options):
     """Stages of :class:`BlockDense`, with a halving :class:`Transition` between stages, as one list."""
     blocks = nn.ModuleList()
     rates = torch.linspace(0, drop_path_rate, len(block_config), device="cpu").tolist()
@@ -229,6 +272,6 @@ def dense_blocks(width, drop_path_rate, growth_rate, block_config, options):
             blocks.append(Transition(width, width // 2))
             width //= 2
         for _ in range(count):
-            blocks.append(BlockDense(growth_rate, width, drop_path=rate, **options))
+            blocks.append(block(growth_rate, width, drop_path=rate, **options))
             width += growth_rate
     return blocks, width

@@ -1,12 +1,14 @@
 """Position tables: the sinusoid that T2T-ViT freezes, and resizing to another grid, square or not."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 
 from ..ops._common.transforms import is_exporting
 
 
-def sinusoid_table(positions, width):
+def sinusoid_table(positions: int, width: int) -> torch.Tensor:
     """Sinusoidal table (1, positions, width) in float32, computed in float64.
 
     Entry (p, j) is sin (j even) or cos (j odd) of ``p / 10000 ** (2 * (j // 2) / width)``. Source: "Attention is all
@@ -19,8 +21,8 @@ def sinusoid_table(positions, width):
     return table.float().unsqueeze(0)
 
 
-def same_grid(first, second):
-    """Whether two grids are the same; for an exported program with free sizes only if they are for every size."""
+def same_grid(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether two grids are equal; during an export with dynamic sizes, whether they are equal for all sizes."""
     sizes = (*first, *second)
     if not any(isinstance(n, torch.SymInt) for n in sizes) and not is_exporting():
         return tuple(first) == tuple(second)
@@ -29,7 +31,9 @@ def same_grid(first, second):
     return all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
 
 
-def resize_position_table(table, old_grid, new_grid, extra=1, mode="bicubic"):
+def resize_position_table(
+    table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], extra: int = 1, mode: str = "bicubic"
+) -> torch.Tensor:
     """A position table for another grid: the entries of extra tokens kept, the grid interpolated.
 
     Args:
@@ -41,7 +45,6 @@ def resize_position_table(table, old_grid, new_grid, extra=1, mode="bicubic"):
     Returns:
         (1, extra + h'*w', width) in the table's dtype; the table itself if the grid is the same.
     """
-    old_grid, new_grid = tuple(old_grid), tuple(new_grid)
     if same_grid(old_grid, new_grid):
         return table
     if table.shape[1] != extra + old_grid[0] * old_grid[1]:
@@ -51,13 +54,17 @@ def resize_position_table(table, old_grid, new_grid, extra=1, mode="bicubic"):
         )
     dtype = table.dtype if table.dtype == torch.float64 else torch.float32
     head, body = table[:, :extra], table[:, extra:]
-    image = body.to(dtype).transpose(1, 2).unflatten(2, old_grid)
-    image = F.interpolate(image, size=new_grid, mode=mode, align_corners=False)
+    image = body.to(dtype).transpose(1, 2).unflatten(2, tuple(old_grid))
+    image = F.interpolate(image, size=tuple(new_grid), mode=mode, align_corners=False)
     return torch.cat([head, image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-def square_grid(entries, extra=1):
-    """The (h, w) grid of a table of ``entries``, if its area is a square; else an error that asks for the grid."""
+def square_grid(entries: int, extra: int = 1) -> tuple[int, int]:
+    """The square grid (h, w) of a position table with ``entries`` entries.
+
+    Raises:
+        ValueError: the number of entries without the extra ones is no square.
+    """
     area = entries - extra
     side = round(area**0.5)
     if side * side != area:

@@ -3,18 +3,22 @@
 Sources: the factories of yitu-opensource/T2T-ViT and table 6 of the T2T-ViT paper ("from CNN to ViT").
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from .t2t_vit import T2TViT, T2TViTDense, T2TViTGhost, T2TViTSE
 from .vit import ViT
 
-_t2t = partial(dict, cls=T2TViT)
-_vit = partial(dict, cls=ViT, qkv_bias=False, norm_layer=nn.LayerNorm)
+_t2t: Callable[..., dict[str, Any]] = partial(dict, cls=T2TViT)
+_vit: Callable[..., dict[str, Any]] = partial(dict, cls=ViT, qkv_bias=False, norm_layer=nn.LayerNorm)
 _vit_s = partial(_vit, embed_dim=768, depth=8, num_heads=8, mlp_ratio=3.0)
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     # T2T-ViT, table 1 of the paper
     "t2t_vit_7": _t2t(embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0),
     "t2t_vit_10": _t2t(embed_dim=256, depth=10, num_heads=4, mlp_ratio=2.0),
@@ -35,8 +39,8 @@ CONFIGS = {
     "t2t_vit_dense": dict(
         cls=T2TViTDense, growth_rate=64, block_config=(3, 6, 6, 4), embed_dim=128, num_heads=8, mlp_ratio=2.0
     ),
-    # the same without T2T; where upstream has no code (all but ViT-S/16), the paper gives depth and width, and heads
-    # and MLP ratio are those of the row's T2T sibling or of ViT-S/16
+    # the same without T2T; upstream has code for ViT-S/16 only. Depth and width of the others are the paper's, heads
+    # and MLP ratio those of the corresponding T2T model or of ViT-S/16
     "vit_small_patch16_224": _vit_s(),
     "vit_deep_narrow_patch16_224": _vit(embed_dim=384, depth=16, num_heads=6, mlp_ratio=3.0),
     "vit_shallow_wide_patch16_224": _vit(embed_dim=1024, depth=4, num_heads=8, mlp_ratio=3.0),
@@ -54,13 +58,17 @@ CONFIGS = {
 }
 
 
-def list_models():
-    """Names that :func:`create_model` knows."""
+def list_models() -> list[str]:
+    """The names that :func:`create_model` accepts."""
     return list(CONFIGS)
 
 
-def build_model(name, **options):
-    """A randomly initialised model by name; options override its configuration."""
+def build_model(name: str, **options: Any) -> nn.Module:
+    """A randomly initialised model by name; options override its configuration.
+
+    Raises:
+        ValueError: unknown name. TypeError, ValueError: an option of the wrong type or value.
+    """
     if name not in CONFIGS:
         raise ValueError(f"create_model: name must be one of {', '.join(CONFIGS)}, got {name!r}")
     config = {**CONFIGS[name], **options}

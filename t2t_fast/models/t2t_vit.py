@@ -4,10 +4,17 @@ Sources in yitu-opensource/T2T-ViT: ``models/t2t_vit.py``, ``t2t_vit_se.py``, ``
 ``t2t_vit_ghost.py``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import nn
 
 from ..modules.options import check_choice, check_options
 from ..modules.t2t_module import TOKENS_TYPES, T2TModule
+from ..ops._common.spec import T2T_WINDOWS, Window, square
 from ..ops._common.windows import as_image
 from .backbone import Backbone, check_model, init_weights
 from .patch import PatchEmbed
@@ -24,38 +31,45 @@ class T2TViT(Backbone):
         others: as upstream's ``T2T_ViT``; ``num_classes=0`` leaves the head out.
     """
 
+    tokens_module: type[nn.Module] = T2TModule
+
     def __init__(
         self,
-        img_size=224,
-        tokens_type="performer",
-        in_chans=3,
-        num_classes=1000,
-        embed_dim=768,
-        depth=12,
-        num_heads=12,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        qk_scale=None,
-        drop_rate=0.0,
-        attn_drop_rate=0.0,
-        drop_path_rate=0.0,
-        norm_layer=nn.LayerNorm,
-        token_dim=64,
+        img_size: int | tuple[int, int] = 224,
+        tokens_type: str = "performer",
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        token_dim: int = 64,
         *,
-        patch_size=16,
-        block="plain",
-        growth_rate=32,
-        block_config=(3, 4, 6, 3),
+        patch_size: int = 16,
+        block: str = "plain",
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (3, 4, 6, 3),
     ):
         check_model(type(self).__name__, locals())
         check_choice(type(self).__name__, "tokens_type", tokens_type, (*TOKENS_TYPES, "patch"))
+        windows: tuple[Window, ...]
         if tokens_type == "patch":
-            name, tokeniser = "patch_embed", PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+            name, windows = "patch_embed", (square(patch_size, patch_size, 0),)
+            tokeniser: nn.Module = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         else:
-            name, tokeniser = "tokens_to_token", T2TModule(img_size, tokens_type, in_chans, embed_dim, token_dim)
+            name, windows = "tokens_to_token", T2T_WINDOWS
+            tokeniser = self.tokens_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
         super().__init__(
             name,
             tokeniser,
+            windows=windows,
+            img_size=img_size,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
@@ -74,7 +88,7 @@ class T2TViT(Backbone):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self._initialise()
 
-    def reset_classifier(self, num_classes, global_pool=""):
+    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
         """A new, freshly initialised head for ``num_classes``; 0 leaves the head out."""
         check_options(type(self).__name__, {"num_classes": num_classes})
         weight = self.cls_token
@@ -83,14 +97,15 @@ class T2TViT(Backbone):
         init_weights(head)
         self.head = head.to(device=weight.device, dtype=weight.dtype)
 
-    def forward_features(self, x):
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The normalised class token (B, num_features)."""
         return self.encode(*self.tokens(x))[:, 0]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.head(self.forward_features(x))
 
-    def forward_stages(self, x):
+    def forward_stages(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps for dense prediction: a list of (B, C, h, w) at strides 4, 8 and 16.
 
         The first two are the T2T module's tokens (token_dim channels), the last the backbone's normalised tokens
@@ -105,14 +120,14 @@ class T2TViT(Backbone):
 class T2TViTSE(T2TViT):
     """T2T-ViT with squeeze-and-excitation blocks (upstream ``T2T_ViT_SE``)."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"block": "se", **options})
 
 
 class T2TViTGhost(T2TViT):
     """T2T-ViT with ghost blocks (upstream ``T2T_ViT_Ghost``); ``mlp_ratio`` must be 3."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"block": "ghost", **options})
 
 
@@ -125,5 +140,5 @@ class T2TViTDense(T2TViT):
         others: as :class:`T2TViT` (``depth`` has no meaning here).
     """
 
-    def __init__(self, growth_rate=32, block_config=(3, 4, 6, 3), **options):
+    def __init__(self, growth_rate: int = 32, block_config: Sequence[int] = (3, 4, 6, 3), **options: Any):
         super().__init__(growth_rate=growth_rate, block_config=block_config, **{"block": "dense", **options})

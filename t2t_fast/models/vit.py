@@ -3,9 +3,13 @@
 Source: ``models/vit.py`` of yitu-opensource/T2T-ViT (after timm's VisionTransformer and DeiT).
 """
 
+from __future__ import annotations
+
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import nn
 
 from ..modules.options import check_options
@@ -28,32 +32,35 @@ class ViT(Backbone):
 
     def __init__(
         self,
-        img_size=224,
-        patch_size=16,
-        in_chans=3,
-        num_classes=1000,
-        embed_dim=768,
-        depth=12,
-        num_heads=12,
-        mlp_ratio=4.0,
-        qkv_bias=True,
-        qk_scale=None,
-        representation_size=None,
-        distilled=False,
-        drop_rate=0.0,
-        attn_drop_rate=0.0,
-        drop_path_rate=0.0,
-        norm_layer=None,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        representation_size: int | None = None,
+        distilled: bool = False,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
         *,
-        block="plain",
-        growth_rate=32,
-        block_config=(3, 4, 6, 3),
+        block: str = "plain",
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (3, 4, 6, 3),
     ):
         norm_layer = partial(nn.LayerNorm, eps=1e-6) if norm_layer is None else norm_layer
         check_model(type(self).__name__, locals())
+        tokeniser = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         super().__init__(
             "patch_embed",
-            PatchEmbed(img_size, patch_size, in_chans, embed_dim),
+            tokeniser,
+            windows=tokeniser.windows,
+            img_size=img_size,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
@@ -72,7 +79,7 @@ class ViT(Backbone):
         )
         self.num_classes = num_classes
         width = self.num_features
-        self.pre_logits = nn.Identity()
+        self.pre_logits: nn.Module = nn.Identity()
         if representation_size and not distilled:
             self.pre_logits = nn.Sequential(OrderedDict(fc=nn.Linear(width, representation_size), act=nn.Tanh()))
             self.num_features = representation_size
@@ -83,7 +90,7 @@ class ViT(Backbone):
     def _make_head(self, width):
         return nn.Linear(width, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
-    def reset_classifier(self, num_classes, global_pool=""):
+    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
         """New, freshly initialised heads for ``num_classes``; 0 leaves them out."""
         check_options(type(self).__name__, {"num_classes": num_classes})
         self.num_classes = num_classes
@@ -93,24 +100,26 @@ class ViT(Backbone):
                 init_weights(head)
                 setattr(self, name, head.to(self.cls_token))
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that upstream's recipes exempt from weight decay."""
         return {"pos_embed", "cls_token", "dist_token"}
 
-    def forward_features(self, x):
-        """What the head receives: (B, num_features), or a pair of (B, embed_dim) with ``distilled``."""
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The input of the head: (B, num_features), or a pair of (B, embed_dim) with ``distilled``."""
         x = self.encode(*self.tokens(x))
         if self.dist_token is None:
             return self.pre_logits(x[:, 0])
         return x[:, 0], x[:, 1]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(B, in_chans, H, W) -> (B, num_classes); with ``distilled`` in training a pair of them, one a head."""
         features = self.forward_features(x)
         if self.head_dist is None:
             return self.head(features)
         logits, distilled = self.head(features[0]), self.head_dist(features[1])
         return (logits, distilled) if self.training else (logits + distilled) / 2
 
-    def forward_stages(self, x):
+    def forward_stages(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The one feature map of a plain ViT: a list of one (B, C, h, w) at the patch's stride."""
         tokens, grid = self.tokens(x)
         x = self.encode(tokens, grid)[:, self.extra_tokens :]

@@ -1,19 +1,20 @@
-"""The upstream models as plain eager modules, shaped and named like upstream's classes.
+"""Upstream's models, computed step by step as upstream does: the tests' oracle and the "before" of demo and benchmarks.
 
-They are the oracle of the tests, the "before" of the demo and the peer of the benchmarks, so they stay what upstream
-does, costs included: no fusion, no tricks, square images (``lanl``: the image size given). They import torch and
-numpy only and nothing of the rest of this package.
+The T2T module and its layers (``t2t_module.py``, ``token_performer.py``, ``token_transformer.py``, ``layers.py``,
+``lanl/tokens.py``) import nothing of this package: they define what the fused operators must compute. Whole models put
+them in front of the backbones of :mod:`t2t_fast.models`, with upstream's attention and without any fusion; golden
+numbers from upstream's code hold these models to upstream (``tests/models/test_golden.py``).
 """
 
 from . import lanl
 from .blocks import Block, BlockDense, BlockGhost, BlockSE, Transition
-from .layers import get_sinusoid_encoding
 from .t2t_module import T2T_module
 from .t2t_vit import (
     T2T_ViT,
     T2T_ViT_Dense,
     T2T_ViT_Ghost,
     T2T_ViT_SE,
+    get_sinusoid_encoding,
     t2t_vit_7,
     t2t_vit_10,
     t2t_vit_12,

@@ -1,7 +1,5 @@
-"""Small layers that several upstream-shaped models share: stochastic depth, MLP, position table, initialisation."""
+"""Small parts of the T2T module: stochastic depth, MLP, initialisation."""
 
-import numpy as np
-import torch
 from torch import nn
 
 
@@ -32,18 +30,6 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-
-def get_sinusoid_encoding(n_position, d_hid):
-    """Sinusoidal position table (1, n_position, d_hid), computed in float64, returned in float32.
-
-    Source: "Attention is all you need", section 3.5; upstream ``models/transformer_block.py``.
-    """
-    frequency = 1.0 / np.power(10000.0, 2 * (np.arange(d_hid) // 2) / d_hid)
-    table = np.arange(n_position)[:, None] * frequency[None, :]
-    table[:, 0::2] = np.sin(table[:, 0::2])
-    table[:, 1::2] = np.cos(table[:, 1::2])
-    return torch.from_numpy(table).float().unsqueeze(0)
 
 
 def init_weights(module):

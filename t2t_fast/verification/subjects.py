@@ -9,8 +9,7 @@ from torch import nn
 
 from .. import testing
 from ..errors import NothingToSwap
-from ..interop.swap import FAST, SwapReport, swap, unswap
-from ..interop.swap_proof import copied
+from ..interop.swap import FAST, SwapReport, copied, swap, unswap
 
 MODEL = "model"
 """The argument of ``verify`` that selects the built-in small models."""

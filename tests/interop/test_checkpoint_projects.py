@@ -139,7 +139,7 @@ def test_other_networks_do_not_fit_ours(tmp_path, project):
     }
     state, model = models[project]().state_dict(), tiny(tokens_type="transformer")
     before = exact_state(model)
-    with pytest.raises(CheckpointError, match=f"it is of {project}'s network, which computes something else"):
+    with pytest.raises(CheckpointError, match=f"it is a checkpoint of {project}'s network"):
         load_checkpoint(model, saved(tmp_path / "m.pth", state))
     assert exact_state(model) == before
 

@@ -1,4 +1,7 @@
-"""Every golden number of the upstream models, from the eager reference package and from the fast modules."""
+"""Every golden number of the upstream models, from the eager reference package and from the fast modules.
+
+The quick command runs every kind of model once; `-m slow` adds the models of full size.
+"""
 
 import json
 
@@ -22,8 +25,21 @@ MODELS = [name for name, case in golden.cases().items() if "function" not in cas
 FAMILIES = ["reference", "fast"]
 # The eager oracle is square only, and of models that differ in depth alone one is enough.
 DEEPER = ("_10", "_12", "_19", "_24", "_t_19", "_t_24", "_img384", "_base_patch16_224")
+# Models of full size are slow, and each kind of model has a tiny case; resnext and wide have none.
+FULL = [name for name in MODELS if golden.cases()[name]["input"][-1] >= 224 and "t2t_module" not in name]
+QUICK = [
+    ("reference", "official_t2t_vit_7"),
+    *(("fast", f"official_{name}") for name in ("t2t_vit_7", "t2t_vit_14_resnext", "t2t_vit_14_wide")),
+    ("float32", "official_t2t_vit_7"),
+]
+
+
+def marked(form, name):
+    return pytest.mark.slow if name in FULL and (form, name) not in QUICK else ()
+
+
 FAMILY_MODELS = [
-    (family, name)
+    pytest.param(family, name, marks=marked(family, name))
     for name in MODELS
     for family in FAMILIES
     if family == "fast"
@@ -87,7 +103,7 @@ def check_tokens(case, data, tokens, rtol):
     golden.check_sample(case, "dot:tokens", tokens, *sample, rtol, "tokens")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marked("float32", name)) for name in MODELS])
 def test_fast_models_in_float32(name, fused):
     """Forward within a small multiple of upstream's own float32 error; gradients within a fixed relative error."""
     case, data, built, model = prepared(name, "fast", torch.float32)
@@ -149,11 +165,10 @@ def test_parameter_names_shapes_and_order(name, family):
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == table["params_trainable"]
 
 
-@pytest.mark.parametrize("make", [reference.get_sinusoid_encoding, sinusoid_table], ids=["reference", "fast"])
 @pytest.mark.parametrize("name", [n for n, c in golden.cases().items() if c.get("function") == "sinusoid"])
-def test_sinusoid_tables(name, make):
+def test_sinusoid_tables(name):
     case = golden.cases()[name]
-    table = make(*case["args"])
+    table = sinusoid_table(*case["args"])
     assert table.dtype == torch.float32
     np.testing.assert_allclose(table.numpy(), golden.arrays(case)["out"], rtol=0, atol=1e-7)
 

@@ -47,7 +47,19 @@ def _sinusoid(shape):
 
 
 def make_weight(case, key, shape):
-    """The weight that the recipe draws for one upstream key."""
+    """The weight that the recipe draws for one upstream key. Those of the latest model are kept: do not write to it."""
+    if _drawn.get("id") != case["id"]:
+        _drawn.clear()
+        _drawn["id"] = case["id"]
+    if (key, shape) not in _drawn:
+        _drawn[key, shape] = _draw(case, key, shape)
+    return _drawn[key, shape]
+
+
+_drawn = {}
+
+
+def _draw(case, key, shape):
     z = _normal(case["salt"], key, tuple(shape))
     *_, prev, last = ["", *key.split(".")]
     if last == "pos_embed":

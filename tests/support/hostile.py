@@ -3,15 +3,24 @@
 import io
 import json
 import pickle
+import signal
 import struct
 import warnings
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 
+import pytest
 import torch
 
+from t2t_fast.errors import CheckpointError
+from t2t_fast.interop.checkpoints import load_checkpoint
+
+from .checkpoints import exact_state, small
+
 MAGIC = 0x1950A86A20F9469CFC6C
+NAME = "norm.bias"
+VALUE = torch.ones(8)
 
 
 class Call:
@@ -119,3 +128,50 @@ def peak_memory():
 def _status(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def header(**changes):
+    return {NAME: {"dtype": "F32", "shape": [48], "data_offsets": [0, 192]} | changes}
+
+
+def array_pickle(code="f4", shape=(2,), data=b"abcdefgh", state=(3, "<", None, None, None, -1, -1, 0)):
+    """A NumPy array's pickle with the given dtype, shape and bytes."""
+    dtype = b"cnumpy\ndtype\n" + pickle.dumps((code,), 2)[2:-1] + b"R" + pickle.dumps(state, 2)[2:-1] + b"b"
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R"
+    return opcodes(made, b"(K\x01", pickle.dumps(shape, 2)[2:-1], dtype, b"\x89", pickle.dumps(data, 3)[2:-1], b"tb")
+
+
+@contextmanager
+def soon():
+    """Raise after 20 seconds, instead of waiting without end."""
+
+    def stop(*_):
+        raise TimeoutError("the load does not end")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def check_refused(path, make, reason):
+    """The file that ``make`` writes is refused soon, with the reason and in little memory; the model is as it was.
+
+    Loaded with ``strict=False``, which accepts more; files are read before the two differ.
+    """
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    make(path)
+    model = small()
+    before = exact_state(model)
+    with warnings.catch_warnings(), soon(), peak_memory() as rise:
+        warnings.simplefilter("ignore")  # of torch.load, about odd pickles
+        with pytest.raises(CheckpointError, match=reason) as error:
+            load_checkpoint(model, path, strict=False, num_classes=4)
+    assert str(path) in str(error.value) and len(str(error.value)) < 4000
+    assert "\x1b" not in str(error.value)
+    assert exact_state(model) == before
+    assert not rise or rise[0] < 200e6

@@ -48,7 +48,7 @@ class Backbone(nn.Module):
     def forward(self, x):
         net = self.net
         extra = int(self.with_cls_token)
-        if isinstance(net, t2t_fast.T2TViT):
+        if hasattr(net.tokens_to_token, "forward_with_grid"):
             tokens, grid = net.tokens_to_token.forward_with_grid(x)
         else:
             tokens, grid = net.tokens_to_token(x), tuple(n // 16 for n in x.shape[2:])

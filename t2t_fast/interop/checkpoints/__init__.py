@@ -1,13 +1,16 @@
-"""Checkpoints into models, all or nothing: other projects' files, other grids, other class counts.
+"""Loading checkpoints, completely or not at all: other projects' files, other grids, other class counts.
 
 ``files.py`` reads (``torch_files.py``, ``paddle_files.py`` on ``pickles.py``), ``entries.py`` finds the state dict,
-``names.py`` whose tensor is whose, ``fit.py`` finishes every value, ``commit.py`` writes.
+``names.py`` matches names, ``fit.py`` converts the values, ``commit.py`` writes them.
 """
+
+from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,21 +26,21 @@ from .report import LoadReport, Refused
 __all__ = ["LoadReport", "load_checkpoint", "read_state_dict", "unwrap"]
 
 
-def read_state_dict(path, *, use_ema=True):
-    """The tensors of a checkpoint file, on the CPU, under the file's names without those of wrapping modules.
+def read_state_dict(path: str | os.PathLike | Mapping, *, use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a checkpoint file, on the CPU, under the file's names without prefixes of wrapping modules.
 
     Args:
         path: ``.safetensors``, PaddlePaddle's ``.pdparams``, or anything that ``torch.load(weights_only=True)`` reads;
-            the only classes allowed beside torch's own are ``argparse.Namespace``, in which upstream keeps its command
-            line, and NumPy's numbers.
+            besides torch's own classes, only ``argparse.Namespace`` (upstream stores its command line in one) and
+            NumPy's numbers are allowed.
         use_ema: prefer averaged weights (``state_dict_ema``, ``model_ema``) where the file has them.
 
     Returns:
-        dict of name -> tensor, and the name of the entry it was found under: the one with most tensors.
+        dict of name -> tensor, and the name of the entry that it was found in, which is the one with most tensors.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: it is not a checkpoint, or holds something else.
-        ImportError: a ``.safetensors`` file, and safetensors is not installed.
+        FileNotFoundError: no such file. CheckpointError: the file is not a checkpoint.
+        ImportError: the file is a ``.safetensors`` file, and safetensors is not installed.
     """
     content, name, _ = _content(path)
     try:
@@ -51,43 +54,50 @@ def read_state_dict(path, *, use_ema=True):
 
 
 def load_checkpoint(
-    model, path, *, use_ema=True, num_classes=None, strict=True, source_grid=None, grid=None, trained_with=None
-):
-    """Load a checkpoint into ``model``, in place; if anything is wrong, the model is unchanged.
+    model: nn.Module,
+    path: str | os.PathLike | Mapping,
+    *,
+    use_ema: bool = True,
+    num_classes: int | None = None,
+    strict: bool = True,
+    source_grid: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
+    trained_with: str | None = None,
+) -> LoadReport:
+    """Load a checkpoint into ``model``, in place; after any error the model is unchanged.
 
-    Every value is finished and checked before the first is written, and a write that is interrupted is taken back.
-    Values are copied into the model's own parameters (cast to their dtype and device), so an optimizer made before
-    goes on training the same objects; only a head of another class count becomes a new module. Works on models of this
-    package, on upstream's, mmpretrain's, vit-pytorch's and the articles' own, on swapped ones, and on timm models with
-    :class:`T2TEmbed`.
+    All values are converted and checked before the first is written, and an interrupted write is rolled back. Values
+    are copied into the model's own parameters (cast to their dtype and device), so an existing optimizer continues to
+    train the same objects; only a head with another class count becomes a new module. The model may be one of this
+    package, of upstream, mmpretrain, vit-pytorch or the families in ``models.FAMILIES``, a swapped model, or a timm
+    model with :class:`T2TEmbed`.
 
-    *The entry* with the state dict is the one whose names fit the model best (``state_dict``, ``model``,
+    *The entry* that is loaded is the one whose names fit the model best (``state_dict``, ``model``,
     ``model_state_dict``, ``net``, ...).
 
-    *Names* of mmpretrain, PaddleViT and timm models with :class:`T2TEmbed` stand for upstream's; wrapping modules
-    (``module.``, ``_orig_mod.``) do not count; a prefix that one side has and the other has not (``model.``,
-    ``backbone.``, ``encoder.``) is exchanged if that makes the names fit.
+    *Names* of mmpretrain, PaddleViT and timm models with :class:`T2TEmbed` are translated to upstream's; prefixes of
+    wrapping modules (``module.``, ``_orig_mod.``) are ignored; a prefix that only one side has (``model.``,
+    ``backbone.``, ``encoder.``) is added or removed if the names fit then.
 
     *Position tables* of another grid are interpolated as upstream's ``resize_pos_embed`` does (class entry kept,
-    bicubic). A table of as many entries as the model's is taken to have the model's grid, any other to be square,
-    unless ``source_grid`` says otherwise. The model's grid is what it (``grid_size``) or ``grid`` says, else square.
+    bicubic). A table with as many entries as the model's is assumed to have the model's grid, any other to be square,
+    unless ``source_grid`` is given. The model's grid is ``grid`` or its ``grid_size``, else square.
 
-    *The head* is loaded if it has the wanted number of classes. If the checkpoint's differs, the model gets a newly
-    initialised one, and the checkpoint's is left out.
+    *The head* is loaded if it has the requested number of classes. Otherwise the model gets a newly initialised head,
+    and the checkpoint's is skipped.
 
-    *mmpretrain* publishes upstream's weights under its own names, and they are loaded as such. But mmpretrain 1.2
-    divides by its attention scale where upstream multiplies. For weights that it trained, ``trained_with="mmpretrain"``
-    multiplies the queries by the factor with which this model's logits equal mmpretrain's.
+    *mmpretrain* publishes upstream's weights under its own names; these need no option. But mmpretrain 1.2 divides by
+    its attention scale where upstream multiplies: for weights that it trained, ``trained_with="mmpretrain"`` multiplies
+    the queries by the factor for which this model's logits equal mmpretrain's.
 
     Args:
-        model: an ``nn.Module``; wrappers of DataParallel, DistributedDataParallel and torch.compile are looked through.
+        model: an ``nn.Module``; wrappers of DataParallel, DistributedDataParallel and torch.compile are unwrapped.
         path: a file: ``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors`` or ``.pdparams`` (see :func:`read_state_dict`);
-            or a state dict, or a dict around one, instead of a path. Its tensors must be dense: sparse, nested and
-            quantised ones do not fit.
+            or a state dict, or a dict that contains one. Its tensors must be dense, not sparse, nested or quantised.
         use_ema: prefer averaged weights (``state_dict_ema``, ``model_ema``) where there are any.
-        num_classes: classes that the model shall have, 0 for no head. ``None``: as many as it has; then a checkpoint
-            of another class count is loaded with a warning, and one without a head is an error.
-        strict: raise if a tensor of either side is left over. Otherwise load what fits and list the rest.
+        num_classes: number of classes of the model after the load, 0 for no head. ``None``: the model's own; then a
+            checkpoint with another class count is loaded with a warning, and one without a head is an error.
+        strict: raise if model or checkpoint has a tensor without counterpart. Otherwise load the others and report it.
         source_grid, grid: (h, w) of the checkpoint's and of the model's position table.
         trained_with: "mmpretrain" for weights that mmpretrain 1.2 trained; ``None`` for those of any other code.
 
@@ -136,7 +146,7 @@ def load_checkpoint(
 
 
 def _content(path):
-    """What a path or a state dict holds, its name for messages, and whether matrices lie transposed in it."""
+    """The content of a path or a state dict, its name for messages, and whether its matrices are transposed."""
     if isinstance(path, Mapping):
         return path, "state dict", False
     if not isinstance(path, (str, os.PathLike)):
@@ -148,7 +158,7 @@ def _content(path):
 
 
 def _rate(entry, target):
-    """How many names of the model an entry has, and with equal shapes; 0 for what cannot be told apart."""
+    """How many names of the model an entry has, plus how many with equal shapes; 0 for an ambiguous entry."""
     entry = {name: as_tensor(value) for name, value in entry.items()}
     try:
         return sum(match(shapes(entry), target).score)
@@ -174,12 +184,12 @@ def _check_arguments(model, num_classes, trained_with):
         raise ValueError(f"load_checkpoint: trained_with must be None or 'mmpretrain', got {trained_with!r}")
 
 
-def unwrap(model):
+def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model

@@ -1,16 +1,20 @@
-"""Tensors of a model as places to write to, and the write that happens whole or not at all."""
+"""Which tensors of a model can be written in place, and a write that happens completely or not at all."""
+
+from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def obstacle(tensor):
-    """What keeps a tensor from being read or written in place, as words that follow its shape; ``None`` if nothing."""
+def obstacle(tensor: torch.Tensor) -> str | None:
+    """Why a tensor cannot be read or written in place, for messages; ``None`` if it can."""
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.is_nested:
@@ -27,7 +31,7 @@ def obstacle(tensor):
     return None
 
 
-def describe(value):
+def describe(value: Any) -> str:
     """Shape and kind of an entry, for messages."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
@@ -41,11 +45,11 @@ def _dtype(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def own_tensors(model):
+def own_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """{name: tensor} of the model's state dict, and {name: why not} of those that cannot be written in place.
 
-    The tensors are the model's parameters and buffers themselves. A state dict may also hold copies, made by hooks or a
-    ``state_dict`` of the model's own, and a write into a copy would be lost.
+    The tensors are the model's parameters and buffers themselves. A state dict can also contain copies, made by hooks
+    or by an overridden ``state_dict``, and a write into a copy would be lost.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     tensors = {
@@ -65,7 +69,7 @@ def own_tensors(model):
 
 
 def _read_only_pages():
-    """Address ranges that a write would end the process in, such as a file mapped for reading (known on Linux)."""
+    """Address ranges in which a write would end the process, such as a file mapped read-only (Linux only)."""
     if not sys.platform.startswith("linux"):
         return []
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -73,8 +77,8 @@ def _read_only_pages():
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
-def place(tensor):
-    """What identifies the memory of a tensor: two tensors of the same place are tied."""
+def place(tensor: torch.Tensor) -> tuple:
+    """Identifies the memory of a tensor: two tensors with the same key are tied."""
     return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
@@ -83,7 +87,7 @@ def _storage(tensor):
 
 
 def _once(tensor):
-    """The part of an expanded tensor that has memory of its own."""
+    """An expanded tensor without its repetitions."""
     for axis, (length, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if step == 0 and length > 1:
             tensor = tensor.narrow(axis, 0, 1)
@@ -91,7 +95,7 @@ def _once(tensor):
 
 
 def _pairs(target, value):
-    """Target and value as they are copied, without history, and of expanded targets what is there once."""
+    """Target and value as they are copied: detached, and expanded targets without repetitions."""
     target = target.detach()
     once = _once(target)
     for axis, length in enumerate(once.shape):
@@ -101,15 +105,15 @@ def _pairs(target, value):
 
 
 @torch.no_grad()
-def separate(values, targets):
-    """Values that do not lie in the targets' memory, where a write would change them before they are read."""
+def separate(values: list[torch.Tensor], targets: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The values, copied if they share memory with a target, since a write would change them before they are read."""
     storages = {_storage(target) for target in targets}
     return [value.clone() if _storage(value) in storages else value for value in values]
 
 
 @torch.no_grad()
-def conflicts(copies):
-    """Names of targets that would not hold their value when all is written, since they share memory.
+def conflicts(copies: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
+    """Names of targets that would not have their value after the write, since they share memory with others.
 
     Each shared storage is copied, written as :func:`commit` would, and compared.
 
@@ -145,14 +149,14 @@ def _copy(target, value):
 
 
 @torch.no_grad()
-def commit(attributes, copies):
-    """Set attributes and write tensors; whatever interrupts it, what was there before comes back.
+def commit(attributes: list[tuple[Any, str, Any]], copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Set attributes and write tensors; after any interruption the previous state is restored.
 
     Args:
         attributes: (object, name, value).
         copies: (target, value) of the same shape, dtype and device.
     """
-    undo = [(setattr, owner, name, getattr(owner, name)) for owner, name, _ in attributes]
+    undo: list[tuple[Any, ...]] = [(setattr, owner, name, getattr(owner, name)) for owner, name, _ in attributes]
     try:
         for owner, name, value in attributes:
             setattr(owner, name, value)

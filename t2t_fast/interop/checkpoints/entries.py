@@ -1,7 +1,10 @@
-"""Which dict of a checkpoint is the state dict, and its values as tensors."""
+"""Finds the state dict in a checkpoint, and converts its values to tensors."""
+
+from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,31 +12,31 @@ import torch
 from .report import Refused, listed
 
 _DEPTH = 2
-"""Levels of dicts around a state dict."""
+"""Depth of nesting at which a state dict is looked for."""
 _CANDIDATES = 100
-"""Dicts of tensors that are compared with the model, the largest ones."""
+"""How many dicts of tensors, the largest ones, are compared with the model."""
 _NAME_LENGTH = 1000
-"""Characters of a tensor's name."""
+"""Longest accepted name of a tensor."""
 _KNOWN = ("tensors", "state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", "model_ema")
-"""Names that decide between entries that fit equally well, the preferred first."""
+"""Names that decide between entries that fit equally well, in order of preference."""
 _AVERAGED = re.compile(r"(?<![^._])ema(?![^._])", re.IGNORECASE)
 
 
-def choose(content, *, use_ema, rate):
-    """The state dict inside what a file holds, and the name of its entry ("tensors" if it is all there is).
+def choose(content: Any, *, use_ema: bool, rate: Callable[[dict[str, Any]], int]) -> tuple[dict[str, Any], str]:
+    """The state dict in the content of a file, and the name of its entry ("tensors" if it is the top level).
 
     Args:
-        content: what was read: dicts inside dicts.
+        content: what was read, nested dicts.
         use_ema: prefer averaged weights, entries with "ema" in their name; ``False``: do not use them.
-        rate: function of {name: value} that returns a number, larger for what fits better.
+        rate: function of {name: value} that returns a score, larger for a better fit.
 
     Raises:
         Refused: no dict of tensors, or several that fit equally well.
     """
     if not isinstance(content, Mapping):
         raise Refused(f"it must hold a dict of tensors, alone or under a name, got {type(content).__name__}")
-    found = sorted(_dicts_of_tensors(content, (), set()), key=lambda item: -len(item[1]))
-    found = dict(found[:_CANDIDATES])
+    largest = sorted(_dicts_of_tensors(content, (), set()), key=lambda item: -len(item[1]))
+    found = dict(largest[:_CANDIDATES])
     if not found:
         raise Refused(f"it holds no tensors; its entries are {listed(_kinds(content))}")
     rates = {source: rate(entry) for source, entry in found.items()}
@@ -73,13 +76,13 @@ def _kinds(content):
     return [f"{name} ({type(value).__name__})" for name, value in content.items() if isinstance(name, str)] or ["none"]
 
 
-def as_tensor(value):
-    """A tensor, where the value is one, an array or a number; else the value itself."""
+def as_tensor(value: Any) -> Any:
+    """A tensor if the value is a tensor, array or number; otherwise the value itself."""
     try:
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
             return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
         if isinstance(value, (bool, int, float, np.bool_, np.number)):
             return torch.as_tensor(value)
-    except (RuntimeError, TypeError, ValueError):  # wider than any dtype of torch
+    except (RuntimeError, TypeError, ValueError):  # a dtype that torch does not have
         return value
     return value

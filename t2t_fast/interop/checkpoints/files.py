@@ -1,10 +1,14 @@
-"""From a path to what a checkpoint file holds."""
+"""Opens and reads checkpoint files."""
+
+from __future__ import annotations
 
 import json
 import os
 import re
 import stat
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from ...errors import CheckpointError
 from . import paddle_files, torch_files
@@ -20,14 +24,14 @@ _KINDS = (
 )
 
 
-def read(path):
-    """What the file holds: dicts of tensors on the CPU, nested as they are there.
+def read(path: Path) -> Any:
+    """The content of a file: dicts of tensors on the CPU, nested as in the file.
 
     Args:
         path: ``.safetensors``, ``.pdparams`` (PaddlePaddle's), or anything that ``torch.save`` writes.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: no regular file, or one that is broken, hostile or changes
+        FileNotFoundError: no such file. CheckpointError: not a regular file, or one that is broken, hostile or changes
         while it is read. ImportError: a ``.safetensors`` file, and safetensors is not installed.
     """
     suffix = path.suffix.lower()
@@ -48,7 +52,7 @@ def read(path):
             after = os.fstat(file.fileno())
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise Refused("it changed while it was read")
-        # Whatever a damaged or foreign file makes a reader stumble over, and that is almost any exception.
+        # A damaged or foreign file can cause almost any exception in a reader.
         except Exception as error:
             text = f"load_checkpoint: {path} could not be read as {what}: {_reason(error)}"
             raise CheckpointError(text) from error
@@ -56,7 +60,7 @@ def read(path):
 
 
 def _memory():
-    """Bytes of the machine's memory, where the system tells."""
+    """Bytes of the machine's memory, or infinity if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -75,7 +79,7 @@ def _reason(error):
 
 @contextmanager
 def _opened(path):
-    """The file, if it is a regular one. Opening anything else could wait without end, or do something to a device."""
+    """The open file, if it is a regular one. Opening anything else could block, or act on a device."""
     try:
         _check_regular(path, os.stat(path))
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
@@ -92,7 +96,7 @@ def _opened(path):
 
 def _check_regular(path, status):
     if not stat.S_ISREG(status.st_mode):
-        kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
+        kind = next((name for test, name in _KINDS if test(status.st_mode)), "of an unknown kind")
         raise CheckpointError(f"load_checkpoint: path must be a regular file, {path} is {kind}")
 
 
@@ -103,7 +107,7 @@ def _safetensors_reader(path):
         raise ImportError(f"load_checkpoint: {path} needs safetensors: pip install 't2t_fast[checkpoints]'") from error
 
     def read(file, size):
-        """The header's sizes are compared with the file's before the rest is read."""
+        """Compare the sizes in the header with the file's, then read the rest."""
         header = int.from_bytes(file.read(8), "little")
         if header > size - 8:
             raise Refused(f"its header declares {header} bytes, it has {size}")

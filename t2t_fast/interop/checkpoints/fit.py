@@ -1,4 +1,9 @@
-"""Fits a checkpoint's tensors to a model: names, shapes, position tables, matrices' order, attention scale, heads."""
+"""Converts a checkpoint's tensors to a model's: names, shapes, position tables, layout, attention scale, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -7,15 +12,15 @@ from ...models.backbone import init_weights
 from ...models.position import resize_position_table, square_grid
 from . import commit as writing
 from .entries import as_tensor
-from .names import layout, match
+from .names import NETWORKS, layout, match
 from .report import LoadReport, Refused
 
 _TABLES = ("pos_embed", "pos_embedding")
 _HEADS = ("head", "head_dist", "mlp_head")
 
 
-def shapes(state):
-    """{name: shape} of the entries of a state dict; ``None`` for what cannot be loaded."""
+def shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """{name: shape} of the entries of a state dict; ``None`` for entries that cannot be loaded."""
     return {
         name: tuple(value.shape) if isinstance(value, torch.Tensor) and writing.obstacle(value) is None else None
         for name, value in state.items()
@@ -23,7 +28,7 @@ def shapes(state):
 
 
 class Fit:
-    """The plan of a load: every value is finished and checked, nothing is written before :meth:`commit`.
+    """The plan of a load: all values are converted and checked; nothing is written before :meth:`commit`.
 
     Args:
         model: an ``nn.Module``.
@@ -35,7 +40,17 @@ class Fit:
         Refused: names or grids that fit in several ways or in none. ValueError: ``num_classes`` without a head.
     """
 
-    def __init__(self, model, state, *, num_classes, source_grid, grid, trained_with, transposed):
+    def __init__(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        *,
+        num_classes: int | None,
+        source_grid: tuple[int, int] | None,
+        grid: tuple[int, int] | None,
+        trained_with: str | None,
+        transposed: bool,
+    ):
         self.model = model
         self.num_classes = num_classes
         self.source_grid, self.grid = source_grid, grid
@@ -49,9 +64,14 @@ class Fit:
         self.prefix = found.prefix
         self.state = {ours: values[theirs] for theirs, ours in found.names.items()}
 
-        self.copies, self.heads = {}, []
-        self.resized, self.rescaled, self.reinitialised, self.left_out = [], [], [], []
-        self.missing, self.mismatched = [], []
+        self.copies: dict[str, torch.Tensor] = {}
+        self.heads: list[tuple[str, nn.Module, str, nn.Module]] = []
+        self.resized: list[tuple[str, tuple[int, int], tuple[int, int]]] = []
+        self.rescaled: list[tuple[str, float]] = []
+        self.reinitialised: list[str] = []
+        self.left_out: list[str] = []
+        self.missing: list[str] = []
+        self.mismatched: list[tuple[str, str, str]] = []
         self.owners = {
             f"{path}.{name}" if path else name: module
             for path, module in model.named_modules()
@@ -80,7 +100,7 @@ class Fit:
         self.unexpected = [name for name in over if name not in self.ignored]
 
     def _fit_head(self, path, owner, name):
-        """Decide whether the head stays, is replaced, or starts afresh."""
+        """Decide whether the head is loaded, replaced, or newly initialised."""
         head = getattr(owner, name)
         has, width = _head_size(owner, head)
         wanted = has if self.num_classes is None else self.num_classes
@@ -106,7 +126,7 @@ class Fit:
             self.copies.update(ours)
 
     def _fit_tensor(self, name):
-        """Finish the value for one tensor of the model, or note why there is none."""
+        """Convert the value for one tensor of the model, or record why there is none."""
         if name not in self.state:
             self.missing.append(name)
             return
@@ -132,14 +152,14 @@ class Fit:
         return value
 
     def _module(self, path):
-        """The module of a path; ``None`` where names of the state dict are not those of modules."""
+        """The module at a path; ``None`` if the state dict's names are not those of modules."""
         try:
             return self.model.get_submodule(path)
         except AttributeError:
             return None
 
     def _rescaled(self, name, value, attention):
-        """mmpretrain 1.2 multiplies q k by the root of the head's width, the model by ``attention.scale``."""
+        """The value with rescaled queries: mmpretrain 1.2 scales q k by sqrt(head width), not ``attention.scale``."""
         try:
             width = value.shape[0] // 3
             factor = (width / attention.num_heads) ** 0.5 / attention.scale
@@ -152,7 +172,7 @@ class Fit:
         return torch.cat([queries * factor, rest])
 
     def _fit_positions(self, name, value, ours):
-        """The table on the model's grid; unchanged where extra tokens differ, which no interpolation mends."""
+        """The table on the model's grid; unchanged if the number of extra tokens differs."""
         prefix = name.removesuffix(name.rpartition(".")[2])
         extra = _extra_tokens(self.target, prefix)
         if extra != _extra_tokens(self.state, prefix) or value.shape[1] <= extra:
@@ -160,7 +180,7 @@ class Fit:
         if value.shape == ours.shape and self.source_grid is None:
             return value
         owner = self.owners[name]
-        if getattr(owner, "no_embed_class", False):  # timm: extra tokens without a place in the table
+        if getattr(owner, "no_embed_class", False):  # timm: extra tokens without an entry in the table
             extra = 0
         old = self.source_grid or _square(f"the checkpoint's {name}", value.shape[1], extra, "source_grid")
         new = self.grid or _model_grid(self.model, owner, ours.shape[1], extra)
@@ -177,7 +197,7 @@ class Fit:
         return resize_position_table(value.to(ours), old, new, extra, mode)
 
     def _fit_tied(self):
-        """A tensor that the checkpoint has under another of its names is not missing (safetensors stores it once)."""
+        """A tied tensor that the checkpoint has under one of its names is not missing (safetensors stores it once)."""
         loaded = {writing.place(self.target[name]) for name in self.copies}
         self.tied = [
             name
@@ -186,7 +206,7 @@ class Fit:
         ]
         self.missing = [name for name in self.missing if name not in self.tied]
 
-    def report(self, path, source):
+    def report(self, path: str, source: str) -> LoadReport:
         return LoadReport(
             path=path,
             source=source,
@@ -217,26 +237,25 @@ class Fit:
         if self.layout == "paddlevit":
             yield "PaddleViT's LayerNorm has eps 1e-6, upstream's and this package's 1e-5"
 
-    def hints(self, report):
-        """Lines on what may be wrong where the checkpoint does not fit."""
-        if self.layout in ("vit-pytorch", "lanl") and layout(self.target) != self.layout:
-            cls = {"vit-pytorch": "vit-pytorch's T2TViT", "lanl": "t2t_fast.models.lanl.T2TViT"}[self.layout]
-            return [f"  it is of {self.layout}'s network, which computes something else; its weights fit {cls} alone"]
+    def hints(self, report: LoadReport) -> list[str]:
+        """Lines with the probable reason why the checkpoint does not fit."""
+        if self.layout in NETWORKS and layout(self.target) != self.layout:
+            return [f"  it is a checkpoint of {self.layout}'s network; its weights fit {NETWORKS[self.layout]} only"]
         if report.loaded == 0:
             return ["  not one tensor of it belongs to this model: is it a checkpoint of another architecture?"]
         if any(set(name.split(".")) & set(_HEADS) for name in report.missing):
             return ["  the checkpoint has no head: give num_classes to start with a new one, or 0 for none"]
         return []
 
-    def commit(self):
-        """Write everything, or, if anything fails, nothing."""
+    def commit(self) -> None:
+        """Write all values; after an error none."""
         names = list(self.copies)
         targets = [self.target[name] for name in names]
         values = writing.separate([self.copies[name] for name in names], targets)
         wrong = writing.conflicts(dict(zip(names, zip(targets, values, strict=True), strict=True)))
         if wrong:
             raise Refused(f"the checkpoint has different values for memory that the model shares: {', '.join(wrong)}")
-        attributes = [(owner, name, head) for _, owner, name, head in self.heads]
+        attributes: list[tuple[nn.Module, str, Any]] = [(owner, name, head) for _, owner, name, head in self.heads]
         attributes += [
             (owner, "num_classes", getattr(head, "out_features", 0))
             for owner, _, head in attributes
@@ -246,7 +265,7 @@ class Fit:
 
 
 def _misfit(value, ours):
-    """Why a value cannot become one of the model's tensors, for messages; ``None`` if it can."""
+    """Why a value cannot be copied into one of the model's tensors, for messages; ``None`` if it can."""
     wanted = writing.describe(ours)
     kinds = [(x.is_floating_point(), x.is_complex()) for x in (value, ours)]
     if value.shape != ours.shape or kinds[0] != kinds[1]:
@@ -272,7 +291,7 @@ def _extra_tokens(tensors, prefix):
 
 
 def _model_grid(model, owner, entries, extra):
-    """The grid of ``owner``'s table of ``entries``: what it or a tokeniser says, if that adds up; else a square."""
+    """The grid of ``owner``'s table: a ``grid_size`` that agrees with the number of entries, else a square."""
     for module in (owner, *owner.children(), *model.children()):
         grid = getattr(module, "grid_size", None)
         if grid is not None and extra + grid[0] * grid[1] == entries:
@@ -296,12 +315,12 @@ def _is_head(owner, name):
 
 
 def _head_size(owner, head):
-    """Classes and input width of a head; an ``nn.Identity`` has none of the first."""
+    """Number of classes and input width of a head; an ``nn.Identity`` has 0 classes."""
     return (head.out_features, head.in_features) if isinstance(head, nn.Linear) else (0, owner.num_features)
 
 
 def _new_head(owner, head, width, num_classes):
-    """A newly initialised head of ``num_classes``, where the owner's parameters live. Draws on the CPU."""
+    """A newly initialised head of ``num_classes``, on the owner's device; initialised on the CPU."""
     if num_classes == 0:
         return nn.Identity().train(head.training)
     linear = isinstance(head, nn.Linear)

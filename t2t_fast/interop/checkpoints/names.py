@@ -1,13 +1,17 @@
-"""Which tensor of a checkpoint belongs to which of a model: wrappers, other projects' names, prefixes.
+"""Matches the names of a checkpoint with those of a model: wrappers, other projects' names, prefixes.
 
 One function translates the names of both sides, so any project's file can go into any project's model. :func:`match`
 then finds the prefixes under which most names agree.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ...models import FAMILIES
 from .report import Refused, listed
 
 # Modules that wrap another one: DataParallel and DDP, torch.compile, activation checkpointing, FSDP.
@@ -29,28 +33,30 @@ _RULES = tuple(
         (r"patch_embed\.tokens_to_token\.", "tokens_to_token."),
     )
 )
-# Names by which a project's files are recognised.
+# A project's files are recognised by these names.
 _LAYOUTS = {
     "mmpretrain": re.compile(r"(?<![^.])encoder\.0\.ln1\."),
     "paddlevit": re.compile(r"(?<![^.])patch_embed\.attn[12]\."),
     "vit-pytorch": re.compile(r"(?<![^.])to_patch_embedding\.\d+\.layers\."),
-    "lanl": re.compile(r"(?<![^.])tokens_to_token\.transformer[12]\."),
+    **{family.name: re.compile(family.checkpoint_names) for family in FAMILIES},
 }
+NETWORKS = {"vit-pytorch": "vit-pytorch's T2TViT", **{family.name: family.model for family in FAMILIES}}
+"""Layout -> the class that its weights fit, for networks other than upstream's."""
 
 
-def layout(names):
-    """Whose names these are: "mmpretrain", "paddlevit", "vit-pytorch", "lanl", else "upstream"."""
+def layout(names: Iterable[str]) -> str:
+    """The project that uses these names: "mmpretrain", "paddlevit", "vit-pytorch", a family's, else "upstream"."""
     return next((project for project, sign in _LAYOUTS.items() if any(map(sign.search, names))), "upstream")
 
 
-def without_wrappers(names):
+def without_wrappers(names: Iterable[str]) -> dict[str, str]:
     """{name: name without wrapping modules}; names that would become equal stay as they are."""
     return _apart(names, lambda name: _WRAPPER.sub("", name))
 
 
-def check_distinct(names):
-    """Raise :class:`Refused` if two of a checkpoint's names differ by wrapping modules alone."""
-    seen = {}
+def check_distinct(names: Iterable[str]) -> None:
+    """Raise :class:`Refused` if two of a checkpoint's names differ only by prefixes of wrapping modules."""
+    seen: dict[str, str] = {}
     for name in names:
         short = _WRAPPER.sub("", name)
         if short in seen:
@@ -59,8 +65,8 @@ def check_distinct(names):
         seen[short] = name
 
 
-def comparable(names):
-    """{name: upstream's name for it, without wrappers}; names that would become equal stay apart."""
+def comparable(names: Iterable[str]) -> dict[str, str]:
+    """{name: upstream's name, without wrappers}; names that would become equal are not translated."""
     short = without_wrappers(names)
     upstreams = _apart(short.values(), _upstreams)
     return {name: upstreams[value] for name, value in short.items()}
@@ -80,7 +86,7 @@ def _apart(names, change):
 
 @dataclass(frozen=True)
 class Match:
-    """How the names of a checkpoint become a model's.
+    """The names of a checkpoint in terms of a model's.
 
     Attributes:
         names: {name in the checkpoint: name in the model's terms}, whether the model has it or not. What would fall
@@ -94,7 +100,7 @@ class Match:
     score: tuple[int, int]
 
 
-def match(source, target):
+def match(source: Mapping[str, tuple[int, ...] | None], target: Mapping[str, tuple[int, ...] | None]) -> Match:
     """Find the prefixes under which ``source`` fits ``target`` best.
 
     A pair (prefix of the source, prefix of the target) is tried if at least half of the smaller side could agree under
@@ -116,7 +122,8 @@ def match(source, target):
     theirs, ours = comparable(source), comparable(target)
     named = {value: name for name, value in theirs.items()}
     needed = (min(len(source), len(target)) + 1) // 2
-    best, score, rivals = None, (0, 0), []
+    best, score = None, (0, 0)
+    rivals: list[tuple[str, str]] = []
     for old in _prefixes(named, needed):
         for new in _prefixes(ours.values(), needed):
             pairs = {
@@ -159,7 +166,7 @@ def _prefixes(names, needed):
 
 
 def _renamed(theirs, ours, old, new, pairs):
-    """The pairs, and every other name in the model's terms: under the nearest outer prefixes where the model has it."""
+    """The pairs, and all other names with the nearest outer prefixes under which the model has them."""
     names, taken = dict(pairs), set(pairs.values())
     free = {value: name for name, value in ours.items() if name not in taken}
     for name, value in theirs.items():
@@ -172,7 +179,7 @@ def _renamed(theirs, ours, old, new, pairs):
 
 
 def _outer(prefix):
-    """The prefix and the shorter ones around it, down to none."""
+    """The prefix and its own prefixes, the longest first, the last one empty."""
     yield prefix
     while prefix:
         prefix = prefix[: prefix[:-1].rfind(".") + 1]

@@ -1,9 +1,12 @@
-"""Reads PaddlePaddle's ``.pdparams``, a pickle of a dict of NumPy arrays, and builds nothing but arrays from it.
+"""Reads PaddlePaddle's ``.pdparams``, a pickle of a dict of NumPy arrays; only arrays are created.
 
 Source of the format: ``paddle.save`` in PaddlePaddle's ``python/paddle/framework/io.py``.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,8 +18,8 @@ from .torch_files import PLAIN_DTYPE
 _BUFFER = ("numpy.core.numeric._frombuffer", "numpy.core.multiarray._frombuffer")
 
 
-def read(file, size):
-    """{name: tensor} of the file, nested as it is there. Raises :class:`Refused`, or anything for a broken pickle."""
+def read(file: BinaryIO, size: int) -> Any:
+    """{name: tensor} of the file, nested as in the file. Raises :class:`Refused`, or anything for a broken pickle."""
     return _plain(_Reader(file, size, longest=size).load(), depth=0)
 
 
@@ -43,7 +46,7 @@ class _DType:
 
 
 class _Array:
-    """An array in the making: empty, then given its shape, dtype and bytes."""
+    """An array under construction: first empty, then with shape, dtype and bytes."""
 
     def __init__(self):
         self.numpy = np.empty(0)

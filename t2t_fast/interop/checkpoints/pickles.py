@@ -1,10 +1,13 @@
-"""Reads pickles without running them: opcodes are interpreted here, no class is imported and no function called.
+"""Reads pickles without running them: opcodes are interpreted, no class is imported and no function called.
 
 Subclasses of :class:`Machine` define what a call or a persistent id means: ``torch_files.py`` inspects files of
 ``torch.save`` before PyTorch reads them, ``paddle_files.py`` builds arrays.
 """
 
+from __future__ import annotations
+
 import pickletools
+from typing import Any, BinaryIO, cast
 
 from .report import Refused
 
@@ -13,7 +16,7 @@ KEY_STEPS = 1000
 TUPLE_STEPS = 10_000
 """Nested entries of any tuple of tuples."""
 LINE_LENGTH = 4096
-"""Characters of a line, in which old opcodes store a number or a name."""
+"""Longest line of a text opcode."""
 
 # Opcodes that push their argument.
 _VALUES = frozenset(
@@ -29,14 +32,16 @@ _MARK = object()
 
 
 class Global:
-    """A module's attribute that a pickle names; it is never looked up."""
+    """A module attribute that a pickle names; it is never resolved."""
 
-    def __init__(self, name):
+    def __init__(self, name: str):
         self.name = name
 
 
 class Tuple(tuple):
     """A tuple and the number of steps that hashing it takes."""
+
+    steps: int
 
     def __new__(cls, items=()):
         self = super().__new__(cls, items)
@@ -46,14 +51,14 @@ class Tuple(tuple):
         return self
 
 
-def check_key(key):
+def check_key(key: Any) -> None:
     """Raise unless ``key`` can be hashed in few steps."""
     if isinstance(key, Tuple) and key.steps > KEY_STEPS:
         raise Refused(f"a key in it is a tuple of {key.steps} entries")
 
 
 class _Bounded:
-    """The part of a file that a pickle may read: ``size`` bytes, ``longest`` at a time, no endless line."""
+    """Limits what a pickle may read: ``size`` bytes in total, ``longest`` at a time, lines of ``LINE_LENGTH``."""
 
     def __init__(self, file, size, longest):
         self._file = file
@@ -83,26 +88,27 @@ class Machine:
         longest: bytes of the longest string.
     """
 
-    def __init__(self, file, size, longest):
+    def __init__(self, file: BinaryIO, size: int, longest: int):
         self._file = _Bounded(file, size, longest)
-        self._stack, self._memo = [], {}
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
 
-    def call(self, function, args):
+    def call(self, function: Global, args: Tuple) -> Any:
         """The result of a call of ``function`` (:class:`Global`) or an object of that class, for the stack."""
         raise NotImplementedError
 
-    def build(self, instance, state):
+    def build(self, instance: Any, state: Any) -> None:
         """Give what :meth:`call` returned its state."""
         raise NotImplementedError
 
-    def persistent(self, identity):
-        """What a persistent id stands for."""
+    def persistent(self, identity: Any) -> Any:
+        """The object that a persistent id refers to."""
         raise Refused("it refers to objects outside of it")
 
-    def load(self):
+    def load(self) -> Any:
         """The next pickle: dicts, lists, :class:`Tuple`, numbers, strings, bytes and what :meth:`call` returned."""
         self._stack, self._memo = [], {}
-        for opcode, argument, _ in pickletools.genops(self._file):
+        for opcode, argument, _ in pickletools.genops(cast(BinaryIO, self._file)):
             self._step(opcode.name, argument)
         return self._stack.pop()
 
@@ -169,7 +175,7 @@ class Machine:
 
 
 def _global(module, attribute):
-    """The name as of Python 3 and NumPy 1, so that files of every version use the same one."""
+    """The global under its Python 3 and NumPy 1 name, whatever version wrote the file."""
     if not (isinstance(module, str) and isinstance(attribute, str)):
         raise Refused("it names a class by something else than strings")
     module = {"__builtin__": "builtins"}.get(module, module)

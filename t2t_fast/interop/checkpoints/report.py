@@ -1,19 +1,22 @@
-"""What a load says: its report, and why a checkpoint is refused."""
+"""The report of a load, and the error that refuses a checkpoint."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _LISTED = 20
-"""How many names of a kind an error or a report spells out."""
+"""How many names an error or a report lists."""
 _LENGTH = 200
 """Characters of a name that are shown."""
 
 
 class Refused(Exception):
-    """A checkpoint is broken, hostile, or no checkpoint; the text says what it holds, the caller adds the path."""
+    """The checkpoint is broken, hostile, or not a checkpoint; the text gives the reason, the caller adds the path."""
 
 
-def listed(names):
-    """The first of the names, without control characters, and how many more there are."""
+def listed(names: Sequence[str]) -> str:
+    """The first names, without control characters, and the number of the others."""
     shown = [name if name.isprintable() and len(name) <= _LENGTH else f"{name[:_LENGTH]!r}" for name in names[:_LISTED]]
     return ", ".join(shown) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
@@ -25,18 +28,19 @@ class LoadReport:
     Attributes:
         path: the file, "state dict" for an object; source: the entry of it that was read ("state_dict_ema",
             "state_dict", "net", ..., nested ones with dots; "tensors" if the tensors are at the top).
-        layout: whose names the checkpoint had: "upstream", "mmpretrain", "paddlevit", "vit-pytorch" or "lanl".
+        layout: whose names the checkpoint had: "upstream", "mmpretrain", "paddlevit", "vit-pytorch", or those of one of
+            ``models.FAMILIES``.
         prefix: (prefix of the checkpoint's names, prefix of the model's that took its place).
         loaded, total: tensors of the model that were loaded, and all of them.
         resized: (name, old grid, new grid) of position tables.
         rescaled: (name, factor) of weights whose queries were multiplied for another attention scale.
-        reinitialised: the head's tensors, if they were drawn anew.
-        new_modules: heads that are new objects now; an optimizer made before does not know their parameters.
-        left_out: the checkpoint's tensors of a head that was not wanted.
-        ignored: the checkpoint's entries that are no tensors and that the model does not have.
+        reinitialised: the head's tensors, if they were newly initialised.
+        new_modules: heads that are new objects; an existing optimizer does not have their parameters.
+        left_out: the checkpoint's tensors of a head that was not requested.
+        ignored: the checkpoint's entries that are not tensors and that the model does not have.
         missing, unexpected: names that only the model, or only the checkpoint has.
         mismatched: (name, what the checkpoint has, what the model has) where shape or kind differ.
-        notes: sentences on what was assumed.
+        notes: the assumptions that were made.
     """
 
     path: str
@@ -57,12 +61,12 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def complete(self):
-        """Whether every tensor of model and checkpoint is accounted for."""
+    def complete(self) -> bool:
+        """Whether each tensor of the model and of the checkpoint has a counterpart or was left out on purpose."""
         return not (self.missing or self.unexpected or self.mismatched)
 
-    def problems(self):
-        """Lines that name what is not accounted for."""
+    def problems(self) -> list[str]:
+        """Lines that list the tensors without counterpart."""
         mismatched = [f"{name} (checkpoint {theirs}, model {ours})" for name, theirs, ours in self.mismatched]
         rows = (("missing", self.missing), ("unexpected", self.unexpected), ("does not fit", mismatched))
         return [_row(label, names) for label, names in rows if names]

@@ -1,15 +1,18 @@
 """Files of ``torch.save``: inspected first, then read by ``torch.load(weights_only=True)``.
 
-``weights_only`` keeps a file from running code, but not from exhausting memory or time, or from ending the process:
-compressed records are unpacked before their size is compared, storages of the old format are allocated as declared and
+``weights_only`` prevents a file from running code, but not from exhausting memory or time, or from ending the process:
+compressed records are unpacked before their size is checked, storages of the old format are allocated as declared and
 grow with a view, and hashing a deep tuple overflows the stack. The inspection refuses such files.
 """
+
+from __future__ import annotations
 
 import argparse
 import io
 import re
 import threading
 import zipfile
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from .report import Refused
 
 _ZIP = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# What the pickle of a checkpoint calls, besides the views below and what the user has allowed.
+# Callables that the pickle of a checkpoint may name, besides the views below and what the user has allowed.
 _CALLS = frozenset(
     {
         "collections.OrderedDict",
@@ -44,7 +47,7 @@ _CALLS = frozenset(
 # Calls whose first arguments are a storage, an offset, a size and strides.
 _VIEWS = frozenset(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
 _STATES = ("collections.OrderedDict", "argparse.Namespace")
-# Bytes of an element by the kind of a storage.
+# Bytes of an element, by kind of storage.
 _ITEMSIZES = (
     dict.fromkeys(("Untyped", "Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), 1)
     | dict.fromkeys(("Half", "BFloat16", "Short"), 2)
@@ -55,23 +58,23 @@ _ITEMSIZES = (
 PLAIN_DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16)")
 """NumPy's names of dtypes that are numbers."""
 LONGEST_STRING = 1 << 26
-"""Bytes of a string in the pickle of torch.save, which stores the tensors outside of it."""
+"""Longest string in the pickle of torch.save, which stores the tensors outside of the pickle."""
 _LOADING = threading.Lock()
 
 
-def read(file, size):
-    """What the file holds, its tensors on the CPU. Raises :class:`Refused`, or anything that ``torch.load`` does."""
+def read(file: BinaryIO, size: int) -> Any:
+    """The content of the file, its tensors on the CPU. Raises :class:`Refused`, or what ``torch.load`` raises."""
     _inspect(file, size)
     file.seek(0)
-    # The list of allowed classes belongs to the process, so loads take turns and keep what the user has allowed.
+    # The list of allowed classes is global to the process, so loads take a lock and keep the user's entries.
     with _LOADING:
         allowed = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([entry for entry in _harmless() if entry not in allowed]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
-def refused_class(name):
-    """Why a file with a pickled class is not read."""
+def refused_class(name: str) -> str:
+    """The reason why a file with a pickled class is not read."""
     return (
         f"it holds a pickled {name.removeprefix('builtins.')}, which loading with weights_only=True refuses, since it "
         "could run code; save the state dict alone, or, if you trust the file, allow the class with "
@@ -80,7 +83,7 @@ def refused_class(name):
 
 
 def _harmless():
-    """Classes allowed beside torch's own: the command line that upstream saves, and numbers of NumPy 1 and 2."""
+    """Classes allowed besides torch's own: upstream's saved command line, and numbers of NumPy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"}
@@ -102,7 +105,7 @@ def _inspect(file, size):
 
 
 def _pickle_of_archive(file, size):
-    """The pickle inside a zip file whose records are what torch.save writes: not compressed, each name once."""
+    """The pickle in a zip file as torch.save writes it: records are not compressed, names are unique."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -129,7 +132,7 @@ class _Object:
 
 
 class _Inspector(Machine):
-    """Checks what a pickle of torch.save would do: the calls, the sizes, the keys.
+    """Checks the calls, sizes and keys in a pickle of torch.save.
 
     Args:
         file, size: of the pickle.

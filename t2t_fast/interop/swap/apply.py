@@ -1,69 +1,29 @@
-"""``swap``: the fast forms in place of upstream's modules, on the instances that a model holds.
+"""``swap``: replaces upstream's modules by their fast forms, on the instances that a model holds.
 
-A swap changes a module's class and nothing else (``swap_classes.py``): the object stays, and with it its parameters,
-hooks, attributes, methods and every reference to it (an optimizer's, a wrapper's); ``unswap`` gives it back. This
-works because the fast modules keep upstream's names of children and parameters. What is a T2T module is decided by
-structure (``swap_rules.py``), never by importing the other project; and because structure cannot show what a
-``forward`` does, every match is proved on a twin before anything is changed (``swap_proof.py``).
+A swap changes a module's class and nothing else (``classes.py``): the object stays, and with it its parameters,
+hooks, attributes, methods and every reference to it (an optimizer's, a wrapper's); ``unswap`` restores the class. This
+works because the fast modules keep upstream's names of children and parameters. Modules are found by structure
+(``rules.py``, ``match.py``), never by importing the other project; structure cannot show what a ``forward`` does, so
+every match is proved on a twin before anything is changed (``proof.py``).
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
 
-from ..errors import NothingToSwap
-from ..models import lanl
+from ...errors import NothingToSwap
+from .classes import is_swapped, original_class
 from .explain import backend_of
-from .swap_classes import is_swapped, original_class
-from .swap_proof import Mismatch, apply, prove
-from .swap_rules import FAST, LOOKED_FOR, Change, match
-
-_FUSED = "(fused)"
-
-
-class Row(NamedTuple):
-    """One line of a report.
-
-    ``target`` is the new class; "(fused)" for a child that a swapped module does not call any more; empty where a
-    module was left as it was, and ``reason`` says why.
-    """
-
-    path: str
-    source: str
-    target: str
-    backend: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What was swapped (or would be, or came back) and what was left; ``str()`` is a table."""
-
-    rows: tuple[Row, ...]
-    done: str
-
-    @property
-    def swapped(self):
-        """Paths of the modules that changed."""
-        return [row.path for row in self.rows if row.target and row.target != _FUSED]
-
-    @property
-    def left(self):
-        """Path -> reason of the candidates that did not change."""
-        return {row.path: row.reason for row in self.rows if not row.target}
-
-    def __str__(self):
-        if not self.rows:
-            return f"0 modules {self.done}"
-        table = [("path", "from", "to", "backend", "reason")]
-        for path, source, target, name, reason in self.rows:
-            table.append((path or "(the model)", source, target or "-", name or "-", reason))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        return "\n".join([*lines, f"{len(self.swapped)} modules {self.done}, {len(self.left)} left"])
+from .match import Change, match
+from .proof import apply, prove
+from .report import FUSED, Row, SwapReport
+from .rules import FAST, RULES
+from .template import Mismatch
 
 
 def _patterns(name, value):
@@ -88,12 +48,12 @@ def _selected(path, include, exclude):
 
 
 def _named(path, include):
-    """Whether a pattern matches this very path."""
+    """Whether a pattern matches the path itself."""
     return include is not None and any(fnmatchcase(path, pattern) for pattern in include)
 
 
 def _find(model, include, exclude):
-    """What matches, [(path, module, plan)], and [Row] of what is left."""
+    """The matches, [(path, module, plan)], and a :class:`Row` for each candidate that is left."""
     found, left, claimed = [], [], set()
     for path, module in model.named_modules():
         if id(module) in claimed:
@@ -112,8 +72,8 @@ def _find(model, include, exclude):
             continue
         if not _selected(path, include, exclude):
             left.append(Row(path, source, "", "", "not selected by include and exclude"))
-        elif plan.caution and not _named(path, include):
-            left.append(Row(path, source, "", "", plan.caution))
+        elif plan.rule.caution and not _named(path, include):
+            left.append(Row(path, source, "", "", plan.rule.caution))
         else:
             claimed.update(id(change.module) for change in (*plan.changes, *plan.parts))
             found.append((path, module, plan))
@@ -121,15 +81,15 @@ def _find(model, include, exclude):
 
 
 class _Swap(NamedTuple):
-    """Proved changes of one module, the last of which is that of the module at ``path``."""
+    """The proved changes of one module; the last one is that of the module at ``path``."""
 
     path: str
     changes: list[Change]
-    fused: tuple[tuple[str, str], ...] = ()
+    fused: Mapping[str, str] = {}
 
 
 def _prove_all(model, found, include, exclude):
-    """[:class:`_Swap`] of what is proved, and [Row] of what is left; from the inside out."""
+    """A :class:`_Swap` for each proved match, and a :class:`Row` for each other one; inner modules first."""
     proved, left = [], []
     for path, module, plan in reversed(found):
         inside = {id(each) for each in module.modules()}
@@ -138,7 +98,8 @@ def _prove_all(model, found, include, exclude):
             if plan.reason:
                 raise Mismatch(plan.reason)
             template = prove(module, [*inner, *plan.changes], plan.probes)
-            proved.append(_Swap(path, [*plan.changes[:-1], plan.changes[-1]._replace(template=template)], plan.fused))
+            whole = plan.changes[-1]._replace(template=template)
+            proved.append(_Swap(path, [*plan.changes[:-1], whole], plan.rule.soft_splits))
         except Mismatch as mismatch:
             left.append(Row(path, type(module).__name__, "", "", str(mismatch)))
             proved += _prove_parts(module, path, plan, inner, include, exclude)
@@ -146,44 +107,51 @@ def _prove_all(model, found, include, exclude):
 
 
 def _prove_parts(module, path, plan, inner, include, exclude):
-    """[:class:`_Swap`] of the children that can be swapped in a module that stays as it is."""
+    """A :class:`_Swap` for each child that can be swapped in a module that is left."""
     paths = {id(child): f"{path}.{name}" if path else name for name, child in module.named_modules()}
     parts = [change for change in plan.parts if _selected(paths[id(change.module)], include, exclude)]
     try:
         if parts:
             prove(module, [*inner, *parts], plan.probes)
     except Mismatch:
-        return []  # the module's own reason says more
+        return []  # the reason of the module itself is reported
     return [_Swap(paths[id(change.module)], [change]) for change in parts]
 
 
-def swap(model, *, include=None, exclude=None, dry_run=False):
-    """Put the fast forms in place of upstream's T2T modules, in place, on this instance.
+def swap(
+    model: nn.Module,
+    *,
+    include: str | Sequence[str] | set[str] | None = None,
+    exclude: str | Sequence[str] | set[str] | None = None,
+    dry_run: bool = False,
+) -> SwapReport:
+    """Replace upstream's T2T modules by their fast forms, in place.
 
-    Swapped are, wherever they are in the model: the whole tokens-to-token module (both token types; also lanl's
-    ``Tokens2Token``; also one that returns its stages or their sizes beside the tokens), single ``Token_performer``
-    and ``Token_transformer`` layers, and every ``nn.Fold``. An ``nn.Unfold`` returns a transposed view in its fast
-    form: it is swapped where ``include`` matches its own path, or where the T2T module around it is proved to take it.
+    These modules are swapped, wherever they are in the model: the whole tokens-to-token module (both token types; also
+    one that returns its stages or their sizes beside the tokens), single ``Token_performer`` and ``Token_transformer``
+    layers, every ``nn.Fold``, and the corresponding modules of the families in ``models.FAMILIES``. The fast form of
+    ``nn.Unfold`` returns a transposed view: an ``nn.Unfold`` is swapped if ``include`` matches its own path, or if the
+    proof shows that the T2T module around it accepts the view.
 
     Parameters, hooks, attributes, methods, training flag, dtype and device stay: the module objects are the same, and
-    their new class inherits from the old one. Whatever is hooked, replaced or wrapped inside a module makes it run
-    child by child, at the next call as well (:func:`explain`). Each swap is proved first, on a perturbed twin, in
-    float64, in eval and in training mode, with gradients. What cannot be proved, or has something that the fast form
-    would ignore, is left with the reason.
+    their new class inherits from the old one. If something inside a module is hooked, replaced or wrapped, before the
+    swap or later, the module calls its children one by one (:func:`explain`). Each swap is proved first, on a perturbed
+    twin, in float64, in eval and in training mode, with gradients. A module that cannot be proved, or has something
+    that the fast form would ignore, is left, and the report gives the reason.
 
     Args:
         model: any ``nn.Module``.
         include, exclude: a pattern or patterns of module paths (``"tokens_to_token"``, ``"*.attention2"``); a pattern
-            also selects what is inside. Both given: what ``include`` selects and ``exclude`` does not.
+            also selects what is inside. With both, a module must match ``include`` and not ``exclude``.
         dry_run: only report.
 
     Returns:
-        :class:`SwapReport`: path, from, to, backend, and the reason for every candidate that was left.
+        :class:`SwapReport`: path, old class, new class and backend of each module, and why a candidate was left.
 
     Raises:
         TypeError: ``model`` is not a module.
-        NothingToSwap: nothing was found that could be swapped (and nothing is fast already); the text lists what was
-            looked for. The model is unchanged.
+        NothingToSwap: no module can be swapped, and none is fast already; the text lists the rules and the reasons.
+            The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -193,7 +161,8 @@ def swap(model, *, include=None, exclude=None, dry_run=False):
     left += unproved
     if not proved and not any(isinstance(module, FAST) for module in model.modules()):
         reasons = [f"left: {row.path or '(the model)'} ({row.source}): {row.reason}" for row in left]
-        lines = [f"swap: nothing to swap in {type(model).__name__}. Looked for", *LOOKED_FOR, *reasons]
+        looked_for = [f"{rule.name}: {rule.structure}" for rule in RULES]
+        lines = [f"swap: nothing to swap in {type(model).__name__}. Looked for", *looked_for, *reasons]
         raise NothingToSwap("\n  ".join(lines))
     sources = {path: type(module).__name__ for path, module in model.named_modules()}
     changes = [change for swap in proved for change in swap.changes]
@@ -211,35 +180,30 @@ def swap(model, *, include=None, exclude=None, dry_run=False):
 
 
 def _rows(model, swap, sources):
-    """The lines of one swap, while it is made."""
+    """The rows of one swap; called while the swap is in effect."""
     change, path = swap.changes[-1], swap.path
     returns = f"returns a {change.template}" if change.template is not None else ""
-    yield Row(path, sources[path], _name(change.kind), backend_of(change.module), returns)
-    for child, worker in swap.fused:
+    yield Row(path, sources[path], change.form.name, backend_of(change.module), returns)
+    for child, worker in swap.fused.items():
         if isinstance(getattr(change.module, worker), (*FAST, nn.Linear)):
             child_path = f"{path}.{child}" if path else child
-            yield Row(child_path, sources[child_path], _FUSED, "", f"with {worker}")
-
-
-def _name(kind):
-    package = "lanl." if kind.__module__ == lanl.__name__ else ""
-    return f"{package}{kind.__name__}"
+            yield Row(child_path, sources[child_path], FUSED, "", f"with {worker}")
 
 
 def _undo(module):
-    """Give a module its original class back."""
+    """Restore a module's original class."""
     module.__class__ = original_class(module)
 
 
-def unswap(model):
-    """Undo :func:`swap`: every module gets its original class back.
+def unswap(model: nn.Module) -> SwapReport:
+    """Undo :func:`swap`: restore the original class of every module.
 
     Args:
         model: a model that :func:`swap` changed, wholly or in part.
 
     Returns:
-        :class:`SwapReport` of what came back; no rows if nothing was swapped. A module whose class something else has
-        changed since (FSDP2's ``fully_shard``) is left, with the reason.
+        :class:`SwapReport` of the restored modules; no rows if none was swapped. A module whose class was changed after
+        the swap (by FSDP2's ``fully_shard``) is left, with the reason.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -259,13 +223,18 @@ def unswap(model):
 
 
 @contextmanager
-def swapped(model, *, include=None, exclude=None):
-    """:func:`swap` inside a ``with`` block; at its end what this block swapped comes back, even after an error.
+def swapped(
+    model: nn.Module,
+    *,
+    include: str | Sequence[str] | set[str] | None = None,
+    exclude: str | Sequence[str] | set[str] | None = None,
+) -> Iterator[SwapReport]:
+    """:func:`swap` for the length of a ``with`` block; also after an error, its end restores what this block swapped.
 
     Yields:
         :class:`SwapReport`.
     """
-    before = set()
+    before: set[int] = set()
     if isinstance(model, nn.Module):
         before.update(id(module) for module in model.modules() if original_class(module) is not None)
     report = swap(model, include=include, exclude=exclude)

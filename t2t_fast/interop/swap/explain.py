@@ -1,27 +1,27 @@
-"""What runs in a model: the backend of each fast module, or why it calls its children one by one."""
+"""The backend of each fast module in a model, or why the module is not fused."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from .. import backends
-from ..errors import BackendUnavailable
-from ..modules import Fold, TokenPerformer, Unfold
-from .swap_rules import FAST
-
-_OPERATORS = {Unfold: "soft_split", Fold: "soft_composition", TokenPerformer: "performer_layer"}
+from ... import backends
+from ...errors import BackendUnavailable
+from .rules import FAST, RULES
 
 
-def backend_of(module):
-    """The backend of a fast module's main operator, on the device and in the dtype of its parameters.
+def backend_of(module: Any) -> str:
+    """The backend of a fast module's main operator for the device and dtype of its parameters.
 
-    Or "unfused: " and the reason, where it calls its children one by one.
+    "unfused: " and the reason if the module calls its children one by one; "none" if no backend is available.
     """
     why = module.obstacle() if hasattr(module, "obstacle") else None
     if why is not None:
         return f"unfused: {why}"
-    op = next((op for kind, op in _OPERATORS.items() if isinstance(module, kind)), "soft_split_linear")
+    op = next(rule.operator for rule in RULES if isinstance(module, rule.form.kind))
     tensor = next(module.parameters(), torch.empty(0))
     try:
         return backends.resolve(op, backends.Request(tensor.device.type, tensor.dtype, {}))
@@ -35,7 +35,7 @@ class ModelExplanation:
 
     rows: tuple[tuple[str, str, str], ...]
 
-    def __str__(self):
+    def __str__(self) -> str:
         if not self.rows:
             return "no module of t2t_fast in the model; t2t_fast.swap(model) puts them there"
         table = [("path", "module", "backend"), *((path or "(the model)", *rest) for path, *rest in self.rows)]
@@ -43,22 +43,28 @@ class ModelExplanation:
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
 
 
-def explain(op=None, *, device=None, dtype=torch.float32, **sizes):
-    """For each operator: the backend that would run, and the reason why not each other one.
+def explain(
+    op: str | nn.Module | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **sizes: Any,
+) -> backends.Explanation | ModelExplanation:
+    """The selected backend of each operator, and why the others were rejected.
 
-    For a model: the backend of each fast module in it, or the child that makes it run unfused and why.
+    For a model: the backend of each fast module, or the child that prevents the fusion, and why.
 
     Args:
         op: one operator's name, a model, or ``None`` for all operators.
-        device: "cpu", "cuda" or a ``torch.device``; by default "cuda" if there is one. A model's own counts.
-        dtype: the inputs' dtype.
-        sizes: the operator's own sizes, where a capability depends on them.
+        device: "cpu", "cuda" or a ``torch.device``; by default "cuda" if there is one; unused for a model.
+        dtype: the inputs' dtype; unused for a model.
+        sizes: sizes of the operator that a backend's support depends on.
 
     Returns:
         :class:`backends.Explanation`, for a model :class:`ModelExplanation`; ``str()`` of both is a table.
 
     Raises:
-        ValueError: ``op`` is no operator's name.
+        ValueError: ``op`` is not the name of an operator.
     """
     if not isinstance(op, nn.Module):
         return backends.explain(op, device=device, dtype=dtype, **sizes)

@@ -1,16 +1,13 @@
-"""Eager models of the articles "Vision Transformers, Explained": non-square images and free soft-split kernels.
+"""The articles' T2T module, eager and as they compute it; imports nothing of this package.
 
-Source: the ``modules`` folder of lanl/vision_transformers_explained. They differ from the official T2T-ViT in the
-scale of the token attention (its output width, not its input width), in the skip through ``v`` that *every* attention
-has, the backbone's too, and in the window: stride ``ceil(k / 2)`` and padding ``ceil(k / 4)`` as integer halves.
+Source: the ``modules`` folder of lanl/vision_transformers_explained. It differs from the official T2T module in the
+scale of the token attention (its output width, not its input width) and in the window: stride ``ceil(k / 2)`` and
+padding ``ceil(k / 4)`` as integer halves.
 """
 
 import math
 
-import torch
 from torch import nn
-
-from .layers import get_sinusoid_encoding, init_weights
 
 
 def count_tokens(w, h, k, s, p):
@@ -81,30 +78,6 @@ class TokenTransformer(nn.Module):
         return x + self.neuralnet(self.norm2(x))
 
 
-class Encoding(nn.Module):
-    """Backbone block: pre-norm attention and MLP, both with skips (and the skip through ``v`` inside)."""
-
-    def __init__(
-        self,
-        dim,
-        num_heads=1,
-        hidden_chan_mul=4.0,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
-    ):
-        super().__init__()
-        self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
-        self.norm2 = norm_layer(dim)
-        self.neuralnet = NeuralNet(dim, int(dim * hidden_chan_mul), dim, act_layer)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.neuralnet(self.norm2(x))
-
-
 class Tokens2Token(nn.Module):
     """(B, C, H, W) image, H and W free -> (B, tokens, token_len); window (k, (k+1)//2, (k+1)//4) per kernel k."""
 
@@ -152,46 +125,6 @@ class Tokens2Token(nn.Module):
         return self.project(self.soft_split2(x).transpose(1, 2))
 
 
-class ViT_Backbone(nn.Module):
-    """Class token, frozen sinusoidal positions, blocks, norm and a prediction head on the class token."""
-
-    def __init__(
-        self,
-        preds=1,
-        token_len=768,
-        num_tokens=16,
-        num_heads=1,
-        hidden_chan_mul=4.0,
-        depth=12,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
-    ):
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, token_len))
-        self.pos_embed = nn.Parameter(get_sinusoid_encoding(num_tokens + 1, token_len), requires_grad=False)
-        options = dict(
-            num_heads=num_heads,
-            hidden_chan_mul=hidden_chan_mul,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
-        )
-        self.blocks = nn.ModuleList(Encoding(token_len, **options) for _ in range(depth))
-        self.norm = norm_layer(token_len)
-        self.head = nn.Linear(token_len, preds)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self.apply(init_weights)
-
-    def forward(self, x):
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
-
-
 class Patch_Tokenization(nn.Module):
     """Square, non-overlapping patches by unfold and Linear: (B, C, H, W) -> (B, tokens, token_len)."""
 
@@ -207,91 +140,5 @@ class Patch_Tokenization(nn.Module):
         self.project = nn.Linear(channels * patch_size**2, token_len)
 
     def forward(self, x):
+        """(B, C, H, W) -> (B, tokens, token_len)."""
         return self.project(self.split(x).transpose(1, 2))
-
-
-class ViT_Model(nn.Module):
-    """Patch tokens and :class:`ViT_Backbone`: (B, C, H, W) -> (B, preds)."""
-
-    def __init__(
-        self,
-        img_size=(1, 400, 100),
-        patch_size=50,
-        token_len=768,
-        preds=1,
-        num_heads=1,
-        Encoding_hidden_chan_mul=4.0,
-        depth=12,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
-    ):
-        super().__init__()
-        self.patch_tokens = Patch_Tokenization(img_size, patch_size, token_len)
-        self.backbone = ViT_Backbone(
-            preds,
-            token_len,
-            self.patch_tokens.num_tokens,
-            num_heads,
-            Encoding_hidden_chan_mul,
-            depth,
-            qkv_bias,
-            qk_scale,
-            act_layer,
-            norm_layer,
-        )
-        self.apply(init_weights)
-
-    def forward(self, x):
-        return self.backbone(self.patch_tokens(x))
-
-
-class T2T_ViT(nn.Module):
-    """:class:`Tokens2Token` and :class:`ViT_Backbone`: (B, C, H, W) -> (B, preds)."""
-
-    def __init__(
-        self,
-        img_size=(1, 1700, 500),
-        softsplit_kernels=(31, 3, 3),
-        preds=1,
-        token_len=768,
-        token_chan=64,
-        num_heads=1,
-        T2T_hidden_chan_mul=1.0,
-        Encoding_hidden_chan_mul=4.0,
-        depth=12,
-        qkv_bias=False,
-        qk_scale=None,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
-    ):
-        super().__init__()
-        self.tokens_to_token = Tokens2Token(
-            img_size,
-            softsplit_kernels,
-            num_heads,
-            token_chan,
-            token_len,
-            T2T_hidden_chan_mul,
-            qkv_bias,
-            qk_scale,
-            act_layer,
-            norm_layer,
-        )
-        self.vit_backbone = ViT_Backbone(
-            preds,
-            token_len,
-            self.tokens_to_token.num_tokens,
-            num_heads,
-            Encoding_hidden_chan_mul,
-            depth,
-            qkv_bias,
-            qk_scale,
-            act_layer,
-            norm_layer,
-        )
-        self.apply(init_weights)
-
-    def forward(self, x):
-        return self.vit_backbone(self.tokens_to_token(x))

@@ -1,27 +1,38 @@
-"""The class of a swapped module: the original class with the fast ``forward`` on top.
+"""The class of a swapped module: the original class with the fast ``forward``.
 
 A swap changes an object's class and nothing else. The new class inherits from the original one first, so its methods,
-properties and class attributes stay, ``isinstance`` holds, and the instance's attributes count as before; only
-``forward`` is the fast one's, and what the fast class has beside it is there as well.
+properties and class attributes stay, ``isinstance`` holds, and the instance's attributes are
+found as before. Only ``forward`` comes from the fast class; its other methods are added.
 """
+
+from __future__ import annotations
 
 import inspect
 from functools import cache, wraps
+from typing import Any
 
 from torch import nn
+
+from .template import Template
 
 _ORIGINAL = "_t2t_fast_original"
 
 
 @cache
-def swapped_class(original, fast, argument=None, template=None, hidden=()):
+def swapped_class(
+    original: Any,
+    fast: Any,
+    argument: str | None = None,
+    template: Template | None = None,
+    hidden: tuple[str, ...] = (),
+) -> type:
     """A class that is both ``original`` and ``fast``, one for each combination.
 
     Args:
         original, fast: classes of modules.
-        argument: the name that ``original.forward`` gives its input, if ``fast`` gives it another one.
-        template: what ``forward`` returns of the stages (``swap_proof.Template``); ``None`` for what ``fast`` returns.
-        hidden: names of properties of ``fast`` that give way to the instance's own attributes.
+        argument: the name of the input of ``original.forward``, if that of ``fast`` differs.
+        template: describes what ``forward`` returns; ``None`` if it returns what ``fast`` returns.
+        hidden: properties of ``fast`` that must not hide attributes of the instance.
     """
     forward = fast.forward if template is None else _returning(fast, template)
     forward = forward if argument is None else _renamed(forward, argument, argument_of(fast))
@@ -37,17 +48,17 @@ def swapped_class(original, fast, argument=None, template=None, hidden=()):
     return type(fast.__name__, (fast,) if issubclass(fast, original) else (original, fast), namespace)
 
 
-def original_class(module):
+def original_class(module: nn.Module) -> type | None:
     """The class that a module had before it was swapped, or ``None``."""
     return type(module).__dict__.get(_ORIGINAL)
 
 
-def is_swapped(module):
-    """Whether a module was swapped, also if its class was changed again since."""
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module was swapped, even if its class was changed again afterwards."""
     return any(_ORIGINAL in vars(cls) for cls in type(module).__mro__)
 
 
-def collisions(module, fast):
+def collisions(module: nn.Module, fast: type) -> set[str]:
     """Names that both a module (or its class) and a fast class define, other than ``forward`` and ``extra_repr``."""
     own = {name for cls in _above_module(fast) for name in vars(cls)} - {"forward", "extra_repr"}
     theirs = {name for cls in _above_module(type(module)) for name in vars(cls)}
@@ -56,7 +67,7 @@ def collisions(module, fast):
 
 
 def _above_module(cls):
-    """The classes between a class and ``nn.Module`` (or PyTorch's own layers), it included."""
+    """The class itself and its bases below ``nn.Module`` (or PyTorch's own layers)."""
     return [each for each in cls.__mro__ if issubclass(each, nn.Module) and not each.__module__.startswith("torch.nn")]
 
 
@@ -68,13 +79,13 @@ def _returning(fast, template):
     return forward
 
 
-def argument_of(cls):
+def argument_of(cls: Any) -> str:
     """The name of the input of a class's ``forward``."""
     return list(inspect.signature(cls.forward).parameters)[1]
 
 
 def _renamed(call, name, own):
-    """``call`` with the name ``name`` for its input, too."""
+    """``call`` that also accepts its input under the keyword ``name``."""
 
     @wraps(call)
     def forward(self, *arguments, **named):
@@ -86,7 +97,7 @@ def _renamed(call, name, own):
 
 
 def _reduce(self, protocol):
-    """Pickled as what the class is made of: it stands in no module under its name."""
+    """Pickle the arguments of :func:`swapped_class`, since pickle finds the class in no module."""
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__.copy()  # Python 3.10 has none
     return _restore, type(self)._t2t_fast_arguments, state
 

@@ -1,41 +1,40 @@
 """The proof of a swap: a twin of the module gives the same results and gradients before and after.
 
-The twin has the module's structure and attributes, and perturbed values of its own: a parameter that is 0 (a gate
-before training, LayerScale) or a running statistic at its start would hide what it does. It is on the CPU, in float64
-where the original can, has no hooks, and is called in eval and in training mode with all dropout off. The model itself,
-its random state and the settings of the process are neither used nor changed.
+The twin has the module's structure and attributes and perturbed values: the effect of a parameter that is 0 (a gate
+before training, LayerScale) or of an initial running statistic would not show. It is on the CPU, in float64 if the
+original runs in it, has no hooks, and is called in eval and in training mode with all dropout off. The model itself,
+the random state and the settings of the process are not changed.
 """
+
+from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..backends import backend
-from ..ops._common.windows import as_image
-from .swap_classes import swapped_class
-
-
-class Mismatch(Exception):
-    """A module that looks like a candidate but cannot be swapped; the text is the reason."""
-
+from ...backends import backend
+from .classes import swapped_class
+from .match import Change
+from .template import Mismatch, Template, recognised
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative difference between a module and its fast form, in results and in each gradient."""
 
 
-def prove(module, changes, probes):
+def prove(module: nn.Module, changes: Sequence[Change], probes: Iterable[tuple[int, ...]]) -> Template | None:
     """Raise :class:`Mismatch` unless a twin of ``module`` computes the same before and after ``changes``.
 
     Args:
-        changes: [:class:`swap_rules.Change`] of ``module`` and of modules inside it.
-        probes: shapes of inputs to try, the first on which the original runs counts.
+        changes: [:class:`match.Change`] of ``module`` and of modules inside it.
+        probes: input shapes; the first one on which the original runs is used.
 
     Returns:
-        a :class:`Template` if the original returns no tensor but a structure of tensors and sizes, else ``None``.
+        a :class:`Template` if the original returns a structure of tensors and sizes; ``None`` if a tensor.
     """
     try:
         with _neutral():
@@ -50,7 +49,7 @@ def prove(module, changes, probes):
             _compare(found, expected, TOLERANCE[x.dtype])
     except Mismatch:
         raise
-    except Exception as error:  # somebody else's code, classes and attributes
+    except Exception as error:  # code, classes and attributes of another project
         raise Mismatch(f"it cannot be tried out on a copy: {_words(error)}") from error
     return template
 
@@ -71,7 +70,7 @@ def _words(error):
 
 @contextmanager
 def _neutral():
-    """A state that does not depend on the caller's: CPU, gradients, no autocast, the oracle's operators."""
+    """Settings that do not depend on the caller's: CPU, gradients, no autocast, the reference backend."""
     with (
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
@@ -80,12 +79,12 @@ def _neutral():
         torch.autocast("cpu", enabled=False),
         backend("reference"),
     ):
-        torch.default_generator.manual_seed(0)  # of the CPU alone, which is put back
+        torch.default_generator.manual_seed(0)  # of the CPU only, which fork_rng restores
         yield
 
 
 def _original(module, probes):
-    """The first probe that the original runs on, in float64 if it can, its evaluation, and what it returned."""
+    """The first probe on which the original runs, in float64 if it can, its evaluation, and its result."""
     failures = []
     for dtype in TOLERANCE:
         twin = _twin(module, dtype)
@@ -95,7 +94,7 @@ def _original(module, probes):
                 return x, *_evaluate(twin, x)
             except Mismatch:
                 raise
-            except Exception as error:  # noqa: BLE001 - somebody else's forward may raise anything
+            except Exception as error:  # noqa: BLE001 - a forward of another project may raise anything
                 failures.append(f"{' x '.join(map(str, shape))} ({_words(error)})")
     failures = failures[: len(probes)]
     raise Mismatch(f"the original does not run on a probe of {', nor of '.join(failures)}")
@@ -115,21 +114,22 @@ def _twin(module, dtype):
         raise Mismatch(f"it cannot be copied, so nothing can be proved: {_words(error)}") from error
 
 
-def copied(module, replaced, hooks=True):
-    """A deep copy of a module, also where it keeps tensors that autograd made, which ``copy.deepcopy`` refuses.
+def copied(module: nn.Module, replaced: Callable[[torch.Tensor], torch.Tensor], hooks: bool = True) -> nn.Module:
+    """A deep copy of a module, even if it holds results of autograd, which ``copy.deepcopy`` refuses.
 
     Args:
-        replaced: function of a tensor -> what the copy has for it.
-        hooks: whether the copy has the hooks.
+        replaced: function of a tensor that returns its replacement in the copy.
+        hooks: whether hooks are copied.
     """
-    memo, kept = {}, []
+    memo: dict[int, Any] = {}
+    kept: list[torch.Tensor] = []
     for each in module.modules():
         for name, value in each.__dict__.items():
             if not hooks and isinstance(value, dict) and "_hooks" in name:
                 memo[id(value)] = OrderedDict()
             for tensor in _tensors(value):
                 if id(tensor) not in memo:
-                    kept.append(tensor)  # an id is a tensor's own only while it lives
+                    kept.append(tensor)  # keeps the id from being used again
                     memo[id(tensor)] = replaced(tensor)
     return copy.deepcopy(module, memo)
 
@@ -140,7 +140,7 @@ def _path(module, inner):
 
 
 def _tensors(value):
-    """The tensors in an attribute and in the containers that it is made of."""
+    """The tensors in a value, also inside containers."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -152,7 +152,7 @@ def _tensors(value):
 
 
 def _perturbed(tensor, dtype, generator):
-    """A tensor in ``dtype`` that is like ``tensor`` without having any of its values."""
+    """``tensor`` in ``dtype`` with noise added to its values."""
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         raise Mismatch(f"it holds a {type(tensor).__name__}, which no copy on a CPU stands for")
     if tensor.is_meta:
@@ -166,14 +166,14 @@ def _perturbed(tensor, dtype, generator):
         positive = value.numel() > 0 and bool((value >= 0).all())
         spread = value.std().item() if value.numel() > 1 else 0.0
         value = value + noise * (0.02 + 0.1 * spread)
-        value = value.abs() if positive else value  # a variance stays one
+        value = value.abs() if positive else value  # a variance stays positive
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=value.is_floating_point())
     return value
 
 
 def _swapped_twin(module, changes, dtype, template):
-    """A twin whose modules have their new classes, as :func:`apply` gives them."""
+    """A twin whose modules have their new classes."""
     twin = _twin(module, dtype)
     twins = dict(zip(map(id, module.modules()), twin.modules(), strict=True))
     for change in changes:
@@ -182,14 +182,16 @@ def _swapped_twin(module, changes, dtype, template):
     return twin
 
 
-def apply(change):
+def apply(change: Change) -> None:
     """Give a module its new class."""
     module = change.module
-    module.__class__ = swapped_class(type(module), change.kind, change.argument, change.template, change.hidden)
+    original: Any = type(module)
+    kind: Any = change.form.kind
+    module.__class__ = swapped_class(original, kind, change.argument, change.template, change.hidden)
 
 
 def _evaluate(twin, x):
-    """Results and gradients in eval and in training mode, [(name, tensor)], and what the first call returned."""
+    """Results and gradients in eval and in training mode, [(name, tensor)], and the value of the first call."""
     for each in twin.modules():
         for name in ("p", "drop_prob"):
             if isinstance(each.__dict__.get(name), (int, float)):
@@ -199,7 +201,7 @@ def _evaluate(twin, x):
         twin.train(mode == "training")
         twin.zero_grad(set_to_none=True)
         given = x.clone().requires_grad_()
-        returned = twin(given.clone())  # no leaf, so that it may be written to
+        returned = twin(given.clone())  # not a leaf, so that it may be changed in place
         first = returned if first is None else first
         results = list(_tensors(returned))
         if not results:
@@ -237,20 +239,20 @@ def _compare(found, expected, tolerance):
 def _check_sizes(module, fast, probes, dtype):
     """Raise unless the original and its fast twin return the same sizes for every probe that the original runs on."""
     twin = _twin(module, dtype)
-    twin.eval()  # a train() of somebody else's may return nothing
+    twin.eval()  # not chained: train() may return None
     fast.eval()
     for shape in probes:
         x = torch.randn(shape, dtype=dtype)
         try:
             theirs = twin(x)
-        except Exception:  # noqa: BLE001 - an input that does not suit it
+        except Exception:  # noqa: BLE001 - a size that the original does not accept
             continue
         if list(_sizes(theirs)) != list(_sizes(fast(x))):
             raise Mismatch("the sizes that it returns do not follow from its stages")
 
 
 def _sizes(value):
-    """The sizes in what a module returns, those of its tensors among them."""
+    """The sizes in what a module returns, including those of tensors."""
     if isinstance(value, torch.Tensor):
         yield tuple(value.shape)
     elif isinstance(value, dict):
@@ -263,74 +265,13 @@ def _sizes(value):
         yield value
 
 
-class Template(NamedTuple):
-    """What a module returns, told by what is known at each of its stages.
-
-    Attributes:
-        kind: "tuple", "list", "dict", "none", "input", "input size", "grid", "tokens" or "image".
-        stage: of a grid, tokens or image.
-        items: of a tuple or list its templates, of a dict pairs of key and template.
-    """
-
-    kind: str
-    stage: int = 0
-    items: tuple = ()
-
-    def fill(self, x, stages):
-        """The structure for an input and its stages, [(tokens, grid)]."""
-        if self.kind == "tuple":
-            return tuple(item.fill(x, stages) for item in self.items)
-        if self.kind == "list":
-            return [item.fill(x, stages) for item in self.items]
-        if self.kind == "dict":
-            return {key: item.fill(x, stages) for key, item in self.items}
-        if self.kind in ("none", "input", "input size"):
-            return {"none": None, "input": x, "input size": x.shape}[self.kind]
-        tokens, grid = stages[self.stage]
-        if self.kind == "tokens":
-            return tokens
-        return grid if self.kind == "grid" else as_image(tokens, grid)
-
-    def __str__(self):
-        if self.kind in ("tuple", "list"):
-            return f"{self.kind} of {', '.join(map(str, self.items))}"
-        if self.kind == "dict":
-            return f"dict of {', '.join(f'{key}: {item}' for key, item in self.items)}"
-        return self.kind if self.kind in ("none", "input", "input size") else f"{self.kind} {self.stage + 1}"
-
-
 def _template(module, changes, x, returned):
-    """The template of a structure that the original returned for ``x``; the fast twin's stages tell its parts."""
+    """The template of a structure that the original returned for ``x``, from the stages of the fast twin."""
     *_, outer = changes
-    if not hasattr(outer.kind, "_stages"):
+    if not hasattr(outer.form.kind, "_stages"):
         raise Mismatch(f"the original returns a {type(returned).__name__}, not a tensor")
     twin = _swapped_twin(module, changes, x.dtype, None)
     twin.eval()
     with torch.no_grad():
-        stages = outer.kind._stages(twin, x)
-    return _recognised(returned, x, stages)
-
-
-def _recognised(value, x, stages):
-    if value is None:
-        return Template("none")
-    if isinstance(value, torch.Tensor):
-        if torch.equal(value, x):
-            return Template("input")
-        for index, (tokens, grid) in enumerate(stages):
-            image = as_image(tokens, grid)
-            for kind, known in (("tokens", tokens), ("image", image)):
-                if value.shape == known.shape and torch.allclose(value, known, rtol=1e-3, atol=1e-3):
-                    return Template(kind, index)
-        raise Mismatch(f"the original returns a tensor {tuple(value.shape)} that is none of its stages")
-    if isinstance(value, torch.Size) and value == x.shape:
-        return Template("input size")
-    if isinstance(value, tuple) and all(type(n) is int for n in value):
-        for index, (_, grid) in enumerate(stages):
-            if value == tuple(grid):
-                return Template("grid", index)
-    elif type(value) in (tuple, list):
-        return Template(type(value).__name__, 0, tuple(_recognised(item, x, stages) for item in value))
-    elif type(value) is dict:
-        return Template("dict", 0, tuple((key, _recognised(item, x, stages)) for key, item in value.items()))
-    raise Mismatch(f"the original returns a {type(value).__name__} ({value!r:.40}) that is no size of its stages")
+        stages = outer.form.kind._stages(twin, x)
+    return recognised(returned, x, stages)

@@ -1,0 +1,150 @@
+"""The changes that a rule makes to a module, or the reason why the module cannot be swapped."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from types import CodeType
+from typing import NamedTuple
+
+from torch import nn
+
+from ...models.family import Form, Rule
+from ...modules import Unfold
+from .classes import argument_of, collisions
+from .rules import RULES
+from .template import Mismatch, Template
+
+_BARE = frozenset(nn.Module().__dict__)
+_YIELDING = {"num_patches", "grid_size", "img_size", "tokens_type"}
+"""Names defined by fast classes that attributes of an instance may hide."""
+
+
+class Change(NamedTuple):
+    """The new class of one module: see :func:`classes.swapped_class`."""
+
+    module: nn.Module
+    form: Form
+    argument: str | None = None
+    hidden: tuple[str, ...] = ()
+    template: Template | None = None
+
+
+class Plan(NamedTuple):
+    """A match: the rule, the changes (the module itself last), input shapes for the proof.
+
+    Attributes:
+        reason: why the module itself cannot be swapped; then there are no changes.
+        parts: changes of children to make if the module itself cannot be swapped.
+    """
+
+    rule: Rule
+    changes: list[Change]
+    probes: list[tuple[int, ...]]
+    reason: str = ""
+    parts: tuple[Change, ...] = ()
+
+
+def match(module: nn.Module) -> Plan | None:
+    """The :class:`Plan` of the first rule that fits, or ``None``.
+
+    Raises:
+        Mismatch: a rule fits, and the module cannot be swapped.
+    """
+    try:
+        rule = next((rule for rule in RULES if rule.matches(module)), None)
+        return None if rule is None else _plan(rule, module)
+    except Mismatch:
+        raise
+    except Exception as error:  # a property or __getattr__ of another project may raise anything
+        raise Mismatch(f"it could not be examined: {type(error).__name__}: {error}") from error
+
+
+def _plan(rule, module):
+    reason = rule.refusal(module)
+    if reason is not None:
+        raise Mismatch(reason)
+    probes = rule.probes(module)
+    splits = [getattr(module, name) for name in rule.soft_splits]
+    parts = tuple(_change(split, Form(Unfold)) for split in splits if type(split).forward is nn.Unfold.forward)
+    try:
+        changes = [_change(getattr(module, name), form) for name, form in rule.inner.items()]
+        changes.append(_change(module, rule.form))
+    except Mismatch as mismatch:
+        if not rule.soft_splits:
+            raise
+        return Plan(rule, [], probes, str(mismatch), parts)
+    return Plan(rule, changes, probes, parts=parts)
+
+
+def _change(module, form):
+    """The change of ``module`` into ``form``; :class:`Mismatch` if the fast class would ignore a part of the module."""
+    extra = [name for held in (module._parameters, module._buffers) for name in held if name not in form.parameters]
+    if extra:
+        raise Mismatch(f"{type(module).__name__} has {', '.join(extra)}, which the fast form does not have")
+    extra = [name for name in module._modules if name not in form.children]
+    if extra:
+        raise Mismatch(f"{type(module).__name__} has the child {', '.join(extra)}, which the fast form does not call")
+    names, stored = _names_in_forward(type(module))
+    known = {*form.parameters, *form.children, *form.attributes, "training"}
+    if stored - known:
+        raise Mismatch(f"its forward stores {', '.join(sorted(stored - known))}, which the fast form does not")
+    data = set(vars(module)) - _BARE | {name for cls in _own_classes(type(module)) for name in _data(cls)}
+    if unknown := sorted(names & data - known):
+        raise Mismatch(f"its forward reads {', '.join(unknown)}, which the fast form does not")
+    taken = collisions(module, form.kind)
+    if clash := sorted(taken - _YIELDING):
+        raise Mismatch(f"it defines {', '.join(clash)}, which the fast form defines too")
+    hidden = tuple(sorted(name for name in taken if isinstance(getattr(form.kind, name), property)))
+    return Change(module, form, _argument(module, form.kind), hidden)
+
+
+def _own_classes(cls):
+    return [each for each in cls.__mro__ if not each.__module__.startswith("torch.nn") and each is not object]
+
+
+def _data(cls):
+    """Names of class attributes that are neither methods nor descriptors."""
+    for name, value in vars(cls).items():
+        if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__"):
+            yield name
+
+
+def _names_in_forward(cls):
+    """Attribute names that ``forward`` and the methods it names read, and those that they store; from bytecode."""
+    if _code(cls.forward) is None:
+        raise Mismatch(f"its forward is a {type(cls.forward).__name__}, not Python code that can be read")
+    names, stored, waiting, seen = set(), set(), ["forward"], set()
+    while waiting:
+        name = waiting.pop()
+        codes = {_code(vars(each).get(name)) for each in _own_classes(cls)} - seen - {None}
+        seen |= codes
+        for part in (part for code in codes for part in _parts(code)):
+            waiting += set(part.co_names) - names
+            names.update(part.co_names)
+            stored.update(step.argval for step in dis.get_instructions(part) if step.opname == "STORE_ATTR")
+    return names, stored
+
+
+def _code(value):
+    """The code of a method, property, class or static method, inside any ``functools.wraps``; else ``None``."""
+    value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    while hasattr(value, "__wrapped__"):
+        value = value.__wrapped__
+    return getattr(value, "__code__", None)
+
+
+def _parts(code):
+    """A code object and those of functions and comprehensions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _parts(constant)
+
+
+def _argument(module, kind):
+    """The name of ``forward``'s only argument, or ``None`` if the fast one has the same name."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if len(parameters) != 1 or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        raise Mismatch(f"its forward takes ({', '.join(map(str, parameters))}), the fast one an input alone")
+    return None if parameters[0].name == argument_of(kind) else parameters[0].name

@@ -1,0 +1,176 @@
+"""Records that describe modules to ``swap``, and families of models to ``swap`` and ``load_checkpoint``.
+
+A swap rule is one record. The rules of upstream's modules are in ``interop/swap/rules.py``; a package of
+:mod:`t2t_fast.models` declares its rules in a :class:`Family`, which ``models.FAMILIES`` lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import isqrt, prod
+from typing import Any
+
+from torch import nn
+
+from ..functional import window as make_window
+from ..modules.t2t_module import window_of
+
+SOFT_SPLITS = ("soft_split0", "soft_split1", "soft_split2")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A fast class, and everything that a module may have to become one of that class.
+
+    Attributes:
+        kind: the fast class.
+        children, parameters: names of the module's own children, and of its own parameters and buffers.
+        attributes: names of other attributes that the module's ``forward`` may read.
+        label: the name in reports, by default that of the class.
+    """
+
+    kind: type[nn.Module]
+    children: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name in reports."""
+        return self.label or self.kind.__name__
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What ``swap`` looks for, by structure and never by class, and the class that a match gets.
+
+    Attributes:
+        name: the class that the rule is about, for messages.
+        structure: what a match has, for messages.
+        form: the fast class that a match gets.
+        matches: module -> whether it has the structure.
+        refusal: matching module -> the reason why it cannot be swapped, or ``None``.
+        probes: matching module -> input shapes for the proof; the first on which the original runs is used.
+        inner: child -> the fast class that it gets along with the module.
+        soft_splits: of a whole T2T module: soft split -> layer that computes it too. If the module cannot be swapped,
+            its soft splits are, where the proof allows it.
+        operator: the operator whose backend reports show.
+        caution: why a match is swapped only if a pattern of ``include`` matches its own path; empty if always.
+    """
+
+    name: str
+    structure: str
+    form: Form
+    matches: Callable[[Any], bool]
+    probes: Callable[[Any], list[tuple[int, ...]]]
+    refusal: Callable[[Any], str | None] = lambda module: None
+    inner: Mapping[str, Form] = field(default_factory=dict)
+    soft_splits: Mapping[str, str] = field(default_factory=dict)
+    operator: str = "soft_split_linear"
+    caution: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models with parameter names of its own.
+
+    Attributes:
+        name: the name in reports.
+        swap_rules: rules for its modules.
+        checkpoint_names: regular expression that is found in names of its state dicts, and in no other project's.
+        model: the class here that its weights fit, for messages.
+    """
+
+    name: str
+    swap_rules: tuple[Rule, ...]
+    checkpoint_names: str
+    model: str
+
+
+def has(module: Any, **kinds: type) -> bool:
+    """Whether ``module`` has the named attributes, each of its class."""
+    return all(isinstance(getattr(module, name, None), kind) for name, kind in kinds.items())
+
+
+def has_token_layer(module: Any, mlp: str) -> bool:
+    """Whether a module has norm1, attn (qkv, proj, scale, num_heads), norm2 and, named ``mlp``, fc1, act and fc2."""
+    return (
+        has(module, norm1=nn.Module, norm2=nn.Module, attn=nn.Module, **{mlp: nn.Module})
+        and has(getattr(module, mlp), fc1=nn.Linear, fc2=nn.Linear, act=nn.Module)
+        and has(module.attn, qkv=nn.Linear, proj=nn.Linear)
+        and hasattr(module.attn, "scale")
+        and hasattr(module.attn, "num_heads")
+    )
+
+
+def window_refusal(split: Any) -> str | None:
+    """Why an ``nn.Unfold`` or ``nn.Fold`` has no fast form: its dilation, or a window with impossible numbers."""
+    if split.dilation not in (1, (1, 1), [1, 1]):
+        return f"dilation {split.dilation}: a soft split has dilation 1"
+    try:
+        make_window(split.kernel_size, split.stride, split.padding, function="swap")
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def token_probes(module: Any) -> list[tuple[int, ...]]:
+    """A probe of tokens for a layer with ``attn.qkv``: (2, 7, width)."""
+    return [(2, 7, module.attn.qkv.in_features)]
+
+
+def tokeniser_rule(name: str, form: Form, layers: tuple[str, str], first_linear: tuple[str, ...]) -> Rule:
+    """The rule of a whole tokens-to-token module: three unfolds ``soft_split0..2``, two layers, a Linear ``project``.
+
+    Args:
+        name: as :class:`Rule`.
+        form: without its children, which follow from ``layers``.
+        layers: names of the two layers.
+        first_linear: paths in the first layer where its first Linear may be; the image's channels follow from it.
+    """
+
+    def matches(module):
+        splits, blocks = dict.fromkeys(SOFT_SPLITS, nn.Unfold), dict.fromkeys(layers, nn.Module)
+        return has(module, **splits, project=nn.Linear, **blocks)
+
+    def width(module):
+        """Input width of the first layer's first Linear, or ``None``."""
+        for path in first_linear:
+            try:
+                return module.get_submodule(f"{layers[0]}.{path}").in_features
+            except AttributeError:
+                continue
+        return None
+
+    def refusal(module):
+        for split in SOFT_SPLITS:
+            reason = window_refusal(getattr(module, split))
+            if reason is not None:
+                return reason
+        found, taps = width(module), window_of(module.soft_split0).taps
+        if found is None:
+            return f"{layers[0]} is {type(getattr(module, layers[0])).__name__}, whose input width is unknown"
+        if found % taps:
+            return f"the first layer's width {found} is not a multiple of its window's {taps} pixels"
+        return None
+
+    def probes(module):
+        """Images of two sizes, and of the size that ``num_patches`` stands for."""
+        windows = [window_of(getattr(module, split)) for split in SOFT_SPLITS]
+        channels, stride = width(module) // windows[0].taps, prod(window.stride[0] for window in windows)
+        patches = getattr(module, "num_patches", None)
+        steps = [2, 3, isqrt(patches) if isinstance(patches, int) and patches > 0 else 2]
+        return [(2, channels, step * stride, step * stride) for step in dict.fromkeys(steps)]
+
+    children = (*SOFT_SPLITS, *layers, "project")
+    return Rule(
+        name=name,
+        structure=f"soft_split0..2 (nn.Unfold), {', '.join(layers)}, project (nn.Linear)",
+        form=Form(form.kind, children, attributes=form.attributes, label=form.label),
+        matches=matches,
+        refusal=refusal,
+        probes=probes,
+        soft_splits=dict(zip(SOFT_SPLITS, (*layers, "project"), strict=True)),
+    )

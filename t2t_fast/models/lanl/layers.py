@@ -1,0 +1,134 @@
+"""Attention, MLP, token transformer and backbone block, with the articles' names of classes and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ...modules import fusion
+from ...modules.attention import attend, heads, merged
+from ...modules.options import check_options
+from ...modules.token_transformer import TokenTransformer as _TokenTransformer
+
+
+class Attention(nn.Module):
+    """Multi-head attention from width ``dim`` to width ``chan``, with a skip through ``v`` after the projection."""
+
+    def __init__(self, dim: int, chan: int, num_heads: int = 1, qkv_bias: bool = False, qk_scale: float | None = None):
+        super().__init__()
+        check_options("Attention", locals())
+        if chan % num_heads:
+            raise ValueError(f"Attention: num_heads must divide chan, got chan={chan}, num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.chan = chan
+        self.head_dim = chan // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.qkv = nn.Linear(dim, chan * 3, bias=qkv_bias)
+        self.proj = nn.Linear(chan, chan)
+
+    def mix(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention on packed (B, T, 3 * chan): the mixed values and the values themselves, (B, T, chan) each."""
+        q, k, v = heads(qkv, self.num_heads)
+        return merged(attend(q, k, v, self.scale)), merged(v)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, dim) -> (B, T, chan)."""
+        y, v = self.mix(self.qkv(x))
+        return v + self.proj(y)
+
+
+class NeuralNet(nn.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(
+        self,
+        in_chan: int,
+        hidden_chan: int | None = None,
+        out_chan: int | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+    ):
+        super().__init__()
+        check_options("NeuralNet", locals())
+        hidden_chan = in_chan if hidden_chan is None else hidden_chan
+        self.fc1 = nn.Linear(in_chan, hidden_chan)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_chan, in_chan if out_chan is None else out_chan)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_chan) -> (..., out_chan)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+_PARTS = {
+    "norm1": fusion.layer_norm,
+    "attn": fusion.container(Attention, "qkv", "proj"),
+    "attn.qkv": fusion.linear,
+    "attn.proj": fusion.linear,
+    "norm2": fusion.layer_norm,
+    "neuralnet": fusion.container(NeuralNet, "fc1", "act", "fc2"),
+    "neuralnet.fc1": fusion.linear,
+    "neuralnet.act": fusion.gelu,
+    "neuralnet.fc2": fusion.linear,
+}
+
+
+class TokenTransformer(_TokenTransformer):
+    """LayerNorm and attention (the width changes), then LayerNorm and MLP with a skip: (B, T, dim) -> (B, T, chan)."""
+
+    mlp_name = "neuralnet"
+    _parts = _PARTS
+
+    def __init__(
+        self,
+        dim: int,
+        chan: int,
+        num_heads: int,
+        hidden_chan_mul: float = 1.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+    ):
+        nn.Module.__init__(self)
+        check_options("TokenTransformer", locals())
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, chan, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
+        self.norm2 = norm_layer(chan)
+        self.neuralnet = NeuralNet(chan, int(chan * hidden_chan_mul), chan, act_layer)
+
+    def _projection_dropout(self):
+        return 0.0
+
+    def _unfused(self, x):
+        x = self.attn(self.norm1(x))
+        return x + self.neuralnet(self.norm2(x))
+
+
+class Encoding(nn.Module):
+    """Backbone block: pre-norm attention and MLP, both with skips (and the skip through ``v`` inside)."""
+
+    attention_layer: type[nn.Module] = Attention
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        hidden_chan_mul: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+    ):
+        super().__init__()
+        check_options("Encoding", locals())
+        self.norm1 = norm_layer(dim)
+        self.attn = self.attention_layer(dim, dim, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
+        self.norm2 = norm_layer(dim)
+        self.neuralnet = NeuralNet(dim, int(dim * hidden_chan_mul), dim, act_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.neuralnet(self.norm2(x))
