@@ -45,7 +45,7 @@ env: $(READY) ## versions, device, native build, and the backend of every operat
 
 # The stamp lies inside .venv, so that it never outlives it; without a working Python there it counts for nothing.
 ifeq ($(shell $(PY) -c "" 2>&1 || echo broken),)
-$(READY): pyproject.toml setup.py $(wildcard build_support/*.py csrc/* csrc/*/*)
+$(READY): pyproject.toml setup.py $(wildcard build_support/*.py csrc/* csrc/*/* csrc/*/*/*)
 else
 .PHONY: $(READY)
 endif

@@ -34,10 +34,11 @@ inline Element element_of(const Tensor& tensor, const char* function) {
   }
 }
 
-// The limits of t2t_fast/errors.py. Below them no sum or product that a kernel forms of sizes, strides and counts leaves
-// int64: positions along an axis stay below 2^32, and a count times the bytes of an element or the threads below 2^63.
-constexpr int64_t LARGEST = INT32_MAX;                // of a window or image along an axis, padding included
-constexpr int64_t MOST_VALUES = int64_t{1} << 56;     // of a tensor, and of the unfolded tokens
+// The limits of t2t_fast/errors.py. Below them no sum or product that a kernel forms of sizes, strides and counts
+// leaves int64: positions along an axis stay below 2^32, and a count times the bytes of an element or the threads below
+// 2^63.
+constexpr int64_t LARGEST = INT32_MAX;             // of a window or image along an axis, padding included
+constexpr int64_t MOST_VALUES = int64_t{1} << 56;  // of a tensor, and of the unfolded tokens
 
 // Checks that a tensor of these sizes, empty ones counted as 1, has no more values than allowed.
 inline void check_count(const char* function, const Sizes& sizes) {
@@ -80,8 +81,8 @@ inline SplitShape split_shape(const char* function, int64_t batch, int64_t chann
 inline SplitShape composition_shape(const char* function, const Tensor& tokens, const Sizes& size, const Sizes& kernel,
                                     const Sizes& stride, const Sizes& padding) {
   check(tokens.dim() == 3, function, "tokens must be 3-D");
-  SplitShape shape = split_shape(function, tokens.size(0), 0, size, kernel, stride, padding,
-                                 element_of(tokens, function));
+  SplitShape shape =
+      split_shape(function, tokens.size(0), 0, size, kernel, stride, padding, element_of(tokens, function));
   check(tokens.size(1) == shape.rows.tokens * shape.columns.tokens, function,
         "the number of tokens must be that of the window over the image");
   const int64_t taps = shape.rows.kernel * shape.columns.kernel;
@@ -119,7 +120,8 @@ inline Tensor empty(const Sizes& size, const Tensor& like, bool channels_last = 
 
 inline Tensor empty_tokens(const SplitShape& shape, const Tensor& like) {
   return empty({shape.batch, shape.rows.tokens * shape.columns.tokens,
-                shape.channels * shape.rows.kernel * shape.columns.kernel}, like);
+                shape.channels * shape.rows.kernel * shape.columns.kernel},
+               like);
 }
 
 inline Tensor empty_image(const SplitShape& shape, const Tensor& like, bool channels_last) {

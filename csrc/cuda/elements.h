@@ -94,10 +94,10 @@ T2T_FAST_HOST_DEVICE void store_pack(T* global, const Pack<T>& pack) {
 template <typename T>
 T2T_FAST_HOST_DEVICE void copy_async(T* shared, const T* global) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
 #else
   *reinterpret_cast<Pack<T>*>(shared) = *reinterpret_cast<const Pack<T>*>(global);
 #endif

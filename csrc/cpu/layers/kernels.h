@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../soft_split.h"
+#include "../../soft_split.h"
 
 namespace t2t_fast::cpu {
 
@@ -94,8 +94,8 @@ struct Kernels {
   void (*token_mlp)(const Workers&, const Tail&, int64_t batch, int64_t length, Tokens y, Tokens v, TokensOut out);
   void (*token_mlp_backward)(const Workers&, const Tail&, int64_t batch, int64_t length, Tokens y, Tokens v,
                              Tokens grad, TokensOut d_y, TokensOut d_v, TailGradient);
-  void (*performer_layer)(const Workers&, const Split&, const NormLinear&, const Performer&, const Tail&,
-                          TokensOut out, KeyState);
+  void (*performer_layer)(const Workers&, const Split&, const NormLinear&, const Performer&, const Tail&, TokensOut out,
+                          KeyState);
   void (*performer_layer_backward)(const Workers&, const Split&, const NormLinear&, const Performer&, const Tail&,
                                    Tokens grad, KeyState, Image<float*> d_image, NormLinearGradient, float* d_w,
                                    TailGradient);

@@ -1,7 +1,7 @@
 // The CPU kernels of the layers as operators: tensors in and out, in float32 (Python brings other dtypes there).
 #include <tuple>
 
-#include "../tensors.h"
+#include "../../tensors.h"
 #include "kernels.h"
 
 namespace t2t_fast::cpu {
@@ -83,7 +83,10 @@ Split split_of(const char* function, const Tensor& x, const Sizes& kernel, const
   const SplitShape shape =
       split_shape(function, x.size(0), x.size(1), {x.size(2), x.size(3)}, kernel, stride, padding, Element::float32);
   return {{data_of(function, x), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2), stride_of(x, 3)},
-          shape.batch, shape.channels, shape.rows, shape.columns};
+          shape.batch,
+          shape.channels,
+          shape.rows,
+          shape.columns};
 }
 
 // The image's gradient in the memory order of the image: (B, H, W, C) where its channels are adjacent.
@@ -123,9 +126,7 @@ struct LinearGradients {
         norm_weight(gradient(weights && linear.norm_weight, {linear.inputs}, like)),
         norm_bias(gradient(linear.norm_bias, {linear.inputs}, like)) {}
 
-  NormLinearGradient pointers() const {
-    return {wanted(weight), wanted(bias), wanted(norm_weight), wanted(norm_bias)};
-  }
+  NormLinearGradient pointers() const { return {wanted(weight), wanted(bias), wanted(norm_weight), wanted(norm_bias)}; }
 };
 
 Performer performer_of(const char* function, Parameters& held, const Tensor& w, int64_t width, double eps) {
@@ -151,8 +152,7 @@ struct TailArguments {
     check(fc1_weight.dim() == 2, function, "fc1_weight must be 2-D");
     uint64_t key = 0;
     if (proj_drop > 0 || mlp_drop > 0) {
-      check(seed && seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long &&
-                seed->is_cpu(),
+      check(seed && seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long && seed->is_cpu(),
             function, "dropout needs an int64 seed on the CPU");
       key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     }
@@ -188,8 +188,8 @@ struct TailGradients {
         fc2_bias(gradient(tail.fc2_bias, {tail.width}, like)) {}
 
   TailGradient pointers() const {
-    return {wanted(proj_weight), wanted(proj_bias),  wanted(norm_weight), wanted(norm_bias),
-            wanted(fc1_weight),  wanted(fc1_bias),   wanted(fc2_weight),  wanted(fc2_bias)};
+    return {wanted(proj_weight), wanted(proj_bias), wanted(norm_weight), wanted(norm_bias),
+            wanted(fc1_weight),  wanted(fc1_bias),  wanted(fc2_weight),  wanted(fc2_bias)};
   }
 };
 
@@ -222,8 +222,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   return {d_image, out.weight, out.bias, out.norm_weight, out.norm_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                     const Tensor& w, double eps) {
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w,
+                                                     double eps) {
   const char* function = "performer_attention";
   Parameters held(function);
   check(q.dim() == 3 && k.dim() == 3, function, "tokens must be 3-D");
@@ -253,8 +253,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   Tensor d_q = empty({batch, q.size(1), width}, q), d_k = empty({batch, k.size(1), width}, q);
   Tensor d_v = empty({batch, k.size(1), width}, q), d_w = gradient(need_w, {performer.features, width}, q);
   kernels().performer_attention_backward(workers_for(batch * (q.size(1) + k.size(1))), performer, batch, q.size(1),
-                                         k.size(1), queries.tokens, keys.tokens, values.tokens, gradients.tokens,
-                                         saved, out_of(d_q), out_of(d_k), out_of(d_v), wanted(d_w));
+                                         k.size(1), queries.tokens, keys.tokens, values.tokens, gradients.tokens, saved,
+                                         out_of(d_q), out_of(d_k), out_of(d_v), wanted(d_w));
   return {d_q, d_k, d_v, d_w};
 }
 
@@ -267,8 +267,8 @@ Tensor mlp_forward(const Tensor& y, const Tensor& v, const Tensor& proj_weight, 
   check(y.dim() == 3, function, "tokens must be 3-D");
   const Input attended(function, y, y, y.size(1)), values(function, v, y, y.size(1));
   const int64_t batch = y.size(0), length = y.size(1), width = y.size(2);
-  const Tail tail = TailArguments{proj_weight, proj_bias, norm_weight, norm_bias, norm_eps,  fc1_weight, fc1_bias,
-                                  fc2_weight,  fc2_bias,  proj_drop,   mlp_drop,  seed}
+  const Tail tail = TailArguments{proj_weight, proj_bias,  norm_weight, norm_bias, norm_eps, fc1_weight,
+                                  fc1_bias,    fc2_weight, fc2_bias,    proj_drop, mlp_drop, seed}
                         .read(held, function, width);
   Tensor out = empty({batch, length, width}, y);
   kernels().token_mlp(workers_for(batch * length), tail, batch, length, attended.tokens, values.tokens, out_of(out));
@@ -286,24 +286,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Input attended(function, y, y, y.size(1)), values(function, v, y, y.size(1));
   const Input gradients(function, grad, y, y.size(1));
   const int64_t batch = y.size(0), length = y.size(1), width = y.size(2);
-  const Tail tail = TailArguments{proj_weight, proj_bias, norm_weight, norm_bias, norm_eps,  fc1_weight, fc1_bias,
-                                  fc2_weight,  fc2_bias,  proj_drop,   mlp_drop,  seed}
+  const Tail tail = TailArguments{proj_weight, proj_bias,  norm_weight, norm_bias, norm_eps, fc1_weight,
+                                  fc1_bias,    fc2_weight, fc2_bias,    proj_drop, mlp_drop, seed}
                         .read(held, function, width);
   Tensor d_y = empty({batch, length, width}, y), d_v = empty({batch, length, width}, y);
   const TailGradients out(tail, y);
   kernels().token_mlp_backward(workers_for(batch * length), tail, batch, length, attended.tokens, values.tokens,
                                gradients.tokens, out_of(d_y), out_of(d_v), out.pointers());
-  return {d_y,           d_v,          out.proj_weight, out.proj_bias,  out.norm_weight,
-          out.norm_bias, out.fc1_weight, out.fc1_bias,  out.fc2_weight, out.fc2_bias};
+  return {d_y,
+          d_v,
+          out.proj_weight,
+          out.proj_bias,
+          out.norm_weight,
+          out.norm_bias,
+          out.fc1_weight,
+          out.fc1_bias,
+          out.fc2_weight,
+          out.fc2_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_forward(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& norm1_weight,
-    const OptionalTensor& norm1_bias, std::optional<double> norm1_eps, Sizes kernel, Sizes stride, Sizes padding, const Tensor& w,
-    double eps, const Tensor& proj_weight, const OptionalTensor& proj_bias, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, double norm_eps, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptionalTensor& fc2_bias, double proj_drop, double mlp_drop,
-    const OptionalTensor& seed) {
+std::tuple<Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                 const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias,
+                                                 std::optional<double> norm1_eps, Sizes kernel, Sizes stride,
+                                                 Sizes padding, const Tensor& w, double eps, const Tensor& proj_weight,
+                                                 const OptionalTensor& proj_bias, const OptionalTensor& norm_weight,
+                                                 const OptionalTensor& norm_bias, double norm_eps,
+                                                 const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
+                                                 const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
+                                                 double proj_drop, double mlp_drop, const OptionalTensor& seed) {
   const char* function = "performer_layer";
   Parameters held(function);
   const Split split = split_of(function, x, kernel, stride, padding);
@@ -311,8 +321,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_forward(
   const int64_t width = w.size(1), batch = split.batch, length = split.tokens();
   const Performer performer = performer_of(function, held, w, width, eps);
   check(linear.outputs == 3 * width, function, "the Linear must give k, q and v of w's width");
-  const Tail tail = TailArguments{proj_weight, proj_bias, norm_weight, norm_bias, norm_eps,  fc1_weight, fc1_bias,
-                                  fc2_weight,  fc2_bias,  proj_drop,   mlp_drop,  seed}
+  const Tail tail = TailArguments{proj_weight, proj_bias,  norm_weight, norm_bias, norm_eps, fc1_weight,
+                                  fc1_bias,    fc2_weight, fc2_bias,    proj_drop, mlp_drop, seed}
                         .read(held, function, width);
   Tensor out = empty({batch, length, width}, x);
   Tensor lz = empty({batch, performer.features}, x), state = empty({batch, performer.features, width}, x);
@@ -324,8 +334,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
            Tensor>
 layer_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-               const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias, std::optional<double> norm1_eps, Sizes kernel,
-               Sizes stride, Sizes padding, const Tensor& w, double eps, const Tensor& proj_weight,
+               const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias, std::optional<double> norm1_eps,
+               Sizes kernel, Sizes stride, Sizes padding, const Tensor& w, double eps, const Tensor& proj_weight,
                const OptionalTensor& proj_bias, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                double norm_eps, const Tensor& fc1_weight, const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
                const OptionalTensor& fc2_bias, double proj_drop, double mlp_drop, const OptionalTensor& seed,
@@ -337,8 +347,8 @@ layer_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const 
   const int64_t width = w.size(1), batch = split.batch, length = split.tokens();
   const Performer performer = performer_of(function, held, w, width, eps);
   check(linear.outputs == 3 * width, function, "the Linear must give k, q and v of w's width");
-  const Tail tail = TailArguments{proj_weight, proj_bias, norm_weight, norm_bias, norm_eps,  fc1_weight, fc1_bias,
-                                  fc2_weight,  fc2_bias,  proj_drop,   mlp_drop,  seed}
+  const Tail tail = TailArguments{proj_weight, proj_bias,  norm_weight, norm_bias, norm_eps, fc1_weight,
+                                  fc1_bias,    fc2_weight, fc2_bias,    proj_drop, mlp_drop, seed}
                         .read(held, function, width);
   const KeyState saved = {const_cast<float*>(held.get(lz, {batch, performer.features})),
                           const_cast<float*>(held.get(state, {batch, performer.features, width}))};

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../soft_split.h"
+#include "../../soft_split.h"
 #include "half.h"
 #include "transpose.h"
 
@@ -47,7 +47,6 @@ inline int64_t plane_size(int64_t width, int64_t element_bytes) {
   const int64_t lines = (width * element_bytes + 63) / 64;
   return (lines | 1) * 64 / element_bytes;
 }
-
 
 // Columns first .. first+width of one image row, `channels` planes of them; 0 outside the image.
 template <typename Word>

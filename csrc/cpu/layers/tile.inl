@@ -1,4 +1,4 @@
-// Tiles of tokens, scratch memory and the division of work. Included once per instruction set (see isa.h).
+// Tiles of tokens, scratch memory and the division of work. Part of kernels.inl.
 
 constexpr int64_t TILE = 72;  // tokens at a time: a multiple of the register block's rows
 
@@ -18,8 +18,8 @@ class Buffer {
 // A part of one image's tokens that one task works on. Tasks that share an image have consecutive slots.
 struct Span {
   int64_t image, begin, end;
-  int64_t slot;                // of this task
-  int64_t first_slot, slots;   // of all the tasks on this image
+  int64_t slot;               // of this task
+  int64_t first_slot, slots;  // of all the tasks on this image
 };
 
 template <typename Task>
@@ -130,8 +130,8 @@ inline IntVec last_lanes(int64_t width) {
   return mask;
 }
 
-// LayerNorm of a row without its affine part, in place; the padding stays zero. The mean is corrected by the mean of the
-// deviations from it, so that a common offset of the row costs no digits. Returns 1 / standard deviation.
+// LayerNorm of a row without its affine part, in place; the padding stays zero. The mean is corrected by the mean of
+// the deviations from it, so that a common offset of the row costs no digits. Returns 1 / standard deviation.
 inline float normalise(float* row, int64_t width, float eps, IntVec last) {
   const int64_t wide = padded(width);
   Vec total{};
@@ -153,4 +153,44 @@ inline float normalise(float* row, int64_t width, float eps, IntVec last) {
     store(row + i, i + LANES == wide ? (last ? scaled : Vec{}) : scaled);
   }
   return rstd;
+}
+
+// LayerNorm's backward for a row, in place on g: rstd (g - mean g - xhat mean(g xhat)); the padding of g is zero.
+inline void normalise_backward(float* g, const float* xhat, int64_t width, float rstd) {
+  const int64_t wide = padded(width);
+  Vec total{}, along{};
+  for (int64_t i = 0; i < wide; i += LANES) {
+    total += load(g + i);
+    along += load(g + i) * load(xhat + i);
+  }
+  const float mean = sum(total) / width, slope = sum(along) / width;
+  for (int64_t i = 0; i < wide; i += LANES) store(g + i, (load(g + i) - mean - load(xhat + i) * slope) * rstd);
+}
+
+template <typename Part, typename... Arguments>
+std::vector<std::unique_ptr<Part>> several(int64_t count, const Arguments&... arguments) {
+  std::vector<std::unique_ptr<Part>> parts(count);
+  for (auto& part : parts) part = std::make_unique<Part>(arguments...);
+  return parts;
+}
+
+template <typename Part, typename... Arguments>
+std::vector<std::unique_ptr<Part>> per_worker(const Workers& workers, const Arguments&... arguments) {
+  return several<Part>(workers.count, arguments...);
+}
+
+// Adds the other workers' sums to the first one's, in their order. `field` names a buffer of a part.
+template <typename Part>
+void merge(const Workers& workers, std::vector<std::unique_ptr<Part>>& parts, Buffer Part::* field, int64_t floats) {
+  const int64_t registers = floats / LANES;
+  run(workers, workers.count, [&](int64_t slot) {
+    const int64_t begin = registers * slot / workers.count * LANES;
+    const int64_t end = registers * (slot + 1) / workers.count * LANES;
+    for (size_t other = 1; other < parts.size(); ++other)
+      accumulate((*parts[0]).*field + begin, (*parts[other]).*field + begin, end - begin);
+  });
+}
+
+inline void write_rows(float* to, const float* from, int64_t count, int64_t width) {
+  if (to != nullptr) copy_rows(to, width, from, padded(width), width, count);
 }

@@ -1,4 +1,4 @@
-// Soft split, LayerNorm and Linear, one tile of tokens at a time. Included once per instruction set (see isa.h).
+// Soft split, LayerNorm and Linear, one tile of tokens at a time. Part of kernels.inl.
 //
 // The unfolded tile lies in the cache and is normalised there before the product, so no correction for a large common
 // offset is needed afterwards, and backward has the normalised rows for the weight's gradient.
@@ -14,14 +14,8 @@ struct FoldedLinear {
   IntVec last;
 
   FoldedLinear(const Workers& workers, const Split& split_, const NormLinear& linear_)
-      : split(split_),
-        linear(linear_),
-        inputs(linear.inputs),
-        wide_inputs(padded(inputs)),
-        outputs(linear.outputs),
-        rows(outputs * wide_inputs),
-        panels(packed_size(inputs, outputs)),
-        bias(padded(outputs)),
+      : split(split_), linear(linear_), inputs(linear.inputs), wide_inputs(padded(inputs)), outputs(linear.outputs),
+        rows(outputs * wide_inputs), panels(packed_size(inputs, outputs)), bias(padded(outputs)),
         last(last_lanes(inputs)) {
     pad_vector(bias, linear.bias, outputs);
     run(workers, workers.count, [&](int64_t slot) {
@@ -71,8 +65,7 @@ struct FoldedLinear {
   }
 
   // Tokens [begin, end) of an image to out + token * out_row.
-  void tokens(int64_t image, int64_t begin, int64_t end, float* tile, float* spare, float* out,
-              int64_t out_row) const {
+  void tokens(int64_t image, int64_t begin, int64_t end, float* tile, float* spare, float* out, int64_t out_row) const {
     for_tiles(begin, end, [&](int64_t first, int64_t count) {
       patches(image, first, count, tile, nullptr);
       if (outputs % LANES == 0) return product(tile, count, out + first * out_row, out_row);
@@ -99,23 +92,9 @@ struct LinearScratch {
   Buffer tile, d_tile, grad, rstd;
 
   explicit LinearScratch(const FoldedLinear& folded, bool image_gradient)
-      : tile(TILE * folded.wide_inputs),
-        d_tile(image_gradient ? TILE * folded.wide_inputs : 0),
-        grad(TILE * padded(folded.outputs)),
-        rstd(TILE) {}
+      : tile(TILE * folded.wide_inputs), d_tile(image_gradient ? TILE * folded.wide_inputs : 0),
+        grad(TILE * padded(folded.outputs)), rstd(TILE) {}
 };
-
-// LayerNorm's backward for a row, in place on g: rstd (g - mean g - xhat mean(g xhat)); the padding of g is zero.
-inline void normalise_backward(float* g, const float* xhat, int64_t width, float rstd) {
-  const int64_t wide = padded(width);
-  Vec total{}, along{};
-  for (int64_t i = 0; i < wide; i += LANES) {
-    total += load(g + i);
-    along += load(g + i) * load(xhat + i);
-  }
-  const float mean = sum(total) / width, slope = sum(along) / width;
-  for (int64_t i = 0; i < wide; i += LANES) store(g + i, (load(g + i) - mean - load(xhat + i) * slope) * rstd);
-}
 
 // Backward of one image's part: adds its own tokens to `sums`, and writes its own rows of the image's gradient, for
 // which it also visits the tokens of its neighbours that reach into them.
@@ -155,4 +134,70 @@ inline void linear_backward(const FoldedLinear& folded, const Span& span, const 
   visit(begin, std::min(end, span.begin), false, row_begin, row_end);
   visit(span.begin, span.end, true, row_begin, row_end);
   visit(std::max(begin, span.end), end, false, row_begin, row_end);
+}
+
+// ---- the operator
+
+inline void soft_split_linear(const Workers& workers, const Split& split, const NormLinear& linear, float* out) {
+  const FoldedLinear folded(workers, split, linear);
+  const int64_t length = split.tokens();
+  for_images(workers, split.batch, length, [&](const Span& span) {
+    const Buffer tile(TILE * folded.wide_inputs), spare(TILE * padded(linear.outputs));
+    folded.tokens(span.image, span.begin, span.end, tile, spare, out + span.image * length * linear.outputs,
+                  linear.outputs);
+  });
+}
+
+// The parameters' gradients from all workers' sums. With xhat the normalised rows and P = sum of G xhat^T:
+// dW = P diag(gamma) + (sum G) beta^T, dgamma_j = sum_o W_oj P_oj, dbeta = W^T sum G, db = sum G.
+inline void linear_gradients(const Workers& workers, const FoldedLinear& folded,
+                             std::vector<std::unique_ptr<LinearSums>>& parts, const NormLinearGradient& out) {
+  const NormLinear& linear = folded.linear;
+  const int64_t inputs = folded.inputs, outputs = folded.outputs, wide = folded.wide_inputs;
+  merge(workers, parts, &LinearSums::total, padded(outputs));
+  const float* total = parts[0]->total;
+  if (out.bias) std::memcpy(out.bias, total, outputs * sizeof(float));
+  if (out.norm_bias) {
+    zero_floats(out.norm_bias, inputs);
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t i = 0; i < inputs; ++i) out.norm_bias[i] += total[o] * linear.weight[o * inputs + i];
+  }
+  if (!out.weight && !out.norm_weight) return;
+  merge(workers, parts, &LinearSums::products, outputs * wide);
+  const float* products = parts[0]->products;
+  std::vector<int64_t> column(inputs);
+  for (int64_t i = 0; i < inputs; ++i) column[i] = ordered_column(folded.split, i);
+  if (out.norm_weight) {
+    zero_floats(out.norm_weight, inputs);
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t i = 0; i < inputs; ++i)
+        out.norm_weight[column[i]] += products[o * wide + i] * linear.weight[o * inputs + column[i]];
+    }
+  }
+  if (!out.weight) return;
+  run(workers, workers.count, [&](int64_t slot) {
+    for (int64_t o = outputs * slot / workers.count; o < outputs * (slot + 1) / workers.count; ++o) {
+      float* row = out.weight + o * inputs;
+      for (int64_t i = 0; i < inputs; ++i) {
+        float value = products[o * wide + i];
+        if (linear.norm_weight) value *= linear.norm_weight[column[i]];
+        if (linear.norm_bias) value += total[o] * linear.norm_bias[column[i]];
+        row[column[i]] = value;
+      }
+    }
+  });
+}
+
+inline void soft_split_linear_backward(const Workers& workers, const Split& split, const NormLinear& linear,
+                                       const float* grad, Image<float*> d_image, NormLinearGradient out) {
+  const FoldedLinear folded(workers, split, linear);
+  const int64_t length = split.tokens();
+  const bool weights = out.weight || out.norm_weight;
+  auto sums = per_worker<LinearSums>(workers, folded);
+  for_images(workers, split.batch, length, [&](const Span& span) {
+    LinearScratch scratch(folded, d_image.data != nullptr);
+    linear_backward(folded, span, grad + span.image * length * linear.outputs, linear.outputs, weights, d_image,
+                    *sums[span.slot], scratch);
+  });
+  linear_gradients(workers, folded, sums, out);
 }

@@ -1,6 +1,6 @@
 // The tail of a token layer, one tile of tokens at a time (formulas: docs/math.md, section 3):
 //   t = v + drop(y Wp^T + bp)     n = LN(t)     h = n W1^T + b1     out = t + drop(gelu(h) W2^T + b2)
-// Backward recomputes everything from y and v. Included once per instruction set (see isa.h).
+// Backward recomputes everything from y and v. Part of kernels.inl.
 
 // The parameters as the products want them. `backward` also packs the weights untransposed.
 struct TailWeights {
@@ -8,29 +8,17 @@ struct TailWeights {
   int64_t width, wide, hidden, wide_hidden;
   IntVec last;
   Dropout dropout;
-  Buffer proj, fc1, fc2;              // packed transposed: forward
+  Buffer proj, fc1, fc2;                 // packed transposed: forward
   Buffer proj_back, fc1_back, fc2_back;  // packed: gradients of the inputs
   Buffer proj_bias, norm_weight, norm_bias, fc1_bias, fc2_bias;
 
   TailWeights(const Tail& tail_, bool backward)
-      : tail(tail_),
-        width(tail.width),
-        wide(padded(width)),
-        hidden(tail.hidden),
-        wide_hidden(padded(hidden)),
-        last(last_lanes(width)),
-        dropout(tail.proj_drop, tail.mlp_drop, tail.seed),
-        proj(packed_size(width, width)),
-        fc1(packed_size(width, hidden)),
-        fc2(packed_size(hidden, width)),
-        proj_back(backward ? packed_size(width, width) : 0),
-        fc1_back(backward ? packed_size(hidden, width) : 0),
-        fc2_back(backward ? packed_size(width, hidden) : 0),
-        proj_bias(wide),
-        norm_weight(wide),
-        norm_bias(wide),
-        fc1_bias(wide_hidden),
-        fc2_bias(wide) {
+      : tail(tail_), width(tail.width), wide(padded(width)), hidden(tail.hidden), wide_hidden(padded(hidden)),
+        last(last_lanes(width)), dropout(tail.proj_drop, tail.mlp_drop, tail.seed), proj(packed_size(width, width)),
+        fc1(packed_size(width, hidden)), fc2(packed_size(hidden, width)),
+        proj_back(backward ? packed_size(width, width) : 0), fc1_back(backward ? packed_size(hidden, width) : 0),
+        fc2_back(backward ? packed_size(width, hidden) : 0), proj_bias(wide), norm_weight(wide), norm_bias(wide),
+        fc1_bias(wide_hidden), fc2_bias(wide) {
     pack_right(proj, width, width, tail.proj_weight, 1, width);
     pack_right(fc1, width, hidden, tail.fc1_weight, 1, width);
     pack_right(fc2, hidden, width, tail.fc2_weight, 1, hidden);
@@ -51,10 +39,7 @@ struct TailScratch {
   Buffer t, n, h, rstd, lanes;
 
   explicit TailScratch(const TailWeights& w)
-      : t(TILE * w.wide),
-        n(TILE * w.wide),
-        h(TILE * w.wide_hidden),
-        rstd(TILE),
+      : t(TILE * w.wide), n(TILE * w.wide), h(TILE * w.wide_hidden), rstd(TILE),
         lanes((Dropout::room(TILE * w.width) + 1) / 2) {}
 
   uint16_t* lane_buffer() const { return reinterpret_cast<uint16_t*>(static_cast<float*>(lanes)); }
@@ -65,8 +50,8 @@ inline void tail_project(const TailWeights& w, const float* y, int64_t tokens, T
   gemm(tokens, w.width, w.width, {y, w.wide, 1}, panels_of(w.proj, w.width), s.t, w.wide, w.proj_bias);
 }
 
-// t (in the place of y Wp^T + bp), its normalised rows xhat (into s.n), 1 / standard deviation (into s.rstd). Returns the
-// dropout's lanes.
+// t (in the place of y Wp^T + bp), its normalised rows xhat (into s.n), 1 / standard deviation (into s.rstd). Returns
+// the dropout's lanes.
 inline const uint16_t* tail_skip(const TailWeights& w, Rows v, int64_t first_element, int64_t tokens, TailScratch& s) {
   const uint16_t* lanes = nullptr;
   if (w.dropout.active()) lanes = w.dropout.draw(first_element, tokens * w.width, s.lane_buffer());
@@ -117,14 +102,8 @@ struct TailSums {
   Buffer proj_weight, fc1_weight, fc2_weight, proj_bias, norm_weight, norm_bias, fc1_bias, fc2_bias;
 
   explicit TailSums(const TailWeights& w)
-      : proj_weight(w.width * w.wide),
-        fc1_weight(w.hidden * w.wide),
-        fc2_weight(w.width * w.wide_hidden),
-        proj_bias(w.wide),
-        norm_weight(w.wide),
-        norm_bias(w.wide),
-        fc1_bias(w.wide_hidden),
-        fc2_bias(w.wide) {
+      : proj_weight(w.width * w.wide), fc1_weight(w.hidden * w.wide), fc2_weight(w.width * w.wide_hidden),
+        proj_bias(w.wide), norm_weight(w.wide), norm_bias(w.wide), fc1_bias(w.wide_hidden), fc2_bias(w.wide) {
     clear(proj_weight, w.width * w.wide);
     clear(fc1_weight, w.hidden * w.wide);
     clear(fc2_weight, w.width * w.wide_hidden);
@@ -194,4 +173,71 @@ inline void tail_backward(const TailWeights& w, const float* y, Rows v, Rows gra
   gemm(w.width, w.width, tokens, {b.d_n, 1, w.wide}, rows_of(y, w.wide), sums.proj_weight, w.wide, nullptr, true);
   add_row_sum(sums.proj_bias, {b.d_n, w.wide}, tokens, w.width);
   gemm(tokens, w.width, w.width, {b.d_n, w.wide, 1}, panels_of(w.proj_back, w.width), d_y, w.wide);
+}
+
+// ---- the operator
+
+// Stores a tile of whole registers to rows of `width` floats: directly where they are whole registers themselves.
+template <typename Compute>
+void into_rows(float* to, int64_t to_row, int64_t width, int64_t count, float* spare, const Compute& compute) {
+  if (width % LANES == 0) return compute(to, to_row);
+  compute(spare, padded(width));
+  copy_rows(to, to_row, spare, padded(width), width, count);
+}
+
+inline void token_mlp(const Workers& workers, const Tail& tail, int64_t batch, int64_t length, Tokens y, Tokens v,
+                      TokensOut out) {
+  const TailWeights w(tail, false);
+  for_images(workers, batch, length, [&](const Span& span) {
+    TailScratch scratch(w);
+    const Buffer y_rows(TILE * w.wide), v_rows(TILE * w.wide), spare(TILE * w.wide);
+    for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
+      copy_rows_padded(y_rows, y.at(span.image, first), y.row, w.width, count);
+      const Rows v_tile = padded_rows(v.at(span.image, first), v.row, w.width, count, v_rows);
+      const int64_t element = (span.image * length + first) * w.width;
+      into_rows(out.at(span.image, first), out.row, w.width, count, spare, [&](float* to, int64_t row) {
+        tail_project(w, y_rows, count, scratch);
+        tail_forward(w, v_tile, element, count, scratch, to, row);
+      });
+    });
+  });
+}
+
+inline void tail_gradients(const Workers& workers, const TailWeights& w, std::vector<std::unique_ptr<TailSums>>& parts,
+                           const TailGradient& out) {
+  const auto give = [&](float* to, Buffer TailSums::* field, int64_t rows, int64_t columns) {
+    if (to == nullptr) return;
+    merge(workers, parts, field, rows * padded(columns));
+    write_rows(to, (*parts[0]).*field, rows, columns);
+  };
+  give(out.proj_weight, &TailSums::proj_weight, w.width, w.width);
+  give(out.proj_bias, &TailSums::proj_bias, 1, w.width);
+  give(out.norm_weight, &TailSums::norm_weight, 1, w.width);
+  give(out.norm_bias, &TailSums::norm_bias, 1, w.width);
+  give(out.fc1_weight, &TailSums::fc1_weight, w.hidden, w.width);
+  give(out.fc1_bias, &TailSums::fc1_bias, 1, w.hidden);
+  give(out.fc2_weight, &TailSums::fc2_weight, w.width, w.hidden);
+  give(out.fc2_bias, &TailSums::fc2_bias, 1, w.width);
+}
+
+inline void token_mlp_backward(const Workers& workers, const Tail& tail, int64_t batch, int64_t length, Tokens y,
+                               Tokens v, Tokens grad, TokensOut d_y, TokensOut d_v, TailGradient out) {
+  const TailWeights w(tail, true);
+  auto sums = per_worker<TailSums>(workers, w);
+  for_images(workers, batch, length, [&](const Span& span) {
+    TailScratch scratch(w);
+    TailBackwardScratch backward(w);
+    const Buffer y_rows(TILE * w.wide), v_rows(TILE * w.wide), grad_rows(TILE * w.wide);
+    const Buffer d_y_rows(TILE * w.wide), d_v_rows(TILE * w.wide);
+    for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
+      copy_rows_padded(y_rows, y.at(span.image, first), y.row, w.width, count);
+      const Rows v_tile = padded_rows(v.at(span.image, first), v.row, w.width, count, v_rows);
+      const Rows g_tile = padded_rows(grad.at(span.image, first), grad.row, w.width, count, grad_rows);
+      tail_backward(w, y_rows, v_tile, g_tile, (span.image * length + first) * w.width, count, scratch, backward,
+                    *sums[span.slot], d_y_rows, d_v_rows);
+      copy_rows(d_y.at(span.image, first), d_y.row, d_y_rows, w.wide, w.width, count);
+      copy_rows(d_v.at(span.image, first), d_v.row, d_v_rows, w.wide, w.width, count);
+    });
+  });
+  tail_gradients(workers, w, sums, out);
 }

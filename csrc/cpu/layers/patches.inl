@@ -1,4 +1,4 @@
-// Windows of an image as rows of a tile, and back. Included once per instruction set (see isa.h).
+// Windows of an image as rows of a tile, and back. Part of kernels.inl.
 //
 // The order of a row's values is the one in which memory holds them: tap-major ((dy, dx, c), whole pixels are copied)
 // where channels are adjacent, upstream's channel-major ((c, dy, dx)) otherwise. The small weights follow (see
@@ -69,8 +69,8 @@ inline void pack_planes(const Split& split, const float* image, int64_t y0, int6
         zero_floats(to, kernel);
         continue;
       }
-      const float* from = image + c * split.image.channel_stride + (y0 + dy) * split.image.row_stride +
-                          (x0 + dx.first) * step;
+      const float* from =
+          image + c * split.image.channel_stride + (y0 + dy) * split.image.row_stride + (x0 + dx.first) * step;
       if (plain) {
         std::memcpy(to, from, kernel * sizeof(float));
       } else {

@@ -3,7 +3,7 @@
 // A task owns a range of output rows (token rows of a split, image rows of a composition) of a block of channels and a
 // tile of columns. Every sum runs over token rows and columns in ascending order whatever the ranges are, so results do
 // not depend on the number of threads.
-#include "../tensors.h"
+#include "../../tensors.h"
 #include "planes.h"
 
 namespace t2t_fast {
@@ -65,8 +65,8 @@ void soft_split(const SplitShape& shape, const Image<const Word*>& image, Word* 
   const int64_t plane = plane_size((tiles.size - 1) * columns.stride + columns.kernel, sizeof(Word));
 
   auto make_task = [&] {
-    return [&, scratch = Buffer<Word>(), under = std::vector<const char*>(rows.kernel)](
-               int64_t index, int64_t begin, int64_t end) mutable {
+    return [&, scratch = Buffer<Word>(), under = std::vector<const char*>(rows.kernel)](int64_t index, int64_t begin,
+                                                                                        int64_t end) mutable {
       const int64_t tile = index % tiles.count, block = index / tiles.count % blocks.count;
       const int64_t b = index / tiles.count / blocks.count;
       const int64_t first_token = tiles.begin(tile), count = tiles.end(tile) - first_token;

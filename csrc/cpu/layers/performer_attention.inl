@@ -1,11 +1,11 @@
-// Performer attention in log space, one tile of tokens at a time. Included once per instruction set (see isa.h).
+// Performer attention in log space, one tile of tokens at a time. Part of kernels.inl.
 //
 // With a_i(x) = w_i x - |x|^2 / 2 (formulas: docs/math.md, section 2):
 //   keys     lz_i = logsumexp_t a_i(k_t)              S_i = sum_t softmax_t(a_i(k_t)) v_t
 //   queries  p~_i = exp(w_i q_t + lz_i - top)         y_t = p~ S / (sum_i p~_i + m eps exp(|q_t|^2 / 2 - top))
 // The last term of the denominator is what eps amounts to in log space; the gate g is sum p~ over the denominator.
-// NaN and infinity in a token stay in its sequence. A key so long that |k|^2 overflows has a_i = -infinity, its features
-// are 0; a feature to which every key is such has lz_i = NOTHING and S_i = 0, so that it adds nothing.
+// NaN and infinity in a token stay in its sequence. A key so long that |k|^2 overflows has a_i = -infinity, its
+// features are 0; a feature to which every key is such has lz_i = NOTHING and S_i = 0, so that it adds nothing.
 
 constexpr float NOTHING = -1e30f;  // shuts the gate as -infinity would, but a finite score added to it is finite
 
@@ -17,13 +17,8 @@ struct Features {
   float log_gate;  // ln(m eps)
 
   explicit Features(const Performer& performer_)
-      : performer(performer_),
-        width(performer.width),
-        wide(padded(width)),
-        count(performer.features),
-        wide_count(padded(count)),
-        rows(count * wide),
-        columns(packed_size(width, count)),
+      : performer(performer_), width(performer.width), wide(padded(width)), count(performer.features),
+        wide_count(padded(count)), rows(count * wide), columns(packed_size(width, count)),
         log_gate(static_cast<float>(std::log(performer.features * performer.eps))) {
     for (int64_t i = 0; i < count; ++i) pad_vector(rows + i * wide, performer.w + i * width, width);
     pack_right(columns, width, count, rows, 1, wide);
@@ -89,9 +84,9 @@ inline void add_keys(const Features& f, Rows k, Rows v, int64_t tokens, float* s
 
 // The keys of a whole sequence as the queries see them.
 struct KeyView {
-  Buffer lz;         // (wide_count), -infinity in the padding
-  Buffer state;      // S (count, wide)
-  Buffer transposed; // S transposed, packed: the right operand of gradients
+  Buffer lz;          // (wide_count), -infinity in the padding
+  Buffer state;       // S (count, wide)
+  Buffer transposed;  // S transposed, packed: the right operand of gradients
 
   explicit KeyView(const Features& f)
       : lz(f.wide_count), state(f.count * f.wide), transposed(packed_size(f.width, f.count)) {
@@ -176,8 +171,8 @@ inline void weigh_features(const Features& f, const KeyView& keys, Rows q, int64
   }
 }
 
-// What a tile of queries reads from a state (count, wide), after weigh_features(): gate p state, plus the bias (wide) if
-// there is one, into out (tokens, wide).
+// What a tile of queries reads from a state (count, wide), after weigh_features(): gate p state, plus the bias (wide)
+// if there is one, into out (tokens, wide).
 inline void read_state(const Features& f, const float* state, int64_t tokens, const QueryScratch& s, float* out,
                        const float* bias = nullptr) {
   gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(state, f.wide), out, f.wide);
@@ -231,8 +226,7 @@ inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int6
   }
   add_row_sum(sums.d_lz, {s.along, f.wide_count}, tokens, f.count);
   if (need_w) {
-    gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, {q.data, q.row, PANEL}, sums.d_w, f.wide, nullptr,
-         true);
+    gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, {q.data, q.row, PANEL}, sums.d_w, f.wide, nullptr, true);
   }
   gemm(tokens, f.width, f.count, {s.along, f.wide_count, 1}, rows_of(f.rows, f.wide), d_q, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -289,12 +283,89 @@ inline void keys_backward(const Features& f, const KeyView& keys, const KeyGradi
   }
   gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(gradient.rows, f.wide), d_v, f.wide, nullptr, true);
   if (need_w) {
-    gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, {k.data, k.row, PANEL}, sums.d_w, f.wide, nullptr,
-         true);
+    gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, {k.data, k.row, PANEL}, sums.d_w, f.wide, nullptr, true);
   }
   gemm(tokens, f.width, f.count, {s.along, f.wide_count, 1}, rows_of(f.rows, f.wide), d_k, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = d_k + t * f.wide;
     for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) - load(k.at(t) + c) * s.gate[t]);
   }
+}
+
+// ---- the operator
+
+inline void performer_attention(const Workers& workers, const Performer& performer, int64_t batch, int64_t queries,
+                                int64_t keys, Tokens q, Tokens k, Tokens v, TokensOut out, KeyState saved) {
+  const Features f(performer);
+  auto sums = per_worker<KeySums>(workers, f);
+  const auto on_keys = [&](const Span& span) {
+    const Buffer scores(TILE * f.wide_count), k_rows(TILE * f.wide), v_rows(TILE * f.wide);
+    KeySums& part = *sums[span.slot];
+    part.reset(f);
+    const int64_t part_number = span.slot - span.first_slot;
+    const int64_t begin = keys * part_number / span.slots, end = keys * (part_number + 1) / span.slots;
+    for_tiles(begin, end, [&](int64_t first, int64_t count) {
+      const Rows k_tile = padded_rows(k.at(span.image, first), k.row, f.width, count, k_rows);
+      const Rows v_tile = padded_rows(v.at(span.image, first), v.row, f.width, count, v_rows);
+      add_keys(f, k_tile, v_tile, count, scores, part);
+    });
+  };
+  const auto on_queries = [&](const Span& span) {
+    KeyView view(f);
+    view.merge(f, sums, span.first_slot, span.slots);
+    if (span.slot == span.first_slot) view.write(f, saved, span.image);
+    QueryScratch scratch(f);
+    const Buffer q_rows(TILE * f.wide);
+    for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
+      attend(f, view, padded_rows(q.at(span.image, first), q.row, f.width, count, q_rows), count, scratch);
+      copy_rows(out.at(span.image, first), out.row, scratch.y, f.wide, f.width, count);
+    });
+  };
+  for_images(workers, batch, queries, on_keys, on_queries);
+}
+
+inline void performer_attention_backward(const Workers& workers, const Performer& performer, int64_t batch,
+                                         int64_t queries, int64_t keys, Tokens q, Tokens k, Tokens v, Tokens grad,
+                                         KeyState saved, TokensOut d_q, TokensOut d_k, TokensOut d_v, float* d_w) {
+  const Features f(performer);
+  const bool need_w = d_w != nullptr;
+  auto sums = per_worker<QuerySums>(workers, f);
+  const auto on_queries = [&](const Span& span) {
+    KeyView view(f);
+    view.read(f, saved, span.image);
+    QueryScratch scratch(f);
+    QuerySums& part = *sums[span.slot];
+    part.reset(f);
+    const Buffer q_rows(TILE * f.wide), d_y(TILE * f.wide), d_q_rows(TILE * f.wide);
+    clear(d_y, TILE * f.wide);
+    for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
+      const Rows q_tile = padded_rows(q.at(span.image, first), q.row, f.width, count, q_rows);
+      attend(f, view, q_tile, count, scratch);
+      copy_rows(d_y, f.wide, grad.at(span.image, first), grad.row, f.width, count);
+      attend_backward(f, view, q_tile, count, d_y, need_w, scratch, part, d_q_rows);
+      copy_rows(d_q.at(span.image, first), d_q.row, d_q_rows, f.wide, f.width, count);
+    });
+  };
+  const auto on_keys = [&](const Span& span) {
+    KeyView view(f);
+    view.read(f, saved, span.image);
+    KeyGradient gradient(f);
+    gradient.merge(f, view, sums, span.first_slot, span.slots);
+    QueryScratch scratch(f);
+    const Buffer k_rows(TILE * f.wide), v_rows(TILE * f.wide), d_k_rows(TILE * f.wide), d_v_rows(TILE * f.wide);
+    const int64_t part_number = span.slot - span.first_slot;
+    const int64_t begin = keys * part_number / span.slots, end = keys * (part_number + 1) / span.slots;
+    for_tiles(begin, end, [&](int64_t first, int64_t count) {
+      const Rows k_tile = padded_rows(k.at(span.image, first), k.row, f.width, count, k_rows);
+      const Rows v_tile = padded_rows(v.at(span.image, first), v.row, f.width, count, v_rows);
+      clear(d_v_rows, TILE * f.wide);
+      keys_backward(f, view, gradient, k_tile, v_tile, count, need_w, scratch, *sums[span.slot], d_k_rows, d_v_rows);
+      copy_rows(d_k.at(span.image, first), d_k.row, d_k_rows, f.wide, f.width, count);
+      copy_rows(d_v.at(span.image, first), d_v.row, d_v_rows, f.wide, f.width, count);
+    });
+  };
+  for_images(workers, batch, queries, on_queries, on_keys);
+  if (!need_w) return;
+  merge(workers, sums, &QuerySums::d_w, f.count * f.wide);
+  write_rows(d_w, sums[0]->d_w, f.count, f.width);
 }
