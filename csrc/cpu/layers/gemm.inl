@@ -132,3 +132,8 @@ inline void gemm(int64_t rows, int64_t columns, int64_t steps, Left a, Right b, 
     add = true;
   }
 }
+
+// out += a b.
+inline void add_gemm(int64_t rows, int64_t columns, int64_t steps, Left a, Right b, float* out, int64_t out_row) {
+  gemm(rows, columns, steps, a, b, out, out_row, nullptr, true);
+}

@@ -27,7 +27,7 @@ struct Split {
   int64_t width() const { return channels * taps(); }
 };
 
-// LayerNorm (where norm is set) and a Linear. Missing parameters are null; weight is (outputs, inputs).
+// LayerNorm (where `norm` is set) and a Linear. Missing parameters are null; weight is (outputs, inputs).
 struct NormLinear {
   int64_t inputs, outputs;
   const float *weight, *bias;
@@ -48,7 +48,7 @@ struct Performer {
   double eps;
 };
 
-// What the tokens of a sequence leave behind: lz (features), S (features, width); see performer.h.
+// What the tokens of a sequence leave behind: lz (features), S (features, width); see performer_attention.inl.
 struct KeyState {
   float *lz, *state;
 };
@@ -79,26 +79,66 @@ struct Sequences {
 using Tokens = Sequences<const float*>;
 using TokensOut = Sequences<float*>;
 
+// ---- the arguments of the operators, and where their gradients go
+
+struct SplitLinear {
+  Split split;
+  NormLinear linear;
+};
+
+struct SplitLinearGradient {
+  Image<float*> image;  // contiguous in the memory order of the image (channels-last or NCHW); null unless it is wanted
+  NormLinearGradient linear;
+};
+
+// Queries and keys may differ in length. The key state (batch, features) and (batch, features, width) is written by the
+// forward pass and read by the backward pass.
+struct Attention {
+  Performer performer;
+  int64_t batch, queries, keys;
+  Tokens q, k, v;
+  KeyState state;
+};
+
+struct AttentionGradient {
+  TokensOut q, k, v;
+  float* w;  // null unless it is wanted
+};
+
+struct TokenMlp {
+  Tail tail;
+  int64_t batch, length;
+  Tokens y, v;
+};
+
+struct TokenMlpGradient {
+  TokensOut y, v;
+  TailGradient tail;
+};
+
+struct PerformerLayer {
+  SplitLinear kqv;
+  Performer performer;
+  Tail tail;
+  KeyState state;
+};
+
+struct PerformerLayerGradient {
+  SplitLinearGradient kqv;
+  float* w;  // null unless it is wanted
+  TailGradient tail;
+};
+
 struct Kernels {
   const char* name;
-  void (*soft_split_linear)(const Workers&, const Split&, const NormLinear&, float* out);
-  // d_image: contiguous in the memory order of the image (channels-last or NCHW), or null.
-  void (*soft_split_linear_backward)(const Workers&, const Split&, const NormLinear&, const float* grad,
-                                     Image<float*> d_image, NormLinearGradient);
-  // Keys and queries may differ in length. State: (batch, features) and (batch, features, width).
-  void (*performer_attention)(const Workers&, const Performer&, int64_t batch, int64_t queries, int64_t keys, Tokens q,
-                              Tokens k, Tokens v, TokensOut out, KeyState);
-  void (*performer_attention_backward)(const Workers&, const Performer&, int64_t batch, int64_t queries, int64_t keys,
-                                       Tokens q, Tokens k, Tokens v, Tokens grad, KeyState, TokensOut d_q,
-                                       TokensOut d_k, TokensOut d_v, float* d_w);
-  void (*token_mlp)(const Workers&, const Tail&, int64_t batch, int64_t length, Tokens y, Tokens v, TokensOut out);
-  void (*token_mlp_backward)(const Workers&, const Tail&, int64_t batch, int64_t length, Tokens y, Tokens v,
-                             Tokens grad, TokensOut d_y, TokensOut d_v, TailGradient);
-  void (*performer_layer)(const Workers&, const Split&, const NormLinear&, const Performer&, const Tail&, TokensOut out,
-                          KeyState);
-  void (*performer_layer_backward)(const Workers&, const Split&, const NormLinear&, const Performer&, const Tail&,
-                                   Tokens grad, KeyState, Image<float*> d_image, NormLinearGradient, float* d_w,
-                                   TailGradient);
+  void (*soft_split_linear)(const Workers&, const SplitLinear&, float* out);
+  void (*soft_split_linear_backward)(const Workers&, const SplitLinear&, const float* grad, const SplitLinearGradient&);
+  void (*performer_attention)(const Workers&, const Attention&, TokensOut out);
+  void (*performer_attention_backward)(const Workers&, const Attention&, Tokens grad, const AttentionGradient&);
+  void (*token_mlp)(const Workers&, const TokenMlp&, TokensOut out);
+  void (*token_mlp_backward)(const Workers&, const TokenMlp&, Tokens grad, const TokenMlpGradient&);
+  void (*performer_layer)(const Workers&, const PerformerLayer&, TokensOut out);
+  void (*performer_layer_backward)(const Workers&, const PerformerLayer&, Tokens grad, const PerformerLayerGradient&);
 };
 
 // The kernels in use: of the widest instruction set, unless another one was asked for.

@@ -12,8 +12,8 @@ constexpr float NOTHING = -1e30f;  // shuts the gate as -infinity would, but a f
 struct Features {
   const Performer& performer;
   int64_t width, wide, count, wide_count;
-  Buffer rows;     // w (count, wide): the right operand of gradients
-  Buffer columns;  // w transposed, packed: the right operand of scores
+  Floats rows;     // w (count, wide): the right operand of gradients
+  Floats columns;  // w transposed, packed: the right operand of scores
   float log_gate;  // ln(m eps)
 
   explicit Features(const Performer& performer_)
@@ -39,7 +39,7 @@ inline float half_square_norm(const float* x, int64_t wide) {
 // What keys have left behind so far: per feature the largest score, the sum of exp(score - top) and of that times v.
 struct KeySums {
   int64_t wide, wide_count;
-  Buffer top, total, state;  // (wide_count), (wide_count), (count, wide)
+  Floats top, total, state;  // (wide_count), (wide_count), (count, wide)
 
   explicit KeySums(const Features& f)
       : wide(f.wide), wide_count(f.wide_count), top(f.wide_count), total(f.wide_count), state(f.count * f.wide) {}
@@ -79,33 +79,29 @@ inline void add_keys(const Features& f, Rows k, Rows v, int64_t tokens, float* s
       for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * fade[lane]);
     }
   }
-  gemm(f.count, f.width, tokens, {scores, 1, f.wide_count}, {v.data, v.row, PANEL}, sums.state, f.wide, nullptr, true);
+  add_gemm(f.count, f.width, tokens, {scores, 1, f.wide_count}, v.right(), sums.state, f.wide);
 }
 
 // The keys of a whole sequence as the queries see them.
 struct KeyView {
-  Buffer lz;          // (wide_count), -infinity in the padding
-  Buffer state;       // S (count, wide)
-  Buffer transposed;  // S transposed, packed: the right operand of gradients
-
-  explicit KeyView(const Features& f)
-      : lz(f.wide_count), state(f.count * f.wide), transposed(packed_size(f.width, f.count)) {
-    for (int64_t i = 0; i < f.wide_count; ++i) lz[i] = -INFINITY;
-  }
+  Floats lz;          // (wide_count), -infinity in the padding
+  Floats state;       // S (count, wide)
+  Floats transposed;  // S transposed, packed: the right operand of gradients
 
   // From the sums of all parts of a sequence, merged in their order.
-  void merge(const Features& f, const std::vector<std::unique_ptr<KeySums>>& parts, int64_t first, int64_t number) {
+  KeyView(const Features& f, const std::vector<KeySums>& parts, const Span& span) : KeyView(f) {
+    const int64_t first = span.first_slot, number = span.slots;
     for (int64_t i = 0; i < f.count; ++i) {
-      float top = parts[first]->top[i];
+      float top = parts[first].top[i];
       for (int64_t p = 1; p < number; ++p) {
-        const float other = parts[first + p]->top[i];
+        const float other = parts[first + p].top[i];
         top = top < other || other != other ? other : top;
       }
       float total = 0;
       float* row = state + i * f.wide;
       clear(row, f.wide);
       for (int64_t p = 0; p < number; ++p) {
-        const KeySums& part = *parts[first + p];
+        const KeySums& part = parts[first + p];
         if (part.total[i] == 0) continue;  // a part without tokens, or none that counts
         const float weight = std::exp(part.top[i] - top);
         total += weight * part.total[i];
@@ -118,7 +114,8 @@ struct KeyView {
     }
   }
 
-  void read(const Features& f, const KeyState& saved, int64_t image) {
+  // As a forward pass has saved them.
+  KeyView(const Features& f, const KeyState& saved, int64_t image) : KeyView(f) {
     std::memcpy(lz, saved.lz + image * f.count, f.count * sizeof(float));
     for (int64_t i = 0; i < f.count; ++i)
       pad_vector(state + i * f.wide, saved.state + (image * f.count + i) * f.width, f.width);
@@ -129,11 +126,17 @@ struct KeyView {
     std::memcpy(saved.lz + image * f.count, lz, f.count * sizeof(float));
     copy_rows(saved.state + image * f.count * f.width, f.width, state, f.wide, f.width, f.count);
   }
+
+ private:
+  explicit KeyView(const Features& f)
+      : lz(f.wide_count), state(f.count * f.wide), transposed(packed_size(f.width, f.count)) {
+    for (int64_t i = 0; i < f.wide_count; ++i) lz[i] = -INFINITY;
+  }
 };
 
 // Scratch for a tile of queries.
 struct QueryScratch {
-  Buffer p, along, weight_sum, gate, y;  // (TILE, wide_count), the same, (TILE), (TILE), (TILE, wide)
+  Floats p, along, weight_sum, gate, y;  // (TILE, wide_count), the same, (TILE), (TILE), (TILE, wide)
 
   explicit QueryScratch(const Features& f)
       : p(TILE * f.wide_count), along(TILE * f.wide_count), weight_sum(TILE), gate(TILE), y(TILE * f.wide) {}
@@ -193,11 +196,11 @@ inline void attend(const Features& f, const KeyView& keys, Rows q, int64_t token
 
 // What a part of the queries leaves behind for the keys' backward, and w's gradient.
 struct QuerySums {
-  Buffer d_state, d_lz, d_w;  // (count, wide), (wide_count), (count, wide)
+  bool need_w;
+  Floats d_state, d_lz, d_w;  // (count, wide), (wide_count), (count, wide)
 
-  explicit QuerySums(const Features& f) : d_state(f.count * f.wide), d_lz(f.wide_count), d_w(f.count * f.wide) {
-    clear(d_w, f.count * f.wide);
-  }
+  QuerySums(const Features& f, bool need_w_)
+      : need_w(need_w_), d_state(f.count * f.wide), d_lz(f.wide_count), d_w(zeros(f.count * f.wide)) {}
 
   void reset(const Features& f) {
     clear(d_state, f.count * f.wide);
@@ -206,14 +209,14 @@ struct QuerySums {
 };
 
 // Backward of attend() for a tile: d_y (tokens, wide) is replaced by d_y times the gate; d_q (tokens, wide).
-inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int64_t tokens, float* d_y, bool need_w,
-                            QueryScratch& s, QuerySums& sums, float* d_q) {
+inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int64_t tokens, float* d_y, QueryScratch& s,
+                            QuerySums& sums, float* d_q) {
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = d_y + t * f.wide;
     for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * s.gate[t]);
   }
   gemm(tokens, f.count, f.width, {d_y, f.wide, 1}, panels_of(keys.transposed, f.width), s.along, f.wide_count);
-  gemm(f.count, f.width, tokens, {s.p, 1, f.wide_count}, rows_of(d_y, f.wide), sums.d_state, f.wide, nullptr, true);
+  add_gemm(f.count, f.width, tokens, {s.p, 1, f.wide_count}, rows_of(d_y, f.wide), sums.d_state, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     const float* p = s.p + t * f.wide_count;
     float* row = s.along + t * f.wide_count;
@@ -225,9 +228,7 @@ inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int6
     s.gate[t] = d_lse;  // the gate itself is not needed any more
   }
   add_row_sum(sums.d_lz, {s.along, f.wide_count}, tokens, f.count);
-  if (need_w) {
-    gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, {q.data, q.row, PANEL}, sums.d_w, f.wide, nullptr, true);
-  }
+  if (sums.need_w) add_gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, q.right(), sums.d_w, f.wide);
   gemm(tokens, f.width, f.count, {s.along, f.wide_count, 1}, rows_of(f.rows, f.wide), d_q, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = d_q + t * f.wide;
@@ -235,34 +236,32 @@ inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int6
   }
 }
 
-// What the keys' backward needs of all queries: dS, packed twice, and dS_i . S_i - dlz_i per feature.
+// What the keys' backward needs of all queries: dS, as it is and packed transposed, and dS_i . S_i - dlz_i per feature.
 struct KeyGradient {
-  Buffer rows, transposed, shift;
+  const KeyView& keys;
+  Floats rows, transposed, shift;
 
-  explicit KeyGradient(const Features& f)
-      : rows(f.count * f.wide), transposed(packed_size(f.width, f.count)), shift(f.wide_count) {
-    clear(shift, f.wide_count);
-  }
-
-  void merge(const Features& f, const KeyView& keys, const std::vector<std::unique_ptr<QuerySums>>& parts,
-             int64_t first, int64_t number) {
-    clear(rows, f.count * f.wide);
-    for (int64_t p = 0; p < number; ++p) accumulate(rows, parts[first + p]->d_state, f.count * f.wide);
+  // From the sums of all parts of the queries, merged in their order.
+  KeyGradient(const Features& f, const KeyView& keys_, const std::vector<QuerySums>& parts, const Span& span)
+      : keys(keys_), rows(zeros(f.count * f.wide)), transposed(packed_size(f.width, f.count)),
+        shift(zeros(f.wide_count)) {
+    const int64_t first = span.first_slot, number = span.slots;
+    for (int64_t p = 0; p < number; ++p) accumulate(rows, parts[first + p].d_state, f.count * f.wide);
     pack_right(transposed, f.width, f.count, rows, 1, f.wide);
     for (int64_t i = 0; i < f.count; ++i) {
       Vec product{};
       for (int64_t c = 0; c < f.wide; c += LANES)
         product += load(rows + i * f.wide + c) * load(keys.state + i * f.wide + c);
       float d_lz = 0;
-      for (int64_t p = 0; p < number; ++p) d_lz += parts[first + p]->d_lz[i];
+      for (int64_t p = 0; p < number; ++p) d_lz += parts[first + p].d_lz[i];
       shift[i] = sum(product) - d_lz;
     }
   }
 };
 
 // Backward of a tile of keys: d_k (tokens, wide), and the attention's share added to d_v (tokens, wide).
-inline void keys_backward(const Features& f, const KeyView& keys, const KeyGradient& gradient, Rows k, Rows v,
-                          int64_t tokens, bool need_w, QueryScratch& s, QuerySums& sums, float* d_k, float* d_v) {
+inline void keys_backward(const Features& f, const KeyGradient& gradient, Rows k, Rows v, int64_t tokens,
+                          QueryScratch& s, QuerySums& sums, float* d_k, float* d_v) {
   f.scores(k, tokens, s.p);
   gemm(tokens, f.count, f.width, v.left(), panels_of(gradient.transposed, f.width), s.along, f.wide_count);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -272,7 +271,7 @@ inline void keys_backward(const Features& f, const KeyView& keys, const KeyGradi
     Vec total{};
     for (int64_t i = 0; i < f.wide_count; i += LANES) {
       // the padding: lz is -infinity there, so its place is taken by +infinity to make the weight 0
-      const Vec lz = load(keys.lz + i);
+      const Vec lz = load(gradient.keys.lz + i);
       const Vec weight = exponential(load(p + i) - norm - (lz == -INFINITY ? splat(INFINITY) : lz));
       const Vec d_a = weight * (load(row + i) - load(gradient.shift + i));
       store(p + i, weight);
@@ -281,10 +280,8 @@ inline void keys_backward(const Features& f, const KeyView& keys, const KeyGradi
     }
     s.gate[t] = sum(total);
   }
-  gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(gradient.rows, f.wide), d_v, f.wide, nullptr, true);
-  if (need_w) {
-    gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, {k.data, k.row, PANEL}, sums.d_w, f.wide, nullptr, true);
-  }
+  add_gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(gradient.rows, f.wide), d_v, f.wide);
+  if (sums.need_w) add_gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, k.right(), sums.d_w, f.wide);
   gemm(tokens, f.width, f.count, {s.along, f.wide_count, 1}, rows_of(f.rows, f.wide), d_k, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = d_k + t * f.wide;
@@ -294,78 +291,71 @@ inline void keys_backward(const Features& f, const KeyView& keys, const KeyGradi
 
 // ---- the operator
 
-inline void performer_attention(const Workers& workers, const Performer& performer, int64_t batch, int64_t queries,
-                                int64_t keys, Tokens q, Tokens k, Tokens v, TokensOut out, KeyState saved) {
-  const Features f(performer);
-  auto sums = per_worker<KeySums>(workers, f);
+inline void performer_attention(const Workers& workers, const Attention& arguments, TokensOut out) {
+  const Features f(arguments.performer);
+  const Tokens &q = arguments.q, &k = arguments.k, &v = arguments.v;
+  const int64_t queries = arguments.queries, keys = arguments.keys;
+  auto sums = several<KeySums>(workers.count, f);
   const auto on_keys = [&](const Span& span) {
-    const Buffer scores(TILE * f.wide_count), k_rows(TILE * f.wide), v_rows(TILE * f.wide);
-    KeySums& part = *sums[span.slot];
+    const Floats scores(TILE * f.wide_count);
+    const RowReader k_rows(f.width), v_rows(f.width);
+    KeySums& part = sums[span.slot];
     part.reset(f);
-    const int64_t part_number = span.slot - span.first_slot;
-    const int64_t begin = keys * part_number / span.slots, end = keys * (part_number + 1) / span.slots;
-    for_tiles(begin, end, [&](int64_t first, int64_t count) {
-      const Rows k_tile = padded_rows(k.at(span.image, first), k.row, f.width, count, k_rows);
-      const Rows v_tile = padded_rows(v.at(span.image, first), v.row, f.width, count, v_rows);
+    for_tiles(span.share_begin(keys), span.share_end(keys), [&](int64_t first, int64_t count) {
+      const Rows k_tile = k_rows.read(k.at(span.image, first), k.row, count);
+      const Rows v_tile = v_rows.read(v.at(span.image, first), v.row, count);
       add_keys(f, k_tile, v_tile, count, scores, part);
     });
   };
   const auto on_queries = [&](const Span& span) {
-    KeyView view(f);
-    view.merge(f, sums, span.first_slot, span.slots);
-    if (span.slot == span.first_slot) view.write(f, saved, span.image);
+    const KeyView view(f, sums, span);
+    if (span.slot == span.first_slot) view.write(f, arguments.state, span.image);
     QueryScratch scratch(f);
-    const Buffer q_rows(TILE * f.wide);
+    const RowReader q_rows(f.width);
     for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
-      attend(f, view, padded_rows(q.at(span.image, first), q.row, f.width, count, q_rows), count, scratch);
+      attend(f, view, q_rows.read(q.at(span.image, first), q.row, count), count, scratch);
       copy_rows(out.at(span.image, first), out.row, scratch.y, f.wide, f.width, count);
     });
   };
-  for_images(workers, batch, queries, on_keys, on_queries);
+  for_images(workers, arguments.batch, queries, on_keys, on_queries);
 }
 
-inline void performer_attention_backward(const Workers& workers, const Performer& performer, int64_t batch,
-                                         int64_t queries, int64_t keys, Tokens q, Tokens k, Tokens v, Tokens grad,
-                                         KeyState saved, TokensOut d_q, TokensOut d_k, TokensOut d_v, float* d_w) {
-  const Features f(performer);
-  const bool need_w = d_w != nullptr;
-  auto sums = per_worker<QuerySums>(workers, f);
+inline void performer_attention_backward(const Workers& workers, const Attention& arguments, Tokens grad,
+                                         const AttentionGradient& out) {
+  const Features f(arguments.performer);
+  const Tokens &q = arguments.q, &k = arguments.k, &v = arguments.v;
+  const int64_t queries = arguments.queries, keys = arguments.keys;
+  auto sums = several<QuerySums>(workers.count, f, out.w != nullptr);
   const auto on_queries = [&](const Span& span) {
-    KeyView view(f);
-    view.read(f, saved, span.image);
+    const KeyView view(f, arguments.state, span.image);
     QueryScratch scratch(f);
-    QuerySums& part = *sums[span.slot];
+    QuerySums& part = sums[span.slot];
     part.reset(f);
-    const Buffer q_rows(TILE * f.wide), d_y(TILE * f.wide), d_q_rows(TILE * f.wide);
-    clear(d_y, TILE * f.wide);
+    const RowReader q_rows(f.width);
+    const Floats d_y = zeros(TILE * f.wide), d_q(TILE * f.wide);
     for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
-      const Rows q_tile = padded_rows(q.at(span.image, first), q.row, f.width, count, q_rows);
+      const Rows q_tile = q_rows.read(q.at(span.image, first), q.row, count);
       attend(f, view, q_tile, count, scratch);
       copy_rows(d_y, f.wide, grad.at(span.image, first), grad.row, f.width, count);
-      attend_backward(f, view, q_tile, count, d_y, need_w, scratch, part, d_q_rows);
-      copy_rows(d_q.at(span.image, first), d_q.row, d_q_rows, f.wide, f.width, count);
+      attend_backward(f, view, q_tile, count, d_y, scratch, part, d_q);
+      copy_rows(out.q.at(span.image, first), out.q.row, d_q, f.wide, f.width, count);
     });
   };
   const auto on_keys = [&](const Span& span) {
-    KeyView view(f);
-    view.read(f, saved, span.image);
-    KeyGradient gradient(f);
-    gradient.merge(f, view, sums, span.first_slot, span.slots);
+    const KeyView view(f, arguments.state, span.image);
+    const KeyGradient gradient(f, view, sums, span);
     QueryScratch scratch(f);
-    const Buffer k_rows(TILE * f.wide), v_rows(TILE * f.wide), d_k_rows(TILE * f.wide), d_v_rows(TILE * f.wide);
-    const int64_t part_number = span.slot - span.first_slot;
-    const int64_t begin = keys * part_number / span.slots, end = keys * (part_number + 1) / span.slots;
-    for_tiles(begin, end, [&](int64_t first, int64_t count) {
-      const Rows k_tile = padded_rows(k.at(span.image, first), k.row, f.width, count, k_rows);
-      const Rows v_tile = padded_rows(v.at(span.image, first), v.row, f.width, count, v_rows);
-      clear(d_v_rows, TILE * f.wide);
-      keys_backward(f, view, gradient, k_tile, v_tile, count, need_w, scratch, *sums[span.slot], d_k_rows, d_v_rows);
-      copy_rows(d_k.at(span.image, first), d_k.row, d_k_rows, f.wide, f.width, count);
-      copy_rows(d_v.at(span.image, first), d_v.row, d_v_rows, f.wide, f.width, count);
+    const RowReader k_rows(f.width), v_rows(f.width);
+    const Floats d_k(TILE * f.wide), d_v(TILE * f.wide);
+    for_tiles(span.share_begin(keys), span.share_end(keys), [&](int64_t first, int64_t count) {
+      const Rows k_tile = k_rows.read(k.at(span.image, first), k.row, count);
+      const Rows v_tile = v_rows.read(v.at(span.image, first), v.row, count);
+      clear(d_v, TILE * f.wide);
+      keys_backward(f, gradient, k_tile, v_tile, count, scratch, sums[span.slot], d_k, d_v);
+      copy_rows(out.k.at(span.image, first), out.k.row, d_k, f.wide, f.width, count);
+      copy_rows(out.v.at(span.image, first), out.v.row, d_v, f.wide, f.width, count);
     });
   };
-  for_images(workers, batch, queries, on_queries, on_keys);
-  if (!need_w) return;
-  merge(workers, sums, &QuerySums::d_w, f.count * f.wide);
-  write_rows(d_w, sums[0]->d_w, f.count, f.width);
+  for_images(workers, arguments.batch, queries, on_queries, on_keys);
+  write_sums(workers, sums, &QuerySums::d_w, out.w, f.count, f.width);
 }

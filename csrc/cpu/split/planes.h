@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "../../soft_split.h"
+#include "../memory.h"
 #include "half.h"
 #include "transpose.h"
 
@@ -23,23 +23,6 @@ struct Accumulator {
 template <>
 struct Accumulator<double> {
   using type = double;
-};
-
-// Memory that grows and is never initialised.
-template <typename T>
-class Buffer {
- public:
-  T* reserve(int64_t count) {
-    if (count > size_) {
-      data_.reset(new T[count]);
-      size_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t size_ = 0;
 };
 
 // The distance of two planes: an odd number of cache lines, so that they do not fall upon each other in the cache.
