@@ -66,9 +66,9 @@ struct Emission {
   int64_t plane_bytes, step_bytes, channels, kernel_rows, run_bytes;
 };
 
-// Bytes of a run and tap rows, or 0 for any.
+// Bytes of a run and tap rows, or 0 for any number. By value: the tokens are chars, which might alias a reference.
 template <int64_t Bytes, int64_t Rows = 0>
-void emit_runs(const Emission& e) {
+void emit_runs(const Emission e) {
   const int64_t bytes = Bytes ? Bytes : e.run_bytes, kernel_rows = Rows ? Rows : e.kernel_rows;
   const char* rows[Rows ? Rows : 1];
   for (int64_t dy = 0; dy < Rows; ++dy) rows[dy] = e.rows[dy];
@@ -84,7 +84,7 @@ void emit_runs(const Emission& e) {
   }
 }
 
-inline void emit(const Emission& e) {
+__attribute__((noinline)) static void emit(const Emission& e) {
   switch (e.run_bytes) {
     case 2: return emit_runs<2>(e);
     case 4: return emit_runs<4>(e);
