@@ -7,23 +7,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "../../half.h"
 #include "../../soft_split.h"
 #include "../memory.h"
-#include "half.h"
 #include "transpose.h"
 
 namespace t2t_fast {
 
 constexpr int64_t kTokensAtOnce = 16;  // loaded together where they must be transposed or converted
-
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
 
 // The distance of two planes: an odd number of cache lines, so that they do not fall upon each other in the cache.
 inline int64_t plane_size(int64_t width, int64_t element_bytes) {
@@ -165,7 +156,7 @@ void add_runs(const Sum* token, Sum* const* rows, int64_t offset, int64_t plane,
 template <typename T>
 class Composer {
  public:
-  using Sum = typename Accumulator<T>::type;
+  using Sum = t2t_fast::Sum<T>;
 
   Composer(const SplitShape& shape, const Tokens<T>& tokens) : shape_(shape), tokens_(tokens) {
     const int64_t columns = shape.channels * shape.rows.kernel * shape.columns.kernel;

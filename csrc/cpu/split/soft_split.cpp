@@ -119,7 +119,7 @@ struct Reach {
 
 template <typename T>
 void soft_composition(const SplitShape& shape, const Tokens<T>& tokens, T* image, bool channels_last) {
-  using Sum = typename Accumulator<T>::type;
+  using Sum = t2t_fast::Sum<T>;
   using Word = typename WordOf<sizeof(T)>::type;
   const Axis<int64_t>&rows = shape.rows, &columns = shape.columns;
   const Parts blocks = channel_blocks(shape);
@@ -180,7 +180,7 @@ void soft_composition(const SplitShape& shape, const Tokens<T>& tokens, T* image
 
 template <typename T>
 void fused_fold_unfold(const SplitShape& shape, const Tokens<T>& tokens, T* out) {
-  using Sum = typename Accumulator<T>::type;
+  using Sum = t2t_fast::Sum<T>;
   const Axis<int64_t>&rows = shape.rows, &columns = shape.columns;
   const Parts blocks = channel_blocks(shape);
   const Parts tiles = column_tiles(shape, blocks, columns.tokens, columns.stride, sizeof(Sum));
