@@ -1,6 +1,5 @@
-// float16 and bfloat16 as bits, to and from float, rounded to nearest even; with the others, so that templates can
-// widen and narrow every element. On a CPU by integer arithmetic that any compiler vectorises, so no instruction set is
-// needed.
+// The element types. float16 and bfloat16 are bits, to and from float, rounded to nearest even; on a CPU by integer
+// arithmetic that any compiler vectorises, so no instruction set is needed.
 #pragma once
 
 #include <cstdint>
@@ -96,5 +95,21 @@ struct SumOf<double> {
 };
 template <typename T>
 using Sum = typename SumOf<T>::type;
+
+// The unsigned integer of an element's size.
+template <int Bytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint64_t;
+};
 
 }  // namespace t2t_fast

@@ -128,59 +128,33 @@ cudaError_t launch(const SplitShape& shape, const Image<Pointer>& image, bool to
   return cudaGetLastError();
 }
 
-int64_t pixel_count(const SplitShape& shape) {
-  return shape.batch * shape.channels * shape.rows.pixels * shape.columns.pixels;
-}
-
-int64_t token_elements(const SplitShape& shape) {
-  return shape.batch * shape.channels * shape.rows.tokens * shape.rows.kernel * shape.columns.tokens *
-         shape.columns.kernel;
-}
-
-// Calls `run` with a null pointer of the element's type.
-template <typename Run>
-cudaError_t with_type(Element element, const Run& run) {
-  switch (element) {
-    case Element::float16: return run(static_cast<Float16*>(nullptr));
-    case Element::bfloat16: return run(static_cast<BFloat16*>(nullptr));
-    case Element::float32: return run(static_cast<float*>(nullptr));
-    case Element::float64: return run(static_cast<double*>(nullptr));
-  }
-  return cudaErrorInvalidValue;
-}
-
-template <typename T>
-cudaError_t split(const SplitShape& shape, const Image<const void*>& image, void* tokens, cudaStream_t stream) {
-  return launch<Work::split, T>(shape, image, aligned(tokens), token_elements(shape), stream, split_tiles<T>,
-                                split_elements<T>, typed<const T>(image), static_cast<T*>(tokens));
-}
-
 }  // namespace
 
 cudaError_t launch_soft_split(const SplitShape& shape, const Image<const void*>& image, void* tokens,
                               cudaStream_t stream) {
-  switch (shape.element) {  // a copy: only the size of an element matters
-    case Element::float32: return split<uint32_t>(shape, image, tokens, stream);
-    case Element::float64: return split<uint64_t>(shape, image, tokens, stream);
-    default: return split<uint16_t>(shape, image, tokens, stream);
-  }
+  return with_type(shape.element, [&](auto* type) {
+    using T = typename WordOf<sizeof(*type)>::type;  // a copy: only the size of an element matters
+    return launch<Work::split, T>(shape, image, aligned(tokens), shape.batch * shape.tokens() * shape.width(), stream,
+                                  split_tiles<T>, split_elements<T>, typed<const T>(image), static_cast<T*>(tokens));
+  });
 }
 
 cudaError_t launch_soft_composition(const SplitShape& shape, const void* tokens, const Image<void*>& image,
                                     cudaStream_t stream) {
   return with_type(shape.element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch<Work::compose, T>(shape, image, aligned(tokens), pixel_count(shape), stream, compose_tiles<T>,
-                                    compose_elements<T>, static_cast<const T*>(tokens), typed<T>(image));
+    const int64_t count = shape.batch * shape.channels * shape.rows.pixels * shape.columns.pixels;
+    return launch<Work::compose, T>(shape, image, aligned(tokens), count, stream, compose_tiles<T>, compose_elements<T>,
+                                    static_cast<const T*>(tokens), typed<T>(image));
   });
 }
 
 cudaError_t launch_fold_unfold(const SplitShape& shape, const void* tokens, void* out, cudaStream_t stream) {
   return with_type(shape.element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch<Work::project, T>(shape, Image<void*>{}, aligned(tokens) && aligned(out), token_elements(shape),
-                                    stream, project_tiles<T>, project_elements<T>, static_cast<const T*>(tokens),
-                                    static_cast<T*>(out));
+    return launch<Work::project, T>(shape, Image<void*>{}, aligned(tokens) && aligned(out),
+                                    shape.batch * shape.tokens() * shape.width(), stream, project_tiles<T>,
+                                    project_elements<T>, static_cast<const T*>(tokens), static_cast<T*>(out));
   });
 }
 

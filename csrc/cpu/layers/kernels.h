@@ -16,15 +16,9 @@ struct Workers {
   void (*run)(int64_t tasks, void (*task)(void* context, int64_t index), void* context);
 };
 
-// A batch of images (B, C, H, W) and the window that splits them. tokens() of width() values each per image.
-struct Split {
+// A batch of images (B, C, H, W) and the window that splits them.
+struct Split : SplitShape {
   Image<const float*> image;
-  int64_t batch, channels;
-  Axis<int64_t> rows, columns;
-
-  int64_t tokens() const { return rows.tokens * columns.tokens; }
-  int64_t taps() const { return rows.kernel * columns.kernel; }
-  int64_t width() const { return channels * taps(); }
 };
 
 // LayerNorm (where `norm` is set) and a Linear. Missing parameters are null; weight is (outputs, inputs).

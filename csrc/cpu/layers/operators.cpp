@@ -130,13 +130,9 @@ std::array<Tensor, 8> tail_gradients(const Tail& tail, const Tensor& like) {
 
 SplitLinear split_linear_of(Call& call, SPLIT_LINEAR_PARAMETERS) {
   call.check(x.dim() == 4, "x must be 4-D");
-  const SplitShape shape = split_shape(call.function, x.size(0), x.size(1), {x.size(2), x.size(3)}, kernel, stride,
-                                       padding, Element::float32);
-  const Split split = {{data_of(call.function, x), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2), stride_of(x, 3)},
-                       shape.batch,
-                       shape.channels,
-                       shape.rows,
-                       shape.columns};
+  const Split split = {split_shape(call.function, x.size(0), x.size(1), {x.size(2), x.size(3)}, kernel, stride, padding,
+                                   Element::float32),
+                       {data_of(call.function, x), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2), stride_of(x, 3)}};
   call.check(weight.dim() == 2, "the weight must be 2-D");
   const int64_t inputs = split.width(), outputs = weight.size(0);
   check_count(call.function, {split.batch, split.tokens(), outputs});

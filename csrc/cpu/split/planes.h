@@ -79,11 +79,11 @@ __attribute__((noinline)) static void emit(const Emission& e) {
   switch (e.run_bytes) {
     case 2: return emit_runs<2>(e);
     case 4: return emit_runs<4>(e);
-    case 6: return emit_runs<6>(e);
+    case 6: return e.kernel_rows == 3 ? emit_runs<6, 3>(e) : emit_runs<6>(e);
     case 8: return emit_runs<8>(e);
     case 10: return emit_runs<10>(e);
     case 12: return e.kernel_rows == 3 ? emit_runs<12, 3>(e) : emit_runs<12>(e);
-    case 14: return emit_runs<14>(e);
+    case 14: return e.kernel_rows == 7 ? emit_runs<14, 7>(e) : emit_runs<14>(e);
     case 16: return emit_runs<16>(e);
     case 20: return emit_runs<20>(e);
     case 24: return emit_runs<24>(e);
