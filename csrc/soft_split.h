@@ -1,5 +1,5 @@
-// What the soft split, the soft composition and fold-normalise-unfold are asked to do, without a torch header:
-// the seam between the operators (tensors, checks, streams) and the kernels (pointers).
+// The arguments of the soft split, the soft composition and fold-normalise-unfold as plain structs, without a torch
+// header: the interface between the operators (tensors, checks, streams) and the kernels (pointers).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Memory that is about to be touched for the first time, all of it: the touch of a fresh page costs more than the
-// arithmetic on it (2 GB/s in pages of 4 KB on a virtual machine, 11 GB/s in huge ones, 28 GB/s once it is there).
+// Scratch memory and huge pages. The first touch of a fresh page costs more than the arithmetic on it: 2 GB/s in pages
+// of 4 KB on a virtual machine, 11 GB/s in huge pages, 28 GB/s once the page is mapped.
 #pragma once
 
 #include <algorithm>

@@ -48,7 +48,7 @@ struct Plan {
   Divider by_image_inner, by_image_row;
 };
 
-// What a plan has to know of the device.
+// The properties of the device that a plan depends on.
 struct Device {
   int multiprocessors, shared_per_multiprocessor;
 };
@@ -137,7 +137,7 @@ inline bool lay_out(Plan& plan, Work work, int bytes, int64_t group, int64_t str
   return true;
 }
 
-// Token rows of the shortest tile. A tile of few rows reads much that its neighbours read, too.
+// Token rows of the shortest tile. A tile of few rows reads many rows that its neighbours also read.
 inline int64_t least_rows(const Plan& plan, Work work) {
   return work == Work::split ? 1 : work == Work::compose ? 2 : std::max(2, plan.reach_rows);
 }

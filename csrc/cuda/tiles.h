@@ -86,7 +86,7 @@ T2T_FAST_HOST_DEVICE void compose_tile(const Plan& plan, const T* tokens, const 
     });
     done = ready;
     covered = top + plan.kernel_rows;
-    // A tile that begins inside a window begins there in the ring, too.
+    // A tile that begins inside a window also begins inside it in the ring.
     done_slot = wrap(plan, slot + static_cast<int32_t>(done - top));
     slot = plan.stride_rows < plan.kernel_rows ? wrap(plan, slot + plan.stride_rows) : 0;
   }

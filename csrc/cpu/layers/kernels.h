@@ -10,7 +10,7 @@
 
 namespace t2t_fast::cpu {
 
-// Who runs the tasks of a parallel region. Every task has its own index; run() returns when all have ended.
+// The threads of a parallel region. Every task has its own index; run() returns when all have ended.
 struct Workers {
   int64_t count;
   void (*run)(int64_t tasks, void (*task)(void* context, int64_t index), void* context);
@@ -42,7 +42,7 @@ struct Performer {
   double eps;
 };
 
-// What the tokens of a sequence leave behind: lz (features), S (features, width); see performer_attention.inl.
+// The sums over a sequence's keys: lz (features), S (features, width); see performer_attention.inl.
 struct KeyState {
   float *lz, *state;
 };

@@ -3,9 +3,10 @@
 // With a_i(x) = w_i x - |x|^2 / 2 (formulas: docs/math.md, section 2):
 //   keys     lz_i = logsumexp_t a_i(k_t)              S_i = sum_t softmax_t(a_i(k_t)) v_t
 //   queries  p~_i = exp(w_i q_t + lz_i - top)         y_t = p~ S / (sum_i p~_i + m eps exp(|q_t|^2 / 2 - top))
-// The last term of the denominator is what eps amounts to in log space; the gate g is sum p~ over the denominator.
-// NaN and infinity in a token stay in its sequence. A key so long that |k|^2 overflows has a_i = -infinity, its
-// features are 0; a feature to which every key is such has lz_i = NOTHING and S_i = 0, so that it adds nothing.
+// The last term of the denominator is eps in log space; the gate g is sum p~ over the denominator.
+// NaN and infinity in a token stay in its sequence. A key whose |k|^2 overflows has
+// a_i = -infinity and features of 0. A feature for which all keys overflow has lz_i = NOTHING and S_i = 0, so it adds
+// nothing.
 
 constexpr float NOTHING = -1e30f;  // shuts the gate as -infinity would, but a finite score added to it is finite
 
@@ -36,7 +37,7 @@ inline float half_square_norm(const float* x, int64_t wide) {
   return sum(total) * 0.5f;
 }
 
-// What keys have left behind so far: per feature the largest score, the sum of exp(score - top) and of that times v.
+// Sums over the keys so far: per feature the largest score, the sum of exp(score - top) and of that times v.
 struct KeySums {
   int64_t wide, wide_count;
   Floats top, total, state;  // (wide_count), (wide_count), (count, wide)
@@ -166,7 +167,7 @@ inline void weigh_features(const Features& f, const KeyView& keys, Rows q, int64
     s.weight_sum[t] = weight_sum;
     s.gate[t] = half_square_norm(q.at(t), f.wide) - top + f.log_gate;
   }
-  // Beyond the tokens the last register holds anything, in and out; nobody reads it.
+  // The tail lanes of the last register are undefined and never read.
   for (int64_t t = 0; t < tokens; t += LANES) {
     const Vec weights = load(s.weight_sum + t);
     const Vec closed = f.performer.eps > 0 ? exponential(load(s.gate + t)) : Vec{};
@@ -194,7 +195,7 @@ inline void attend(const Features& f, const KeyView& keys, Rows q, int64_t token
   read_state(f, keys.state, tokens, s, s.y);
 }
 
-// What a part of the queries leaves behind for the keys' backward, and w's gradient.
+// A part of the queries' sums for the keys' backward, and w's gradient.
 struct QuerySums {
   bool need_w;
   Floats d_state, d_lz, d_w;  // (count, wide), (wide_count), (count, wide)
@@ -225,7 +226,7 @@ inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int6
     const float delta = sum(product);
     const float d_lse = delta * (1 - s.gate[t]);
     for (int64_t i = 0; i < f.wide_count; i += LANES) store(row + i, load(p + i) * (load(row + i) - delta + d_lse));
-    s.gate[t] = d_lse;  // the gate itself is not needed any more
+    s.gate[t] = d_lse;  // replaces the gate, which is no longer needed
   }
   add_row_sum(sums.d_lz, {s.along, f.wide_count}, tokens, f.count);
   if (sums.need_w) add_gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, q.right(), sums.d_w, f.wide);
@@ -270,7 +271,7 @@ inline void keys_backward(const Features& f, const KeyGradient& gradient, Rows k
     const float norm = half_square_norm(k.at(t), f.wide);
     Vec total{};
     for (int64_t i = 0; i < f.wide_count; i += LANES) {
-      // the padding: lz is -infinity there, so its place is taken by +infinity to make the weight 0
+      // In the padding lz is -infinity; +infinity in its place makes the weight 0.
       const Vec lz = load(gradient.keys.lz + i);
       const Vec weight = exponential(load(p + i) - norm - (lz == -INFINITY ? splat(INFINITY) : lz));
       const Vec d_a = weight * (load(row + i) - load(gradient.shift + i));

@@ -46,7 +46,7 @@ struct FoldedLinear {
 
   // Unfolds and normalises tokens of an image into `patches` (count, wide_inputs); `rstd` per token unless null.
   void patches(int64_t image, int64_t first, int64_t count, float* to, float* rstd) const {
-    // A few rows at a time: still in the nearest cache when they are normalised, but no longer on their way to it.
+    // A few rows at a time, so that they are in the first-level cache when they are normalised.
     constexpr int64_t few = 8;
     for (int64_t begin = 0; begin < count; begin += few) {
       const int64_t end = std::min(begin + few, count);

@@ -45,7 +45,7 @@ struct TailScratch {
   uint16_t* lane_buffer() const { return reinterpret_cast<uint16_t*>(static_cast<float*>(lanes)); }
 };
 
-// y Wp^T + bp of a tile of y (tokens, wide) into s.t, which is what the rest starts from.
+// y Wp^T + bp of a tile of y (tokens, wide) into s.t, the input of tail_skip().
 inline void tail_project(const TailWeights& w, const float* y, int64_t tokens, TailScratch& s) {
   gemm(tokens, w.width, w.width, {y, w.wide, 1}, panels_of(w.proj, w.width), s.t, w.wide, w.proj_bias);
 }
@@ -161,7 +161,7 @@ inline void tail_backward(const TailWeights& w, const TailTile& tile, const floa
     for (int64_t c = 0; c < w.wide; c += LANES) store(d_n + c, load(d_n + c) * load(w.norm_weight + c));
     normalise_backward(d_n, x, w.width, s.rstd[r]);
     for (int64_t c = 0; c < w.wide; c += LANES) {
-      // beyond the width normalise_backward leaves what does not count
+      // normalise_backward leaves undefined values beyond the width.
       Vec d_t = load(d_n + c);
       if (c + LANES == w.wide) d_t = w.last ? d_t : Vec{};
       d_t += load(grad.at(r) + c);
