@@ -53,7 +53,7 @@ env: $(READY) ## versions, device, native build, and the backend of every operat
 
 # The stamp lies inside .venv, so that it is removed with it; it is ignored if there is no working Python in .venv.
 ifeq ($(shell $(PY) -c "" 2>&1 || echo broken),)
-$(READY): pyproject.toml setup.py $(wildcard build_support/*.py csrc/* csrc/*/*)
+$(READY): pyproject.toml setup.py $(wildcard build_support/*.py csrc/* csrc/*/* csrc/*/*/*)
 else
 .PHONY: $(READY)
 endif

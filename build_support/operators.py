@@ -37,7 +37,7 @@ def build(root, with_cuda):
     host = [*compiler, *FLAGS, "-fPIC", "-Icsrc", TARGET, "-isystem", str(headers)]
     host += [f"-ffile-prefix-map={headers}=torch"]  # no path of this machine in error messages
     host += shlex.split(f"{os.environ.get('CPPFLAGS', '')} {os.environ.get('CXXFLAGS', '')}")
-    compilers = {"csrc/operators.cpp": host, "csrc/cpu/*.cpp": host}
+    compilers = {"csrc/operators.cpp": host, "csrc/cpu/**/*.cpp": host}
     # libtorch.so depends on libtorch_cpu.so and, in a CUDA build of PyTorch, on libtorch_cuda.so. The loader finds them
     # by name among the libraries that PyTorch has loaded, so no path is recorded and the file works with every PyTorch.
     libraries = ["-L", str(torch.root / "lib"), "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]

@@ -24,7 +24,9 @@ std::string compiler() {
 // 201703L is "C++17".
 std::string cxx_standard() { return "C++" + std::to_string(__cplusplus / 100 % 100); }
 
-py::object or_none(const std::string& text) { return text.empty() ? py::object(py::none()) : py::object(py::str(text)); }
+py::object or_none(const std::string& text) {
+  return text.empty() ? py::object(py::none()) : py::object(py::str(text));
+}
 
 py::object words(const std::string& text) { return py::str(text).attr("split")(); }
 

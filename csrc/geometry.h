@@ -1,4 +1,5 @@
-// Index arithmetic of the sliding window, the same for CPU and CUDA: which pixel a tap reads, which tokens cover a pixel.
+// Index arithmetic of the sliding window, the same for CPU and CUDA: which pixel a tap reads, which tokens cover a
+// pixel.
 #pragma once
 
 #include <cstdint>

@@ -5,8 +5,8 @@
 
 #define T2T_FAST_WINDOW "int[] kernel, int[] stride, int[] padding"
 #define T2T_FAST_LINEAR "Tensor weight, Tensor? bias, Tensor? norm1_weight, Tensor? norm1_bias, float? norm1_eps, "
-#define T2T_FAST_TAIL                                                                                  \
-  "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "    \
+#define T2T_FAST_TAIL                                                                                           \
+  "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "             \
   "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, float proj_drop, float mlp_drop, " \
   "Tensor? seed"
 #define T2T_FAST_LAYER "Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW ", Tensor w, float eps, " T2T_FAST_TAIL

@@ -34,10 +34,11 @@ inline Element element_of(const Tensor& tensor, const char* function) {
   }
 }
 
-// The limits of t2t_fast/errors.py. Below them no sum or product that a kernel forms of sizes, strides and counts leaves
-// int64: positions along an axis stay below 2^32, and a count times the bytes of an element or the threads below 2^63.
-constexpr int64_t LARGEST = INT32_MAX;                // of a window or image along an axis, padding included
-constexpr int64_t MOST_VALUES = int64_t{1} << 56;     // of a tensor, and of the unfolded tokens
+// The limits of t2t_fast/errors.py. Below them no sum or product that a kernel forms of sizes, strides and counts
+// leaves int64: positions along an axis stay below 2^32, and a count times the bytes of an element or the threads below
+// 2^63.
+constexpr int64_t LARGEST = INT32_MAX;             // of a window or image along an axis, padding included
+constexpr int64_t MOST_VALUES = int64_t{1} << 56;  // of a tensor, and of the unfolded tokens
 
 // Checks that a tensor of these sizes, empty ones counted as 1, has no more values than allowed.
 inline void check_count(const char* function, const Sizes& sizes) {
@@ -80,13 +81,11 @@ inline SplitShape split_shape(const char* function, int64_t batch, int64_t chann
 inline SplitShape composition_shape(const char* function, const Tensor& tokens, const Sizes& size, const Sizes& kernel,
                                     const Sizes& stride, const Sizes& padding) {
   check(tokens.dim() == 3, function, "tokens must be 3-D");
-  SplitShape shape = split_shape(function, tokens.size(0), 0, size, kernel, stride, padding,
-                                 element_of(tokens, function));
-  check(tokens.size(1) == shape.rows.tokens * shape.columns.tokens, function,
-        "the number of tokens must be that of the window over the image");
-  const int64_t taps = shape.rows.kernel * shape.columns.kernel;
-  check(tokens.size(2) % taps == 0, function, "the token width must be a multiple of the window's pixels");
-  shape.channels = tokens.size(2) / taps;
+  SplitShape shape =
+      split_shape(function, tokens.size(0), 0, size, kernel, stride, padding, element_of(tokens, function));
+  check(tokens.size(1) == shape.tokens(), function, "the number of tokens must be that of the window over the image");
+  check(tokens.size(2) % shape.taps() == 0, function, "the token width must be a multiple of the window's pixels");
+  shape.channels = tokens.size(2) / shape.taps();
   return checked(function, shape);
 }
 
@@ -100,26 +99,20 @@ inline Image<const void*> image_of(const Tensor& image) {
   return {image.const_data_ptr(), stride_of(image, 0), stride_of(image, 1), stride_of(image, 2), stride_of(image, 3)};
 }
 
-inline int64_t element_bytes(const Tensor& tensor) {
-  switch (element_of(tensor, "empty")) {
-    case Element::float64: return 8;
-    case Element::float32: return 4;
-    default: return 2;
-  }
-}
-
 // Uninitialised memory of `like`'s dtype and device, all of which a kernel is going to write.
 inline Tensor empty(const Sizes& size, const Tensor& like, bool channels_last = false) {
   using torch::headeronly::MemoryFormat;
   Tensor tensor = torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (!like.is_cuda()) expect_full_use(tensor.mutable_data_ptr(), tensor.numel() * element_bytes(like));
+  if (!like.is_cuda()) {
+    const int64_t bytes = with_type(element_of(like, "empty"), [](auto* type) { return int64_t{sizeof(*type)}; });
+    expect_full_use(tensor.mutable_data_ptr(), tensor.numel() * bytes);
+  }
   return tensor;
 }
 
 inline Tensor empty_tokens(const SplitShape& shape, const Tensor& like) {
-  return empty({shape.batch, shape.rows.tokens * shape.columns.tokens,
-                shape.channels * shape.rows.kernel * shape.columns.kernel}, like);
+  return empty({shape.batch, shape.tokens(), shape.width()}, like);
 }
 
 inline Tensor empty_image(const SplitShape& shape, const Tensor& like, bool channels_last) {

@@ -1,5 +1,5 @@
-// Memory that is about to be touched for the first time, all of it: the touch of a fresh page costs more than the
-// arithmetic on it (2 GB/s in pages of 4 KB on a virtual machine, 11 GB/s in huge ones, 28 GB/s once it is there).
+// Scratch memory and huge pages. The first touch of a fresh page costs more than the arithmetic on it: 2 GB/s in pages
+// of 4 KB on a virtual machine, 11 GB/s in huge pages, 28 GB/s once the page is mapped.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -29,8 +30,8 @@ inline void expect_full_use(void* data, std::size_t bytes) {
 #endif
 }
 
-// Uninitialised blocks for the length of a call. The process keeps up to LIMIT bytes of those that were given back, so
-// that the next call finds pages that are there.
+// The process's pool of uninitialised blocks. It keeps up to LIMIT bytes of those that were given back, so that the
+// next call finds pages that are already mapped.
 class Scratch {
  public:
   struct Block {
@@ -66,7 +67,7 @@ class Scratch {
     return {data, size};
   }
 
-  static void give_back(Block block) {
+  static void give_back(Block block) noexcept {
     Scratch& scratch = process();
     {
       const std::lock_guard<std::mutex> guard(scratch.mutex_);
@@ -112,6 +113,40 @@ class Scratch {
   std::mutex mutex_;
   std::vector<Block> kept_;
   std::size_t held_ = 0, in_use_ = 0, most_ = 0;
+};
+
+// Uninitialised scratch memory for `count` values of T, aligned to 64 bytes. SPARE more values behind them may be read
+// and written; their contents are undefined.
+template <typename T, int64_t SPARE = 0>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) { reserve(count); }
+  Buffer(Buffer&& other) noexcept : block_(std::exchange(other.block_, {})), count_(std::exchange(other.count_, -1)) {}
+  Buffer& operator=(Buffer&&) = delete;
+  ~Buffer() { release(); }
+
+  // At least `count` values; what the buffer held is lost where it must grow.
+  T* reserve(int64_t count) {
+    if (count > count_) {
+      release();
+      block_ = Scratch::take(static_cast<std::size_t>(count + SPARE) * sizeof(T));
+      count_ = count;
+    }
+    return *this;
+  }
+
+  operator T*() const { return static_cast<T*>(block_.data); }
+
+ private:
+  void release() {
+    if (block_.data != nullptr) Scratch::give_back(block_);
+    block_ = {};
+    count_ = -1;
+  }
+
+  Scratch::Block block_{};
+  int64_t count_ = -1;
 };
 
 }  // namespace t2t_fast

@@ -31,7 +31,7 @@ struct TokenElement {
   int64_t batch, channel, y, x;
 };
 
-// What element `i` of the tokens shows.
+// The pixel that element `i` of the tokens shows.
 T2T_FAST_HOST_DEVICE TokenElement token_element(const SplitShape& shape, int64_t i) {
   const Axis<int64_t>&rows = shape.rows, &columns = shape.columns;
   const int64_t dx = i % columns.kernel;

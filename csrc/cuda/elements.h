@@ -1,15 +1,9 @@
-// The element types of the kernels, and the type in which each is summed; on the CPU for the tests.
+// Elements of the kernels, one by one and as vectors; on the CPU for the tests.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#include "../geometry.h"
-
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
+#include "../half.h"
 
 namespace t2t_fast::cuda {
 
@@ -20,60 +14,18 @@ struct alignas(16) Pack {
   T values[size];
 };
 
-struct Float16 {
-  uint16_t bits;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// Half types are summed in float32.
 template <typename T>
-struct SumOf {
-  using type = float;
-};
-template <>
-struct SumOf<double> {
-  using type = double;
-};
-template <typename T>
-using Sum = typename SumOf<T>::type;
-
-T2T_FAST_HOST_DEVICE float to_sum(float value) { return value; }
-T2T_FAST_HOST_DEVICE double to_sum(double value) { return value; }
-
-T2T_FAST_HOST_DEVICE float to_sum(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-#if defined(__CUDA_ARCH__)
-  return __uint_as_float(bits);
-#else
-  float number;
-  std::memcpy(&number, &bits, sizeof(number));
-  return number;
-#endif
+T2T_FAST_HOST_DEVICE Sum<T> to_sum(const T& value) {
+  return widen(value);
 }
 
-// Ring elements as tokens or pixels: copied where the type is the same, else rounded to nearest even.
+// Ring elements as tokens or pixels: copied where the type is the same, else rounded.
 template <typename T>
 T2T_FAST_HOST_DEVICE void convert(const T& from, T& to) {
   to = from;
 }
-
-T2T_FAST_HOST_DEVICE void convert(const float& from, BFloat16& to) {
-#if defined(__CUDA_ARCH__)
-  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(from));
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &from, sizeof(bits));
-  to.bits = static_cast<uint16_t>(from != from ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-#endif
-}
-
-#if defined(__CUDACC__)
-T2T_FAST_HOST_DEVICE float to_sum(Float16 value) { return __half2float(__half(__half_raw{value.bits})); }
-T2T_FAST_HOST_DEVICE void convert(const float& from, Float16& to) { to.bits = __half_raw(__float2half_rn(from)).x; }
-#endif
+T2T_FAST_HOST_DEVICE void convert(const float& from, BFloat16& to) { narrow(from, to); }
+T2T_FAST_HOST_DEVICE void convert(const float& from, Float16& to) { narrow(from, to); }
 
 // A vector to global memory; spelled out, as the compiler would take a store apart that shares values with a branch
 // that stores single elements.
@@ -94,10 +46,10 @@ T2T_FAST_HOST_DEVICE void store_pack(T* global, const Pack<T>& pack) {
 template <typename T>
 T2T_FAST_HOST_DEVICE void copy_async(T* shared, const T* global) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
 #else
   *reinterpret_cast<Pack<T>*>(shared) = *reinterpret_cast<const Pack<T>*>(global);
 #endif

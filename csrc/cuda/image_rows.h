@@ -7,10 +7,10 @@
 namespace t2t_fast::cuda {
 
 struct Tile {
-  int64_t batch, channel;       // the first channel of the group
-  int64_t row_begin, row_end;   // rows of the output
-  int64_t column_begin;         // first column of the output
-  int32_t columns;              // its columns: tokens, of a composition pixels
+  int64_t batch, channel;      // the first channel of the group
+  int64_t row_begin, row_end;  // rows of the output
+  int64_t column_begin;        // first column of the output
+  int32_t columns;             // its columns: tokens, of a composition pixels
 };
 
 // Neighbours in the index share data: channel groups the sectors of a pixel, segments the rows between them.

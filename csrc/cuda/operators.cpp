@@ -29,8 +29,8 @@ Tensor soft_split_cuda(const Tensor& x, Sizes kernel, Sizes stride, Sizes paddin
                                        element_of(x, function));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor tokens = empty_tokens(shape, x);
-  check_launch(
-      cuda::launch_soft_split(shape, image_of(x), tokens.mutable_data_ptr(), current_stream(x, function)), function);
+  check_launch(cuda::launch_soft_split(shape, image_of(x), tokens.mutable_data_ptr(), current_stream(x, function)),
+               function);
   return tokens;
 }
 
@@ -43,8 +43,8 @@ Tensor soft_composition_cuda(const Tensor& tokens, Sizes size, Sizes kernel, Siz
   Tensor image = empty_image(shape, tokens, channels_last);
   const Image<void*> target = {image.mutable_data_ptr(), image.stride(0), image.stride(1), image.stride(2),
                                image.stride(3)};
-  check_launch(
-      cuda::launch_soft_composition(shape, dense.const_data_ptr(), target, current_stream(tokens, function)), function);
+  check_launch(cuda::launch_soft_composition(shape, dense.const_data_ptr(), target, current_stream(tokens, function)),
+               function);
   return image;
 }
 
@@ -54,9 +54,9 @@ Tensor fused_fold_unfold_cuda(const Tensor& tokens, Sizes size, Sizes kernel, Si
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   const Tensor dense = torch::stable::contiguous(tokens);
   Tensor out = empty_tokens(shape, tokens);
-  check_launch(cuda::launch_fold_unfold(shape, dense.const_data_ptr(), out.mutable_data_ptr(),
-                                        current_stream(tokens, function)),
-               function);
+  check_launch(
+      cuda::launch_fold_unfold(shape, dense.const_data_ptr(), out.mutable_data_ptr(), current_stream(tokens, function)),
+      function);
   return out;
 }
 

@@ -29,16 +29,16 @@ struct Plan {
   Axis<int64_t> rows, columns;
   int64_t batch, token_width;  // token_width: channels * taps
   int64_t groups, strips, segments, tiles;
-  int64_t segment;                      // rows of the output per tile: token rows, of a composition pixel rows
-  int32_t strip;                        // columns of the output per tile: tokens, of a composition pixels
-  int32_t group, taps, group_columns;   // channels per tile; columns of a token in a tile
+  int64_t segment;                     // rows of the output per tile: token rows, of a composition pixel rows
+  int32_t strip;                       // columns of the output per tile: tokens, of a composition pixels
+  int32_t group, taps, group_columns;  // channels per tile; columns of a token in a tile
   int32_t kernel_rows, kernel_columns;
   int32_t stride_rows, stride_columns;  // no larger than needed inside a tile
   int32_t token_step;                   // ring columns between neighbouring tokens of a strip
   int32_t reach_rows, reach_columns;    // how many tokens further down or right may still cover a token's pixels
   int32_t ring_rows, ring_columns, ring_pitch, ring_row;
-  int32_t tile_pitch;                   // elements between tokens of the staged tile
-  int32_t period, bias;                 // tokens after which vectors repeat; tokens before the first one in the table
+  int32_t tile_pitch;    // elements between tokens of the staged tile
+  int32_t period, bias;  // tokens after which vectors repeat; tokens before the first one in the table
   bool run, vectors;
   int32_t tile_at, table_at, cover_at, shared_bytes;
   Divider by_group_columns, by_taps, by_kernel_columns, by_stride_rows, by_ring_columns, by_token_vectors,
@@ -48,7 +48,7 @@ struct Plan {
   Divider by_image_inner, by_image_row;
 };
 
-// What a plan has to know of the device.
+// The properties of the device that a plan depends on.
 struct Device {
   int multiprocessors, shared_per_multiprocessor;
 };
@@ -95,8 +95,8 @@ inline bool lay_out(Plan& plan, Work work, int bytes, int64_t group, int64_t str
   const int64_t units = width / size;
   const int64_t tile_pitch = plan.vectors && !plan.run ? (units | 1) * size : width;
   if (work != Work::split) {
-    const int64_t most = work == Work::project ? strip + 2 * reach_columns
-                                               : (strip + columns.kernel - 2) / columns.stride + 1;
+    const int64_t most =
+        work == Work::project ? strip + 2 * reach_columns : (strip + columns.kernel - 2) / columns.stride + 1;
     tile = std::min(columns.tokens, most) * tile_pitch + (plan.run ? 2 * size : 0);
     at = round_up(at + tile * bytes, 16);
     plan.cover_at = static_cast<int32_t>(at);
@@ -137,7 +137,7 @@ inline bool lay_out(Plan& plan, Work work, int bytes, int64_t group, int64_t str
   return true;
 }
 
-// Token rows of the shortest tile. A tile of few rows reads much that its neighbours read, too.
+// Token rows of the shortest tile. A tile of few rows reads many rows that its neighbours also read.
 inline int64_t least_rows(const Plan& plan, Work work) {
   return work == Work::split ? 1 : work == Work::compose ? 2 : std::max(2, plan.reach_rows);
 }
@@ -171,7 +171,10 @@ inline bool choose_tile(Plan& plan, Work work, int bytes, int64_t channels, bool
   const struct {
     int64_t limit, tokens;
     bool single;
-  } attempts[] = {{shared, 32, false}, {shared, 16, false}, {kSharedMost, 16, false}, {kSharedMost, 4, false},
+  } attempts[] = {{shared, 32, false},
+                  {shared, 16, false},
+                  {kSharedMost, 16, false},
+                  {kSharedMost, 4, false},
                   {kSharedMost, 1, true}};
   for (const auto& attempt : attempts) {
     const int64_t wanted = std::min(total, attempt.tokens > 1 ? attempt.tokens * step : 1);
@@ -201,8 +204,8 @@ template <typename Pointer>
 void choose_image_access(Plan& plan, Work work, int bytes, const Image<Pointer>& image) {
   const int64_t size = 16 / bytes;
   const auto whole = [&](int64_t stride) { return stride % size == 0; };
-  const bool base = reinterpret_cast<uintptr_t>(image.data) % 16 == 0 && whole(image.batch_stride) &&
-                    whole(image.row_stride);
+  const bool base =
+      reinterpret_cast<uintptr_t>(image.data) % 16 == 0 && whole(image.batch_stride) && whole(image.row_stride);
   const bool channels = base && image.channel_stride == 1 && whole(image.column_stride) && whole(plan.group);
   const bool columns = base && image.column_stride == 1 && whole(image.channel_stride) &&
                        (work == Work::split || plan.strips == 1 || whole(plan.strip));

@@ -23,9 +23,8 @@ T2T_FAST_HOST_DEVICE void split_tile(const Plan& plan, const Image<const T*>& im
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row, run += row_pitch(plan)) {
     const int64_t top = row * plan.rows.stride - plan.rows.padding;
     // The rows that the window shares with the one above are in the ring already.
-    const int32_t kept = row > tile.row_begin && plan.stride_rows < plan.kernel_rows
-                             ? plan.kernel_rows - plan.stride_rows
-                             : 0;
+    const int32_t kept =
+        row > tile.row_begin && plan.stride_rows < plan.kernel_rows ? plan.kernel_rows - plan.stride_rows : 0;
     const int32_t head = plan.run ? elements_past_vector(run) : 0;
     team.phase([&](int32_t thread) {
       const int32_t to = wrap(plan, slot + kept);
@@ -87,7 +86,7 @@ T2T_FAST_HOST_DEVICE void compose_tile(const Plan& plan, const T* tokens, const 
     });
     done = ready;
     covered = top + plan.kernel_rows;
-    // A tile that begins inside a window begins there in the ring, too.
+    // A tile that begins inside a window also begins inside it in the ring.
     done_slot = wrap(plan, slot + static_cast<int32_t>(done - top));
     slot = plan.stride_rows < plan.kernel_rows ? wrap(plan, slot + plan.stride_rows) : 0;
   }

@@ -28,7 +28,7 @@ def test_short_run(tmp_path, capfd):
     printed = capfd.readouterr().out
     assert status == 0, printed
     assert "no report" in printed
-    source = tmp_path / "csrc" / "cpu" / "soft_split.cpp"
+    source = tmp_path / "csrc" / "cpu" / "split" / "soft_split.cpp"
     text, buffer = source.read_text(), "scratch.reserve(rows.kernel * slot_size"
     assert buffer in text
     source.write_text(text.replace(buffer, f"{buffer} - 1"))

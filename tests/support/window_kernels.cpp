@@ -94,18 +94,26 @@ struct Brain {  // bfloat16
   uint16_t bits;
 };
 
+}  // namespace t2t_fast::cuda
+
+namespace t2t_fast {
+
 template <>
-struct SumOf<Watched<float>> {
-  using type = Watched<float>;
+struct SumOf<cuda::Watched<float>> {
+  using type = cuda::Watched<float>;
 };
 template <>
-struct SumOf<Watched<double>> {
-  using type = Watched<double>;
+struct SumOf<cuda::Watched<double>> {
+  using type = cuda::Watched<double>;
 };
 template <>
-struct SumOf<Watched<Brain>> {
-  using type = Watched<float>;
+struct SumOf<cuda::Watched<cuda::Brain>> {
+  using type = cuda::Watched<float>;
 };
+
+}  // namespace t2t_fast
+
+namespace t2t_fast::cuda {
 
 template <typename Number>
 Watched<Number> to_sum(const Watched<Number>& value) {

@@ -1,4 +1,4 @@
-// Matrix products of tiles that lie in the caches. Included once per instruction set, inside its namespace (see isa.h).
+// Matrix products of tiles that lie in the caches. Part of kernels.inl.
 
 // Before a loop over a register block: unrolled early enough for its accumulators to be registers from the first to the
 // last. Else GCC keeps a copy of each on the stack, before and after the sum.
@@ -69,8 +69,8 @@ template <int64_t ROWS, int64_t VECS>
 void block(Left a, const float* b, int64_t b_row, float* out, int64_t out_row, int64_t steps, const float* bias,
            bool add) {
   Vec total[ROWS][VECS];
-  T2T_FAST_UNROLL for (int64_t r = 0; r < ROWS; ++r)
-    T2T_FAST_UNROLL for (int64_t v = 0; v < VECS; ++v) total[r][v] = Vec{};
+  T2T_FAST_UNROLL for (int64_t r = 0; r < ROWS; ++r) T2T_FAST_UNROLL for (int64_t v = 0; v < VECS; ++v) total[r][v] =
+      Vec{};
   for (int64_t step = 0; step < steps; ++step) {
     Vec right[VECS];
     T2T_FAST_UNROLL for (int64_t v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
@@ -131,4 +131,9 @@ inline void gemm(int64_t rows, int64_t columns, int64_t steps, Left a, Right b, 
     }
     add = true;
   }
+}
+
+// out += a b.
+inline void add_gemm(int64_t rows, int64_t columns, int64_t steps, Left a, Right b, float* out, int64_t out_row) {
+  gemm(rows, columns, steps, a, b, out, out_row, nullptr, true);
 }

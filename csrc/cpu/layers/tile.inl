@@ -1,25 +1,27 @@
-// Tiles of tokens, scratch memory and the division of work. Included once per instruction set (see isa.h).
+// Tiles of tokens, scratch memory and the division of work. Part of kernels.inl.
 
 constexpr int64_t TILE = 72;  // tokens at a time: a multiple of the register block's rows
 
-// Scratch memory of one call, not initialised; one register more than asked for may be touched.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats) : block_(Scratch::take((static_cast<size_t>(floats) + LANES) * sizeof(float))) {}
-  ~Buffer() { Scratch::give_back(block_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator float*() const { return static_cast<float*>(block_.data); }
+// Scratch memory of one call; a whole register may be read or written at any of its floats.
+using Floats = Buffer<float, LANES>;
 
- private:
-  Scratch::Block block_;
-};
+inline void clear(float* to, int64_t floats) { std::memset(to, 0, floats * sizeof(float)); }
+
+inline Floats zeros(int64_t floats) {
+  Floats made(floats);
+  clear(made, floats);
+  return made;
+}
 
 // A part of one image's tokens that one task works on. Tasks that share an image have consecutive slots.
 struct Span {
   int64_t image, begin, end;
-  int64_t slot;                // of this task
-  int64_t first_slot, slots;   // of all the tasks on this image
+  int64_t slot;               // of this task
+  int64_t first_slot, slots;  // of all the tasks on this image
+
+  // This task's share [share_begin, share_end) of something else that the image has `total` of.
+  int64_t share_begin(int64_t total) const { return total * (slot - first_slot) / slots; }
+  int64_t share_end(int64_t total) const { return total * (slot - first_slot + 1) / slots; }
 };
 
 template <typename Task>
@@ -72,21 +74,34 @@ struct Rows {
 
   const float* at(int64_t r) const { return data + r * row; }
   Left left() const { return {data, row, 1}; }
+  Left transposed() const { return {data, 1, row}; }
+  Right right() const { return rows_of(data, row); }
 };
 
-inline void copy_rows_padded(float* to, const float* data, int64_t row, int64_t width, int64_t count) {
-  const int64_t wide = padded(width);
-  for (int64_t r = 0; r < count; ++r) {
-    std::memcpy(to + r * wide, data + r * row, width * sizeof(float));
-    std::memset(to + r * wide + width, 0, (wide - width) * sizeof(float));
-  }
-}
+// Makes Rows of a tile: one at a time.
+class RowReader {
+ public:
+  explicit RowReader(int64_t width) : width_(width), copies_(TILE * padded(width)) {}
 
-inline Rows padded_rows(const float* data, int64_t row, int64_t width, int64_t count, float* scratch) {
-  if (width % LANES == 0) return {data, row};
-  copy_rows_padded(scratch, data, row, width, count);
-  return {scratch, padded(width)};
-}
+  // `count` rows of `width` floats, `row` floats apart.
+  Rows read(const float* data, int64_t row, int64_t count) const {
+    return width_ % LANES == 0 ? Rows{data, row} : copy(data, row, count);
+  }
+
+  // The same, always a dense copy.
+  Rows copy(const float* data, int64_t row, int64_t count) const {
+    const int64_t wide = padded(width_);
+    for (int64_t r = 0; r < count; ++r) {
+      std::memcpy(copies_ + r * wide, data + r * row, width_ * sizeof(float));
+      std::memset(copies_ + r * wide + width_, 0, (wide - width_) * sizeof(float));
+    }
+    return {copies_, wide};
+  }
+
+ private:
+  int64_t width_;
+  Floats copies_;
+};
 
 inline void copy_rows(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t width, int64_t count) {
   for (int64_t r = 0; r < count; ++r) std::memcpy(to + r * to_row, from + r * from_row, width * sizeof(float));
@@ -96,8 +111,6 @@ inline void copy_rows(float* to, int64_t to_row, const float* from, int64_t from
 inline void pad_vector(float* to, const float* from, int64_t width, float missing = 0) {
   for (int64_t i = 0; i < padded(width); ++i) to[i] = i >= width ? 0 : from ? from[i] : missing;
 }
-
-inline void clear(float* to, int64_t floats) { std::memset(to, 0, floats * sizeof(float)); }
 
 // The product of two vectors of any length.
 inline float dot(const float* a, const float* b, int64_t count) {
@@ -130,8 +143,8 @@ inline IntVec last_lanes(int64_t width) {
   return mask;
 }
 
-// LayerNorm of a row without its affine part, in place; the padding stays zero. The mean is corrected by the mean of the
-// deviations from it, so that a common offset of the row costs no digits. Returns 1 / standard deviation.
+// LayerNorm of a row without its affine part, in place; the padding stays zero. The mean is corrected by the mean of
+// the deviations from it, so that a common offset of the row costs no digits. Returns 1 / standard deviation.
 inline float normalise(float* row, int64_t width, float eps, IntVec last) {
   const int64_t wide = padded(width);
   Vec total{};
@@ -153,4 +166,46 @@ inline float normalise(float* row, int64_t width, float eps, IntVec last) {
     store(row + i, i + LANES == wide ? (last ? scaled : Vec{}) : scaled);
   }
   return rstd;
+}
+
+// LayerNorm's backward for a row, in place on g: rstd (g - mean g - xhat mean(g xhat)); the padding of g is zero.
+inline void normalise_backward(float* g, const float* xhat, int64_t width, float rstd) {
+  const int64_t wide = padded(width);
+  Vec total{}, along{};
+  for (int64_t i = 0; i < wide; i += LANES) {
+    total += load(g + i);
+    along += load(g + i) * load(xhat + i);
+  }
+  const float mean = sum(total) / width, slope = sum(along) / width;
+  for (int64_t i = 0; i < wide; i += LANES) store(g + i, (load(g + i) - mean - load(xhat + i) * slope) * rstd);
+}
+
+template <typename Part, typename... Arguments>
+std::vector<Part> several(int64_t count, const Arguments&... arguments) {
+  std::vector<Part> parts;
+  parts.reserve(count);
+  for (int64_t i = 0; i < count; ++i) parts.emplace_back(arguments...);
+  return parts;
+}
+
+// Adds the other parts' sums to the first one's, in their order. `field` names a buffer of a part.
+template <typename Part>
+void merge(const Workers& workers, const std::vector<Part>& parts, Floats Part::* field, int64_t floats) {
+  const int64_t registers = floats / LANES;
+  run(workers, workers.count, [&](int64_t slot) {
+    const int64_t begin = registers * slot / workers.count * LANES;
+    const int64_t end = registers * (slot + 1) / workers.count * LANES;
+    for (size_t other = 1; other < parts.size(); ++other)
+      accumulate(parts[0].*field + begin, parts[other].*field + begin, end - begin);
+  });
+}
+
+// Adds the parts' sums together and writes them to rows of `columns` floats. `field`
+// names a buffer of a part: `rows` rows of padded(columns) floats. Nothing is done where `to` is null.
+template <typename Part>
+void write_sums(const Workers& workers, const std::vector<Part>& parts, Floats Part::* field, float* to, int64_t rows,
+                int64_t columns) {
+  if (to == nullptr) return;
+  merge(workers, parts, field, rows * padded(columns));
+  copy_rows(to, columns, parts[0].*field, padded(columns), columns, rows);
 }

@@ -1,4 +1,4 @@
-// Soft split, LayerNorm and Linear, one tile of tokens at a time. Included once per instruction set (see isa.h).
+// Soft split, LayerNorm and Linear, one tile of tokens at a time. Part of kernels.inl.
 //
 // The unfolded tile lies in the cache and is normalised there before the product, so no correction for a large common
 // offset is needed afterwards, and backward has the normalised rows for the weight's gradient.
@@ -8,21 +8,15 @@ struct FoldedLinear {
   const Split& split;
   const NormLinear& linear;
   int64_t inputs, wide_inputs, outputs;
-  Buffer rows;    // (outputs, wide_inputs): the right operand of the input's gradient
-  Buffer panels;  // the same, packed transposed: the right operand of the forward product
-  Buffer bias;    // padded(outputs)
+  Floats rows;    // (outputs, wide_inputs): the right operand of the input's gradient
+  Floats panels;  // the same, packed transposed: the right operand of the forward product
+  Floats bias;    // padded(outputs)
   IntVec last;
 
-  FoldedLinear(const Workers& workers, const Split& split_, const NormLinear& linear_)
-      : split(split_),
-        linear(linear_),
-        inputs(linear.inputs),
-        wide_inputs(padded(inputs)),
-        outputs(linear.outputs),
-        rows(outputs * wide_inputs),
-        panels(packed_size(inputs, outputs)),
-        bias(padded(outputs)),
-        last(last_lanes(inputs)) {
+  FoldedLinear(const Workers& workers, const SplitLinear& arguments)
+      : split(arguments.split), linear(arguments.linear), inputs(linear.inputs), wide_inputs(padded(inputs)),
+        outputs(linear.outputs), rows(outputs * wide_inputs), panels(packed_size(inputs, outputs)),
+        bias(padded(outputs)), last(last_lanes(inputs)) {
     pad_vector(bias, linear.bias, outputs);
     run(workers, workers.count, [&](int64_t slot) {
       for (int64_t o = outputs * slot / workers.count; o < outputs * (slot + 1) / workers.count; ++o) fold_row(o);
@@ -52,7 +46,7 @@ struct FoldedLinear {
 
   // Unfolds and normalises tokens of an image into `patches` (count, wide_inputs); `rstd` per token unless null.
   void patches(int64_t image, int64_t first, int64_t count, float* to, float* rstd) const {
-    // A few rows at a time: still in the nearest cache when they are normalised, but no longer on their way to it.
+    // A few rows at a time, so that they are in the first-level cache when they are normalised.
     constexpr int64_t few = 8;
     for (int64_t begin = 0; begin < count; begin += few) {
       const int64_t end = std::min(begin + few, count);
@@ -71,8 +65,7 @@ struct FoldedLinear {
   }
 
   // Tokens [begin, end) of an image to out + token * out_row.
-  void tokens(int64_t image, int64_t begin, int64_t end, float* tile, float* spare, float* out,
-              int64_t out_row) const {
+  void tokens(int64_t image, int64_t begin, int64_t end, float* tile, float* spare, float* out, int64_t out_row) const {
     for_tiles(begin, end, [&](int64_t first, int64_t count) {
       patches(image, first, count, tile, nullptr);
       if (outputs % LANES == 0) return product(tile, count, out + first * out_row, out_row);
@@ -84,54 +77,40 @@ struct FoldedLinear {
 
 // One worker's sums of gradients over its tokens, columns in the order of the packed rows.
 struct LinearSums {
-  Buffer products;  // (outputs, wide_inputs): sum over tokens of G xhat^T
-  Buffer total;     // padded(outputs): sum of G
+  Floats products;  // (outputs, wide_inputs): sum over tokens of G xhat^T
+  Floats total;     // padded(outputs): sum of G
 
   explicit LinearSums(const FoldedLinear& folded)
-      : products(folded.outputs * folded.wide_inputs), total(padded(folded.outputs)) {
-    clear(products, folded.outputs * folded.wide_inputs);
-    clear(total, padded(folded.outputs));
-  }
+      : products(zeros(folded.outputs * folded.wide_inputs)), total(zeros(padded(folded.outputs))) {}
 };
 
 // A worker's scratch for linear_backward.
 struct LinearScratch {
-  Buffer tile, d_tile, grad, rstd;
+  Floats tile, d_tile, rstd;
+  RowReader grad;
 
   explicit LinearScratch(const FoldedLinear& folded, bool image_gradient)
-      : tile(TILE * folded.wide_inputs),
-        d_tile(image_gradient ? TILE * folded.wide_inputs : 0),
-        grad(TILE * padded(folded.outputs)),
-        rstd(TILE) {}
+      : tile(TILE * folded.wide_inputs), d_tile(image_gradient ? TILE * folded.wide_inputs : 0), rstd(TILE),
+        grad(folded.outputs) {}
 };
-
-// LayerNorm's backward for a row, in place on g: rstd (g - mean g - xhat mean(g xhat)); the padding of g is zero.
-inline void normalise_backward(float* g, const float* xhat, int64_t width, float rstd) {
-  const int64_t wide = padded(width);
-  Vec total{}, along{};
-  for (int64_t i = 0; i < wide; i += LANES) {
-    total += load(g + i);
-    along += load(g + i) * load(xhat + i);
-  }
-  const float mean = sum(total) / width, slope = sum(along) / width;
-  for (int64_t i = 0; i < wide; i += LANES) store(g + i, (load(g + i) - mean - load(xhat + i) * slope) * rstd);
-}
 
 // Backward of one image's part: adds its own tokens to `sums`, and writes its own rows of the image's gradient, for
 // which it also visits the tokens of its neighbours that reach into them.
 inline void linear_backward(const FoldedLinear& folded, const Span& span, const float* grad, int64_t grad_row,
-                            bool weights, const Image<float*>& d_image, LinearSums& sums, LinearScratch& scratch) {
+                            const SplitLinearGradient& out, LinearSums& sums, LinearScratch& scratch) {
   const Split& split = folded.split;
+  const Image<float*>& d_image = out.image;
+  const bool weights = out.linear.weight || out.linear.norm_weight;
   const int64_t wide = folded.wide_inputs, across = split.columns.tokens;
   const auto visit = [&](int64_t begin, int64_t end, bool own, int64_t row_begin, int64_t row_end) {
     for_tiles(begin, end, [&](int64_t first, int64_t count) {
-      const Rows g = padded_rows(grad + first * grad_row, grad_row, folded.outputs, count, scratch.grad);
+      const Rows g = scratch.grad.read(grad + first * grad_row, grad_row, count);
       folded.patches(span.image, first, count, scratch.tile, scratch.rstd);
       if (own) {
         add_row_sum(sums.total, g, count, folded.outputs);
         if (weights) {
-          gemm(folded.outputs, folded.inputs, count, {g.data, 1, g.row}, rows_of(scratch.tile, wide), sums.products,
-               wide, nullptr, true);
+          add_gemm(folded.outputs, folded.inputs, count, g.transposed(), rows_of(scratch.tile, wide), sums.products,
+                   wide);
         }
       }
       if (row_begin >= row_end) return;
@@ -145,9 +124,7 @@ inline void linear_backward(const FoldedLinear& folded, const Span& span, const 
     });
   };
   if (d_image.data == nullptr) return visit(span.begin, span.end, true, 0, 0);
-  const int64_t part = span.slot - span.first_slot;
-  const int64_t row_begin = split.rows.pixels * part / span.slots;
-  const int64_t row_end = split.rows.pixels * (part + 1) / span.slots;
+  const int64_t row_begin = span.share_begin(split.rows.pixels), row_end = span.share_end(split.rows.pixels);
   if (row_begin >= row_end) return visit(span.begin, span.end, true, 0, 0);
   clear_rows(split, d_image, span.image, row_begin, row_end);
   const int64_t begin = first_token<int64_t>(split.rows, row_begin) * across;
@@ -155,4 +132,67 @@ inline void linear_backward(const FoldedLinear& folded, const Span& span, const 
   visit(begin, std::min(end, span.begin), false, row_begin, row_end);
   visit(span.begin, span.end, true, row_begin, row_end);
   visit(std::max(begin, span.end), end, false, row_begin, row_end);
+}
+
+// ---- the operator
+
+inline void soft_split_linear(const Workers& workers, const SplitLinear& arguments, float* out) {
+  const FoldedLinear folded(workers, arguments);
+  const int64_t length = folded.split.tokens(), outputs = folded.outputs;
+  for_images(workers, folded.split.batch, length, [&](const Span& span) {
+    const Floats tile(TILE * folded.wide_inputs), spare(TILE * padded(outputs));
+    folded.tokens(span.image, span.begin, span.end, tile, spare, out + span.image * length * outputs, outputs);
+  });
+}
+
+// The parameters' gradients from all workers' sums. With xhat the normalised rows and P = sum of G xhat^T:
+// dW = P diag(gamma) + (sum G) beta^T, dgamma_j = sum_o W_oj P_oj, dbeta = W^T sum G, db = sum G.
+inline void linear_gradients(const Workers& workers, const FoldedLinear& folded, const std::vector<LinearSums>& parts,
+                             const NormLinearGradient& out) {
+  const NormLinear& linear = folded.linear;
+  const int64_t inputs = folded.inputs, outputs = folded.outputs, wide = folded.wide_inputs;
+  merge(workers, parts, &LinearSums::total, padded(outputs));
+  const float* total = parts[0].total;
+  if (out.bias) std::memcpy(out.bias, total, outputs * sizeof(float));
+  if (out.norm_bias) {
+    zero_floats(out.norm_bias, inputs);
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t i = 0; i < inputs; ++i) out.norm_bias[i] += total[o] * linear.weight[o * inputs + i];
+  }
+  if (!out.weight && !out.norm_weight) return;
+  merge(workers, parts, &LinearSums::products, outputs * wide);
+  const float* products = parts[0].products;
+  std::vector<int64_t> column(inputs);
+  for (int64_t i = 0; i < inputs; ++i) column[i] = ordered_column(folded.split, i);
+  if (out.norm_weight) {
+    zero_floats(out.norm_weight, inputs);
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t i = 0; i < inputs; ++i)
+        out.norm_weight[column[i]] += products[o * wide + i] * linear.weight[o * inputs + column[i]];
+    }
+  }
+  if (!out.weight) return;
+  run(workers, workers.count, [&](int64_t slot) {
+    for (int64_t o = outputs * slot / workers.count; o < outputs * (slot + 1) / workers.count; ++o) {
+      float* row = out.weight + o * inputs;
+      for (int64_t i = 0; i < inputs; ++i) {
+        float value = products[o * wide + i];
+        if (linear.norm_weight) value *= linear.norm_weight[column[i]];
+        if (linear.norm_bias) value += total[o] * linear.norm_bias[column[i]];
+        row[column[i]] = value;
+      }
+    }
+  });
+}
+
+inline void soft_split_linear_backward(const Workers& workers, const SplitLinear& arguments, const float* grad,
+                                       const SplitLinearGradient& out) {
+  const FoldedLinear folded(workers, arguments);
+  const int64_t length = folded.split.tokens(), outputs = folded.outputs;
+  auto sums = several<LinearSums>(workers.count, folded);
+  for_images(workers, folded.split.batch, length, [&](const Span& span) {
+    LinearScratch scratch(folded, out.image.data != nullptr);
+    linear_backward(folded, span, grad + span.image * length * outputs, outputs, out, sums[span.slot], scratch);
+  });
+  linear_gradients(workers, folded, sums, out.linear);
 }

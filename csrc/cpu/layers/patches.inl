@@ -1,4 +1,4 @@
-// Windows of an image as rows of a tile, and back. Included once per instruction set (see isa.h).
+// Windows of an image as rows of a tile, and back. Part of kernels.inl.
 //
 // The order of a row's values is the one in which memory holds them: tap-major ((dy, dx, c), whole pixels are copied)
 // where channels are adjacent, upstream's channel-major ((c, dy, dx)) otherwise. The small weights follow (see
@@ -52,7 +52,7 @@ inline void pack_planes(const Split& split, const float* image, int64_t y0, int6
   const Inside dx = inside_taps(split.columns, x0);
   const bool plain = step == 1 && dx.last - dx.first == kernel;
   // The paper's first window, 7 x 7, inside the image: rows of 7 floats as one move of 8 where the image's row goes on.
-  // The next row overwrites the eighth. 21 streams are too many for the hardware's prefetcher.
+  // The next row overwrites the eighth. The hardware's prefetcher cannot follow 21 streams.
   if (plain && kernel == 7 && split.rows.kernel == 7 && x0 + 8 <= split.columns.pixels && y0 >= 0 &&
       y0 + 7 <= split.rows.pixels) {
     const float* from = image + y0 * split.image.row_stride + x0;
@@ -69,8 +69,8 @@ inline void pack_planes(const Split& split, const float* image, int64_t y0, int6
         zero_floats(to, kernel);
         continue;
       }
-      const float* from = image + c * split.image.channel_stride + (y0 + dy) * split.image.row_stride +
-                          (x0 + dx.first) * step;
+      const float* from =
+          image + c * split.image.channel_stride + (y0 + dy) * split.image.row_stride + (x0 + dx.first) * step;
       if (plain) {
         std::memcpy(to, from, kernel * sizeof(float));
       } else {
@@ -89,8 +89,8 @@ inline void pack_patch(const Split& split, int64_t image, int64_t token, float* 
   const int64_t y0 = pixel_of<int64_t>(split.rows, token / split.columns.tokens, 0);
   const int64_t x0 = pixel_of<int64_t>(split.columns, token % split.columns.tokens, 0);
   const int64_t wide = padded(width);
-  // As a whole register, and before the rest: LayerNorm reads it as one soon, for which single floats would have to
-  // leave the store buffer first.
+  // A whole register, written first: LayerNorm soon reads it as one, and a load of single floats that are still in
+  // the store buffer stalls.
   if (width < wide) store(to + wide - LANES, Vec{});
   tap_major(split) ? pack_pixels(split, data, y0, x0, to) : pack_planes(split, data, y0, x0, to);
   if (width < wide) to[width] = 0;

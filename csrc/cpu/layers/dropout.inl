@@ -1,5 +1,5 @@
 // Counter-based dropout masks, bit for bit those of t2t_fast/ops/philox.py (which says how elements, calls and lanes
-// are numbered, and how the two dropouts of a layer share a lane). Included once per instruction set (see isa.h).
+// are numbered, and how the two dropouts of a layer share a lane). Part of kernels.inl.
 
 typedef uint32_t WordVec __attribute__((vector_size(LANES * 4)));
 typedef uint64_t LongVec __attribute__((vector_size(LANES * 4)));
@@ -17,13 +17,11 @@ inline void multiply(WordVec x, uint64_t constant, WordVec& high, WordVec& low) 
 class Dropout {
  public:
   Dropout(double proj_drop, double mlp_drop, uint64_t seed)
-      : active_(proj_drop > 0 || mlp_drop > 0),
-        seed_(seed),
+      : active_(proj_drop > 0 || mlp_drop > 0), seed_(seed),
         first_end_(static_cast<int32_t>(std::nearbyint(65536 * proj_drop))),
         length_(static_cast<int32_t>(std::nearbyint(65536 * mlp_drop))),
         second_begin_(first_end_ - static_cast<int32_t>(std::nearbyint(first_end_ * (length_ / 65536.0)))),
-        proj_scale_(static_cast<float>(1 / (1 - proj_drop))),
-        mlp_scale_(static_cast<float>(1 / (1 - mlp_drop))) {}
+        proj_scale_(static_cast<float>(1 / (1 - proj_drop))), mlp_scale_(static_cast<float>(1 / (1 - mlp_drop))) {}
 
   bool active() const { return active_; }
 
@@ -52,7 +50,7 @@ class Dropout {
 
  private:
   static IntVec widen(const uint16_t* lanes) {
-    return __builtin_convertvector((LaneVec)*reinterpret_cast<const UnalignedLaneVec*>(lanes), IntVec);
+    return __builtin_convertvector((LaneVec) * reinterpret_cast<const UnalignedLaneVec*>(lanes), IntVec);
   }
 
   void draw_calls(int64_t call, uint32_t* words) const {

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../half.h"
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define T2T_FAST_SHUFFLE 1
@@ -11,22 +13,6 @@
 #endif
 
 namespace t2t_fast {
-
-// The unsigned integer of an element's size.
-template <int Bytes>
-struct WordOf;
-template <>
-struct WordOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct WordOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct WordOf<8> {
-  using type = uint64_t;
-};
 
 #if defined(T2T_FAST_SHUFFLE)
 

@@ -1,5 +1,5 @@
 // A register of floats as the compiler's vector type, so that one source serves every instruction set.
-// Included once per instruction set, inside its namespace (see isa.h).
+// Part of kernels.inl.
 
 constexpr int64_t LANES = T2T_FAST_LANES;  // floats in a register
 
@@ -68,7 +68,7 @@ inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 // 0 below -87.33 (no denormal result), infinity above 88.72, NaN for NaN.
 inline Vec exponential(Vec x) {
   const Vec low = splat(-87.33654f), high = splat(88.72283f);
-  const IntVec vanishes = x < low, overflows = x > high;
+  const IntVec vanishes = x<low, overflows = x> high;
   x = vanishes ? low : x;
   x = overflows ? high : x;
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits

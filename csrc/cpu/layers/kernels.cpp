@@ -4,7 +4,7 @@
 #include <atomic>
 #include <initializer_list>
 
-#include "../cpu_features.h"
+#include "../../cpu_features.h"
 
 namespace t2t_fast::cpu {
 

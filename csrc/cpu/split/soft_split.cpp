@@ -3,7 +3,7 @@
 // A task owns a range of output rows (token rows of a split, image rows of a composition) of a block of channels and a
 // tile of columns. Every sum runs over token rows and columns in ascending order whatever the ranges are, so results do
 // not depend on the number of threads.
-#include "../tensors.h"
+#include "../../tensors.h"
 #include "planes.h"
 
 namespace t2t_fast {
@@ -28,18 +28,40 @@ struct Parts {
   int64_t end(int64_t part) const { return std::min(total, (part + 1) * size); }
 };
 
-// Blocks of 16 channels: a whole cache line of a channels-last image.
-Parts channel_blocks(const SplitShape& shape) {
-  const int64_t most = std::max<int64_t>(16, kActiveLines / shape.rows.kernel / 16 * 16);
-  return {shape.channels, std::max<int64_t>(1, std::min(shape.channels, most)), shape.channels > most ? 16 : 1};
-}
+// What one task computes rows of: some channels of a sample, `count` columns of the output from `first` on.
+struct Piece {
+  int64_t sample, channel, channels, first, count;
+};
 
-// Tiles of `total` tokens or pixels, `step` padded columns apart, whose image rows fit into the scratch.
-Parts column_tiles(const SplitShape& shape, const Parts& blocks, int64_t total, int64_t step, int64_t element_bytes) {
-  const int64_t width = kScratchBytes / (shape.rows.kernel * blocks.size * element_bytes) - shape.columns.kernel;
-  const int64_t least = std::clamp<int64_t>(kLeastColumns / step, 1, 32);  // one token where strides are huge
-  return {std::max<int64_t>(total, 1), std::max(least, width / step)};
-}
+// An output cut into pieces.
+struct Pieces {
+  Parts blocks, tiles;  // of the channels and of the columns
+
+  // `total` tokens or pixels along a row, `step` padded columns apart. Blocks are multiples of 16 channels, a whole
+  // cache line of a channels-last image; the image rows of a tile fit into the scratch.
+  Pieces(const SplitShape& shape, int64_t total, int64_t step, int64_t element_bytes)
+      : blocks(channel_blocks(shape)), tiles(column_tiles(shape, blocks, total, step, element_bytes)) {}
+
+  int64_t count(int64_t batch) const { return batch * blocks.count * tiles.count; }
+
+  Piece at(int64_t index) const {
+    const int64_t tile = index % tiles.count, block = index / tiles.count % blocks.count;
+    const int64_t first = tiles.begin(tile), channel = blocks.begin(block);
+    return {index / tiles.count / blocks.count, channel, blocks.end(block) - channel, first, tiles.end(tile) - first};
+  }
+
+ private:
+  static Parts channel_blocks(const SplitShape& shape) {
+    const int64_t most = std::max<int64_t>(16, kActiveLines / shape.rows.kernel / 16 * 16);
+    return {shape.channels, std::max<int64_t>(1, std::min(shape.channels, most)), shape.channels > most ? 16 : 1};
+  }
+
+  static Parts column_tiles(const SplitShape& shape, const Parts& blocks, int64_t total, int64_t step, int64_t bytes) {
+    const int64_t width = kScratchBytes / (shape.rows.kernel * blocks.size * bytes) - shape.columns.kernel;
+    const int64_t least = std::clamp<int64_t>(kLeastColumns / step, 1, 32);  // one token where strides are huge
+    return {std::max<int64_t>(total, 1), std::max(least, width / step)};
+  }
+};
 
 // Runs `task(outer, begin, end)` over all of `outer` x [0, inner), cut anywhere.
 template <typename Task>
@@ -59,18 +81,16 @@ void parallel_rows(int64_t outer, int64_t inner, int64_t elements_per_row, const
 template <typename Word>
 void soft_split(const SplitShape& shape, const Image<const Word*>& image, Word* tokens) {
   const Axis<int64_t>&rows = shape.rows, &columns = shape.columns;
-  const Parts blocks = channel_blocks(shape);
-  const Parts tiles = column_tiles(shape, blocks, columns.tokens, columns.stride, sizeof(Word));
-  const int64_t taps = rows.kernel * columns.kernel, token_size = shape.channels * taps;
-  const int64_t plane = plane_size((tiles.size - 1) * columns.stride + columns.kernel, sizeof(Word));
+  const Pieces pieces(shape, columns.tokens, columns.stride, sizeof(Word));
+  const int64_t taps = shape.taps(), token_size = shape.width();
+  const int64_t plane = plane_size((pieces.tiles.size - 1) * columns.stride + columns.kernel, sizeof(Word));
 
   auto make_task = [&] {
-    return [&, scratch = Buffer<Word>(), under = std::vector<const char*>(rows.kernel)](
-               int64_t index, int64_t begin, int64_t end) mutable {
-      const int64_t tile = index % tiles.count, block = index / tiles.count % blocks.count;
-      const int64_t b = index / tiles.count / blocks.count;
-      const int64_t first_token = tiles.begin(tile), count = tiles.end(tile) - first_token;
-      const int64_t channel = blocks.begin(block), channels = blocks.end(block) - channel;
+    return [&, scratch = Buffer<Word>(), under = std::vector<const char*>(rows.kernel)](int64_t index, int64_t begin,
+                                                                                        int64_t end) mutable {
+      const Piece piece = pieces.at(index);
+      const int64_t b = piece.sample, channel = piece.channel, channels = piece.channels;
+      const int64_t first_token = piece.first, count = piece.count;
       const int64_t width = (count - 1) * columns.stride + columns.kernel;
       const int64_t slot_size = channels * plane;
       Word* slots = scratch.reserve(rows.kernel * slot_size);
@@ -98,7 +118,7 @@ void soft_split(const SplitShape& shape, const Image<const Word*>& image, Word* 
       }
     };
   };
-  parallel_rows(shape.batch * blocks.count * tiles.count, rows.tokens, tiles.size * blocks.size * taps, make_task);
+  parallel_rows(pieces.count(shape.batch), rows.tokens, pieces.tiles.size * pieces.blocks.size * taps, make_task);
 }
 
 // Padded columns (or rows) that the tokens covering pixels begin .. end reach, and those pixels themselves.
@@ -119,19 +139,17 @@ struct Reach {
 
 template <typename T>
 void soft_composition(const SplitShape& shape, const Tokens<T>& tokens, T* image, bool channels_last) {
-  using Sum = typename Accumulator<T>::type;
+  using Sum = t2t_fast::Sum<T>;
   using Word = typename WordOf<sizeof(T)>::type;
   const Axis<int64_t>&rows = shape.rows, &columns = shape.columns;
-  const Parts blocks = channel_blocks(shape);
-  const Parts tiles = column_tiles(shape, blocks, columns.pixels, 1, sizeof(Sum));
+  const Pieces pieces(shape, columns.pixels, 1, sizeof(Sum));
 
   auto make_task = [&] {
     return [&, composer = Composer<T>(shape, tokens), narrowed = Buffer<T>()](int64_t index, int64_t begin,
                                                                               int64_t end) mutable {
-      const int64_t tile = index % tiles.count, block = index / tiles.count % blocks.count;
-      const int64_t b = index / tiles.count / blocks.count;
-      const int64_t x = tiles.begin(tile), count = tiles.end(tile) - x;
-      const int64_t channel = blocks.begin(block), channels = blocks.end(block) - channel;
+      const Piece piece = pieces.at(index);
+      const int64_t b = piece.sample, channel = piece.channel, channels = piece.channels;
+      const int64_t x = piece.first, count = piece.count;
       const Reach reach(columns, x, x + count);
       composer.start(b, channel, channel + channels, reach.first_token, reach.last_token, reach.begin,
                      reach.end - reach.begin);
@@ -174,17 +192,18 @@ void soft_composition(const SplitShape& shape, const Tokens<T>& tokens, T* image
       for (; y < end; ++y) write(y);
     };
   };
-  parallel_rows(shape.batch * blocks.count * tiles.count, rows.pixels,
-                tiles.size * blocks.size * std::max<int64_t>(1, rows.kernel * columns.kernel / rows.stride), make_task);
+  parallel_rows(
+      pieces.count(shape.batch), rows.pixels,
+      pieces.tiles.size * pieces.blocks.size * std::max<int64_t>(1, rows.kernel * columns.kernel / rows.stride),
+      make_task);
 }
 
 template <typename T>
 void fused_fold_unfold(const SplitShape& shape, const Tokens<T>& tokens, T* out) {
-  using Sum = typename Accumulator<T>::type;
+  using Sum = t2t_fast::Sum<T>;
   const Axis<int64_t>&rows = shape.rows, &columns = shape.columns;
-  const Parts blocks = channel_blocks(shape);
-  const Parts tiles = column_tiles(shape, blocks, columns.tokens, columns.stride, sizeof(Sum));
-  const int64_t taps = rows.kernel * columns.kernel, token_size = shape.channels * taps;
+  const Pieces pieces(shape, columns.tokens, columns.stride, sizeof(Sum));
+  const int64_t taps = shape.taps(), token_size = shape.width();
   const int64_t kept = rows.kernel + std::min(rows.kernel, rows.stride);  // normalised rows that wait for their tokens
   // The same window over the padded image, where no pixel is outside.
   const Axis<int64_t> padded_rows = {rows.pixels + 2 * rows.padding, rows.tokens, rows.kernel, rows.stride, 0};
@@ -194,10 +213,9 @@ void fused_fold_unfold(const SplitShape& shape, const Tokens<T>& tokens, T* out)
   auto make_task = [&] {
     return [&, composer = Composer<T>(shape, tokens), normalised = Buffer<T>(), counts = std::vector<Sum>(),
             under = std::vector<const char*>(rows.kernel)](int64_t index, int64_t begin, int64_t end) mutable {
-      const int64_t tile = index % tiles.count, block = index / tiles.count % blocks.count;
-      const int64_t b = index / tiles.count / blocks.count;
-      const int64_t token_begin = tiles.begin(tile), count = tiles.end(tile) - token_begin;
-      const int64_t channel = blocks.begin(block), channels = blocks.end(block) - channel;
+      const Piece piece = pieces.at(index);
+      const int64_t b = piece.sample, channel = piece.channel, channels = piece.channels;
+      const int64_t token_begin = piece.first, count = piece.count;
       const int64_t x_begin = token_begin * columns.stride;
       const int64_t x_end = (token_begin + count - 1) * columns.stride + columns.kernel;
       const Reach reach(padded_columns, x_begin, x_end);
@@ -260,23 +278,12 @@ void fused_fold_unfold(const SplitShape& shape, const Tokens<T>& tokens, T* out)
       }
     };
   };
-  parallel_rows(shape.batch * blocks.count * tiles.count, rows.tokens, 2 * tiles.size * blocks.size * taps, make_task);
+  parallel_rows(pieces.count(shape.batch), rows.tokens, 2 * pieces.tiles.size * pieces.blocks.size * taps, make_task);
 }
 
 template <typename T>
 Tokens<T> tokens_of(const Tensor& tokens) {
   return {static_cast<const T*>(tokens.const_data_ptr()), tokens.stride(0), tokens.stride(1), tokens.stride(2)};
-}
-
-// Calls `run` with a null pointer of the element's type.
-template <typename Run>
-void with_type(Element element, const Run& run) {
-  switch (element) {
-    case Element::float16: return run(static_cast<Float16*>(nullptr));
-    case Element::bfloat16: return run(static_cast<BFloat16*>(nullptr));
-    case Element::float32: return run(static_cast<float*>(nullptr));
-    case Element::float64: return run(static_cast<double*>(nullptr));
-  }
 }
 
 Tensor soft_split_cpu(const Tensor& x, Sizes kernel, Sizes stride, Sizes padding) {

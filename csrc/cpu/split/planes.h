@@ -4,50 +4,23 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
-#include "../soft_split.h"
-#include "half.h"
+#include "../../half.h"
+#include "../../soft_split.h"
+#include "../memory.h"
 #include "transpose.h"
 
 namespace t2t_fast {
 
 constexpr int64_t kTokensAtOnce = 16;  // loaded together where they must be transposed or converted
 
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-
-// Memory that grows and is never initialised.
-template <typename T>
-class Buffer {
- public:
-  T* reserve(int64_t count) {
-    if (count > size_) {
-      data_.reset(new T[count]);
-      size_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t size_ = 0;
-};
-
 // The distance of two planes: an odd number of cache lines, so that they do not fall upon each other in the cache.
 inline int64_t plane_size(int64_t width, int64_t element_bytes) {
   const int64_t lines = (width * element_bytes + 63) / 64;
   return (lines | 1) * 64 / element_bytes;
 }
-
 
 // Columns first .. first+width of one image row, `channels` planes of them; 0 outside the image.
 template <typename Word>
@@ -84,9 +57,9 @@ struct Emission {
   int64_t plane_bytes, step_bytes, channels, kernel_rows, run_bytes;
 };
 
-// Bytes of a run and tap rows, or 0 for any.
+// Bytes of a run and tap rows, or 0 for any number. By value: the tokens are chars, which might alias a reference.
 template <int64_t Bytes, int64_t Rows = 0>
-void emit_runs(const Emission& e) {
+void emit_runs(const Emission e) {
   const int64_t bytes = Bytes ? Bytes : e.run_bytes, kernel_rows = Rows ? Rows : e.kernel_rows;
   const char* rows[Rows ? Rows : 1];
   for (int64_t dy = 0; dy < Rows; ++dy) rows[dy] = e.rows[dy];
@@ -102,15 +75,15 @@ void emit_runs(const Emission& e) {
   }
 }
 
-inline void emit(const Emission& e) {
+__attribute__((noinline)) static void emit(const Emission& e) {
   switch (e.run_bytes) {
     case 2: return emit_runs<2>(e);
     case 4: return emit_runs<4>(e);
-    case 6: return emit_runs<6>(e);
+    case 6: return e.kernel_rows == 3 ? emit_runs<6, 3>(e) : emit_runs<6>(e);
     case 8: return emit_runs<8>(e);
     case 10: return emit_runs<10>(e);
     case 12: return e.kernel_rows == 3 ? emit_runs<12, 3>(e) : emit_runs<12>(e);
-    case 14: return emit_runs<14>(e);
+    case 14: return e.kernel_rows == 7 ? emit_runs<14, 7>(e) : emit_runs<14>(e);
     case 16: return emit_runs<16>(e);
     case 20: return emit_runs<20>(e);
     case 24: return emit_runs<24>(e);
@@ -183,7 +156,7 @@ void add_runs(const Sum* token, Sum* const* rows, int64_t offset, int64_t plane,
 template <typename T>
 class Composer {
  public:
-  using Sum = typename Accumulator<T>::type;
+  using Sum = t2t_fast::Sum<T>;
 
   Composer(const SplitShape& shape, const Tokens<T>& tokens) : shape_(shape), tokens_(tokens) {
     const int64_t columns = shape.channels * shape.rows.kernel * shape.columns.kernel;

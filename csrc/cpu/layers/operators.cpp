@@ -1,0 +1,350 @@
+// The CPU kernels of the layers as operators: tensors in and out, in float32 (Python brings other dtypes there).
+#include <array>
+#include <tuple>
+
+#include "../../tensors.h"
+#include "kernels.h"
+
+namespace t2t_fast::cpu {
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t TOKENS_PER_WORKER = 64;  // fewer are not worth waking a thread and its scratch memory
+
+Workers workers_for(int64_t tokens) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return {std::max<int64_t>(1, std::min(threads, tokens / TOKENS_PER_WORKER)),
+          [](int64_t tasks, void (*task)(void*, int64_t), void* context) {
+            torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+              for (int64_t index = begin; index < end; ++index) task(context, index);
+            });
+          }};
+}
+
+// The data of a float32 tensor on the CPU.
+const float* data_of(const char* function, const Tensor& tensor) {
+  check(tensor.scalar_type() == torch::headeronly::ScalarType::Float, function, "every tensor must be float32");
+  check(tensor.is_cpu(), function, "every tensor must be on the CPU");
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+Tensor with_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The operator that is called, and the tensors whose memory its kernels read, alive as long as this object.
+class Call {
+ public:
+  explicit Call(const char* function) : function(function) {}
+
+  void check(bool holds, const char* text) const { t2t_fast::check(holds, function, text); }
+
+  // A contiguous tensor of this size; null for none.
+  const float* parameter(const OptionalTensor& tensor, const Sizes& size) {
+    if (!tensor) return nullptr;
+    check(tensor->dim() == static_cast<int64_t>(size.size()), "a parameter has the wrong rank");
+    for (size_t i = 0; i < size.size(); ++i) check(tensor->size(i) == size[i], "a parameter has the wrong shape");
+    check_count(function, size);
+    held_.push_back(torch::stable::contiguous(*tensor));
+    return data_of(function, held_.back());
+  }
+
+  // Sequences (batch, length, width) with contiguous rows; batch and width must be those of `like`.
+  Tokens tokens(const Tensor& given, const Tensor& like, int64_t length) {
+    const Tensor tensor = with_rows(given);
+    check(tensor.dim() == 3 && like.dim() == 3, "tokens must be 3-D");
+    check(tensor.size(0) == like.size(0) && tensor.size(1) == length && tensor.size(2) == like.size(2),
+          "tokens must agree in batch, length and width");
+    check_count(function, {tensor.size(0), tensor.size(1), tensor.size(2)});
+    held_.push_back(tensor);
+    return {data_of(function, tensor), tensor.stride(0), tensor.stride(1)};
+  }
+
+  const char* const function;
+
+ private:
+  std::vector<Tensor> held_;
+};
+
+TokensOut out_of(const Tensor& tensor) { return {floats(tensor), tensor.stride(0), tensor.stride(1)}; }
+
+// ---- gradients; an empty tensor stands for one that is not wanted
+
+Tensor gradient(bool wanted, const Sizes& size, const Tensor& like) { return empty(wanted ? size : Sizes{0}, like); }
+
+float* wanted(const Tensor& gradient) { return gradient.numel() == 0 ? nullptr : floats(gradient); }
+
+// The struct of pointers whose fields are these gradients, in the same order.
+template <typename Pointers, size_t N>
+Pointers pointers_of(const std::array<Tensor, N>& gradients) {
+  return std::apply([](const auto&... each) { return Pointers{wanted(each)...}; }, gradients);
+}
+
+// The image's gradient in the memory order of the image: (B, H, W, C) where its channels are adjacent.
+Tensor image_gradient(bool wanted, const Split& split, const Tensor& like, Image<float*>& image) {
+  const int64_t height = split.rows.pixels, width = split.columns.pixels, channels = split.channels;
+  const bool last = split.image.channel_stride == 1;
+  const Sizes size = last ? Sizes{split.batch, height, width, channels} : Sizes{split.batch, channels, height, width};
+  Tensor tensor = gradient(wanted, size, like);
+  image = {nullptr, channels * height * width, last ? 1 : height * width, last ? width * channels : width,
+           last ? channels : 1};
+  if (wanted) image.data = floats(tensor);
+  return tensor;
+}
+
+std::array<Tensor, 4> linear_gradients(const NormLinear& linear, bool weights, const Tensor& like) {
+  return {gradient(weights, {linear.outputs, linear.inputs}, like), gradient(linear.bias, {linear.outputs}, like),
+          gradient(weights && linear.norm_weight, {linear.inputs}, like),
+          gradient(linear.norm_bias, {linear.inputs}, like)};
+}
+
+std::array<Tensor, 8> tail_gradients(const Tail& tail, const Tensor& like) {
+  const int64_t width = tail.width, hidden = tail.hidden;
+  return {gradient(true, {width, width}, like),      gradient(tail.proj_bias, {width}, like),
+          gradient(tail.norm_weight, {width}, like), gradient(tail.norm_bias, {width}, like),
+          gradient(true, {hidden, width}, like),     gradient(tail.fc1_bias, {hidden}, like),
+          gradient(true, {width, hidden}, like),     gradient(tail.fc2_bias, {width}, like)};
+}
+
+// ---- arguments that several operators share, in the order of their schemas (../../operators.cpp)
+
+#define SPLIT_LINEAR_PARAMETERS                                                                                    \
+  const Tensor &x, const Tensor &weight, const OptionalTensor &bias, const OptionalTensor &norm1_weight,           \
+      const OptionalTensor &norm1_bias, std::optional<double> norm1_eps, const Sizes &kernel, const Sizes &stride, \
+      const Sizes &padding
+#define SPLIT_LINEAR_ARGUMENTS x, weight, bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding
+
+#define TAIL_PARAMETERS                                                                                           \
+  const Tensor &proj_weight, const OptionalTensor &proj_bias, const OptionalTensor &norm_weight,                  \
+      const OptionalTensor &norm_bias, double norm_eps, const Tensor &fc1_weight, const OptionalTensor &fc1_bias, \
+      const Tensor &fc2_weight, const OptionalTensor &fc2_bias, double proj_drop, double mlp_drop,                \
+      const OptionalTensor &seed
+#define TAIL_ARGUMENTS                                                                                             \
+  proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, proj_drop, \
+      mlp_drop, seed
+
+SplitLinear split_linear_of(Call& call, SPLIT_LINEAR_PARAMETERS) {
+  call.check(x.dim() == 4, "x must be 4-D");
+  const Split split = {split_shape(call.function, x.size(0), x.size(1), {x.size(2), x.size(3)}, kernel, stride, padding,
+                                   Element::float32),
+                       {data_of(call.function, x), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2), stride_of(x, 3)}};
+  call.check(weight.dim() == 2, "the weight must be 2-D");
+  const int64_t inputs = split.width(), outputs = weight.size(0);
+  check_count(call.function, {split.batch, split.tokens(), outputs});
+  NormLinear linear = {inputs, outputs};
+  linear.weight = call.parameter(weight, {outputs, inputs});
+  linear.bias = call.parameter(bias, {outputs});
+  linear.norm = norm1_eps.has_value();
+  linear.norm_weight = call.parameter(norm1_weight, {inputs});
+  linear.norm_bias = call.parameter(norm1_bias, {inputs});
+  linear.norm_eps = static_cast<float>(norm1_eps.value_or(0));
+  return {split, linear};
+}
+
+Performer performer_of(Call& call, const Tensor& w, int64_t width, double eps) {
+  call.check(w.dim() == 2 && w.size(0) >= 1, "w must be 2-D, with at least one feature");
+  return {width, w.size(0), call.parameter(w, {w.size(0), width}), eps};
+}
+
+KeyState saved_state(Call& call, const Performer& performer, int64_t batch, const Tensor& lz, const Tensor& state) {
+  return {const_cast<float*>(call.parameter(lz, {batch, performer.features})),
+          const_cast<float*>(call.parameter(state, {batch, performer.features, performer.width}))};
+}
+
+Tail tail_of(Call& call, int64_t width, TAIL_PARAMETERS) {
+  call.check(proj_drop >= 0 && proj_drop < 1 && mlp_drop >= 0 && mlp_drop < 1,
+             "dropout probabilities must be at least 0 and below 1");
+  call.check(fc1_weight.dim() == 2, "fc1_weight must be 2-D");
+  const int64_t hidden = fc1_weight.size(0);
+  Tail tail = {width, hidden};
+  if (proj_drop > 0 || mlp_drop > 0) {
+    call.check(
+        seed && seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long && seed->is_cpu(),
+        "dropout needs an int64 seed on the CPU");
+    tail.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  }
+  tail.proj_weight = call.parameter(proj_weight, {width, width});
+  tail.proj_bias = call.parameter(proj_bias, {width});
+  tail.norm_weight = call.parameter(norm_weight, {width});
+  tail.norm_bias = call.parameter(norm_bias, {width});
+  tail.fc1_weight = call.parameter(fc1_weight, {hidden, width});
+  tail.fc1_bias = call.parameter(fc1_bias, {hidden});
+  tail.fc2_weight = call.parameter(fc2_weight, {width, hidden});
+  tail.fc2_bias = call.parameter(fc2_bias, {width});
+  tail.norm_eps = static_cast<float>(norm_eps);
+  tail.proj_drop = proj_drop;
+  tail.mlp_drop = mlp_drop;
+  return tail;
+}
+
+Attention attention_of(Call& call, const Tensor& q, const Tensor& k, const Tensor& v) {
+  call.check(q.dim() == 3 && k.dim() == 3, "tokens must be 3-D");
+  const int64_t queries = q.size(1), keys = k.size(1);
+  Attention attention = {{}, q.size(0), queries, keys};
+  attention.q = call.tokens(q, q, queries);
+  attention.k = call.tokens(k, q, keys);
+  attention.v = call.tokens(v, q, keys);
+  return attention;
+}
+
+TokenMlp token_mlp_of(Call& call, const Tensor& y, const Tensor& v) {
+  call.check(y.dim() == 3, "tokens must be 3-D");
+  const int64_t length = y.size(1);
+  return {{}, y.size(0), length, call.tokens(y, y, length), call.tokens(v, y, length)};
+}
+
+PerformerLayer layer_of(Call& call, SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps, TAIL_PARAMETERS) {
+  PerformerLayer layer = {split_linear_of(call, SPLIT_LINEAR_ARGUMENTS)};
+  const int64_t width = w.size(1);
+  layer.performer = performer_of(call, w, width, eps);
+  call.check(layer.kqv.linear.outputs == 3 * width, "the Linear must give k, q and v of w's width");
+  layer.tail = tail_of(call, width, TAIL_ARGUMENTS);
+  return layer;
+}
+
+// ---- the operators
+
+Tensor soft_split_linear(SPLIT_LINEAR_PARAMETERS) {
+  Call call("soft_split_linear");
+  const SplitLinear arguments = split_linear_of(call, SPLIT_LINEAR_ARGUMENTS);
+  const int64_t batch = arguments.split.batch, length = arguments.split.tokens();
+  Tensor out = empty({batch, length, arguments.linear.outputs}, x);
+  kernels().soft_split_linear(workers_for(batch * length), arguments, floats(out));
+  return out;
+}
+
+auto soft_split_linear_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, bool need_image, bool need_weight) {
+  Call call("soft_split_linear_backward");
+  const SplitLinear arguments = split_linear_of(call, SPLIT_LINEAR_ARGUMENTS);
+  const int64_t batch = arguments.split.batch, length = arguments.split.tokens();
+  const float* grad_data = call.parameter(grad, {batch, length, arguments.linear.outputs});
+  const auto d_linear = linear_gradients(arguments.linear, need_weight, x);
+  SplitLinearGradient out = {{}, pointers_of<NormLinearGradient>(d_linear)};
+  const std::array d_image = {image_gradient(need_image, arguments.split, x, out.image)};
+  kernels().soft_split_linear_backward(workers_for(batch * length), arguments, grad_data, out);
+  return std::tuple_cat(d_image, d_linear);
+}
+
+std::tuple<Tensor, Tensor, Tensor> performer_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                       const Tensor& w, double eps) {
+  Call call("performer_attention");
+  Attention arguments = attention_of(call, q, k, v);
+  const int64_t batch = arguments.batch, queries = arguments.queries, keys = arguments.keys, width = q.size(2);
+  arguments.performer = performer_of(call, w, width, eps);
+  call.check(keys >= 1, "there must be at least one key");
+  const int64_t features = arguments.performer.features;
+  Tensor out = empty({batch, queries, width}, q);
+  Tensor lz = empty({batch, features}, q), state = empty({batch, features, width}, q);
+  arguments.state = {floats(lz), floats(state)};
+  kernels().performer_attention(workers_for(batch * (queries + keys)), arguments, out_of(out));
+  return {out, lz, state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention_backward(const Tensor& grad, const Tensor& q,
+                                                                        const Tensor& k, const Tensor& v,
+                                                                        const Tensor& w, double eps, const Tensor& lz,
+                                                                        const Tensor& state, bool need_w) {
+  Call call("performer_attention_backward");
+  Attention arguments = attention_of(call, q, k, v);
+  const int64_t batch = arguments.batch, queries = arguments.queries, keys = arguments.keys, width = q.size(2);
+  const Tokens gradients = call.tokens(grad, q, queries);
+  arguments.performer = performer_of(call, w, width, eps);
+  arguments.state = saved_state(call, arguments.performer, batch, lz, state);
+  Tensor d_q = empty({batch, queries, width}, q), d_k = empty({batch, keys, width}, q);
+  Tensor d_v = empty({batch, keys, width}, q), d_w = gradient(need_w, {arguments.performer.features, width}, q);
+  kernels().performer_attention_backward(workers_for(batch * (queries + keys)), arguments, gradients,
+                                         {out_of(d_q), out_of(d_k), out_of(d_v), wanted(d_w)});
+  return {d_q, d_k, d_v, d_w};
+}
+
+Tensor token_mlp(const Tensor& y, const Tensor& v, TAIL_PARAMETERS) {
+  Call call("token_mlp");
+  TokenMlp arguments = token_mlp_of(call, y, v);
+  const int64_t batch = arguments.batch, length = arguments.length, width = y.size(2);
+  arguments.tail = tail_of(call, width, TAIL_ARGUMENTS);
+  Tensor out = empty({batch, length, width}, y);
+  kernels().token_mlp(workers_for(batch * length), arguments, out_of(out));
+  return out;
+}
+
+auto token_mlp_backward(const Tensor& grad, const Tensor& y, const Tensor& v, TAIL_PARAMETERS) {
+  Call call("token_mlp_backward");
+  TokenMlp arguments = token_mlp_of(call, y, v);
+  const int64_t batch = arguments.batch, length = arguments.length, width = y.size(2);
+  const Tokens gradients = call.tokens(grad, y, length);
+  arguments.tail = tail_of(call, width, TAIL_ARGUMENTS);
+  const std::array d_tokens = {empty({batch, length, width}, y), empty({batch, length, width}, y)};
+  const auto d_tail = tail_gradients(arguments.tail, y);
+  kernels().token_mlp_backward(workers_for(batch * length), arguments, gradients,
+                               {out_of(d_tokens[0]), out_of(d_tokens[1]), pointers_of<TailGradient>(d_tail)});
+  return std::tuple_cat(d_tokens, d_tail);
+}
+
+std::tuple<Tensor, Tensor, Tensor> performer_layer(SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps,
+                                                   TAIL_PARAMETERS) {
+  Call call("performer_layer");
+  PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, TAIL_ARGUMENTS);
+  const int64_t batch = layer.kqv.split.batch, length = layer.kqv.split.tokens();
+  const int64_t features = layer.performer.features, width = layer.performer.width;
+  Tensor out = empty({batch, length, width}, x);
+  Tensor lz = empty({batch, features}, x), state = empty({batch, features, width}, x);
+  layer.state = {floats(lz), floats(state)};
+  kernels().performer_layer(workers_for(batch * length), layer, out_of(out));
+  return {out, lz, state};
+}
+
+auto performer_layer_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps, TAIL_PARAMETERS,
+                              const Tensor& lz, const Tensor& state, bool need_image, bool need_weight, bool need_w) {
+  Call call("performer_layer_backward");
+  PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, TAIL_ARGUMENTS);
+  const int64_t batch = layer.kqv.split.batch, length = layer.kqv.split.tokens(), width = layer.performer.width;
+  layer.state = saved_state(call, layer.performer, batch, lz, state);
+  call.check(grad.dim() == 3 && grad.size(0) == batch && grad.size(2) == width,
+             "the gradient must have the output's shape");
+  const Tokens gradients = call.tokens(grad, grad, length);
+  const auto d_linear = linear_gradients(layer.kqv.linear, need_weight, x);
+  const auto d_tail = tail_gradients(layer.tail, x);
+  const std::array d_w = {gradient(need_w, {layer.performer.features, width}, x)};
+  PerformerLayerGradient out = {
+      {{}, pointers_of<NormLinearGradient>(d_linear)}, wanted(d_w[0]), pointers_of<TailGradient>(d_tail)};
+  const std::array d_image = {image_gradient(need_image, layer.kqv.split, x, out.kqv.image)};
+  kernels().performer_layer_backward(workers_for(batch * length), layer, gradients, out);
+  return std::tuple_cat(d_image, d_linear, d_w, d_tail);
+}
+
+int64_t scratch_bytes(bool restart) { return static_cast<int64_t>(Scratch::most_in_use(restart)); }
+
+std::string instruction_set(const std::string& use) {
+  if (!use.empty() && !use_instruction_set(use)) {
+    std::string names;
+    for (const std::string& name : instruction_sets()) names += (names.empty() ? "" : ", ") + name;
+    throw std::runtime_error("t2t_fast_native::cpu_instruction_set: this CPU runs " + names + ", got " + use);
+  }
+  return kernels().name;
+}
+
+}  // namespace
+
+}  // namespace t2t_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(t2t_fast_native, CPU, library) {
+  using namespace t2t_fast::cpu;
+  library.impl("soft_split_linear", TORCH_BOX(&soft_split_linear));
+  library.impl("soft_split_linear_backward", TORCH_BOX(&soft_split_linear_backward));
+  library.impl("performer_attention", TORCH_BOX(&performer_attention));
+  library.impl("performer_attention_backward", TORCH_BOX(&performer_attention_backward));
+  library.impl("token_mlp", TORCH_BOX(&token_mlp));
+  library.impl("token_mlp_backward", TORCH_BOX(&token_mlp_backward));
+  library.impl("performer_layer", TORCH_BOX(&performer_layer));
+  library.impl("performer_layer_backward", TORCH_BOX(&performer_layer_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(t2t_fast_native, CompositeExplicitAutograd, library) {
+  library.impl("cpu_instruction_set", TORCH_BOX(&t2t_fast::cpu::instruction_set));
+  library.impl("scratch_bytes", TORCH_BOX(&t2t_fast::cpu::scratch_bytes));
+}
