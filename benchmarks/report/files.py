@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 from ..measure import run_file
-from . import page, pictures, tables
+from . import charts, page, tables
+from .frame import frame
 
 
 def write(source, folder):
     """Write the report of the run file ``source`` into ``folder``, which is made if it is missing.
 
     ``report.html``, ``table.md``, ``rows.csv``; ``fits.csv``, ``processes.csv`` and the PNG files of
-    :data:`pictures.PICTURES` where the run has rows for them. A picture or CSV file of an earlier report of this folder
+    :data:`charts.PICTURES` where the run has rows for them. A picture or CSV file of an earlier report of this folder
     that this run has no rows for is removed. Where nothing can be drawn, the page says why, and standard error too.
 
     Returns:
@@ -25,17 +26,18 @@ def write(source, folder):
         ValueError: ``source`` is no run file.
     """
     run = run_file.read(source)
+    found = frame(run)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*(f"{picture.name}.png" for picture in pictures.PICTURES), "fits.csv", "processes.csv"):
+    for name in (*(f"{picture}.png" for picture in charts.PICTURES), "fits.csv", "processes.csv"):
         (folder / name).unlink(missing_ok=True)
-    undrawn = pictures.obstacle()
+    undrawn = charts.obstacle()
     if undrawn is not None:
         print(f"report: {undrawn}", file=sys.stderr)
-    paths = pictures.draw(run, folder) if undrawn is None else {}
-    written = tables.write(run, folder)
+    paths = charts.draw(run, found, folder) if undrawn is None else {}
+    written = tables.write(run, found, folder)
     path = folder / "report.html"
-    path.write_text(page.report(run, paths, undrawn), encoding="utf-8")
+    path.write_text(page.report(run, found, paths, undrawn), encoding="utf-8")
     return [path, *written, *paths.values()]
 
 
