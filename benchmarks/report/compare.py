@@ -30,10 +30,9 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from ..measure import run_file
-from .frame import BASELINE, own
+from .frame import BASELINE, own, pd
 
 CONFIDENCE, THRESHOLD, MEMORY_TOLERANCE, LIMITS_TOLERANCE = 0.95, 0.05, 0.01, 0.1
 MEASURES = {"speedup": "speed-up", "time": "time"}

@@ -2,11 +2,9 @@
 
 from math import exp, log
 
-import pandas as pd
-
 from ..measure.statistics import ratios
 from ..suites.groups import MODES
-from .frame import OURS, main_dtype
+from .frame import OURS, main_dtype, pd
 
 SOFTMAX = "sdpa"
 SUBJECT = "performer_attention-L"

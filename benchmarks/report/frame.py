@@ -3,7 +3,13 @@
 Every table, chart and page is made from it. Numbers that were not measured are NaN.
 """
 
-import pandas as pd
+import sys
+
+try:
+    import pandas as pd
+except ModuleNotFoundError as failure:
+    print(f"the report needs {failure.name}: pip install 't2t_fast[bench]'", file=sys.stderr)
+    raise SystemExit(2) from failure
 
 from ..suites.groups import BATCHES, HEADLINE_LENGTH, LITE
 

@@ -13,10 +13,8 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
 from ..measure import run_file
-from .frame import BASELINE, OURS, frame, timed
+from .frame import BASELINE, OURS, frame, pd, timed
 from .goals import judge
 from .tables import template
 from .words import number

@@ -4,9 +4,7 @@ from io import BytesIO
 from math import log
 from typing import Any, NamedTuple
 
-import pandas as pd
-
-from .frame import OURS
+from .frame import OURS, pd
 from .words import number, signature
 
 WIDTH = 11.0

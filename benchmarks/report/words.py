@@ -1,6 +1,6 @@
 """Numbers and sentences of the report."""
 
-import pandas as pd
+from .frame import pd
 
 NOTES = """\
 The rows of a case were measured in turn, round by round. A speed-up is the median of the rounds' ratios to upstream

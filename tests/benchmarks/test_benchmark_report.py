@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import struct
+import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import combinations
@@ -16,7 +17,7 @@ from benchmarks.report import files as report
 from benchmarks.report.page import report as html
 from benchmarks.suites import groups
 from benchmarks.suites.providers import PROVIDERS
-from support import browser
+from support import ROOT, browser
 from support.rows import ENVIRONMENT, made_of_everything, made_row, made_run
 
 if importlib.util.find_spec("matplotlib") is None:
@@ -154,6 +155,17 @@ def test_a_machine_that_cannot_draw_still_reports(tmp_path, monkeypatch, capsys)
     page_text = (tmp_path / "out" / "report.html").read_text()
     for said in (page_text, capsys.readouterr().err):
         assert "pictures need pillow" in said and "python -m benchmarks.report" in said
+
+
+@pytest.mark.parametrize(("module", "files"), [("report.__main__", 1), ("report.compare", 2), ("report.readme", 0)])
+def test_missing_packages_are_named_in_one_line(tmp_path, module, files):
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(made_of_everything()))
+    code = f"import runpy, sys; sys.modules['pandas'] = None; sys.argv[1:] = [{str(source)!r}] * {files}; "
+    code = f"{code}runpy.run_module('benchmarks.{module}', run_name='__main__')"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "pip install 't2t_fast[bench]'" in found.stderr and found.stderr.count("\n") == 1
 
 
 def test_page_marks_what_got_worse():
