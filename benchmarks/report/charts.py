@@ -35,11 +35,10 @@ FAR = 0.25
 """A case that reaches less than this share of its floor is marked."""
 
 
-def _front(found, wanted):
-    """Headline rows in the main dtype; ``wanted``: "first" (lite models, T2T modules), "others" (models) or "all"."""
+def _front(found):
+    """The headline rows of models and T2T modules in the main dtype; ``first``: a lite model or a T2T module."""
     rows = in_main_dtype(headline(timed(found, "models", "training", "module")))
-    first = (rows["level"] == "module") | rows["subject"].isin(LITE)
-    return rows if wanted == "all" else rows[first if wanted == "first" else ~first]
+    return rows.assign(first=(rows["level"] == "module") | rows["subject"].isin(LITE))
 
 
 def _milliseconds(row):
@@ -48,12 +47,12 @@ def _milliseconds(row):
 
 def speed_first(run, found):
     """Bars of the speed-up over upstream: lite models and T2T modules."""
-    return _speed(run, _front(found, "first"))
+    return _speed(run, _front(found).query("first"))
 
 
 def speed_others(run, found):
     """Bars of the speed-up over upstream: larger models."""
-    return _speed(run, _front(found, "others"))
+    return _speed(run, _front(found).query("not first"))
 
 
 def _speed(run, rows):
@@ -97,7 +96,7 @@ def operators(run, found):
 
 def memory(run, found):
     """Bars of what a call keeps and needs relative to upstream, for cases where upstream's and another are known."""
-    rows = _front(found, "all")
+    rows = _front(found)
     known = rows[(rows["saved_bytes"] > 0) | (rows["peak_bytes"] > 0)].groupby("group")["provider"]
     both = [group for group, names in known if "upstream" in set(names) and len(names) > 1]
     rows = rows[rows["group"].isin(both)]

@@ -238,21 +238,17 @@ def _where(folders):
 
 def _machine(folders):
     """The blocks of one device; of a group only the first folder's rows."""
-    runs = [folder.run for folder in folders]
-    owner = {}
-    for number_, run in enumerate(runs):
-        for entry in (*run.rows, *run.fits):
-            owner.setdefault(entry["group"], number_)
-    mine = [
-        [each for number_, run in enumerate(runs) for each in getattr(run, key) if owner[each["group"]] == number_]
-        for key in ("rows", "fits")
-    ]
-    found = frame(run_file.RunFile(runs[0].environment, *mine, [], []))
+    runs, known, rows, fits = [folder.run for folder in folders], set(), [], []
+    for run in runs:
+        rows += [row for row in run.rows if row["group"] not in known]
+        fits += [fit for fit in run.fits if fit["group"] not in known]
+        known |= {each["group"] for each in (*run.rows, *run.fits)}
+    found = frame(run_file.RunFile(runs[0].environment, rows, fits, [], []))
     tables = {make.__name__[1:]: make(found) for make in (_models, _module, _latency, _operators, _fits)}
     return {
         "where": _where(folders),
         "losses": _losses(found),
-        "goals": _goals(mine[0]),
+        "goals": _goals(rows),
         "links": _links(folders),
         **tables,
     }

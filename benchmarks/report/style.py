@@ -102,12 +102,16 @@ def save(figure, path, dpi=DPI):
     return path
 
 
+def marker(provider):
+    """The marker of a provider's points."""
+    return next((shape for ending, shape in MARKERS.items() if provider.endswith(ending)), "o")
+
+
 def point(axis, x, y, row, **style):
     """The marker of a row; another function has an empty one, ours is larger and lies above the others."""
     ours, color = row.provider == OURS, COLORS[row.provider]
-    shape = next((shape for ending, shape in MARKERS.items() if row.provider.endswith(ending)), "o")
     fill = "white" if row.another_function else color
-    style = dict(marker=shape, facecolor=fill, edgecolor=color, zorder=3 if ours else 2, **style)
+    style = dict(marker=marker(row.provider), facecolor=fill, edgecolor=color, zorder=3 if ours else 2, **style)
     axis.scatter(x, y, s=62 if ours else 34, label=row.name, gid=row.provider, **style)
 
 
@@ -115,10 +119,9 @@ def lines(axis, rows, x, y):
     """A line for every provider through the columns ``x`` and ``y`` of a frame."""
     for provider, members in rows.dropna(subset=[y]).sort_values(x).groupby("provider", sort=False):
         ours, color = provider == OURS, COLORS[provider]
-        shape = next((shape for ending, shape in MARKERS.items() if provider.endswith(ending)), "o")
         style = dict(linestyle="--" if provider.endswith("-compiled") else "-", linewidth=2.6 if ours else 1.5)
         style |= dict(label=members["name"].iloc[0], gid=provider, zorder=3 if ours else 2)
-        axis.plot(members[x], members[y], marker=shape, markersize=5, color=color, **style)
+        axis.plot(members[x], members[y], marker=marker(provider), markersize=5, color=color, **style)
 
 
 def beside(axis, y, offset, text, color):
