@@ -3,7 +3,9 @@
 The report, the comparison of two runs and the README's numbers are made from it alone.
 """
 
+import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +50,15 @@ class RunFile(NamedTuple):
 def read(path):
     """The :class:`RunFile` in ``rows.json``, or in the raw pytest-benchmark file of these suites (timed rows alone).
 
+    A name that ends in ``.gz`` means a file compressed by gzip.
+
     Raises:
         ValueError: the file holds something else.
     """
+    data = Path(path).read_bytes()
     try:
-        content = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as failure:
+        content = json.loads(gzip.decompress(data) if str(path).endswith(".gz") else data)
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as failure:
         raise ValueError(f"{path}: not JSON ({failure})") from failure
     if isinstance(content, dict) and "benchmarks" in content and "t2t_fast" in content.get("machine_info", {}):
         rows = [{**each["extra_info"]["row"], "times": each["stats"]["data"]} for each in content["benchmarks"]]

@@ -1,59 +1,34 @@
-"""Where Performer attention overtakes softmax attention: every provider's time and memory a token, by the length."""
+"""The number of tokens from which Performer attention is faster than softmax attention."""
 
 from math import exp, log
-from typing import NamedTuple
 
 from ..measure.statistics import ratios
 from ..suites.groups import MODES
-from .chart import HALO, INK, TEXT, TITLE, blank, legend
-from .scaling_chart import lines, logarithmic
+from .frame import OURS, main_dtype, pd
 
-OURS, SOFTMAX = "t2t_fast", "sdpa"
+SOFTMAX = "sdpa"
 SUBJECT = "performer_attention-L"
-PICTURE = "crossover.png"
-
-
-class Curve(NamedTuple):
-    """The rows of one provider in one mode by their number of tokens, shortest first."""
-
-    mode: str
-    provider: str
-    rows: dict[int, dict]
 
 
 def curves(found):
-    """The :class:`Curve` of every provider and mode; none if the run has fewer than two lengths.
-
-    In one dtype: the one with the most rows.
-    """
-    members = [row for row in found if row["subject"].startswith(SUBJECT)]
-    dtypes = [row["dtype"] for row in members]
-    members = [row for row in members if row["dtype"] == max(dtypes, key=dtypes.count)]
-    if len({_length(row) for row in members}) < 2:
-        return []
-    drawn = []
-    for mode in MODES:
-        for provider in dict.fromkeys(row["provider"] for row in members):
-            rows = [row for row in members if (row["mode"], row["provider"]) == (mode, provider)]
-            if rows:
-                drawn.append(Curve(mode, provider, {_length(row): row for row in sorted(rows, key=_length)}))
-    return drawn
+    """The rows of the sweep over lengths in its main dtype, with a column ``length``; empty for fewer than two."""
+    rows = found[found["subject"].str.startswith(SUBJECT)] if len(found) else found
+    rows = rows[rows["dtype"] == main_dtype(rows)]
+    rows = rows.assign(length=[int(each.removeprefix(SUBJECT)) for each in rows["subject"]]).sort_values("length")
+    return rows if rows["length"].nunique() > 1 else rows.iloc[:0]
 
 
-def _length(row):
-    return int(row["subject"].removeprefix(SUBJECT))
+def speedups(rows, mode, times):
+    """[(length, speed-up over softmax attention)] where both were measured; ``times``: (group, provider) -> rounds."""
+    groups = pd.unique(rows.loc[rows["mode"] == mode, "group"])
+    lengths = rows.drop_duplicates("group").set_index("group")["length"]
+    both = [group for group in groups if (group, OURS) in times and (group, SOFTMAX) in times]
+    return [(lengths[each], ratios(times[each, SOFTMAX], times[each, OURS])["median"]) for each in both]
 
 
-def tokens(row):
-    """Tokens of a call."""
-    return row["batch"] * _length(row)
-
-
-def speedups(drawn, mode):
-    """[(length, how many times faster ours is than softmax attention)] where both were measured."""
-    by_provider = {curve.provider: curve.rows for curve in drawn if curve.mode == mode}
-    ours, softmax = by_provider.get(OURS, {}), by_provider.get(SOFTMAX, {})
-    return [(n, ratios(softmax[n]["times"], ours[n]["times"])["median"]) for n in ours if n in softmax]
+def rounds(run):
+    """(group, provider) -> the seconds of the rounds."""
+    return {(row["group"], row["provider"]): row["times"] for row in run.rows}
 
 
 def crossing(points):
@@ -70,9 +45,8 @@ def crossing(points):
 
 
 def words(mode, dtype, points):
-    """What the points of a mode say, in a sentence."""
+    """What the points of a mode show, in a sentence."""
     (first, slowest), (last, fastest) = points[0], points[-1]
-    measured = f"{slowest:.2f}x its speed at {first} tokens, {fastest:.2f}x at {last}"
     where = crossing(points)
     if where is not None:
         verdict = f"faster than softmax attention from about {where:.0f} tokens on"
@@ -80,63 +54,11 @@ def words(mode, dtype, points):
         verdict = "faster than softmax attention at every measured length"
     else:
         verdict = "not faster than softmax attention at the longest measured length"
+    measured = f"{slowest:.2f}x its speed at {first} tokens, {fastest:.2f}x at {last}"
     return f"{dtype}, {mode}: t2t_fast is {verdict} ({measured})"
 
 
-def sentences(drawn):
-    """One for each mode in which both were measured."""
-    found = []
-    for mode in MODES:
-        points = speedups(drawn, mode)
-        if points:
-            dtype = next(iter(drawn[0].rows.values()))["dtype"]
-            found.append(words(mode, dtype, points))
-    return found
-
-
-def _mark(axis, where):
-    axis.axvline(where, color=INK, linewidth=0.8, linestyle=":")
-    axis.annotate(
-        f"crossing at L = {where:.0f}",
-        (where, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, -4),
-        textcoords="offset points",
-        va="top",
-        fontsize=TEXT,
-        bbox=HALO,
-    )
-
-
-def _nanoseconds(row):
-    return 1e9 * row["seconds"]["median"] / tokens(row)
-
-
-def _peak(row):
-    return None if not row["peak_bytes"] else row["peak_bytes"] / tokens(row)
-
-
-def draw(drawn, environment):
-    """Times above, memory below, a column for each mode."""
-    modes = [mode for mode in MODES if any(curve.mode == mode for curve in drawn)]
-    lengths = sorted({n for curve in drawn for n in curve.rows})
-    figure, axes = blank(8.2, environment, nrows=2, ncols=len(modes), sharex=True)
-    for column, mode in enumerate(modes):
-        members = [row for curve in drawn if curve.mode == mode for row in curve.rows.values()]
-        top, bottom = axes[:, column]
-        lines(top, members, _length, _nanoseconds)
-        lines(bottom, members, _length, _peak)
-        for axis in (top, bottom):
-            logarithmic(axis, lengths, rotation=45)
-        # memory a token hardly changes: from 0 on, its size can be read
-        bottom.set_yscale("linear")
-        bottom.set_ylim(bottom=0)
-        where = crossing(speedups(drawn, mode))
-        if where is not None:
-            _mark(top, where)
-        top.set_title(f"Performer attention, {members[0]['dtype']}, {mode}", loc="left", fontsize=TITLE, color=INK)
-        top.set_ylabel("time a token, ns", fontsize=TEXT)
-        bottom.set_ylabel("peak memory of a call, bytes a token", fontsize=TEXT)
-        bottom.set_xlabel("tokens of a sequence, L", fontsize=TEXT)
-    legend(figure, axes, columns=3)
-    return figure
+def sentences(rows, run):
+    """One for each mode in which both kinds of attention were measured."""
+    found = {mode: speedups(rows, mode, rounds(run)) for mode in MODES}
+    return [words(mode, main_dtype(rows), points) for mode, points in found.items() if points]

@@ -1,22 +1,28 @@
-"""The report of a run, from its ``rows.json`` alone: ``python -m benchmarks.report rows.json --out DIR``.
+"""The report of a run, from its file alone: ``python -m benchmarks.report rows.json --out DIR``.
 
 ``report.html`` holds everything in one file; beside it lie its pictures, ``table.md`` and the CSV files.
 """
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..measure import run_file
-from . import page, pictures, tables
+
+
+def obstacle():
+    """Why no report can be made here, in one line, or ``None``: a machine that measures need not have the packages."""
+    missing = [name for name in ("pandas", "jinja2") if find_spec(name) is None]
+    return f"the report needs {' and '.join(missing)}: pip install 't2t_fast[bench]'" if missing else None
 
 
 def write(source, folder):
     """Write the report of the run file ``source`` into ``folder``, which is made if it is missing.
 
     ``report.html``, ``table.md``, ``rows.csv``; ``fits.csv``, ``processes.csv`` and the PNG files of
-    :data:`pictures.PICTURES` where the run has rows for them. A picture or CSV file of an earlier report of this folder
-    that this run has no rows for is removed. Where nothing can be drawn, the page says why, and standard error too.
+    :data:`charts.PICTURES` where the run has rows for them. Such files of an earlier report are removed. Where nothing
+    can be drawn, the page and standard error say why; without pandas or jinja2 nothing is written but that line.
 
     Returns:
         the paths written, the page first.
@@ -24,32 +30,37 @@ def write(source, folder):
     Raises:
         ValueError: ``source`` is no run file.
     """
+    if (reason := obstacle()) is not None:
+        print(f"report: {reason}; then python -m benchmarks.report {source}", file=sys.stderr)
+        return []
+    from . import charts, page, tables
+    from .frame import frame
+
     run = run_file.read(source)
-    folder = Path(folder)
+    found, folder = frame(run), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*(f"{picture.name}.png" for picture in pictures.PICTURES), "fits.csv", "processes.csv"):
+    for name in (*(f"{picture}.png" for picture in charts.PICTURES), "fits.csv", "processes.csv"):
         (folder / name).unlink(missing_ok=True)
-    undrawn = pictures.obstacle()
+    undrawn = charts.obstacle()
     if undrawn is not None:
         print(f"report: {undrawn}", file=sys.stderr)
-    paths = pictures.draw(run, folder) if undrawn is None else {}
-    written = tables.write(run, folder)
+    paths = charts.draw(run, found, folder) if undrawn is None else {}
+    written = tables.write(run, found, folder)
     path = folder / "report.html"
-    path.write_text(page.report(run, paths, undrawn), encoding="utf-8")
+    path.write_text(page.report(run, found, paths, undrawn), encoding="utf-8")
     return [path, *written, *paths.values()]
 
 
 def main(argv=None):
-    """The report of one JSON file. Returns 0, or 2 if the file is missing or no run file."""
+    """The report of one run file. Returns 0, or 2 if it cannot be made."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, help="rows.json or the raw pytest-benchmark JSON")
+    parser.add_argument("json", type=Path, help="rows.json, rows.json.gz or the raw pytest-benchmark JSON")
     parser.add_argument("--out", type=Path, help="folder for the report; by default that of the JSON")
     arguments = parser.parse_args(argv)
     try:
         written = write(arguments.json, arguments.out or arguments.json.parent)
     except (ValueError, OSError) as failure:
-        print(f"python -m benchmarks.report: {failure}", file=sys.stderr)
+        print(f"{parser.prog}: {failure}", file=sys.stderr)
         return 2
-    for path in written:
-        print(path)
-    return 0
+    print(*written, sep="\n")
+    return 0 if written else 2

@@ -1,67 +1,62 @@
 """Numbers and sentences of the report."""
 
+from .frame import pd
+
 NOTES = """\
-Rows of a case were measured interleaved, round by round; a speed-up is the median of the rounds' ratios to upstream
-eager. "% of floor" is the least time that a fused implementation could take with this machine's own copy bandwidth and
-dense products, over the measured time; GB/s and TFLOP/s are that implementation's bytes and FLOPs over the measured
-time (so they say how close a row is to it, not what it moved); "% of copy" is these GB/s over those of a copy. Saved:
-bytes kept for backward, inputs included; peak: most bytes that a call allocates at a time; neither with the parameters.
-First call: compilation and autotuning, or an eager first call. Error: relative, against float64, output and worst
-gradient. † computes another function: a yardstick, no replacement. ▼ slower than upstream eager."""
+The rows of a case were measured in turn, round by round. A speed-up is the median of the rounds' ratios to upstream
+eager. "% of floor" is the floor's time over the measured time; the floor is the least time that a fused implementation
+could take at this machine's measured copy bandwidth and speed of dense products. GB/s and TFLOP/s are that
+implementation's bytes and FLOPs over the measured time: they show how close a row is to it, not what it moves. "% of
+copy" is these GB/s over those of a copy. Saved: bytes kept for backward, inputs included. Peak: the most bytes that a
+call allocates at a time. Neither includes the parameters. First call: compilation and autotuning, or an eager first
+call. Error: relative to float64, of the output and of the worst gradient. † computes another function: a reference for
+comparison, not a replacement. ▼ slower than upstream eager."""
 """Explains the columns."""
 
 
 def number(value, digits=3):
-    """So many significant digits, of large numbers all, without an exponent; nothing for ``None``."""
-    if value is None:
+    """A number with so many significant digits and no exponent; "" for a missing one."""
+    if pd.isna(value):
         return ""
-    if value >= 10**digits - 0.5:
-        return f"{value:.0f}"
-    return f"{value:#.{digits}g}".rstrip(".")
+    return f"{value:.0f}" if value >= 10**digits - 0.5 else f"{value:#.{digits}g}".rstrip(".")
 
 
 def percent(share, digits=3):
     """A share of 1 in percent, without the sign."""
-    return number(None if share is None else 100 * share, digits)
+    return number(100 * share, digits)
 
 
-def spread(summary, factor=1.0):
-    """median (p20 – p80)."""
-    if summary is None:
-        return ""
-    middle, low, high = (number(factor * summary[key]) for key in ("median", "p20", "p80"))
-    return f"{middle} ({low} – {high})"
+def spread(row, key, factor=1.0):
+    """median (p20 – p80) of ``key``: "seconds" or "speedup"; "" where it was not measured."""
+    names = ("median_s", "p20_s", "p80_s") if key == "seconds" else [f"speedup_{each}" for each in MEDIAN]
+    middle, low, high = (number(factor * getattr(row, name)) for name in names)
+    return middle and f"{middle} ({low} – {high})"
 
 
-def label(entry):
-    """A provider's label, marked where it computes another function."""
-    return entry["label"] + ("\u00a0†" if entry["another_function"] else "")
+MEDIAN = ("median", "p20", "p80")
+
+
+def speedup(row):
+    """The speed-up with its range, marked where the row is slower than upstream; 1 for upstream itself."""
+    return "1" if row.provider == "upstream" else spread(row, "speedup") + (" ▼" if row.lost else "")
 
 
 def error(row):
     """The relative errors of the output and, where there is one, of the worst gradient."""
-    if row["error"] is None:
-        return "not compared" if row["another_function"] else "within dropout's noise"
-    gradient = "" if row["gradient_error"] is None else f" / {row['gradient_error']:.0e}"
-    return f"{row['error']:.0e}{gradient}"
-
-
-def megabytes_per_image(row, key):
-    """A memory field in MB an image."""
-    return None if row[key] is None else row[key] / row["batch"] / 1e6
+    if pd.isna(row.error):
+        return "not compared" if row.another_function else "within dropout's noise"
+    return f"{row.error:.0e}" + ("" if pd.isna(row.gradient_error) else f" / {row.gradient_error:.0e}")
 
 
 def products(limits):
-    """The measured speeds of dense products, a dtype each."""
+    """The measured speed of dense products in each dtype."""
     return ", ".join(f"{name} {speed / 1e12:.2f} TFLOP/s" for name, speed in limits["flop_per_s"].items())
 
 
 def heading(environment):
     """Where and with what a run was measured."""
-    limits = environment["limits"]
-    where = environment["device"]
-    if environment.get("driver"):
-        where += f", driver {environment['driver']}"
+    where, limits = environment["device"], environment["limits"]
+    where += f", driver {environment['driver']}" if environment.get("driver") else ""
     return (
         f"{environment['date'][:10]}, {where}; t2t_fast {environment['t2t_fast']}, torch {environment['torch']}, "
         f'Python {environment["Python"]}; torch.compile mode "{environment["compile_mode"]}"; '
@@ -71,29 +66,26 @@ def heading(environment):
 
 def signature(environment):
     """The same in one short line, for pictures."""
-    return (
-        f"{environment['date'][:10]} · {environment['device']} · torch {environment['torch']} · "
-        f"t2t_fast {environment['t2t_fast']}"
-    )
+    parts = [environment["date"][:10], environment["device"], f"torch {environment['torch']}"]
+    return " · ".join([*parts, f"t2t_fast {environment['t2t_fast']}"])
 
 
-def without_numbers(left_out):
+def left_out(entries):
     """(cases, provider, reason) for each provider and reason: its groups or, of more than three, their number."""
-    groups = {}
-    for each in left_out:
-        groups.setdefault((each["provider"], each["reason"]), []).append(each["group"])
+    found = {}
+    for each in entries:
+        found.setdefault((each["provider"], each["reason"]), []).append(each["group"])
     return [
         (", ".join(names) if len(names) <= 3 else f"{len(names)} cases", provider, reason)
-        for (provider, reason), names in groups.items()
+        for (provider, reason), names in found.items()
     ]
 
 
-def amdahl(members):
-    """What replacing the front end alone can bring to a model, or nothing."""
-    for row in members:
-        share, limit = row["front_end_share"], row["amdahl_limit"]
-        if share:
-            # timed apart, it can take longer than inside a model that meets memory which is mapped already
-            words = f"Amdahl's limit {limit:.2f}×" if limit else "which sets no limit"
-            return f"front end {100 * share:.0f} % of upstream's time, {words}"
+def amdahl(rows):
+    """The bound on the speed-up of a model whose front end alone is replaced; "" where it is not known."""
+    for row in rows:
+        if row.front_end_share > 0:
+            # timed apart, the front end can take longer than inside a model whose memory is already mapped
+            limit = "" if pd.isna(row.amdahl_limit) else f"Amdahl's limit {row.amdahl_limit:.2f}×"
+            return f"front end {100 * row.front_end_share:.0f} % of upstream's time, {limit or 'which sets no limit'}"
     return ""

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from benchmarks.measure import harness, rows
+from benchmarks.measure.run_file import RunFile
 from benchmarks.report import crossover, tables
 from benchmarks.report import files as report
+from benchmarks.report.frame import frame
 from benchmarks.report.goals import judge
 from benchmarks.suites import attention, costs, groups, operators, subjects
 from benchmarks.suites.groups import Group, LeftOut
@@ -271,13 +273,14 @@ def test_crossing(points, expected):
 
 def test_crossover_in_words():
     found = [*_sweep(), _row("upstream", 3136, 1.0, dtype="bf16")]
-    curves = crossover.curves(found)
-    assert {(curve.provider, tuple(curve.rows)) for curve in curves} == {
+    run = RunFile(ENVIRONMENT, found, [], [], [])
+    curves = crossover.curves(frame(run))
+    assert {(name, tuple(rows["length"])) for name, rows in curves.groupby("provider")} == {
         ("upstream", (100, 500, 2500, 12500)),
         ("t2t_fast", (100, 500, 2500, 12500)),
         ("sdpa", (100, 500, 2500)),
     }
-    assert crossover.sentences(curves) == [
+    assert crossover.sentences(curves, run) == [
         "fp32, inference: t2t_fast is faster than softmax attention from about 1000 tokens on "
         "(0.10x its speed at 100 tokens, 2.50x at 2500)"
     ]
@@ -286,7 +289,8 @@ def test_crossover_in_words():
 
 
 def test_one_length_is_no_curve():
-    assert crossover.curves([_row("upstream", 3136, 1.0), _row("t2t_fast", 3136, 0.5)]) == []
+    rows = [_row("upstream", 3136, 1.0), _row("t2t_fast", 3136, 0.5)]
+    assert crossover.curves(frame(RunFile(ENVIRONMENT, rows, [], [], []))).empty
 
 
 @needs_matplotlib
@@ -314,7 +318,7 @@ def test_goals_against_a_floor():
     found = {goal.what.partition(", L = 3136")[2]: goal for goal in judge([ours, training, softmax])}
     copied = found[", inference: bytes that must move, at the speed of a copy"]
     assert (copied.wanted, copied.measured, copied.verdict) == ("60 %", "55 %", "not reached")
-    saved = found[": q, k, v and 8.3 kB a sequence of what is saved for backward"]
+    saved = found[", training: q, k, v and 8.3 kB a sequence of what is saved for backward"]
     assert (saved.measured, saved.verdict) == ("100 %", "reached")
     assert found[", inference: t2t_fast faster than sdpa"].measured.startswith("6.00x")
     assert len(found) == 3

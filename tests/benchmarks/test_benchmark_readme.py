@@ -8,12 +8,15 @@ from benchmarks.measure import run_file
 from benchmarks.measure.statistics import ratios
 from benchmarks.report import readme
 from benchmarks.suites import providers
+from support import ROOT
 from support.rows import ENVIRONMENT, made_row
 
 
 def case(group, upstream, ours, provider="t2t_fast", **fields):
     """Upstream's row of a group and ours, with the same seconds in every round."""
     level, subject, size, batch, dtype, mode = re.fullmatch(r"(\w+)-(.+)-(\d+)px-b(\d+)-(\w+)-(\w+)", group).groups()
+    if level == "latency":
+        fields["suite"], level = "latency", "model"
     fields |= dict(level=level, subject=subject, size=int(size), batch=int(batch), dtype=dtype, mode=mode, group=group)
     before, after = [upstream] * 7, [ours] * 7
     return [
@@ -44,6 +47,8 @@ def section(path):
 
 def test_the_committed_readme_is_generated(capsys):
     """If this fails: python -m benchmarks.report.readme."""
+    if not (ROOT / "benchmarks" / "results").exists():
+        pytest.skip("an archive of the sources has no results")
     assert readme.main(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -105,9 +110,7 @@ def test_module_batches_latency_operators_fits(tmp_path):
     lines = [line for block in blocks for line in block.splitlines()]
     assert "| inference | 100 ms | 50.0 ms, 2.00× (2.00 – 2.00) |" in lines
     assert "| kept for backward, per image | 2.00 MB | 2.00 MB |" in lines
-    assert (
-        "By this machine's own copies and products the floor is 40 % of the 50.0 ms and 40 % of the 100 ms." in blocks
-    )
+    assert any(block.endswith("the floor is 40 % of the 50.0 ms and 40 % of the 100 ms.") for block in blocks)
     assert "| Performer module | 2.00× / 4.00× | – |" in lines and "| Transformer module | – | 2.00× |" in lines
     assert "| `t2t_vit_7`, 224 px | 20.0 ms, 30.0 ms | 10.0 ms, 30.0 ms; 2.00× |" in lines
     # without floor_share, as in old files, it is one over times_floor
@@ -122,9 +125,9 @@ def test_losses_and_missed_goals_are_named(tmp_path):
     left_out = [{"group": group, "provider": "sdpa", "reason": "too large"}]
     text = " ".join(section(written(tmp_path, {"a": made(rows, left_out=left_out)})))
     assert f"Of t2t_fast's 2 rows 1 is slower than upstream eager: `{group}` t2t_fast, eager, 0.80×." in text
-    assert "Backends that are not chosen here (aten) are slower in 1 of their 1 rows." in text
+    assert "The backends that are not chosen here (aten) are slower in 1 of their 1 rows." in text
     goal = "T2T module, performer, training: t2t_fast faster than upstream (0.80x (0.80 to 0.80), wanted 2x)"
-    assert f"numbers here 0 are reached, not: {goal}." in text
+    assert f"numbers here are reached, not: {goal}." in text
     assert "Planned rows without numbers: 1;" in text
 
 
@@ -139,13 +142,13 @@ def test_runs_of_two_devices_are_told_apart_and_a_case_is_told_once(tmp_path):
     assert "2.00×" in text and "1.11×" not in text
     assert text.index("Measured on a processor, 2 threads") < text.index("2.00×") < text.index("Measured on a card")
     assert text.index("Measured on a card") < text.index("5.00×")
-    assert "GPU yet" not in text
+    assert "no GPU" not in text
     assert re.findall(r"\[(\w+)\]\(([^)]+)\)", text[: text.index("a card")])[-1] == ("table", "b/table.md")
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
     run = made(case("module-performer-224px-b8-fp32-inference", 0.1, 0.05))
-    assert "Nothing here is from a GPU yet." in " ".join(section(written(tmp_path, {"a": run})))
+    assert "There are no GPU measurements yet." in " ".join(section(written(tmp_path, {"a": run})))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,10 @@ def test_without_a_gpu_it_says_so(tmp_path):
         ("no markers\n", "got 0 pairs"),
         ("<!-- numbers: a -->\n", "got 0 pairs"),
         (2 * "<!-- numbers: a -->\n<!-- /numbers -->\n", "got 2 pairs"),
-        ("<!-- numbers: a, nowhere -->\n<!-- /numbers -->\n", "numbers: expected a folder with rows.json, got nowhere"),
+        (
+            "<!-- numbers: a, nowhere -->\n<!-- /numbers -->\n",
+            "numbers: expected a folder with rows.json or",
+        ),
     ],
 )
 @pytest.mark.parametrize("options", [[], ["--check"]], ids=["write", "check"])
@@ -167,6 +173,5 @@ def test_bad_usage_is_one_line_and_code_2(tmp_path, capsys, text, words, options
     assert path.read_text() == text
 
 
-def test_the_names_are_the_providers():
-    assert (readme.BASELINE, readme.OURS) == (providers.BASELINE, providers.OURS)
-    assert set(readme.LATENCY_COLUMNS) <= set(providers.BY_NAME)
+def test_the_columns_are_providers():
+    assert set(readme.COLUMNS) <= set(providers.BY_NAME)

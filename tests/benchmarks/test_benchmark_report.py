@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import struct
+import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import combinations
@@ -11,12 +12,12 @@ from itertools import combinations
 import pytest
 
 from benchmarks.measure import run_file
-from benchmarks.report import cases, chart, goals, pictures, roofline, tables, words
+from benchmarks.report import charts, frame, goals, style, tables, words
 from benchmarks.report import files as report
 from benchmarks.report.page import report as html
 from benchmarks.suites import groups
 from benchmarks.suites.providers import PROVIDERS
-from support import browser
+from support import ROOT, browser
 from support.rows import ENVIRONMENT, made_of_everything, made_row, made_run
 
 if importlib.util.find_spec("matplotlib") is None:
@@ -25,7 +26,7 @@ if importlib.util.find_spec("matplotlib") is None:
 SHOWN = 1178
 """CSS pixels that a picture's width takes on a page 1280 pixels wide; the browser's test holds it."""
 
-NAMES = [picture.name for picture in pictures.PICTURES]
+NAMES = list(charts.PICTURES)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ class Page(HTMLParser):
         if self._inside and tag == "tr" and "data-group" in attributes:
             self.rows.append([attributes["data-group"], "hidden" in attributes])
         if self._inside and tag == "td":
-            self.rows[-1].append(attributes["data-sort"])
+            self.rows[-1].append(attributes.get("data-sort"))
 
     def handle_data(self, data):
         if self._heading:
@@ -92,8 +93,7 @@ def _texts(figure):
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_can_be_read(made, name):
     """On a page of 1280 pixels no words are smaller than 10, cut off, or written over other ones."""
-    (picture,) = [each for each in pictures.PICTURES if each.name == name]
-    figure = picture.make(made[1])
+    figure = charts.PICTURES[name](made[1], frame.frame(made[1]))
     texts = _texts(figure)
     assert len(texts) > 10
     pixels_per_point = SHOWN / figure.get_figwidth() / 72
@@ -105,8 +105,8 @@ def test_pictures_can_be_read(made, name):
 
 
 def test_every_provider_has_a_colour():
-    assert {provider.name for provider in PROVIDERS} <= set(chart.COLORS)
-    assert len(set(chart.COLORS.values())) == len(chart.COLORS)
+    assert {provider.name for provider in PROVIDERS} <= set(style.COLORS)
+    assert len(set(style.COLORS.values())) == len(style.COLORS)
 
 
 def test_files(made):
@@ -121,10 +121,10 @@ def test_page_holds_every_row_and_needs_nothing_else(made):
     page = Page(text)
     assert len(page.rows) == len(run.rows)
     assert {group for group, *_ in page.rows} == {row["group"] for row in run.rows}
-    assert text.count("▼ ") >= sum(map(cases.lost, run.rows)) > 0
-    assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in page.references)
+    assert text.count("▼ ") >= frame.frame(run)["lost"].sum() > 0
+    assert all(reference.startswith(("#", "data:image/webp;base64,")) for reference in page.references)
     assert "http" not in text and "url(" not in text and "@import" not in text
-    assert "python -m benchmarks --filter &#x27;&lt;everything&gt;&#x27;" in text
+    assert "python -m benchmarks --filter &#39;&lt;everything&gt;&#39;" in text
     assert "needs 99 GB" in text and "timm (not installed)" in text
     assert f"{run.finished} of 500 planned rows are finished" in text
     for judged in goals.judge(run.rows):
@@ -157,22 +157,34 @@ def test_a_machine_that_cannot_draw_still_reports(tmp_path, monkeypatch, capsys)
         assert "pictures need pillow" in said and "python -m benchmarks.report" in said
 
 
+@pytest.mark.parametrize(("module", "files"), [("report.__main__", 1), ("report.compare", 2), ("report.readme", 0)])
+def test_missing_packages_are_named_in_one_line(tmp_path, module, files):
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(made_of_everything()))
+    code = f"import runpy, sys; sys.modules['pandas'] = None; sys.argv[1:] = [{str(source)!r}] * {files}; "
+    code = f"{code}runpy.run_module('benchmarks.{module}', run_name='__main__')"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "pip install 't2t_fast[bench]'" in found.stderr and found.stderr.count("\n") == 1
+
+
 def test_page_marks_what_got_worse():
     rows = [made_row("upstream", [0.1] * 3), made_row("t2t_fast", [0.2] * 3)]
     rows = [{**row, "mode": "training", "saved_bytes": saved} for row, saved in zip(rows, (1e6, 4e6), strict=True)]
-    text = html(_run(rows), {})
+    run = _run(rows)
+    text = html(run, frame.frame(run), {})
     assert '<div class="card bad"><b>2.00× slower</b>' in text
     assert '<div class="card bad"><b>4.00× more</b><span>kept for backward' in text
     assert '<tr class="bad"><td>T2T module, Performer' in text
 
 
 def test_every_suite_has_a_heading():
-    assert set(cases.SUITES) == set(groups.TIMED)
+    assert set(frame.SUITES) == set(groups.TIMED)
 
 
 def test_order_of_the_rows(made):
     """Lite models first, then modules, latency, operators and scaling, whatever the order of the file."""
-    shown = [(cases.suite(row), row["subject"]) for row in cases.ordered(made[1].rows)]
+    shown = [(row.suite, row.subject) for row in frame.timed(frame.frame(made[1])).itertuples()]
     suites = list(dict.fromkeys(suite for suite, _ in shown))
     assert suites == ["models", "training", "module", "latency", "ops", "scaling"]
     assert made[1].rows[0]["subject"] == "t2t_vit_14" and shown[0] == ("models", "t2t_vit_7")
@@ -181,32 +193,32 @@ def test_order_of_the_rows(made):
 def test_headline_is_one_group_of_a_subject_and_mode():
     cells = {"b1": (224, 1), "b8": (224, 8), "b64": (224, 64), "big": (384, 8)}
     rows = [made_row("t2t_fast", [0.1], group=name, size=size, batch=batch) for name, (size, batch) in cells.items()]
-    assert [row["group"] for row in cases.headline(rows)] == ["b8"]
-    assert [row["group"] for row in cases.headline(rows[::2])] == ["b64"]
-    assert [row["group"] for row in cases.headline(rows[3:])] == ["big"]
+    for members, group in ((rows, "b8"), (rows[::2], "b64"), (rows[3:], "big")):
+        assert list(frame.headline(frame.frame(_run(members)))["group"]) == [group]
 
 
-def test_amdahls_limit_in_words():
-    row = {"front_end_share": 0.6, "amdahl_limit": 2.5}
-    assert words.amdahl([{"front_end_share": None, "amdahl_limit": None}, row]) == (
-        "front end 60 % of upstream's time, Amdahl's limit 2.50×"
-    )
-    slow = {"front_end_share": 1.05, "amdahl_limit": None}
-    assert words.amdahl([slow]) == "front end 105 % of upstream's time, which sets no limit"
-    assert words.amdahl([{"front_end_share": None, "amdahl_limit": None}]) == ""
+@pytest.mark.parametrize(
+    ("share", "limit", "expected"),
+    [
+        (0.6, 2.5, "front end 60 % of upstream's time, Amdahl's limit 2.50×"),
+        (1.05, None, "front end 105 % of upstream's time, which sets no limit"),
+        (None, None, ""),
+    ],
+)
+def test_amdahls_limit_in_words(share, limit, expected):
+    rows = [made_row("aten", [0.1]), made_row("t2t_fast", [0.1], front_end_share=share, amdahl_limit=limit)]
+    assert words.amdahl(frame.frame(_run(rows)).itertuples()) == expected
 
 
-def test_the_share_of_the_floor():
-    row = made_row("t2t_fast", [0.1])
-    assert cases.floor_share(row) == pytest.approx(1 / 3)
-    assert cases.floor_share({**row, "floor_share": 0.5}) == 0.5
-    assert cases.floor_share({**row, "floor_share": None, "times_floor": None}) is None
+@pytest.mark.parametrize(("fields", "share"), [({}, 1 / 3), ({"floor_share": 0.5}, 0.5), ({"times_floor": None}, None)])
+def test_the_share_of_the_floor(fields, share):
+    (found,) = frame.frame(_run([made_row("t2t_fast", [0.1], **fields)]))["floor_share"]
+    assert found == pytest.approx(float("nan") if share is None else share, nan_ok=True)
 
 
 def test_farthest_from_the_floor_first(made):
-    shares = []
-    for members in roofline.ranked(made[1].rows).values():
-        shares += [cases.floor_share(row) for row in members if row["provider"] == "t2t_fast"]
+    ranked = charts.ranked(frame.frame(made[1]))
+    shares = list(ranked[ranked["provider"] == "t2t_fast"]["floor_share"])
     assert shares == sorted(shares) and len(set(shares)) > 3
 
 

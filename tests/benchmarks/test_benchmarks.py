@@ -13,7 +13,7 @@ import torch
 import t2t_fast
 from benchmarks.measure import harness, run_file
 from benchmarks.measure.statistics import percentile, ratios, summary
-from benchmarks.report import cases, tables
+from benchmarks.report import frame, tables
 from benchmarks.report.goals import GOALS, judge
 from benchmarks.suites import costs, groups, subjects
 from benchmarks.suites.groups import Group
@@ -214,7 +214,7 @@ def test_a_name_is_one_group_of_all_suites(device, quick):
 def test_every_suite_has_a_file_and_a_heading():
     files = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
     assert files == set(groups.SUITES)
-    assert set(cases.SUITES) == set(groups.TIMED)
+    assert set(frame.SUITES) == set(groups.TIMED)
 
 
 def test_lite_models_come_first():

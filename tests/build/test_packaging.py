@@ -109,6 +109,20 @@ def archive(tmp_path_factory):
     return archive
 
 
+def test_a_source_archive_has_the_benchmarks_without_their_results(tmp_path):
+    project = copy_project(tmp_path / "project")
+    for name in ("report/templates/page.html", "results/machine/rows.json.gz"):
+        path = project / "benchmarks" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert python(project, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path).returncode == 0
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = [name.partition("/")[2] for name in packed.getnames()]
+    assert "benchmarks/report/templates/page.html" in names
+    assert not [name for name in names if name.startswith("benchmarks/results")]
+
+
 @pytest.fixture(scope="module")
 def wheel(archive):
     """The archive's wheel, with CUDA kernels for one architecture where they can be built at all."""

@@ -1,0 +1,152 @@
+"""A run as one pandas frame: a line for each timed row, largest batch and process count.
+
+Every table, chart and page is made from it. Numbers that were not measured are NaN.
+"""
+
+import sys
+
+try:
+    import pandas as pd
+except ModuleNotFoundError as failure:
+    print(f"the report needs {failure.name}: pip install 't2t_fast[bench]'", file=sys.stderr)
+    raise SystemExit(2) from failure
+
+from ..suites.groups import BATCHES, HEADLINE_LENGTH, LITE
+
+SUITES = {
+    "models": "Whole models",
+    "training": "Training steps of whole models",
+    "module": "T2T modules",
+    "latency": "Latency of few images",
+    "ops": "Operators",
+    "scaling": "Scaling with batch and image side",
+}
+"""Suites of timed rows with their headings, in the order of the report."""
+
+LEVELS = {"model": "models", "module": "module", "op": "ops"}
+"""The suite of a row whose file does not name it."""
+
+BASELINE, OURS = "upstream", "t2t_fast"
+FORMS = (OURS, "aten", "native", "triton")
+"""How the names of this package's own providers begin."""
+
+SIDE = 224
+_GROUP = [
+    "suite",
+    "group",
+    "level",
+    "subject",
+    "size",
+    "batch",
+    "dtype",
+    "mode",
+    "provider",
+    "label",
+    "another_function",
+]
+_TIME = ["median_s", "p20_s", "p80_s"]
+_SPEED = ["speedup_median", "speedup_p20", "speedup_p80"]
+_COST = ["images_per_s", "gb_per_s", "tflop_per_s", "copy_share", "floor_s", "floor_share", "saved_bytes", "peak_bytes"]
+_FACTS = ["first_call_s", "warm_up_s", "error", "gradient_error", "amdahl_limit"]
+ROWS = (*_GROUP, "backends", *_TIME, "p95_s", "visits", "rounds", *_SPEED, *_COST, *_FACTS)
+FITS = (*_GROUP, "limit_bytes", "used_bytes", "over_bytes")
+PROCESSES = (*_GROUP, "processes", "threads", *_TIME, "rounds", "images_per_s")
+"""Columns of the CSV files: seconds, bytes, shares of 1."""
+
+_COLUMNS = dict.fromkeys((*ROWS, *FITS, *PROCESSES, "front_end_share"))
+_TEXT = {*_GROUP, "backends"} - {"size", "batch"}
+
+
+def _flat(row):
+    """One entry of a run file without nested values."""
+    seconds, speedup, backends = (row.get(key) or {} for key in ("seconds", "speedup", "backends"))
+    floor = 1 / row["times_floor"] if row.get("times_floor") else None
+    return {
+        **row,
+        "suite": row.get("suite") or LEVELS[row["level"]],
+        "backends": "; ".join(f"{op}={name}" for op, name in backends.items()) or None,
+        "visits": len(row.get("visits") or [0]),
+        "rounds": len(row.get("times", ())),
+        "floor_share": floor if row.get("floor_share") is None else row["floor_share"],
+        **{f"{key}_s": seconds.get(key) for key in ("median", "p20", "p80")},
+        **{f"speedup_{key}": speedup.get(key) for key in ("median", "p20", "p80")},
+    }
+
+
+def subject(row):
+    """What was measured, in words; ``row``: of a frame."""
+    words = row.subject.replace("-stage", ", stage ").replace("-L", ", L = ").replace("-", ", ")
+    return f"T2T module, {words.capitalize()}" if row.level == "module" else words
+
+
+def title(row):
+    """The name of a group in words."""
+    size = "" if pd.isna(row.size) else f"{row.size:.0f} px, "
+    return f"{subject(row)}, {size}batch {row.batch:.0f}, {row.dtype}, {row.mode}"
+
+
+def frame(run):
+    """The frame of a :class:`run_file.RunFile`, in the order of the file.
+
+    Besides :data:`ROWS` and the like it has ``name`` (the label, with † where another function is computed), ``what``
+    and ``case`` (subject and group in words), ``saved_mb`` and ``peak_mb`` (an image), ``lost`` (slower than upstream
+    eager), ``own`` (a form of this package) and ``lite`` (place among the lite models).
+    """
+    entries = [*run.rows, *({**fit, "suite": "memory"} for fit in run.fits)]
+    entries += [{**each, "suite": "processes"} for each in run.processes]
+    found = pd.DataFrame(map(_flat, entries), columns=[*_COLUMNS])
+    numbers = [name for name in _COLUMNS if name not in _TEXT]
+    found[numbers] = found[numbers].astype(float)
+    found["another_function"] = found["another_function"].eq(True)
+    found["name"] = found["label"] + found["another_function"].map({True: "\u00a0†", False: ""})
+    rows = list(found.itertuples())
+    found["what"], found["case"] = [subject(row) for row in rows], [title(row) for row in rows]
+    for key in ("saved", "peak"):
+        found[f"{key}_mb"] = found[f"{key}_bytes"] / found["batch"] / 1e6
+    found["lost"] = (found["speedup_median"] < 1) & (found["provider"] != BASELINE)
+    found["own"] = found["provider"].map(own)
+    found["lite"] = found["subject"].map({name: place for place, name in enumerate(LITE)}).fillna(len(LITE))
+    return found
+
+
+def own(provider):
+    """Whether a provider is a form of this package."""
+    return provider.startswith(FORMS)
+
+
+def timed(found, *suites):
+    """The timed rows of some suites (by default all) in the order of the report: lite models before the others."""
+    found = found[found["suite"].isin(suites or SUITES)]
+    suite = found["suite"].map(list(SUITES).index)
+    order = found.assign(suite_place=suite, model_place=found["lite"].where(found["level"] == "model", 0))
+    return found.loc[order.sort_values(["suite_place", "model_place"], kind="stable").index]
+
+
+def cases(found):
+    """(group in words, rows) of every group, in the order of their first rows."""
+    return [(members["case"].iloc[0], list(members.itertuples())) for _, members in found.groupby("group", sort=False)]
+
+
+def main_dtype(found):
+    """The dtype with the most rows; of several, the first."""
+    return found.groupby("dtype", sort=False).size().idxmax() if len(found) else None
+
+
+def in_main_dtype(found):
+    """The rows of :func:`main_dtype`."""
+    return found[found["dtype"] == main_dtype(found)]
+
+
+def headline(found):
+    """One group of every suite, subject, dtype and mode: at 224 px (or as many tokens) and the headline batch.
+
+    Where there is no such group, the one nearest to it with the largest batch.
+    """
+    subjects = found["subject"].str.partition("-L")[0] if len(found) else found["subject"]
+    ranked = found.assign(
+        subject=subjects,
+        sized=(found["size"] == SIDE) | found["subject"].str.endswith(f"-L{HEADLINE_LENGTH}"),
+        usual=found["batch"].isin([batches[0] for batches in BATCHES.values()]),
+    ).sort_values(["sized", "usual", "batch"], ascending=False, kind="stable")
+    best = ranked.drop_duplicates(["suite", "subject", "dtype", "mode"])
+    return found[found["group"].isin(best["group"])]
