@@ -1,5 +1,6 @@
 """Read compiled kernels with cuobjdump: resources, memory accesses, matrix instructions, and the main loop."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -71,25 +72,19 @@ class Kernel:
     around: int = 0
 
 
-def _triton_tool(name):
-    triton = find_spec("triton")
-    path = triton and triton.origin and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
-    return str(path) if path and path.is_file() else None
-
-
 def find_tool(name=TOOL, triton_first=False):
     """A program of the CUDA toolkit: on ``PATH``, beside nvcc, or in Triton's package; ``None`` if it is not found.
 
     ``triton_first``: search Triton's package first, since its compiler may be newer than the toolkit.
     """
-    if path := (triton_first and _triton_tool(name)) or shutil.which(name):
-        return path
-    folders = ["/usr/local/cuda/bin"]
+    triton, folders = find_spec("triton"), [*os.get_exec_path(), "/usr/local/cuda/bin"]
     if nvcc := shutil.which("nvcc"):
         # nvcc may be a wrapper script; a dry run prints the toolkit's folder
         printed = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
         folders += [f"{top}/bin" for top in re.findall(r"^#\$ TOP=(.*)$", printed, re.MULTILINE)]
-    return shutil.which(name, path=":".join(folders)) or _triton_tool(name)
+    if triton and triton.origin:
+        folders.insert(0 if triton_first else len(folders), f"{Path(triton.origin).parent}/backends/nvidia/bin")
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def readable(mangled):

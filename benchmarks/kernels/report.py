@@ -97,7 +97,8 @@ def triton_lines(rows):
     ]
 
 
-def _arguments(argv):
+def main(argv=None):
+    """Print the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.report", description=__doc__.splitlines()[0])
     parser.add_argument("library", nargs="?", type=Path, help="a library with CUDA kernels; default: the installed one")
     parser.add_argument("--triton-only", action="store_true", help="only the Triton kernels")
@@ -113,12 +114,6 @@ def _arguments(argv):
     arguments = parser.parse_args(argv)
     if arguments.library is not None and not arguments.library.is_file():
         parser.error(f"no such file: {arguments.library}")
-    return arguments
-
-
-def main(argv=None):
-    """Print the report."""
-    arguments = _arguments(argv)
     cuda = []
     if not arguments.triton_only:
         cuda, reason = cuda_kernels(arguments.library)

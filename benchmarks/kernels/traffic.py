@@ -33,8 +33,8 @@ SUBJECTS = {"performer_layer-stage1": 1, "performer_layer-stage2": 1, "soft_spli
 """The three stages of the T2T module with Performer, and enough images for several full tiles."""
 
 _INPUTS = ("x", "image", "cells", "grad", "y", "k", "q", "v", "skip", "mask", "mean", "rstd", "alpha", "kappa")
-TOKENS = frozenset((*_INPUTS, "out", "d_x", "d_y", "d_k", "d_q", "d_v"))
-STATES = frozenset(("lz", "state", "merged_lz", "merged_state", "d_lz", "d_state", "d_w", "d_weight", "shares"))
+TOKENS = (*_INPUTS, "out", "d_x", "d_y", "d_k", "d_q", "d_v")
+STATES = ("lz", "state", "merged_lz", "merged_state", "d_lz", "d_state", "d_w", "d_weight", "shares")
 """Names of kernel arguments; all others are parameters."""
 
 NO_TRAFFIC = ("empty", "new_empty", "detach", "alias", "_unsafe_view", "_reshape_alias")
@@ -165,13 +165,9 @@ def counting(lengths, images=1):
 def measure(subject, size=224, images=1, dtype=torch.bfloat16):
     """The launches of a subject of ``suites/operators.py`` on some images: in inference, forward and backward.
 
-    Everything but the random features is in ``dtype``; the first stage's image has no gradient.
-
-    Returns:
-        lists of :class:`Launch` by the name of the pass, and the operator's :class:`costs.Cost` per image.
-
-    Raises:
-        RuntimeError: kernels are not interpreted here.
+    Everything but the random features is in ``dtype``; the first stage's image has no gradient. Returns lists of
+    :class:`Launch` by the name of the pass, and the operator's :class:`costs.Cost` per image. Kernels must be
+    interpreted here (RuntimeError).
     """
     import t2t_fast
     from t2t_fast.ops import triton_runtime

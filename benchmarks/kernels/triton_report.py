@@ -31,8 +31,7 @@ from t2t_fast.ops.token_mlp.tail import Options, Tail
 
 from . import machine_code
 
-KIB = 1024
-SHARED_LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB}
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 """Maximum shared memory per block in bytes (CUDA C++ programming guide, technical specifications)."""
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 188}
@@ -44,8 +43,7 @@ FEW_TOKENS = 10_000
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 """fp32: float32 with PyTorch's default precision; tf32: float32 where PyTorch's setting allows TF32."""
 
-IMAGE = 224
-BATCH, LENGTH = 32, 12544
+BATCH, LENGTH, IMAGE = 32, 12544, 224
 """Large enough that with any launch parameters a sequence has several splits of several tiles each."""
 
 

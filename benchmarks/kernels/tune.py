@@ -32,10 +32,6 @@ STAGES = {
 }
 """The stages whose calls differ in more than the number of tokens, on which no table depends."""
 
-DROPOUT = {op: {"proj_drop": 0.1, "mlp_drop": 0.1} for op in ("token_mlp", "performer_layer")}
-"""As upstream trains; with it the kernels draw random numbers."""
-
-ROUNDS = 30
 CYCLES = 2_000_000
 """How long the GPU waits before a timed call: about a millisecond, longer than launching the call's kernels takes."""
 
@@ -59,9 +55,9 @@ class Problem:
         for mode in MODES:
             subject = subjects.build(Group("op", f"{op}-{stage}", size, batch, dtype, mode), device)
             self._sides.append((subject, subject.make("t2t_fast")))
-        self._options = dict(DROPOUT.get(op, {}))
-        if self._options:
-            self._options["seed"] = torch.tensor(0, device=device)
+        self._options = {}
+        if op in ("token_mlp", "performer_layer"):  # as upstream trains; with dropout the kernels draw random numbers
+            self._options = {"proj_drop": 0.1, "mlp_drop": 0.1, "seed": torch.tensor(0, device=device)}
         self._turn, self._graphs = 0, None
 
     def _forward(self, backward, index, options):
@@ -159,8 +155,8 @@ def tune_pass(table, name, backward, present, problem, seconds, rounds):
         f"{words(tried[i])}: {1e6 * np.median(measured[i]):.1f} us, {speedups[i]:.3f}x" + (" (present)" * (i == 0))
         for i in order
     ]
-    better = None
-    if (best := tried[order[0]]) is not present:
+    better, best = None, tried[order[0]]
+    if best is not present:
         once, other = times(table, name, backward, [present, best], problem, seconds, 2 * rounds)
         low, middle, high = np.percentile(once / other, (20, 50, 80))
         better = best if low > 1 else None
@@ -184,8 +180,7 @@ def tune(table, problem, seconds, rounds, say, write, only=None, deadline=float(
 
     Args:
         table: the operator's launch table; seconds: times a call; write: whether to change the table's file; only:
-            names of passes, ``None`` for all; deadline: by ``time.monotonic``; no pass starts after it; done: a set of
-            what this run has measured already (architecture, pass, shape class), which grows.
+            names of passes; deadline: no pass starts after it; done: what this run has measured already, which grows.
     """
     changed, done = 0, set() if done is None else done
     with ExitStack() as better:
@@ -219,7 +214,7 @@ def main(argv=None):
     parser.add_argument("--passes", nargs="+", choices=passes, help="default: all")
     parser.add_argument("--size", type=int, default=224, help="side of the image in pixels")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="start no new pass after this time")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, but do not change the tables")
     arguments = parser.parse_args(argv)
