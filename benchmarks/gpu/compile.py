@@ -1,9 +1,7 @@
-"""Compiles the kernels that the headline rows launch, without timing: ``python -m benchmarks.gpu.compile --share 1/8``.
+"""Compile the kernels of the headline rows without timing them: ``python -m benchmarks.gpu.compile --share 1/8``.
 
-Triton compiles a kernel in about a second, at its first launch, on one core. ``make gpu`` therefore runs several of
-these processes side by side before the rows: each makes the first calls of its share of the groups and leaves the
-compiled kernels in Triton's cache, where the rows find them. They are the rows' own calls, so they compile the same
-kernels.
+Triton compiles a kernel at its first launch, in about a second on one core. Before the rows, ``make gpu`` runs several
+of these processes side by side: each makes the first calls of its share of the rows, which fills Triton's cache.
 """
 
 import argparse
@@ -31,22 +29,16 @@ def calls(suites, device):
     ]
 
 
-def share(found, number, of):
-    """Every ``of``-th of a list from the ``number``-th on, counted from 1: neighbours need about as much each."""
-    return found[number - 1 :: of]
-
-
 def compile_calls(found, device):
-    """Make the first call of each, forward and backward. Returns the exit code: 1 if one failed.
+    """Make each first call, forward and backward. Returns the exit code: 1 if one failed.
 
-    What does not fit into the memory that other processes leave is compiled when it is measured.
+    Calls that do not fit into the memory beside the other processes are compiled when they are measured.
     """
     code = 0
     for group, provider in found:
         try:
-            harness.prepare(
-                subjects.build(group, device), provider, device, clocks.clock(device, group.suite), check=False
-            )
+            clock = clocks.clock(device, group.suite)
+            harness.prepare(subjects.build(group, device), provider, device, clock, check=False)
             print(f"{group.id}, {provider.name}: ready", flush=True)
         except torch.OutOfMemoryError:
             print(f"{group.id}, {provider.name}: too little memory beside the other processes", flush=True)
@@ -65,17 +57,17 @@ def _share(text):
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
     if match is None or int(match[1]) > int(match[2]):
         raise argparse.ArgumentTypeError(f"must be like 2/8, got {text!r}")
-    return int(match[1]), int(match[2])
+    return slice(int(match[1]) - 1, None, int(match[2]))
 
 
 def main(argv=None):
     """Compile a share."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compile", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="the K-th of N parts of all calls")
+    parser.add_argument("--share", type=_share, default="1/1", metavar="K/N", help="every N-th call, from the K-th on")
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=SUITES, metavar="NAME")
     arguments = parser.parse_args(argv)
-    return compile_calls(share(calls(arguments.suite, arguments.device), *arguments.share), arguments.device)
+    return compile_calls(calls(arguments.suite, arguments.device)[arguments.share], arguments.device)
 
 
 if __name__ == "__main__":

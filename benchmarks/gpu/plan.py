@@ -1,10 +1,10 @@
-"""What ``make gpu`` runs: its parts in their order, and the most time that each may take.
+"""The parts of ``make gpu`` in their order, and the time limit of each.
 
-The native operators are built for the card's own architecture, and the kernels of the headline rows are compiled by all
-cores. Then come these rows, which check every result before they time it, then the checks, then the rest. No kernel is
-compiled when a run begins, and each takes Triton about a second: the shared test cases alone need 163 of them in bf16.
-What is not timed therefore runs side by side, one process a core. What ``torch.compile`` tunes for minutes has a part
-of its own, so that it cannot use up the time of the other rows.
+The native operators are built for the card's own architecture, and the kernels of the headline rows are compiled on all
+cores. Then come these rows, each checked before it is timed, then the checks, then the other rows. No kernel is
+compiled when a run starts, and Triton takes about a second for each (the shared test cases alone need 163 in bf16), so
+parts that are not timed run side by side, one process per core. Rows with ``torch.compile``, which tunes for minutes,
+are a part of their own.
 """
 
 import os
@@ -16,29 +16,29 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 
 TOTAL_SECONDS = {False: 480, True: 170}
-"""Of a whole run and of a quick one, from the start of its process, with everything that :data:`END_SECONDS` is for."""
+"""Of a full and a quick run, from the start of the process, :data:`END_SECONDS` included."""
 
 END_SECONDS = 25
-"""Of a run's time, for what comes after the last part's limit: ten to end its processes, the report, the archive."""
+"""Reserved for what follows the last part's limit: ending its processes, summaries, archive."""
 
 SUITES_MARGIN = 30
-"""Seconds between the suites' last start of a group and the end of their part: a group with new kernels takes that."""
+"""Seconds between the last start of a group and the limit of a suites part: a group with new kernels takes that."""
 
 MOST_COMPILING = 12
-"""Processes that compile kernels side by side: each loads PyTorch and takes memory of the GPU for a context."""
+"""Compiling processes side by side: each loads PyTorch and takes GPU memory for a context."""
 
 CHECKS = ("verify-", "tests-")
-"""How the names of the parts begin whose failure says that the run's numbers are not to be trusted."""
+"""Prefixes of the parts whose failure means that the run's numbers are not to be trusted."""
 
 LEAST_FOR_ROWS = 10.0
-"""Seconds in which the suites start groups, however short their part is; with less they would measure nothing."""
+"""Seconds in which the suites start groups, however short their part is."""
 
 WORTH_STARTING = 50
-"""Seconds that a part without a limit of its own needs at least."""
+"""Minimum seconds for a part without a limit of its own."""
 
 
 class Stage(NamedTuple):
-    """Parts that follow each other in a plan and run side by side: the most time of all, and how many at once."""
+    """Consecutive parts that run side by side: their total time, and how many run at once."""
 
     name: str
     seconds: float
@@ -46,10 +46,9 @@ class Stage(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One step: a name, its time limit (``None``: what later parts leave), and its command for a limit in seconds.
+    """One step: its time limit (``None``: the time that later parts leave), and its command for a limit in seconds.
 
-    ``command`` is ``None`` where a quick run leaves the part out; ``folder`` is where suites put their rows; a part
-    with a ``stage`` runs beside its neighbours of that stage.
+    ``command`` is ``None`` where a quick run leaves the part out; ``folder`` is for the rows of suites.
     """
 
     name: str
@@ -64,35 +63,30 @@ VERIFIED = {
     "layer": ("performer_layer", "token_mlp"),
     "others": ("model", "performer_attention", "soft_split", "soft_composition", "fused_fold_unfold"),
 }
-"""Operators of one process of ``verify``: each has about as many kernels to compile, 66, 57 and 40 in a dtype."""
+"""Operators of one ``verify`` process: with 66, 57 and 40 kernels to compile per dtype."""
 
+CUDA, LAYERS, NATIVE = (f"gpu/test_{name}.py" for name in ("triton_cuda", "triton_cuda_layers", "native_cuda"))
 COVERED = "not against_float64"
 """``verify`` compares the same cases within the same tolerances."""
 
 TESTS = {
-    "attention": ("gpu/test_triton_cuda.py", f"{COVERED} and not widths"),
-    "widths": ("gpu/test_triton_cuda.py", "widths"),
-    "layers": ("gpu/test_triton_cuda_layers.py", "not golden"),
-    "golden": ("gpu/test_triton_cuda_layers.py", "golden"),
-    "native": ("gpu/test_native_cuda.py", COVERED),
+    "attention": (CUDA, f"{COVERED} and not widths"),
+    "widths": (CUDA, "widths"),
+    "layers": (LAYERS, "not golden"),
+    "golden": (LAYERS, "golden"),
+    "native": (NATIVE, COVERED),
 }
-"""Tests of one process: a file, and which of it. Those that are marked gpu elsewhere run in one more."""
+"""A file and an expression for each pytest process; one more runs the gpu tests of other files."""
 
 TELLING = "(graphs or current_stream or peak_memory or swapped_model) and not fp16 and not fp32"
 """Tests of a quick run: what ``verify`` and the rows cannot see, in bf16."""
 
-QUICK_TESTS = {
-    "attention": ("gpu/test_triton_cuda.py", TELLING),
-    "layers": ("gpu/test_triton_cuda_layers.py", TELLING),
-    "native": ("gpu/test_native_cuda.py", TELLING),
-}
-
-
+QUICK_TESTS = {"attention": (CUDA, TELLING), "layers": (LAYERS, TELLING), "native": (NATIVE, TELLING)}
 QUICK_SUITES = ("module", "models", "training")
 
 
-def _python(*words):
-    return lambda seconds: [sys.executable, *map(str, words)]
+def _part(name, seconds, *words, **more):
+    return Part(name, seconds, lambda limit: [sys.executable, *map(str, words)], **more)
 
 
 def _build(device, seconds):
@@ -103,12 +97,13 @@ def _build(device, seconds):
 
 
 def _compile(device, jobs, seconds, *suites):
-    """The kernels of the headline rows of some suites (none: of all), in several processes."""
+    """The kernels of the headline rows of some suites (default: all), in several processes."""
     shares = min(jobs, MOST_COMPILING)
     stage = Stage("compile", seconds, shares)
+    suite = ("--suite", *suites) if suites else ()
     for share in range(1, shares + 1):
-        words = ["--device", device.name, "--share", f"{share}/{shares}", *(["--suite", *suites] if suites else [])]
-        yield Part(f"compile-{share}", seconds, _python("-m", "benchmarks.gpu.compile", *words), stage=stage)
+        words = ("--device", device.name, "--share", f"{share}/{shares}", *suite)
+        yield _part(f"compile-{share}", seconds, "-m", "benchmarks.gpu.compile", *words, stage=stage)
 
 
 def _suites(name, box, device, out, *more):
@@ -116,47 +111,49 @@ def _suites(name, box, device, out, *more):
 
     def command(seconds):
         limit = max(LEAST_FOR_ROWS, seconds - SUITES_MARGIN)
-        words = ["--device", device.name, "--report", out / name, "--max-seconds", f"{limit:.0f}", *more]
-        return _python("-m", "benchmarks", *words)(seconds)
+        words = ("--device", device.name, "--report", str(out / name), "--max-seconds", f"{limit:.0f}", *more)
+        return [sys.executable, "-m", "benchmarks", *words]
 
     return Part(name, box, command, out / name)
 
 
-def _verify(device, dtypes):
+def _verify(device, stage, *dtypes):
     for dtype in dtypes:
         for name, operators in VERIFIED.items():
             words = [word for op in operators for word in ("--op", op)]
-            command = _python("-m", "t2t_fast", "verify", "--device", device.name, "--dtype", dtype, *words)
+            command = ("-m", "t2t_fast", "verify", "--device", device.name, "--dtype", dtype, *words)
             # the largest compiles for about 70 seconds
-            yield Part(f"verify-{name}-{dtype}", 140, command)
+            yield _part(f"verify-{name}-{dtype}", 140, *command, stage=stage)
 
 
-def _tests(chosen, others):
-    """Pytest on some files; ``others``: also on the remaining ones with tests marked gpu."""
-    # a line a test: a log that ends early tells how far it came; a lost context fails all, so tracebacks are short
+def _tests(chosen, stage, others=False):
+    """Pytest on some files; ``others``: also on the remaining files with gpu tests."""
+    # one line per test: a log that ends early still shows its progress; short tracebacks: a lost context fails all
     words = ("-m", "pytest", "-v", "--tb=short", "--durations=10", "-m", "gpu and not slow")
     for name, (file, expression) in chosen.items():
-        yield Part(f"tests-{name}", 160, _python(*words, "-k", expression, Path("tests", file)))
+        yield _part(f"tests-{name}", 160, *words, "-k", expression, Path("tests", file), stage=stage)
     if others:
         files = {path for path in ROOT.glob("tests/*/test_*.py") if "pytest.mark.gpu" in path.read_text()}
         files -= {ROOT / "tests" / file for file, _ in chosen.values()}
-        yield Part("tests-others", 160, _python(*words, *(path.relative_to(ROOT) for path in sorted(files))))
+        yield _part("tests-others", 160, *words, *(path.relative_to(ROOT) for path in sorted(files)), stage=stage)
 
 
-def _numbers(device, out):
-    """What tells how exact, how finite and how neutral the package is, and what the compilers made of its kernels."""
-    neutrality = ("--steps", "50", "--out", out / "neutrality")
-    # nine trainings of 50 steps, three dtypes to compile
-    yield Part(
-        "neutrality", 150, _python("-m", "benchmarks.questions.neutrality", "--device", device.name, *neutrality)
-    )
-    # three dtypes of a module to compile
-    yield Part("half-precision", 120, _python("-m", "benchmarks.questions.amp", "--device", device.name, "--json"))
-    # three dtypes of the attention to compile
-    yield Part("stability", 90, _python("-m", "benchmarks.questions.stability", "--device", device.name))
-    # 112 kernels of one architecture, by all cores; last, since it alone needs no GPU
-    only = [word for word in ("--architecture", device.architecture()) if device.architecture()]
-    yield Part("kernels", 90, _python("-m", "benchmarks.kernels.report", *only, "--json", out / "kernels.json"))
+def _numbers(device, out, stage):
+    """How exact, finite and neutral the package is, and its compiled kernels."""
+    commands = {
+        # nine trainings of 50 steps, three dtypes to compile
+        "neutrality": (150, ("questions.neutrality", "--steps", "50", "--out", out / "neutrality")),
+        # three dtypes of a module to compile
+        "half-precision": (120, ("questions.amp", "--json")),
+        # three dtypes of the attention to compile
+        "stability": (90, ("questions.stability",)),
+    }
+    for name, (seconds, (module, *words)) in commands.items():
+        yield _part(name, seconds, "-m", f"benchmarks.{module}", "--device", device.name, *words, stage=stage)
+    # 112 kernels of one architecture, on all cores; last, since it needs no GPU
+    own = ("--architecture", device.architecture()) if device.architecture() else ()
+    words = ("-m", "benchmarks.kernels.report", *own, "--json", out / "kernels.json")
+    yield _part("kernels", 90, *words, stage=stage)
 
 
 def _full(device, out, jobs):
@@ -166,16 +163,16 @@ def _full(device, out, jobs):
         _build(device, 45),
         # at most 5 groups of rows for each of 12 processes, 10 seconds of them to start
         *_compile(device, jobs, 50),
-        # bf16, nothing by torch.compile: modules, models, training, latency, operators, scaling, memory as they fit
+        # bf16 without torch.compile: modules, models, training, latency, operators, scaling, memory, as far as they fit
         _suites("headline", 100, device, out, "--quick", "--filter", "not compiled"),
-        # bf16 first: what matters most, should the stage's time not do for all
-        *(part._replace(stage=checks) for part in _verify(device, ("bf16",))),
-        *(part._replace(stage=checks) for part in _tests(TESTS, others=True)),
-        *(part._replace(stage=checks) for part in _verify(device, ("fp16", "fp32", "fp64"))),
-        *(part._replace(stage=checks) for part in _numbers(device, out)),
+        # bf16 first: the most important, should the stage run out of time
+        *_verify(device, checks, "bf16"),
+        *_tests(TESTS, checks, others=True),
+        *_verify(device, checks, "fp16", "fp32", "fp64"),
+        *_numbers(device, out, checks),
         # max-autotune takes up to a minute for each of four compiled rows: the module's inference, then its training
         _suites("compiled", 65, device, out, "--quick", "--suite", "module", "--filter", "not aten"),
-        # what is left; the next call into the same folder goes on
+        # the remaining time; the next call with the same folder resumes
         _suites("suites", None, device, out, "--filter", "not compiled"),
     ]
 
@@ -183,18 +180,18 @@ def _full(device, out, jobs):
 def _quick(device, out, jobs):
     checks = Stage("checks", 38, jobs)
     return [
-        # a card's first build; what it has compiled at the limit, the next one keeps
+        # a card's first build; a second call reuses what is compiled by then
         _build(device, 30),
         *_compile(device, jobs, 25, *QUICK_SUITES),
-        # what build and checks leave, 60 seconds and more: the module's inference and training, then the lite model's
+        # the time that build and checks leave, at least 60 seconds: the module's rows, then the lite model's
         _suites("headline", None, device, out, "--quick", "--suite", *QUICK_SUITES, "--filter", "not compiled"),
-        *(part._replace(stage=checks) for part in _verify(device, ("bf16",))),
-        *(part._replace(stage=checks) for part in _tests(QUICK_TESTS, others=False)),
+        *_verify(device, checks, "bf16"),
+        *_tests(QUICK_TESTS, checks),
     ]
 
 
 def plan(device, out, quick, jobs):
-    """The parts in their order; in a quick run also, without a command, those that it leaves out.
+    """The parts in their order; those that a quick run leaves out have no command.
 
     Args:
         device: has a ``name`` for ``--device``, an ``architecture()`` for the kernel report and a ``capability()`` for

@@ -1,21 +1,26 @@
-"""Compiled kernels as cuobjdump shows them: resources, memory accesses, matrix instructions, and the main loop."""
+"""Read compiled kernels with cuobjdump: resources, memory accesses, matrix instructions, and the main loop."""
 
+import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
+
+import networkx  # a dependency of torch
 
 TOOL = "cuobjdump"
+NO_TOOL = f"{TOOL} is neither on PATH nor in a CUDA toolkit nor in Triton's package"
 
 # Template arguments of one letter in a mangled name.
 _TYPES = {"f": "float", "d": "double", "t": "2 bytes", "j": "4 bytes", "m": "8 bytes"}
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s+([\w$]+)\s*:?\s*$")
 _ARCHITECTURE = re.compile(r"^\s*(?:arch\s*=|code for)\s*(sm_\w+)")
-_USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)")
+_USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)")
 _INSTRUCTION = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)\s*([^;&?]*)"
 )
@@ -23,9 +28,23 @@ _TARGET = re.compile(r"(?:.*[\s,])?0x([0-9a-f]+)\s*$")
 _ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")
 
 
+class Instruction(NamedTuple):
+    """One line of a listing; ``guard`` is its predicate, or ``None``."""
+
+    address: int
+    guard: str | None
+    opcode: str
+    operands: str
+
+    @property
+    def kind(self):
+        """The opcode without its modifiers."""
+        return self.opcode.partition(".")[0]
+
+
 @dataclass
 class Code:
-    """What some instructions do; ``loads`` and ``stores`` count global accesses by their bytes, ``matrix`` by kind."""
+    """Instruction counts; ``loads`` and ``stores`` count global accesses by their bytes, ``matrix`` by kind."""
 
     instructions: int = 0
     loads: Counter = field(default_factory=Counter)
@@ -36,10 +55,10 @@ class Code:
 
 @dataclass
 class Kernel:
-    """One kernel of one architecture: all its code, and the loop in which it spends its time (empty without one).
+    """A kernel compiled for one architecture: the counts of all its code and of its main loop (empty without one).
 
-    ``once_round``: the fewest instructions of a warp for one time round the loop; ``around``: the fewest of what is
-    around it, up to the loop that it is in, or up to the whole kernel.
+    ``once_round``: the fewest instructions of a warp in one iteration of the main loop; ``around``: the fewest
+    instructions outside of it, within the enclosing loop or the whole kernel.
     """
 
     name: str
@@ -52,35 +71,24 @@ class Kernel:
     once_round: int = 0
     around: int = 0
 
-    def plain(self):
-        """The kernel as dictionaries, for JSON."""
-        return {**vars(self), "code": vars(self.code), "loop": vars(self.loop)}
-
-
-def _triton_tool(name):
-    triton = find_spec("triton")
-    found = triton and triton.origin and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
-    return str(found) if found and found.is_file() else None
-
 
 def find_tool(name=TOOL, triton_first=False):
-    """A program of the CUDA toolkit: on ``PATH``, beside nvcc, or in Triton's package; ``None`` where it is nowhere.
+    """A program of the CUDA toolkit: on ``PATH``, beside nvcc, or in Triton's package; ``None`` if it is not found.
 
-    ``triton_first``: what Triton compiled may be newer than the toolkit, so its package comes first.
+    ``triton_first``: search Triton's package first, since its compiler may be newer than the toolkit.
     """
-    found = (triton_first and _triton_tool(name)) or shutil.which(name)
-    if found:
-        return found
-    folders = [Path("/usr/local/cuda/bin")]
+    triton, folders = find_spec("triton"), [*os.get_exec_path(), "/usr/local/cuda/bin"]
     if nvcc := shutil.which("nvcc"):
-        # nvcc may be a wrapper script: what it would run tells where the toolkit is
-        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
-        folders += [Path(top) / "bin" for top in re.findall(r"^#\$ TOP=(.*)$", told, re.MULTILINE)]
-    return next((str(path) for folder in folders if (path := folder / name).is_file()), None) or _triton_tool(name)
+        # nvcc may be a wrapper script; a dry run prints the toolkit's folder
+        printed = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+        folders += [f"{top}/bin" for top in re.findall(r"^#\$ TOP=(.*)$", printed, re.MULTILINE)]
+    if triton and triton.origin:
+        folders.insert(0 if triton_first else len(folders), f"{Path(triton.origin).parent}/backends/nvidia/bin")
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def readable(mangled):
-    """``split_tiles<float>`` from a mangled name, or the name itself where it is of another kind."""
+    """``split_tiles<float>`` from a mangled name; names of another form are returned unchanged."""
     name, rest = mangled, mangled.removeprefix("_ZN" if mangled.startswith("_ZN") else "_Z")
     if rest == mangled:
         return mangled
@@ -96,186 +104,149 @@ def readable(mangled):
 
 def _width(opcode):
     """Bytes that a load or store moves per thread."""
-    for part in opcode.split("."):
-        if match := re.fullmatch(r"[US]?(8|16|32|64|128|256)", part):
-            return int(match[1]) // 8
-    return 4
+    match = re.search(r"\.[US]?(8|16|32|64|128|256)(?![\w])", opcode)
+    return int(match[1]) // 8 if match else 4
 
 
-def _count(opcodes):
-    found = Code(instructions=len(opcodes))
-    for opcode in opcodes:
-        kind = opcode.partition(".")[0]
-        if kind in ("LDG", "LDGSTS"):
-            found.loads[_width(opcode)] += 1
-        elif kind == "STG":
-            found.stores[_width(opcode)] += 1
-        elif kind in ("LDL", "STL"):
-            found.spills += 1
-        elif kind.endswith("MMA"):
-            found.matrix[kind] += 1
-    return found
+def count(instructions):
+    """The :class:`Code` of some instructions."""
+    code = Code(instructions=len(instructions))
+    for each in instructions:
+        if each.kind in ("LDG", "LDGSTS"):
+            code.loads[_width(each.opcode)] += 1
+        elif each.kind == "STG":
+            code.stores[_width(each.opcode)] += 1
+        elif each.kind in ("LDL", "STL"):
+            code.spills += 1
+        elif each.kind.endswith("MMA"):
+            code.matrix[each.kind] += 1
+    return code
 
 
-def _blocks(instructions):
-    """The flow graph: ranges of instructions that run as one, and for each the blocks that may follow it."""
-    places = {address: index for index, (address, *_) in enumerate(instructions)}
-    starts, jumps = {0}, {}
-    for index, (_, guard, opcode, operands) in enumerate(instructions):
-        kind = opcode.partition(".")[0]
-        # ptxas makes some conditional branches calls that never return; other calls return
-        if (
-            (kind == "BRA" or (kind == "CALL" and guard))
-            and (target := _TARGET.match(operands))
-            and int(target[1], 16) in places
-        ):
-            # a condition is before the instruction or among its operands: BRA P2, 0x40
-            sure = not guard and target[0].strip() == f"0x{target[1]}"
-            jumps[index] = (places[int(target[1], 16)], sure)
-            starts |= {jumps[index][0], index + 1}
-        elif kind in _ENDS and not guard:
-            jumps[index] = (None, True)
+def _flow_graph(instructions):
+    """The reachable basic blocks, each named by the index of its first instruction, and the jumps between them."""
+    places = {each.address: index for index, each in enumerate(instructions)}
+    starts, jumps = {0}, {}  # index of a jump: (index of its target, whether it is unconditional)
+    for index, each in enumerate(instructions):
+        # ptxas turns some conditional branches into calls that never return; other calls return
+        branch = each.kind == "BRA" or (each.kind == "CALL" and each.guard)
+        target = _TARGET.match(each.operands) if branch else None
+        if target and (place := places.get(int(target[1], 16))) is not None:
+            # the condition is the guard or one of the operands: BRA P2, 0x40
+            jumps[index] = place, not each.guard and target[0].strip() == f"0x{target[1]}"
+            starts |= {place, index + 1}
+        elif each.kind in _ENDS and not each.guard:
+            jumps[index] = None, True
             starts.add(index + 1)
-    order = sorted(start for start in starts if start < len(instructions))
-    numbers = {start: number for number, start in enumerate(order)}
-    blocks, following = [], []
-    for start, end in zip(order, [*order[1:], len(instructions)], strict=True):
-        target, sure = jumps.get(end - 1, (None, False))
-        after = [] if target is None else [numbers[target]]
-        blocks.append(range(start, end))
-        following.append(after + ([numbers[end]] if not sure and end in numbers else []))
-    return blocks, following
+    graph, order = networkx.DiGraph(), sorted(starts | {len(instructions)})
+    for start, end in pairwise(order):
+        graph.add_node(start, code=instructions[start:end])
+        target, unconditional = jumps.get(end - 1, (None, False))
+        if target is not None:
+            graph.add_edge(start, target)
+        if not unconditional and end < len(instructions):
+            graph.add_edge(start, end)
+    return graph.subgraph({0} | networkx.descendants(graph, 0)).copy() if instructions else graph
 
 
-def _reachable(following):
-    """The blocks to which a way leads from the first, and what comes before each of them."""
-    preceding, wanted = {0: []}, [0]
-    while wanted:
-        block = wanted.pop()
-        for other in following[block]:
-            if other not in preceding:
-                preceding[other] = []
-                wanted.append(other)
-            preceding[other].append(block)
-    return preceding
+class _Loop(NamedTuple):
+    head: int
+    body: set
+    latches: set
+    """The blocks that jump back to the head."""
+    code: Code
 
 
-def _loops(preceding):
-    """The natural loops of a flow graph: the first block of each, all its blocks, and those that lead back."""
-    dominators = {block: {0} if block == 0 else set(preceding) for block in preceding}
-    changed = True
-    while changed:
-        changed = False
-        for block in preceding.keys() - {0}:
-            found = {block} | set.intersection(*(dominators[other] for other in preceding[block]))
-            changed |= found != dominators[block]
-            dominators[block] = found
-    for head in preceding:
-        ends = {block for block in preceding[head] if head in dominators[block]}
-        body, wanted = {head}, list(ends)
-        while wanted:
-            if (block := wanted.pop()) not in body:
-                body.add(block)
-                wanted += preceding[block]
-        if ends:
-            yield head, body, ends
+def _loops(graph):
+    """The natural loops of a flow graph."""
+    dominators = networkx.immediate_dominators(graph, 0)
+
+    def dominates(head, block):
+        while block not in (head, 0):
+            block = dominators[block]
+        return block == head
+
+    for head in graph:
+        latches = {block for block in graph.predecessors(head) if dominates(head, block)}
+        if latches:
+            without = networkx.restricted_view(graph, [head], [])
+            body = {head, *latches}.union(*(networkx.ancestors(without, each) for each in latches - {head}))
+            yield _Loop(head, body, latches, count([each for block in body for each in graph.nodes[block]["code"]]))
 
 
-def _fewest(blocks, following, first, ends, inside, free=frozenset()):
-    """The fewest instructions of a way ``inside`` from the block ``first`` through one of ``ends``, 0 where none leads.
+def _fewest(graph, first, last, inside, free=frozenset()):
+    """The fewest instructions on a path ``inside`` from the block ``first`` to one of ``last``; 0 without a path.
 
     Those of ``free`` blocks are not counted.
     """
-    least, open_ways = {}, [(0 if first in free else len(blocks[first]), first)]
-    while open_ways:
-        count, block = heappop(open_ways)
-        if block in ends:
-            return count
-        if block not in least:
-            least[block] = count
-            for other in inside.intersection(following[block]):
-                heappush(open_ways, (count + (0 if other in free else len(blocks[other])), other))
-    return 0
+
+    def size(block):
+        return 0 if block in free else len(graph.nodes[block]["code"])
+
+    lengths = networkx.single_source_dijkstra_path_length(
+        graph.subgraph(inside), first, weight=lambda _, block, __: size(block)
+    )
+    return min((size(first) + lengths[block] for block in last if block in lengths), default=0)
 
 
 def main_loop(instructions):
-    """What the innermost loop with the most work does, and a :class:`Kernel`'s ``once_round`` and ``around``.
+    """The counts of the innermost loop with the most work, and a :class:`Kernel`'s ``once_round`` and ``around``.
 
-    Work is matrix instructions, and where there are none, accesses to global memory: a loop that only waits has
-    neither. What seldom runs is counted with the rest of the loop, but on no way round it.
-
-    Args:
-        instructions: (address, guard, opcode, operands) of each, in their order.
+    Work is matrix instructions or, in kernels without them, global memory accesses; this excludes loops that only wait.
+    Rarely executed blocks are in the loop's counts, but not on its shortest path.
     """
-    blocks, following = _blocks(instructions)
-    found, reachable = [], _reachable(following)
-    for head, body, ends in _loops(reachable):
-        code = _count([instructions[index][2] for block in body for index in blocks[block]])
-        found.append((code, head, body, ends))
-    exits = {block for block in reachable if any(instructions[i][2].startswith("EXIT") for i in blocks[block])}
-    everything = 0, set(reachable), exits
+    graph = _flow_graph(instructions)
+    loops = list(_loops(graph)) if graph else []
     for work in (lambda code: code.matrix.total(), lambda code: code.loads.total() + code.stores.total()):
-        working = [loop for loop in found if work(loop[0])]
-        inner = [loop for loop in working if not any(other[2] < loop[2] for other in working)]
+        working = [loop for loop in loops if work(loop.code)]
+        inner = [loop for loop in working if not any(other.body < loop.body for other in working)]
         if inner:
-            code, head, body, ends = max(inner, key=lambda loop: (work(loop[0]), loop[0].instructions))
-            wider = [loop[1:] for loop in found if body < loop[2]]
-            first, inside, last = min(wider, key=lambda loop: len(loop[1]), default=everything)
-            before = _fewest(blocks, following, first, {head}, inside, body)
-            behind = _fewest(blocks, following, head, last, inside, body)
-            return code, _fewest(blocks, following, head, ends, body), before + behind
+            loop = max(inner, key=lambda loop: (work(loop.code), loop.code.instructions))
+            exits = {block for block, code in graph.nodes("code") if any(each.kind == "EXIT" for each in code)}
+            wider = [other for other in loops if loop.body < other.body]
+            outer = min(wider, key=lambda other: len(other.body), default=_Loop(0, set(graph), exits, Code()))
+            before = _fewest(graph, outer.head, {loop.head}, outer.body, loop.body)
+            behind = _fewest(graph, loop.head, outer.latches, outer.body, loop.body)
+            return loop.code, _fewest(graph, loop.head, loop.latches, loop.body), before + behind
     return Code(), 0, 0
 
 
-def parse(usage, code):
-    """Kernels from what ``cuobjdump -res-usage`` and ``cuobjdump -sass`` print."""
-    kernels, listings, architecture, key = {}, {}, "", None
-    for line in usage.splitlines():
+def parse(text):
+    """Kernels from the output of ``cuobjdump -res-usage -sass``."""
+    usage, listings, architecture, function = {}, {}, "", None
+    for line in text.splitlines():
         if match := _ARCHITECTURE.match(line):
-            architecture = match[1]
+            architecture, function = match[1], None
         elif match := _FUNCTION.match(line):
-            key = (architecture, match[1])
-            kernels[key] = Kernel(readable(match[1]), architecture)
-        elif key and (match := _USAGE.search(line)):
-            kernel = kernels[key]
-            kernel.registers, kernel.stack, kernel.shared = (int(match[i]) for i in (1, 2, 3))
-    key = None
-    for line in code.splitlines():
-        if match := _ARCHITECTURE.match(line):
-            architecture, key = match[1], None
-        elif match := _FUNCTION.match(line):
-            key = (architecture, match[1])
-            # the resources of a file for one architecture are printed without its name
-            kernel = kernels.pop(("", match[1]), None) or kernels.get(key) or Kernel(readable(match[1]), architecture)
-            kernel.architecture = architecture
-            kernels[key] = kernel
-        elif key and (match := _INSTRUCTION.match(line)):
-            address, guard, opcode, operands = match.groups()
-            listings.setdefault(key, []).append((int(address, 16), guard, opcode, operands))
-    for key, instructions in listings.items():
-        kernel = kernels[key]
-        # what follows the last branch fills a line of the instruction cache
-        kernel.code = _count([opcode for _, _, opcode, _ in instructions if opcode != "NOP"])
-        kernel.loop, kernel.once_round, kernel.around = main_loop(instructions)
-    return list(kernels.values())
+            function = match[1]
+        elif function and (match := _USAGE.search(line)):
+            usage[architecture, function] = [int(size) for size in match.groups()]
+        elif function and (match := _INSTRUCTION.match(line)):
+            address, *words = match.groups()
+            listings.setdefault((architecture, function), []).append(Instruction(int(address, 16), *words))
+    kernels = []
+    for (architecture, name), instructions in listings.items():
+        # for a file of one architecture the resources are printed without its name
+        resources = usage.get((architecture, name)) or usage.get(("", name), (0, 0, 0))
+        # the NOPs behind the last branch fill a line of the instruction cache
+        code = count([each for each in instructions if each.opcode != "NOP"])
+        kernels.append(Kernel(readable(name), architecture, *resources, code, *main_loop(instructions)))
+    return kernels
 
 
 def read(path, tool):
-    """The kernels in a file (a library or one kernel's binary); empty where it has none.
+    """The kernels in a file (a library or a cubin); an empty list if it has none.
 
     Raises:
         subprocess.CalledProcessError: the tool failed.
     """
-    texts = []
-    for option in ("-res-usage", "-sass"):
-        run = subprocess.run([tool, option, str(path)], capture_output=True, text=True)
-        if "does not contain device code" in run.stdout + run.stderr:
-            return []
-        run.check_returncode()
-        texts.append(run.stdout + run.stderr)
-    return parse(*texts)
+    run = subprocess.run([tool, "-res-usage", "-sass", str(path)], capture_output=True, text=True)
+    if "does not contain device code" in run.stdout + run.stderr:
+        return []
+    run.check_returncode()
+    return parse(run.stdout + run.stderr)
 
 
 def widths(accesses):
-    """Counts of accesses as words: ``16B:4 4B:1``."""
+    """Access counts as text: ``16B:4 4B:1``."""
     return " ".join(f"{width}B:{accesses[width]}" for width in sorted(accesses, reverse=True)) or "-"

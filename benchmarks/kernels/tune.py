@@ -1,10 +1,10 @@
-"""Tune the launch parameters of the Triton kernels on this card: ``python -m benchmarks.kernels.tune [--op NAME]``.
+"""Tune the launch parameters of the Triton kernels on this GPU: ``python -m benchmarks.kernels.tune [--op NAME]``.
 
-For each operator with a table, stage of T2T-ViT, dtype and pass, every candidate is checked against float64 and then
-timed: the operator's whole forward or backward with only that pass's parameters varied, round by round in turn. A
-candidate that fails is skipped with its reason. The fastest is measured once more against the present parameters alone,
-since the best of many is partly luck. Only if it is faster there too, in four rounds of five, it enters the table of
-this architecture, and the later passes run with it.
+For each operator with a launch table, stage of T2T-ViT, dtype and pass, every candidate is checked against float64 and
+timed: the operator's whole forward or backward, varying only that pass's parameters, candidates interleaved in rounds.
+A candidate that fails is skipped with its reason. As the best of many is partly luck, it is measured again against the
+present parameters alone; if it is faster there in four rounds of five, it is written to the table of this architecture,
+and later passes run with it.
 """
 
 import argparse
@@ -12,67 +12,130 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from unittest.mock import patch
 
+import numpy as np
 import torch
 
-from ..measure.harness import Participant, interleave
-from ..measure.statistics import ratios, summary
-from . import tune_problems
-from .tune_problems import STAGES, Problem
+import t2t_fast
 
-ROUNDS = 30
+from ..suites import subjects
+from ..suites.groups import MODES, Group
+
+STAGES = {
+    "performer_attention": ("stage1",),
+    "soft_split_linear": ("stage1", "stage2", "stage3"),
+    "token_mlp": ("stage1",),
+    "performer_layer": ("stage1", "stage2"),
+}
+"""The stages whose calls differ in more than the number of tokens, on which no table depends."""
+
 CYCLES = 2_000_000
-"""How long the GPU waits before a timed call, about a millisecond: launching the call's kernels takes less."""
+"""How long the GPU waits before a timed call: about a millisecond, longer than launching the call's kernels takes."""
 
 
-class EventTimer:
-    """GPU time of a call by CUDA events. The kernels queue up behind a wait, so that the time has no launches in it."""
-
-    def turn(self, call, implementation, calls):
-        """Seconds of one call; the arguments are those of :func:`harness.interleave`."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(CYCLES)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+def table(op):
+    """An operator's launch table."""
+    return import_module(f"t2t_fast.ops.{op}.triton.launch").TABLE
 
 
-class Result(NamedTuple):
-    """A pass: its present parameters, those that replace them or ``None``, and a line for each candidate."""
+class Problem:
+    """An operator at one stage: inputs in several places in memory, and the expected results.
 
-    present: dict
-    better: dict | None
-    lines: list[str]
+    Args:
+        op: its name; stage: such as "stage1"; size: side of the image in pixels; batch: images; dtype: a name such as
+            "bf16" (half types run under autocast); device, backend: where and how it runs.
+    """
+
+    def __init__(self, op, stage, size, batch, dtype, device="cuda", backend="triton"):
+        self.backend, self.name = backend, f"{op} {stage}, {dtype}, {size} px, batch {batch}"
+        self._sides = []  # forward and backward: the subject and its implementation
+        for mode in MODES:
+            subject = subjects.build(Group("op", f"{op}-{stage}", size, batch, dtype, mode), device)
+            self._sides.append((subject, subject.make("t2t_fast")))
+        self._options = {}
+        if op in ("token_mlp", "performer_layer"):  # as upstream trains; with dropout the kernels draw random numbers
+            self._options = {"proj_drop": 0.1, "mlp_drop": 0.1, "seed": torch.tensor(0, device=device)}
+        self._turn, self._graphs = 0, None
+
+    def _forward(self, backward, index, options):
+        subject, implementation = self._sides[backward]
+        with t2t_fast.backend(self.backend), torch.set_grad_enabled(backward), subject.autocast:
+            return implementation.function(**implementation.inputs[index], **options)
+
+    def check(self, backward):
+        """Check the output, or it and the gradients, without dropout; then run what is timed.
+
+        Raises:
+            AssertionError: an error is beyond the suites' tolerances; others: what a launch raises.
+        """
+        subject, implementation = self._sides[backward]
+        out, gradients = self._forward(backward, 0, {}), {}
+        if backward:
+            subject.backward(out, implementation)(out)
+            gradients = implementation.gradients(0)
+            implementation.clear()
+        subject.check(out.detach(), gradients, implementation)
+        self.call(backward)
+
+    def call(self, backward):
+        """The timed call: a forward pass without autograd, or a backward pass; each call takes the next inputs."""
+        subject, implementation = self._sides[backward]
+        self._turn = (self._turn + 1) % len(implementation.inputs)
+        if not backward:
+            self._forward(False, self._turn, {})
+            return
+        if self._graphs is None:
+            self._graphs = [self._forward(True, index, self._options) for index in range(len(implementation.inputs))]
+        out, inputs = self._graphs[self._turn], implementation.inputs[self._turn]
+        leaves = [*implementation.leaves.values(), *(t for t in inputs.values() if t.requires_grad)]
+        torch.autograd.grad(out, leaves, subject.gradient.to(out.dtype), retain_graph=True)
+
+    def passes(self, launch_table):
+        """The passes of a table that the calls launch: name -> (whether in backward, architecture, dtype, *sizes)."""
+        found, chosen = {}, launch_table.chosen
+        for backward in (True, False):
+            self.call(backward)  # a first call runs the kernels' self-tests, with passes that this problem may not have
+
+            def note(name, *key, backward=backward):
+                found[name] = (backward, *key)
+                return chosen(name, *key)
+
+            with patch.object(launch_table, "chosen", note):
+                self.call(backward)
+        return {name: found[name] for name in launch_table.passes if name in found}
+
+
+def gpu_seconds(call):
+    """GPU time of a call by CUDA events. Its kernels queue behind a wait, so the time has no launch overhead."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(CYCLES)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def words(parameters):
-    """Parameters in words."""
+    """Parameters as words."""
     return " ".join(f"{name} {value}" for name, value in parameters.items())
 
 
-def times(table, name, backward, many, problem, timer, rounds):
-    """Seconds of every round for each of some parameters of a pass, in turn."""
-
-    def step(parameters):
-        def run():
-            with table.override(name, parameters):
-                problem.call(backward)
-
-        return run
-
-    participants = [Participant(words(parameters), None, None, step(parameters)) for parameters in many]
-    for participant in participants:
-        participant.step()
-    interleave(participants, timer, rounds)
-    return [participant.times for participant in participants]
+def times(table, name, backward, many, problem, seconds, rounds):
+    """Seconds for each of ``many`` parameters of a pass, in every round; the first round is not counted."""
+    found = np.empty((len(many), rounds + 1))
+    for turn in range(rounds + 1):
+        for index in np.roll(range(len(many)), -turn):
+            with table.override(name, many[index]):
+                found[index, turn] = seconds(lambda: problem.call(backward))
+    return found[:, 1:]
 
 
-def tune_pass(table, name, backward, present, problem, timer, rounds):
-    """Measure the candidates of a pass. Returns a :class:`Result`."""
+def tune_pass(table, name, backward, present, problem, seconds, rounds):
+    """Measure the candidates of a pass. Returns better parameters or ``None``, and a line for each candidate."""
     tried, skipped = [present], []
     problem.check(backward)
     for parameters in table.candidates(name, present):
@@ -82,30 +145,28 @@ def tune_pass(table, name, backward, present, problem, timer, rounds):
             with table.override(name, parameters):
                 problem.check(backward)
             tried.append(parameters)
-        except Exception as failure:  # noqa: BLE001 - compilers and drivers raise what they like; it becomes the reason
+        except Exception as failure:  # noqa: BLE001 - compilers and drivers raise any type; it becomes the reason
             text = (str(failure).strip().splitlines() or [""])[0]
             skipped.append(f"{words(parameters)}: skipped, {type(failure).__name__}: {text[:200]}")
-    found = times(table, name, backward, tried, problem, timer, rounds)
-    speedups = [ratios(found[0], each)["median"] for each in found]
+    measured = times(table, name, backward, tried, problem, seconds, rounds)
+    speedups = np.median(measured[0] / measured, axis=1)
     order = sorted(range(len(tried)), key=lambda index: -speedups[index])
     lines = [
-        f"{words(tried[i])}: {1e6 * summary(found[i])['median']:.1f} us, {speedups[i]:.3f}x"
-        + (" (present)" if i == 0 else "")
+        f"{words(tried[i])}: {1e6 * np.median(measured[i]):.1f} us, {speedups[i]:.3f}x" + (" (present)" * (i == 0))
         for i in order
     ]
-    better = None
-    if order[0] != 0:
-        best = tried[order[0]]
-        again = ratios(*times(table, name, backward, [present, best], problem, timer, 2 * rounds))
-        reached = again["p20"] > 1
-        spread = f"{again['median']:.3f}x ({again['p20']:.3f} to {again['p80']:.3f})"
-        lines.append(f"once more, {words(best)}: {spread}, {'taken' if reached else 'not beyond the noise'}")
-        better = best if reached else None
-    return Result(present, better, lines + skipped)
+    better, best = None, tried[order[0]]
+    if best is not present:
+        once, other = times(table, name, backward, [present, best], problem, seconds, 2 * rounds)
+        low, middle, high = np.percentile(once / other, (20, 50, 80))
+        better = best if low > 1 else None
+        verdict = "accepted" if better else "not beyond the noise"
+        lines.append(f"once more, {words(best)}: {middle:.3f}x ({low:.3f} to {high:.3f}), {verdict}")
+    return better, lines + skipped
 
 
 def enter(path, architecture, name, shape_class, parameters):
-    """Write the parameters of a pass into the table, which other processes see whole or not at all."""
+    """Write the parameters of a pass into the table's file, which is replaced atomically."""
     path = Path(path)
     rows = json.loads(path.read_text())
     rows.setdefault(architecture, {}).setdefault(name, {})[shape_class] = parameters
@@ -114,58 +175,49 @@ def enter(path, architecture, name, shape_class, parameters):
     partial.replace(path)
 
 
-def tune(table, problem, timer, rounds, say, write, only=None, deadline=float("inf"), done=None):
+def tune(table, problem, seconds, rounds, say, write, only=None, deadline=float("inf"), done=None):
     """Tune the passes of one problem, one after the other. Returns how many parameters changed.
 
     Args:
-        table: the operator's launch table; write: whether to change it; only: names of passes, ``None`` for all;
-            deadline: by ``time.monotonic``; no pass begins after it; done: a set of what was measured before in this
-            run (architecture, pass, shape class), which grows.
+        table: the operator's launch table; seconds: times a call; write: whether to change the table's file; only:
+            names of passes; deadline: no pass starts after it; done: what this run has measured already, which grows.
     """
     changed, done = 0, set() if done is None else done
-    with ExitStack() as taken:
+    with ExitStack() as better:
         for name, (backward, architecture, *sizes) in problem.passes(table).items():
+            key = (architecture, name, table.shape_class(name, *sizes))
             if only is not None and name not in only:
                 continue
-            if time.monotonic() > deadline:
-                say(f"{problem.name}, {name}: no time left")
+            if time.monotonic() > deadline or key in done:
+                say(f"{problem.name}, {name}: {'measured before' if key in done else 'no time left'}")
                 continue
-            shape_class = table.shape_class(name, *sizes)
-            if (architecture, name, shape_class) in done:
-                say(f"{problem.name}, {name}: measured before")
-                continue
-            done.add((architecture, name, shape_class))
+            done.add(key)
             say(f"{architecture}, {problem.name}, {name}:")
             present = table.chosen(name, architecture, *sizes)
-            result = tune_pass(table, name, backward, present, problem, timer, rounds)
-            for line in result.lines:
+            faster, lines = tune_pass(table, name, backward, present, problem, seconds, rounds)
+            for line in lines:
                 say(f"  {line}")
-            if result.better is not None:
+            if faster is not None:
                 changed += 1
-                taken.enter_context(table.override(name, result.better))
+                better.enter_context(table.override(name, faster))
                 if write:
-                    enter(table.path, architecture, name, shape_class, result.better)
+                    enter(table.path, *key, faster)
     return changed
-
-
-def parse(argv):
-    """The command line."""
-    names = [name for op in STAGES for name in tune_problems.table(op).passes]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="+", choices=tuple(STAGES), default=list(STAGES), help="operators; default: all")
-    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16", "fp16", "fp32"])
-    parser.add_argument("--passes", nargs="+", choices=names, help="default: all")
-    parser.add_argument("--size", type=int, default=224, help="pixels of the image's side")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="no new pass begins after them")
-    parser.add_argument("--dry-run", action="store_true", help="measure and print, but leave the tables alone")
-    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Tune on this machine's GPU. Returns 0, or 2 without one."""
-    arguments = parse(argv)
+    dtypes, passes = ("bf16", "fp16", "fp32"), [name for op in STAGES for name in table(op).passes]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", nargs="+", choices=tuple(STAGES), default=list(STAGES), help="operators; default: all")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=list(dtypes))
+    parser.add_argument("--passes", nargs="+", choices=passes, help="default: all")
+    parser.add_argument("--size", type=int, default=224, help="side of the image in pixels")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="start no new pass after this time")
+    parser.add_argument("--dry-run", action="store_true", help="measure and print, but do not change the tables")
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("python -m benchmarks.kernels.tune: needs a GPU, torch.cuda.is_available() is False", file=sys.stderr)
         return 2
@@ -174,11 +226,10 @@ def main(argv=None):
         for op in arguments.op:
             done = set()
             for stage in STAGES[op]:
-                table, timer = tune_problems.table(op), EventTimer()
                 problem = Problem(op, stage, arguments.size, arguments.batch, dtype)
                 options = (arguments.rounds, print, not arguments.dry_run, arguments.passes, deadline, done)
-                changed += tune(table, problem, timer, *options)
-    where = "tables left alone" if arguments.dry_run or not changed else "entered into launch.json"
+                changed += tune(table(op), problem, gpu_seconds, *options)
+    where = "tables unchanged" if arguments.dry_run or not changed else "written to launch.json"
     print(f"{torch.cuda.get_device_name()}: {changed} better parameters, {where}")
     return 0
 

@@ -1,11 +1,10 @@
-"""Half precision: how wrong, and how finite, upstream's T2T module and the swapped one are under autocast.
+"""Errors of upstream's T2T module and of the swapped one under autocast: ``python -m benchmarks.questions.amp``.
 
-``python -m benchmarks.questions.amp [--device cpu|cuda]``. A gain scales the weights of k, q and v, as training does.
-Upstream divides 0 by 0 in float16 once D underflows; the swapped module gives what exact arithmetic gives. Errors are
-relative to float64: of the output, and of the worst parameter gradient that has not vanished.
+A gain scales the weights of k, q and v, as training does. Upstream divides 0 by 0 in float16 once D underflows; the
+swapped module returns what exact arithmetic returns. Errors are relative to float64: of the output, and of the worst
+parameter gradient that has not vanished.
 """
 
-import argparse
 import json
 import sys
 from copy import deepcopy
@@ -16,6 +15,9 @@ import t2t_fast
 from t2t_fast import reference
 from t2t_fast.reference.layers import init_weights
 from t2t_fast.testing import DTYPES, errors, natural_images
+
+from ..measure.text_tables import markdown
+from .common import parser
 
 GAINS = (1.0, 2.0, 4.0)
 SIZE, BATCH = 224, 2
@@ -43,50 +45,45 @@ def _run(module, images, gradient, device, dtype):
     return out, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def measure(device):
-    """A list of plain rows, one for each gain, dtype and module."""
+def measure(device, gains=GAINS):
+    """A list of dictionaries, one for each gain, dtype and module."""
     images = natural_images(BATCH, 3, SIZE, SIZE).to(device)
     gradient = torch.randn(BATCH, (SIZE // 16) ** 2, 384, generator=torch.Generator().manual_seed(1)).to(device)
-    found = []
-    for gain in GAINS:
+    rows = []
+    for gain in gains:
         upstream = _module(gain).to(device)
         swapped = deepcopy(upstream)
         t2t_fast.swap(swapped)
         truth, true_gradients = _run(deepcopy(upstream).double(), images, gradient, device, torch.float64)
+        compared = [key for key, g in true_gradients.items() if g.abs().max() > VANISHED]
         for name in ("fp32", "bf16", "fp16"):
             for label, module in (("upstream", upstream), ("t2t_fast", swapped)):
                 out, gradients = _run(module, images, gradient, device, DTYPES[name])
-                finite = bool(out.isfinite().all()) and all(bool(g.isfinite().all()) for g in gradients.values())
-                compared = [key for key, g in true_gradients.items() if g.abs().max() > VANISHED]
+                finite = all(bool(t.isfinite().all()) for t in (out, *gradients.values()))
                 worst = max(errors(gradients[key], true_gradients[key])[0] for key in compared)
-                found.append(
-                    {
-                        "gain": gain,
-                        "dtype": name,
-                        "module": label,
-                        "finite": finite,
-                        "output_error": errors(out, truth)[0] if finite else None,
-                        "gradient_error": worst if finite else None,
-                    }
-                )
-    return found
+                row = {"gain": gain, "dtype": name, "module": label, "finite": finite}
+                numbers = (errors(out, truth)[0], worst) if finite else (None, None)
+                rows.append(row | dict(zip(("output_error", "gradient_error"), numbers, strict=True)))
+    return rows
 
 
 def main(argv=None):
-    """Print the table, or JSON; exit code 1 if the swapped module gave anything that is not finite."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.questions.amp", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    arguments = parser.parse_args(argv)
-    found = measure(arguments.device)
+    """Print the table, or JSON; exit code 1 if the swapped module returned anything that is not finite."""
+    command = parser("amp", __doc__)
+    command.add_argument("--json", action="store_true", help="print the rows as JSON")
+    arguments = command.parse_args(argv)
+    rows = measure(arguments.device)
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(rows, indent=1))
     else:
-        print("gain  dtype  module    output error  worst gradient error")
-        for row in found:
-            numbers = f"{row['output_error']:12.1e}  {row['gradient_error']:20.1e}" if row["finite"] else "  not finite"
-            print(f"{row['gain']:4g}  {row['dtype']:5}  {row['module']:8}  {numbers}")
-    return 0 if all(row["finite"] for row in found if row["module"] == "t2t_fast") else 1
+        numbers = ("output_error", "gradient_error")
+        cells = [[row["gain"], row["dtype"], row["module"], *(_text(row[name]) for name in numbers)] for row in rows]
+        print("\n".join(markdown(("gain", "dtype", "module", "output error", "worst gradient error"), cells)))
+    return 0 if all(row["finite"] for row in rows if row["module"] == "t2t_fast") else 1
+
+
+def _text(error):
+    return "not finite" if error is None else f"{error:.1e}"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Does a swapped model train like upstream's?
 
-``python -m benchmarks.questions.neutrality [--device cpu|cuda] [--quick]``. T2T-ViT-7 learns where on a photograph a
-crop was taken: in float32, and under autocast in bf16 and fp16 (with a gradient scaler), as upstream writes it and
-swapped. All start from the same weights and see the same images in the same order; dropout is off, so that nothing
-random is left. Training amplifies every rounding, so equal curves cannot be asked for. Upstream itself is therefore
-trained in float32 several times more: from weights changed by 1e-6 of their size, and from other weights. A curve's
-distance from upstream's in float32 is the mean difference of their smoothed losses.
+``python -m benchmarks.questions.neutrality [--device cpu|cuda] [--quick]``. T2T-ViT-7 learns where in a picture a crop
+was taken, in float32 and under autocast in bf16 and fp16 (with a gradient scaler), as upstream writes it and swapped.
+The picture is noise with a photograph's spectrum. All runs start from the same weights and see the same crops in the
+same order; dropout is off. Training amplifies every rounding, so the curves cannot be equal. Upstream itself is
+therefore trained in float32 several times more: from weights changed by 1e-6 of their size, and from other weights. The
+distance of a curve is the mean difference of its smoothed losses from upstream's in float32.
 
-The swapped model is neutral in a dtype if it gets no farther than upstream itself does by changed weights, by other
-weights or by the dtype, and within :data:`ROOM` times what changed weights and the dtype do (in fp16, where upstream
-may not be finite, bf16). In fp16, the scaler must not skip a step once it has found its scale.
+The swapped model is neutral in a dtype if its distance is at most upstream's own by changed weights, other weights or
+the dtype, and within :data:`ROOM` times that by changed weights and the dtype (in fp16, where upstream may not be
+finite, bf16). In fp16 the scaler must not skip a step once it has found its scale.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -24,31 +23,29 @@ import torch.nn.functional as F
 
 import t2t_fast
 from t2t_fast import reference
-from t2t_fast.demo.photo import MEAN, STD, load_photo
-from t2t_fast.errors import CommandError
-from t2t_fast.testing import DTYPES
+from t2t_fast.testing import DTYPES, natural_images
+
+from ..measure.text_tables import aligned
+from .common import COLORS, panels, parser, save
 
 CELLS = 4
-"""Rows and columns of the photograph's cells; which one a crop's place belongs to is its class."""
+"""Rows and columns of the picture's cells; the cell of a crop's place is its class."""
 
 SEED, OTHER_SEED = 42, 43
 """Of the initial weights; the first is the default of upstream's training script."""
 
-CHANGE = 1e-6
-"""By how much of itself every initial weight is changed, at one standard deviation."""
+CHANGE, CHANGED_RUNS = 1e-6, 2
+"""Standard deviation of the relative change of every initial weight, and the number of such runs."""
 
-CHANGED_RUNS = 2
 ROOM = 10.0
-"""Other kernels round otherwise, but not by orders of magnitude more; a wrong gradient shows at 1000 times and more."""
+"""Other kernels round differently, but not by orders of magnitude; a wrong gradient shows at 1000 times and more."""
 
 RATE, DECAY = 5e-4, 0.03
 WARM_UP = 0.1
 """Share of the steps over which the learning rate rises, and after which a scaler must have found its scale."""
 
-VIEWS = 2048
 FINEST = 1e-7
-"""A smaller difference than the figure shows; a loss in float32 has steps of 2e-7."""
-COLORS = {"fp32": "#0072b2", "bf16": "#009e73", "fp16": "#d55e00"}
+"""Lower end of the figure's differences; losses in float32 have steps of 2e-7."""
 
 
 class Settings(NamedTuple):
@@ -72,10 +69,8 @@ class Run(NamedTuple):
 
     @property
     def name(self):
-        words = f"{self.form} {self.dtype}"
-        if self.change:
-            words += f", weights changed by {CHANGE:g} ({self.change})"
-        return words if self.seed == SEED else f"{words}, other weights"
+        change = f", weights changed by {CHANGE:g} ({self.change})" if self.change else ""
+        return f"{self.form} {self.dtype}{change}{'' if self.seed == SEED else ', other weights'}"
 
 
 BASE = Run("upstream", "fp32")
@@ -88,22 +83,17 @@ def plan(dtypes):
     return [BASE, *(run for run in pairs if run != BASE), *spread, BASE._replace(seed=OTHER_SEED)]
 
 
-def views(photo, size, count, seed=0):
-    """Crops of a photograph, mirrored or not: (count, 3, size, size) bytes, and the class of each."""
-    from PIL import Image, ImageOps
-
-    generator = torch.Generator().manual_seed(seed)
-    width, height = photo.image.size
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    labels = torch.empty(count, dtype=torch.int64)
-    for index, (share, across, down, flip) in enumerate(torch.rand(count, 4, generator=generator).tolist()):
-        side = max(1.0, (0.3 + 0.2 * share) * min(width, height))
-        left, top = across * (width - side), down * (height - side)
-        view = photo.image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        view = ImageOps.mirror(view) if flip < 0.5 else view
-        images[index] = torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8).view(size, size, 3).movedim(2, 0)
-        labels[index] = int(down * CELLS) * CELLS + int(across * CELLS)
-    return images, labels
+def crops(picture, size, count, generator):
+    """Crops of a picture, mirrored or not: (count, 3, size, size), and the class of each."""
+    share, across, down, flip = torch.rand(4, count, generator=generator)
+    scale = 0.3 + 0.2 * share  # of the picture's side
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = torch.where(flip < 0.5, -scale, scale), scale
+    theta[:, 0, 2], theta[:, 1, 2] = (2 * across - 1) * (1 - scale), (2 * down - 1) * (1 - scale)
+    labels = (down * CELLS).long() * CELLS + (across * CELLS).long()
+    grid = F.affine_grid(theta.to(picture.device), (count, 3, size, size), align_corners=False)
+    images = F.grid_sample(picture.expand(count, -1, -1, -1), grid, padding_mode="border", align_corners=False)
+    return images, labels.to(picture.device)
 
 
 def model_for(run, size):
@@ -123,14 +113,9 @@ def model_for(run, size):
     return model.train()
 
 
-def train(run, settings, data, device):
-    """Losses of every step, and the steps that the gradient scaler skipped.
-
-    Args:
-        data: images and labels of :func:`views`.
-    """
-    images, labels = (t.to(device) for t in data)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+def train(run, settings, device):
+    """Losses of every step, and the steps that the gradient scaler skipped."""
+    picture = natural_images(1, 3, 2 * settings.size, 2 * settings.size).to(device)
     model = model_for(run, settings.size).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, weight_decay=DECAY)
     rising = max(1, round(WARM_UP * settings.steps))
@@ -139,11 +124,10 @@ def train(run, settings, data, device):
     order = torch.Generator().manual_seed(0)
     losses, skipped = [], []
     for step in range(settings.steps):
-        chosen = torch.randint(len(images), (settings.batch,), generator=order).to(device)
-        x = (images[chosen].float() / 255 - mean) / std
+        x, labels = crops(picture, settings.size, settings.batch, order)
         with torch.autocast(device, DTYPES[run.dtype], enabled=run.dtype != "fp32"):
             logits = model(x)
-        loss = F.cross_entropy(logits.float(), labels[chosen])
+        loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         before = scaler.get_scale()
@@ -158,8 +142,7 @@ def train(run, settings, data, device):
 
 def smooth(losses):
     """A running mean over a twentieth of the steps."""
-    window = max(1, len(losses) // 20)
-    return torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(1)
+    return torch.tensor(losses, dtype=torch.float64).unfold(0, max(1, len(losses) // 20), 1).mean(1)
 
 
 def distance(losses, others):
@@ -168,17 +151,16 @@ def distance(losses, others):
 
 
 class Verdict(NamedTuple):
-    """Of the swapped model in a dtype."""
+    """Of the swapped model in a dtype; ``skipped``: steps that the scaler skipped after its warm-up."""
 
     dtype: str
     distance: float
     allowed: float
     skipped: list[int]
-    """Steps that the scaler skipped after its warm-up."""
 
     @property
     def ok(self):
-        return self.distance <= self.allowed and not self.skipped  # not where it is NaN
+        return self.distance <= self.allowed and not self.skipped  # False for NaN
 
 
 def judge(found, dtypes, steps):
@@ -193,19 +175,19 @@ def judge(found, dtypes, steps):
         allowed = max([*known, *changed, *others])
         if known or not halves:
             allowed = min(allowed, ROOM * max([*known, *changed]))
-        _, skipped = found[Run("t2t_fast", dtype)]
-        late = [step for step in skipped if step >= WARM_UP * steps]
+        late = [step for step in found[Run("t2t_fast", dtype)][1] if step >= WARM_UP * steps]
         verdicts.append(Verdict(dtype, away[Run("t2t_fast", dtype)], allowed, late))
     return verdicts
 
 
 def lines(found, verdicts):
     """The report."""
-    yield f"{'run':50}  first loss  last loss  distance  skipped steps"
+    heads = ("run", "first loss", "last loss", "distance", "skipped steps")
+    rows = []
     for run, (losses, skipped) in found.items():
-        ends = smooth(losses)
-        away = distance(losses, found[BASE][0])
-        yield f"{run.name:50}  {ends[0]:10.4f}  {ends[-1]:9.4f}  {away:8.2e}  {len(skipped)}"
+        ends, away = smooth(losses), distance(losses, found[BASE][0])
+        rows.append((run.name, f"{ends[0]:.4f}", f"{ends[-1]:.4f}", f"{away:.2e}", len(skipped)))
+    yield from aligned(heads, rows, right=heads[1:])
     for verdict in verdicts:
         words = "neutral" if verdict.ok else "NOT neutral"
         late = f", skipped steps after the warm-up: {verdict.skipped}" if verdict.skipped else ""
@@ -213,42 +195,29 @@ def lines(found, verdicts):
 
 
 def draw(found, words, path):
-    """The smoothed curves, and how far each is from upstream's in float32, as a PNG. Returns its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.2), layout="constrained")
+    """The smoothed curves, and their differences from upstream's in float32, as a PNG. Returns its path."""
+    figure, (left, right) = panels(words, "loss, smoothed", "difference from upstream fp32")
     base = smooth(found[BASE][0])
     for run, (losses, _) in found.items():
         own = run.change or run.seed != SEED
         style = {"color": "#999999" if own else COLORS[run.dtype], "linewidth": 1.0 if own else 1.6}
         style["linestyle"] = ":" if run.seed != SEED else "-" if own or run.form == "t2t_fast" else "--"
-        label = None if run.change > 1 else run.name.removesuffix(" (1)")
-        left.plot(smooth(losses), label=label, **style)
+        left.plot(smooth(losses), label=None if run.change > 1 else run.name.removesuffix(" (1)"), **style)
         if run != BASE:
             right.plot((smooth(losses) - base).abs().clamp_min(FINEST), **style)
-    left.set_title("loss, smoothed", loc="left", fontsize=11)
-    right.set_title("difference from upstream fp32", loc="left", fontsize=11)
     right.set_yscale("log")
-    for axis in (left, right):
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(words, fontsize=9, color="#555555")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    left.set_xlabel("step")
+    right.set_xlabel("step")
+    return save(figure, path)
 
 
 def write(path, settings, environment, found, verdicts=()):
     """The runs so far as JSON."""
-    runs = [
+    content = {"environment": environment, **settings._asdict()}
+    content["runs"] = [
         {"name": run.name, **run._asdict(), "losses": losses, "skipped": skipped}
         for run, (losses, skipped) in found.items()
     ]
-    content = {"environment": environment, **settings._asdict(), "runs": runs}
     content["verdicts"] = [verdict._asdict() | {"ok": verdict.ok} for verdict in verdicts]
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -256,55 +225,39 @@ def write(path, settings, environment, found, verdicts=()):
 
 
 def _backend(device, dtype):
-    """What runs the swapped model's Performer layers."""
+    """The backend of the swapped model's Performer layers."""
     op = "performer_layer"
     return t2t_fast.explain(op, device=device, dtype=DTYPES[dtype], training=True).chosen(op)
-
-
-def parse(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.questions.neutrality", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK.size} px and {QUICK.steps} steps")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(COLORS), default=list(COLORS))
-    for name in Settings._fields:
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--photo", help="an image file; by default Matplotlib's sample photograph")
-    parser.add_argument("--out", type=Path, help="folder for neutrality.json and neutrality.png")
-    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Train, print the table, write what is asked for; exit code 1 if the swapped model is not neutral."""
     from ..measure import machine
 
-    arguments = parse(argv)
-    settings = QUICK if arguments.quick else Settings()
-    given = {name: getattr(arguments, name) for name in Settings._fields}
-    settings = settings._replace(**{name: value for name, value in given.items() if value is not None})
-    try:
-        photo = load_photo(arguments.photo)
-    except CommandError as error:
-        print(f"python -m benchmarks.questions.neutrality: {error}", file=sys.stderr)
-        return 2
-    data = views(photo, settings.size, min(VIEWS, settings.steps * settings.batch))
-    environment, found = machine.describe(arguments.device), {}
+    command = parser("neutrality", __doc__)
+    command.add_argument("--quick", action="store_true", help=f"{QUICK.size} px and {QUICK.steps} steps")
+    command.add_argument("--dtypes", nargs="+", choices=tuple(COLORS), default=list(COLORS))
+    for name in Settings._fields:
+        command.add_argument(f"--{name}", type=int)
+    command.add_argument("--out", type=Path, help="folder for neutrality.json and neutrality.png")
+    arguments = command.parse_args(argv)
+    given = {name: value for name in Settings._fields if (value := getattr(arguments, name)) is not None}
+    settings = (QUICK if arguments.quick else Settings())._replace(**given)
+    out, environment, found = arguments.out, machine.describe(arguments.device), {}
     environment["backends"] = {name: _backend(arguments.device, name) for name in arguments.dtypes}
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     for run in plan(arguments.dtypes):
-        found[run] = train(run, settings, data, arguments.device)
+        found[run] = train(run, settings, arguments.device)
         print(f"{run.name}: loss {smooth(found[run][0])[-1]:.4f}", flush=True)
-        if arguments.out is not None:
-            write(arguments.out / "neutrality.json", settings, environment, found)
+        if out is not None:
+            write(out / "neutrality.json", settings, environment, found)
     verdicts = judge(found, arguments.dtypes, settings.steps)
     print("\n".join(lines(found, verdicts)))
-    if arguments.out is not None:
-        write(arguments.out / "neutrality.json", settings, environment, found, verdicts)
+    if out is not None:
+        write(out / "neutrality.json", settings, environment, found, verdicts)
         words = f"T2T-ViT-7, {settings.size} px, batch {settings.batch}, {arguments.device}, torch {torch.__version__}"
-        print(f"figure: {draw(found, words, arguments.out / 'neutrality.png')}")
+        print(f"figure: {draw(found, words, out / 'neutrality.png')}")
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
 

@@ -88,7 +88,7 @@ def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
         return [
             gpu.Part("build", 30, _say("built")),
             gpu.Part("tests", 30, _say(f"one failed in {ROOT}", 1)),
-            gpu.Part("verify", 2, _sleep(60)),
+            gpu.Part("verify", 1.5, _sleep(60)),
             gpu.Part("headline", None, lambda seconds: _say(f"had {seconds:.0f} s")(seconds)),
             gpu.Part("suites", None, None),
         ]
@@ -113,7 +113,8 @@ def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
     assert "| [tests](02-tests.log) | failed |" in page and "exit code 1" in page
     assert "**FAILED: tests. No check ran.**" in page
     assert "| [build](01-build.log) | ok | 0 | 30 | built |" in page
-    assert "had" in capsys.readouterr().out
+    assert "had" in (out / "04-headline.log").read_text()
+    assert "headline: started, at most" in capsys.readouterr().out
     files = {path for path in out.rglob("*") if path.is_file()}
     assert _archived(out) == {f"run/{path.relative_to(out)}": path.read_bytes() for path in files}
 
@@ -126,7 +127,7 @@ def test_gpu_run_that_is_cut_off_keeps_its_finished_parts(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         gpu.run(parts, tmp_path, _summary())
     assert list(_read(tmp_path)[1]) == ["build"]
-    assert "did not come to its end" in (tmp_path / "summary.md").read_text()
+    assert "did not finish" in (tmp_path / "summary.md").read_text()
 
 
 def test_gpu_run_that_is_told_to_end_writes_what_it_has(tmp_path):
@@ -150,23 +151,24 @@ def test_gpu_run_that_is_told_to_end_writes_what_it_has(tmp_path):
     assert json.loads(_archived(out)["run/summary.json"]) == summary
 
 
+def _ended(pid):
+    """Whether a process is gone, or dead and not yet waited for."""
+    state = Path("/proc", pid, "stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_gpu_part_that_ignores_signals_is_killed_with_its_children(tmp_path, monkeypatch):
-    """After ten seconds; here after one."""
-    assert sum(seconds for request, seconds in gpu_process.PATIENCE if request != signal.SIGKILL) == 10
-    patience = ((signal.SIGINT, 0.5), (signal.SIGTERM, 0.5), (signal.SIGKILL, 5))
-    monkeypatch.setattr(gpu_process, "PATIENCE", patience)
+    monkeypatch.setattr(gpu_process, "GRACE", 0.5)
     deaf = "[signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]"
     child = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import signal; {deaf}; "
     child += "import time; time.sleep(60)']).pid, flush=True)"
-    parts = [gpu.Part("deaf", 2, _sleep(60, f"{deaf}; {child}")), gpu.Part("leaving", 30, _python(child))]
+    parts = [gpu.Part("deaf", 1.5, _sleep(60, f"{deaf}; {child}")), gpu.Part("leaving", 30, _python(child))]
     started = time.monotonic()
     assert not gpu.run(parts, tmp_path, _summary())
-    assert 3 <= time.monotonic() - started < 10
+    assert 2 <= time.monotonic() - started < 10
     assert [line["result"] for line in _read(tmp_path)[1].values()] == ["cut off at its limit", "ok"]
     for log in ("01-deaf.log", "02-leaving.log"):
-        state = Path("/proc", (tmp_path / log).read_text().split()[0], "stat")
-        # gone, or dead and nobody has asked yet
-        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+        assert _ended((tmp_path / log).read_text().split()[0])
 
 
 def test_gpu_run_starts_nothing_without_time(tmp_path):
@@ -181,7 +183,7 @@ def test_gpu_run_starts_nothing_without_time(tmp_path):
 
 def test_gpu_stage_runs_its_parts_side_by_side(tmp_path):
     """Two at a time: the first two need each other; the last finds no time."""
-    stage = gpu.Stage("checks", 4, 2)
+    stage = gpu.Stage("checks", 3, 2)
     meet = "import pathlib, time; own, other = map(pathlib.Path, {}); own.touch()\n"
     meet += "while not other.exists(): time.sleep(.1)"
     places = [str(tmp_path / name) for name in "ab"]
@@ -198,7 +200,7 @@ def test_gpu_stage_runs_its_parts_side_by_side(tmp_path):
     lines = _read(tmp_path)[1]
     results = [line["result"] for line in lines.values()]
     assert results == ["ok", "ok", *["cut off at its limit"] * 3, "no time left", "ok"]
-    assert lines["f"]["reason"] == "2 at a time, its stage had 4 s"
+    assert lines["f"]["reason"] == "2 at a time, its stage had 3 s"
     assert not (tmp_path / "06-f.log").exists()
 
 
@@ -214,19 +216,11 @@ def test_gpu_part_without_a_limit_leaves_later_parts_theirs(tmp_path):
     assert (tmp_path / "01-headline.log").read_text() == "100\n"
 
 
-def test_gpu_run_counts_its_time_from_the_start_of_the_process(tmp_path):
+def test_gpu_run_counts_its_time_from_its_start(tmp_path):
     parts = [gpu.Part("headline", None, lambda seconds: _say(f"{seconds:.0f}")(seconds))]
     assert gpu.run(parts, tmp_path, _summary(), total=gpu_plan.END_SECONDS + 200, started=time.monotonic() - 120)
     assert (tmp_path / "01-headline.log").read_text() == "80\n"
     assert 120 <= _read(tmp_path)[0]["seconds"] < 130
-    code = "import time; time.sleep(1); from benchmarks.gpu.process import process_age; print(process_age())"
-    age = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
-    assert 1 <= age < 30
-
-
-def test_gpu_run_without_a_start_that_is_plausible(monkeypatch):
-    monkeypatch.setattr(gpu_process, "PLAUSIBLE_AGE", 0)
-    assert gpu_process.process_age() == 0
 
 
 def test_gpu_run_puts_its_page_and_its_archive_where_it_is_told(tmp_path, capsys):
@@ -311,9 +305,8 @@ gpu.main(["--out", {str(out)!r}], FakeGpu(), lambda *_: parts)
             time.sleep(0.05)
         (child,) = Path("/proc", str(process.pid), "task", str(process.pid), "children").read_text().split()
         process.kill()
-    state = Path("/proc", child, "stat")
     deadline = time.monotonic() + 10
-    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+    while not _ended(child):
         assert time.monotonic() < deadline, "the part goes on without its run"
         time.sleep(0.05)
     assert [line["part"] for line in _read(out)[0]["parts"]] == ["build"]
@@ -372,28 +365,15 @@ def _rows(folder, left_out=()):
     run_file.write(folder / "rows.json", run_file.RunFile(ENVIRONMENT, made_run(), [], [], list(left_out), 9))
 
 
-def test_gpu_second_call_measures_the_rows_that_had_no_time(tmp_path):
-    out = tmp_path / "run"
-    seen = tmp_path / "seen"
+def test_gpu_second_call_resumes_the_rows(tmp_path):
+    """Some may have had no time; the suites know which. A finished part that is asked for by name starts anew."""
+    out, seen = tmp_path / "run", tmp_path / "seen"
     command = _python(f"import sys; open({str(seen)!r}, 'a').write(' '.join(sys.argv[1:]) + ';')")
     plan = [gpu.Part("headline", 30, command, out / "headline")]
-    late = {"group": "g", "provider": "upstream", "reason": "the time limit of 9 s had passed"}
-    for left_out, wanted in (([late], ";"), ([], ";--resume;"), ([], ";--resume;")):
-        assert _main(out, lambda *_: plan) == 0
+    for wanted, words in ((";", ()), (";--resume;", ()), (";--resume;;", ("--only", "headline"))):
+        assert _main(out, lambda *_: plan, *words) == 0
         assert seen.read_text() == wanted
-        _rows(out / "headline", left_out)
-    # named, a finished one is measured again
-    assert _main(out, lambda *_: plan, "--only", "headline") == 0
-    assert seen.read_text() == ";--resume;;"
-
-
-def test_gpu_run_draws_the_rows_of_a_part_that_was_cut_off(tmp_path):
-    _rows(tmp_path / "headline")
-    part = gpu.Part("headline", 2, _sleep(60), tmp_path / "headline")
-    gpu.run([part], tmp_path, _summary())
-    names = {path.name for path in (tmp_path / "headline").iterdir()}
-    assert {"table.md", "report.html"} <= names and any(name.endswith(".png") for name in names)
-    assert f"{tmp_path.name}/headline/table.md" in _archived(tmp_path)
+        _rows(out / "headline")
 
 
 def test_gpu_run_puts_the_goals_into_its_summary(tmp_path):
@@ -406,7 +386,11 @@ def test_gpu_run_puts_the_goals_into_its_summary(tmp_path):
     assert {goal["verdict"] for goal in found["headline"]["goals"]} == {"reached", "not reached"}
     assert "not JSON" in found["suites"]["error"]
     page = (tmp_path / "summary.md").read_text()
-    assert "7 of 9 rows with numbers" in page and "- 1 without: no memory" in page and "| reached |" in page
+    assert (
+        "7 of 9 rows with numbers: headline/rows.json" in page
+        and "- 1 without: no memory" in page
+        and "| reached |" in page
+    )
     assert "suites/rows.json cannot be read" in page
 
 
@@ -446,7 +430,7 @@ def test_gpu_plan_compiles_what_the_headline_rows_launch():
     assert {group.id for group, _ in found} == wanted
     assert {provider.name for _, provider in found} >= {"t2t_fast", "t2t_fast-low"}
     assert not [provider.name for _, provider in found if provider.compiled or provider.captured]
-    shared = [call for number in (1, 2, 3) for call in gpu_compile.share(found, number, 3)]
+    shared = [call for number in (1, 2, 3) for call in found[gpu_compile._share(f"{number}/3")]]
     assert sorted(map(str, shared)) == sorted(map(str, found))
 
 
@@ -494,7 +478,7 @@ def test_gpu_plan_knows_every_operator_and_test_file():
 
 def _small(parts):
     """The plan's parts with boxes for two CPU cores and a minute; of the checks, one of each kind comes first."""
-    boxes = {"build": 60, "headline": 150, "compiled": 2, "suites": 2}
+    boxes = {"build": 150, "headline": 150, "compiled": 2, "suites": 2}
     parts = [
         part._replace(
             seconds=boxes.get(part.name, 12),
@@ -520,7 +504,7 @@ def test_gpu_plan_on_the_processor(tmp_path, monkeypatch):
     out = tmp_path / "run"
     status = ["git", "status", "--porcelain", "t2t_fast", "csrc"]
     before = subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout
-    code = gpu.main(["--out", str(out), "--total", "330"], FakeGpu(), lambda *place: _small(gpu.plan(*place)))
+    code = gpu.main(["--out", str(out), "--total", "420"], FakeGpu(), lambda *place: _small(gpu.plan(*place)))
     summary, parts = _read(out)
     results = {name: part["result"] for name, part in parts.items()}
     assert set(results.values()) <= {"ok", "cut off at its limit", "no time left"}, results
@@ -533,7 +517,6 @@ def test_gpu_plan_on_the_processor(tmp_path, monkeypatch):
     assert run.environment["device"] and "cpu" in run.environment["command"]
     assert any(row["provider"] == "t2t_fast" and min(row["times"]) > 0 for row in run.rows)
     assert summary["suites"]["headline"]["rows"] == len(run.rows)
-    assert (out / "headline" / "table.md").exists() and list((out / "headline").glob("*.png"))
     page = (out / "summary.md").read_text()
     assert all(name in page or f"| {name.partition('-')[0]}-* (" in page for name in results) and "## headline" in page
     files = {path for path in out.rglob("*") if path.is_file()}

@@ -16,7 +16,7 @@ needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
 )
 OP = "performer_attention"
-CELLS = [(form, name) for name in stability.NAMES for form in stability.FORMS]
+CELLS = stability.COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_figure(found, tmp_path):
     image = plt.imread(path)
     assert image.shape[0] > 400 and image.shape[1] > 900
     figure, axis = plt.subplots()
-    stability._curves(axis, found, 0)
+    stability.curves(axis, found, 0)
     crosses = [(line.get_color(), list(line.get_xdata())) for line in axis.lines if line.get_marker() == "x"]
     assert [each for each in crosses if each[1]] == [(stability.COLORS["fp16"], [3, 4])]
     plt.close(figure)
