@@ -163,16 +163,16 @@ def _normal(generator: torch.Generator, *shape: int, std: float = 1.0, mean: flo
 
 
 def tail_parameters(
-    generator: torch.Generator, width: int, hidden: int | None = None, gain: float = 1.0
+    generator: torch.Generator, width: int, hidden: int | None = None, gain: float = 1.0, norm: str = "norm"
 ) -> dict[str, torch.Tensor]:
-    """Random parameters of ``token_mlp``; every term contributes."""
+    """Random parameters of ``token_mlp``; every term contributes. ``norm``: how those of its LayerNorm are named."""
     hidden = width if hidden is None else hidden
     std = 0.125 * gain
     return {
         "proj_weight": _normal(generator, width, width, std=std),
         "proj_bias": _normal(generator, width, std=0.05),
-        "norm_weight": _normal(generator, width, std=0.1, mean=1.0),
-        "norm_bias": _normal(generator, width, std=0.1),
+        f"{norm}_weight": _normal(generator, width, std=0.1, mean=1.0),
+        f"{norm}_bias": _normal(generator, width, std=0.1),
         "fc1_weight": _normal(generator, hidden, width, std=std),
         "fc1_bias": _normal(generator, hidden, std=0.05),
         "fc2_weight": _normal(generator, width, hidden, std=std),
@@ -365,7 +365,7 @@ def performer_layer_cases() -> list[Case]:
             "norm1_bias": _normal(generator, columns, std=0.1),
             "w": features(generator, m, width),
         }
-        tensors.update(tail_parameters(generator, width))
+        tensors.update(tail_parameters(generator, width, norm="norm2"))
         wants = tuple(tensors)
         tensors["seed"] = torch.tensor(1234567890123)
         options = {"kernel_size": kernel, "stride": stride, "padding": padding}

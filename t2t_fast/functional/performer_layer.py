@@ -18,7 +18,16 @@ def recompute_of(memory: object, function: str = "performer_layer") -> bool:
     return memory == "low"
 
 
-@renamed_arguments(memory=("recompute", recompute_of))
+def _same(value: object) -> object:
+    return value
+
+
+@renamed_arguments(
+    memory=("recompute", recompute_of),
+    norm_weight=("norm2_weight", _same),
+    norm_bias=("norm2_bias", _same),
+    norm_eps=("norm2_eps", _same),
+)
 def performer_layer(
     x,
     kqv_weight,
@@ -26,8 +35,8 @@ def performer_layer(
     w,
     proj_weight,
     proj_bias,
-    norm_weight,
-    norm_bias,
+    norm2_weight,
+    norm2_bias,
     fc1_weight,
     fc1_bias,
     fc2_weight,
@@ -40,7 +49,7 @@ def performer_layer(
     norm1_bias=None,
     norm1_eps=1e-5,
     eps=1e-8,
-    norm_eps=1e-5,
+    norm2_eps=1e-5,
     proj_drop=0.0,
     mlp_drop=0.0,
     seed=None,
@@ -63,6 +72,7 @@ def performer_layer(
         recompute: whether backward recomputes k, q and v from ``x`` instead of keeping them: the same numbers for less
             memory (6E bytes a token in half precision, 12E in float32) and more time. The "native" backend always
             recomputes, "reference" keeps everything that it computes.
+        norm2_weight, norm2_bias, norm2_eps: LayerNorm before the MLP, parameters (E) or ``None``.
         others: as :func:`soft_split_linear` and :func:`token_mlp`.
 
     Returns:
@@ -83,8 +93,8 @@ def performer_layer(
     tail = {
         "proj_weight": proj_weight,
         "proj_bias": proj_bias,
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
+        "norm2_weight": norm2_weight,
+        "norm2_bias": norm2_bias,
         "fc1_weight": fc1_weight,
         "fc1_bias": fc1_bias,
         "fc2_weight": fc2_weight,
@@ -105,7 +115,9 @@ def performer_layer(
     check_count(function, "k, q and v", x.shape[0], *tokens, kqv_weight.shape[0])
     check_features(function, w, width, leader.dtype)
     eps = check_number(function, "eps", eps, minimum=0)
-    norm_eps, proj_drop, mlp_drop = check_token_mlp(function, leader, width, tail, norm_eps, proj_drop, mlp_drop)
+    norm2_eps, proj_drop, mlp_drop = check_token_mlp(
+        function, leader, width, tail, norm2_eps, proj_drop, mlp_drop, "norm2"
+    )
     check_bool(function, "recompute", recompute)
     seed = seed_for(function, x, seed, proj_drop, mlp_drop)
     chosen = choose(
@@ -137,9 +149,9 @@ def performer_layer(
         eps,
         proj_weight,
         proj_bias,
-        norm_weight,
-        norm_bias,
-        norm_eps,
+        norm2_weight,
+        norm2_bias,
+        norm2_eps,
         fc1_weight,
         fc1_bias,
         fc2_weight,

@@ -97,7 +97,7 @@ def token_mlp(
     )
 
 
-def check_token_mlp(function, x, width, tail, norm_eps, proj_drop, mlp_drop):
+def check_token_mlp(function, x, width, tail, norm_eps, proj_drop, mlp_drop, norm="norm"):
     """The arguments of ``token_mlp`` that ``performer_layer`` shares; its three numbers as Python numbers."""
     for name in ("proj_weight", "fc1_weight", "fc2_weight"):
         check_tensor(function, name, tail[name], ndim=2)
@@ -106,8 +106,8 @@ def check_token_mlp(function, x, width, tail, norm_eps, proj_drop, mlp_drop):
     shapes = {
         "proj_weight": ((width, width), "(E, E)"),
         "proj_bias": ((width,), "E"),
-        "norm_weight": ((width,), "E"),
-        "norm_bias": ((width,), "E"),
+        f"{norm}_weight": ((width,), "E"),
+        f"{norm}_bias": ((width,), "E"),
         "fc1_weight": ((hidden, width), "(hidden, E)"),
         "fc1_bias": ((hidden,), "hidden"),
         "fc2_weight": ((width, hidden), "(E, hidden)"),
@@ -117,7 +117,7 @@ def check_token_mlp(function, x, width, tail, norm_eps, proj_drop, mlp_drop):
         if tail[name] is not None:
             check_shape(function, name, tail[name], shape, meaning)
     return (
-        check_number(function, "norm_eps", norm_eps, above=0),
+        check_number(function, f"{norm}_eps", norm_eps, above=0),
         check_probability(function, "proj_drop", proj_drop),
         check_probability(function, "mlp_drop", mlp_drop),
     )

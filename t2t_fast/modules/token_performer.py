@@ -107,7 +107,7 @@ class TokenPerformer(nn.Module):
             norm1_bias=self.norm1.bias,
             norm1_eps=self.norm1.eps,
             eps=self.epsilon,
-            norm_eps=self.norm2.eps,
+            norm2_eps=self.norm2.eps,
             proj_drop=fusion.rate(self.dp),
             mlp_drop=fusion.rate(self.mlp[3]),
             pixel_norm=pixel_norm,

@@ -91,9 +91,9 @@ class TestNumbers:
             testing.assert_close(gradient, expected[name], "performer_layer", "backward", torch.float32, name)
 
     def test_without_what_may_be_missing(self):
-        optional = ("kqv_bias", "norm1_weight", "norm1_bias", "proj_bias", "norm_weight", "norm_bias")
+        optional = ("kqv_bias", "norm1_weight", "norm1_bias", "proj_bias", "norm2_weight", "norm2_bias")
         kept = {name: t for name, t in DROPOUT.tensors.items() if name not in optional}
-        missing = dict.fromkeys(("kqv_bias", "proj_bias", "norm_weight", "norm_bias"))
+        missing = dict.fromkeys(("kqv_bias", "proj_bias", "norm2_weight", "norm2_bias"))
         wants = tuple(name for name in DROPOUT.wants_gradient if name in kept)
         case = Case("performer_layer", "bare", kept, {**DROPOUT.options, **missing}, wants)
         assert_equal(low(case).run_backward("aten"), case.run_backward("aten"))
@@ -110,7 +110,7 @@ class TestNumbers:
         width, columns, m = 4, 18, 3
         shapes = dict(
             x=(2, 2, 5, 6), kqv_weight=(3 * width, columns), kqv_bias=(3 * width,), w=(m, width),
-            proj_weight=(width, width), proj_bias=(width,), norm_weight=(width,), norm_bias=(width,),
+            proj_weight=(width, width), proj_bias=(width,), norm2_weight=(width,), norm2_bias=(width,),
             fc1_weight=(width, width), fc1_bias=(width,), fc2_weight=(width, width), fc2_bias=(width,),
             norm1_weight=(columns,), norm1_bias=(columns,),
         )  # fmt: skip

@@ -155,7 +155,7 @@ SMALL = {
     ),
     "performer_layer": lambda: dict(
         x=(2, 2, 5, 6), kqv_weight=(12, 18), kqv_bias=(12,), w=(3, 4), proj_weight=(4, 4), proj_bias=(4,),
-        norm_weight=(4,), norm_bias=(4,), fc1_weight=(4, 4), fc1_bias=(4,), fc2_weight=(4, 4), fc2_bias=(4,),
+        norm2_weight=(4,), norm2_bias=(4,), fc1_weight=(4, 4), fc1_bias=(4,), fc2_weight=(4, 4), fc2_bias=(4,),
         norm1_weight=(18,), norm1_bias=(18,), kernel_size=3, stride=2, padding=1,
         eps=1e-2, proj_drop=0.25, mlp_drop=0.5, seed=torch.tensor(7),
     ),

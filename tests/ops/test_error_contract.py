@@ -39,7 +39,8 @@ DROP = {"proj_drop": 0.1, "mlp_drop": 0.1, "seed": torch.tensor(1)}
 TAIL = {**tail_parameters(GENERATOR, 8, 12), "norm_eps": 1e-5, **DROP}
 LAYER = {
     "kqv_weight": torch.randn(24, 27), "kqv_bias": torch.randn(24), "w": torch.randn(4, 8), **WINDOW, "eps": 1e-8,
-    **{name.replace("norm", "norm1"): value for name, value in NORM.items()}, "norm1_eps": 1e-5, **TAIL,
+    **{name.replace("norm", "norm1"): value for name, value in NORM.items()}, "norm1_eps": 1e-5,
+    **{name.replace("norm", "norm2"): value for name, value in TAIL.items()},
 }  # fmt: skip
 CALLS = {
     "window": WINDOW,
@@ -88,7 +89,7 @@ SPOILT = {
 }
 OPTIONAL = {
     "bias", "norm_weight", "norm_bias", "kqv_bias", "proj_bias", "fc1_bias", "fc2_bias", "norm1_weight", "norm1_bias",
-    "key_mask", "seed", "norm_eps", "pixel_norm",
+    "norm2_weight", "norm2_bias", "key_mask", "seed", "norm_eps", "pixel_norm",
 }  # fmt: skip
 SIZES = {
     "float": 1.5, "NaN": float("nan"), "str": "3", "None": None, "three": (1, 2, 3), "bool": True, "-1": -1,
@@ -102,7 +103,7 @@ NUMBERS = {
 PROBABILITIES = NUMBERS | {"1": 1.0, "2": 2}
 OPTIONS = {
     **dict.fromkeys(("kernel_size", "stride", "padding", "output_size", "grid"), SIZES),
-    **dict.fromkeys(("eps", "norm_eps", "norm1_eps"), NUMBERS),
+    **dict.fromkeys(("eps", "norm_eps", "norm1_eps", "norm2_eps"), NUMBERS),
     **dict.fromkeys(("proj_drop", "mlp_drop"), PROBABILITIES),
     "recompute": {"str": "low", "None": None, "int": 1},
     "backend": {"str": "cuda", "None": None, "int": 1},
@@ -226,7 +227,7 @@ def test_modules(name):
 def test_numbers_of_other_types(convert):
     """What PyTorch's own functions take for a float is one here, too."""
     torch.nn.functional.layer_norm(IMAGE, (8,), eps=convert(0.25))
-    options = {"norm1_eps": 0.25, "norm_eps": 0.25, "eps": 0.25, "proj_drop": 0.25, "mlp_drop": 0.5}
+    options = {"norm1_eps": 0.25, "norm2_eps": 0.25, "eps": 0.25, "proj_drop": 0.25, "mlp_drop": 0.5}
     arguments = {"x": IMAGE, **LAYER}
     expected = functional.performer_layer(**arguments | options)
     found = functional.performer_layer(**arguments | {name: convert(value) for name, value in options.items()})

@@ -45,7 +45,8 @@ def tail(**changes):
 def layer(**changes):
     """``performer_layer`` of stage 1's window on tokens of width 8."""
     given = {"kqv_weight": torch.randn(24, 147), "kqv_bias": None, "w": W, "kernel_size": 7, "stride": 4, "padding": 2}
-    return performer_layer(IMAGE, **{**given, **tail(), **changes})
+    end = {name.replace("norm", "norm2"): value for name, value in tail().items()}
+    return performer_layer(IMAGE, **{**given, **end, **changes})
 
 
 META = torch.empty(8, 147, device="meta")

@@ -61,7 +61,7 @@ def layer_case(batch, height, width, channels=5, drop=0.1, embed=16):
         "norm1_weight": torch.rand(columns, generator=generator) + 0.5,
         "norm1_bias": torch.randn(columns, generator=generator) * 0.1,
         "w": features(generator, 8, embed),
-        **tail_parameters(generator, embed),
+        **tail_parameters(generator, embed, norm="norm2"),
     }
     options = {"kernel_size": 3, "stride": 2, "padding": 1, "proj_drop": drop, "mlp_drop": drop}
     return Case("performer_layer", "layer", {**tensors, "seed": torch.tensor(5)}, options, tuple(tensors))

@@ -149,7 +149,7 @@ def test_the_keys_of_a_layer_vanish(backend):
         "x": torch.randn(2, 16, 7, 6, generator=generator),
         "kqv_weight": torch.randn(48, 144, generator=generator) / 12,
         "w": features(generator, 8, 16),
-        **tail_parameters(generator, 16),
+        **tail_parameters(generator, 16, norm="norm2"),
     }
     tensors["kqv_weight"][:16] *= 1e20
 
@@ -257,7 +257,7 @@ def test_pixels_that_no_window_of_a_layer_covers(backend):
         "x": torch.randn(1, 3, 13, 14, generator=generator),
         "kqv_weight": torch.randn(48, 147, generator=generator) / 12,
         "w": features(generator, 8, 16),
-        **tail_parameters(generator, 16),
+        **tail_parameters(generator, 16, norm="norm2"),
     }
     window = dict(kernel_size=7, stride=4, padding=0)
     there = covered((13, 14), **window).expand_as(tensors["x"])

@@ -88,7 +88,7 @@ def layer_tensors(channels, width, kernel):
         "norm1_weight": 1 + torch.randn(channels * kernel**2, generator=generator) / 9,
         "norm1_bias": torch.randn(channels * kernel**2, generator=generator),
         "w": features(generator, 6, width),
-        **tail_parameters(generator, width),
+        **tail_parameters(generator, width, norm="norm2"),
     }
 
 

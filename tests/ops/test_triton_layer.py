@@ -39,7 +39,7 @@ def case_of(shape=(2, 8, 9, 7), kernel=3, stride=2, padding=1, width=16, m=8, hi
         "norm1_weight": 1 + 0.1 * torch.randn(columns, generator=generator),
         "norm1_bias": 0.1 * torch.randn(columns, generator=generator),
         "w": features(generator, m, width),
-        **tail_parameters(generator, width, hidden),
+        **tail_parameters(generator, width, hidden, norm="norm2"),
     }
     wants = tuple(tensors)
     options = {"kernel_size": kernel, "stride": stride, "padding": padding, "eps": eps}
