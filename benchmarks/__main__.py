@@ -1,59 +1,46 @@
 """Run the suites: ``python -m benchmarks [--quick] [--report DIR] [--filter WORDS] [--device cpu|cuda] [--resume]``.
 
-Writes into the folder ``report.html`` with its pictures, ``table.md``, ``rows.csv``, ``rows.json`` (what all of them
-are made from; grows row by row) and ``raw.json`` (pytest-benchmark's own). A run that was stopped keeps what it
-measured and goes on with ``--resume``. ``--compare A.json B.json`` measures nothing and tells what became slower.
+Writes into the folder ``report.html`` with its pictures, ``table.md``, ``rows.csv`` and ``rows.json`` (what all of them
+are made from; grows row by row). A run that was stopped keeps what it measured and goes on with ``--resume``.
+``--compare A.json B.json`` measures nothing and tells what became slower.
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from .suites.groups import SUITES
+from .suites.groups import LOST, SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
-INTERRUPTED = 130
 
-KEEP_MEMORY = {
-    "MALLOC_TOP_PAD_": "1000000000",
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "8000000000",
-}
-"""glibc settings under which freed memory stays with the process. By themselves, blocks of some MB come from the system
-page by page at every call, and what a page costs there is the luck of a moment, on a virtual machine above all."""
+# glibc settings under which freed memory stays with the process. By default, blocks of some MB come from the system
+# page by page at every call, and the price of a page varies, on a virtual machine above all.
+KEEP_MEMORY = {"TOP_PAD_": "1000000000", "MMAP_THRESHOLD_": "4000000000", "TRIM_THRESHOLD_": "8000000000"}
+KEEP_MEMORY = {f"MALLOC_{name}": value for name, value in KEEP_MEMORY.items()}
 
 
 def parser():
     """The command line's parser."""
     found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    found.add_argument(
-        "--quick", action="store_true", help="only the headline rows: under ten minutes on two CPU cores"
-    )
-    found.add_argument(
-        "--report", "--out", type=Path, metavar="DIR", help="folder, by default .benchmarks/<date-machine-commit>"
-    )
-    found.add_argument("--resume", action="store_true", help="go on with the run in that folder, if there is one")
-    found.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"some of {', '.join(SUITES)}")
-    found.add_argument("--filter", help='rows whose name fits, as pytest\'s -k: "module and performer and not 384px"')
-    found.add_argument("--device", choices=("cpu", "cuda"), help='by default "cuda" if there is a GPU')
-    found.add_argument(
-        "--keep-memory", action="store_true", help="have glibc keep freed memory: fewer fresh pages for everyone"
-    )
-    found.add_argument("--max-seconds", type=float, metavar="N", help="start no new group of rows after N seconds")
-    found.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run files: what became slower, 1 if anything did"
-    )
-    found.add_argument(
-        "--threshold", type=float, default=0.05, metavar="X", help="of --compare; by default %(default)s"
-    )
-    found.add_argument(
+    add = found.add_argument
+    add("--quick", action="store_true", help="only the headline rows: under ten minutes on two CPU cores")
+    add("--report", "--out", type=Path, metavar="DIR", help="folder, by default .benchmarks/<date-machine-commit>")
+    add("--resume", action="store_true", help="go on with the run in that folder, if there is one")
+    add("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"some of {', '.join(SUITES)}")
+    add("--filter", help='rows whose name fits, as pytest\'s -k: "module and performer and not 384px"')
+    add("--device", choices=("cpu", "cuda"), help='by default "cuda" if there is a GPU')
+    add("--keep-memory", action="store_true", help="have glibc keep freed memory: fewer fresh pages for everyone")
+    add("--max-seconds", type=float, metavar="N", help="start no new group of rows after N seconds")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="what became slower in run file B; 1 if anything did")
+    add("--threshold", type=float, default=0.05, metavar="X", help="of --compare; by default %(default)s")
+    add(
         "--by",
         choices=("speedup", "time"),
         default="speedup",
@@ -73,64 +60,39 @@ def command_line(arguments):
     return shlex.join(words)
 
 
-def suite_command(arguments, out, seconds=None):
-    """The pytest command of a run that starts no new group after ``seconds``, or without a limit."""
-    suites = [suite for suite in SUITES if suite in (arguments.suite or SUITES)]
-    command = [sys.executable, "-m", "pytest", *(str(Path("benchmarks", f"test_{suite}.py")) for suite in suites)]
-    # the project's own options are for its tests
-    command += ["-q", "--no-header", "-o", "addopts=", "-o", "console_output_style=classic", "-p", "no:cacheprovider"]
-    command += ["--benchmark-quiet", f"--benchmark-json={out / 'raw.json'}", f"--bench-rows={out / 'rows.json'}"]
-    command += [f"--bench-device={arguments.device}", f"--bench-command={command_line(arguments)}"]
-    if arguments.quick:
-        command += ["--bench-quick"]
-    if seconds is not None:
-        command += [f"--bench-seconds={seconds}"]
-    if arguments.filter:
-        command += ["-k", arguments.filter]
-    return command
-
-
 def run_suites(arguments, out):
-    """Run pytest with an empty Inductor cache, so that "first call" means what it says.
-
-    Each time a row has cost the process its CUDA context, another process goes on without that row.
+    """Run the suites in a process of their own; each time a row has cost it its CUDA context, another one goes on.
 
     Returns:
-        its exit code, 1 if a row did that; 130 if somebody stopped it.
+        its exit code, 1 if a row did that.
     """
-    from .measure.session import CONTEXT_LOST
+    from .measure import run_file, session
 
-    started, losses = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="t2t-fast-bench-") as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        while True:
-            seconds = arguments.max_seconds
-            if seconds is not None:
-                seconds = max(0.0, seconds - (time.monotonic() - started))
-            process = subprocess.Popen(suite_command(arguments, out, seconds), cwd=ROOT, env=environment)
+    started, losses, rows = time.monotonic(), [], out / "rows.json"
+    suites = [suite for suite in SUITES if suite in (arguments.suite or SUITES)]
+    plan = (suites, arguments.device, arguments.quick, arguments.filter, rows, command_line(arguments))
+    while True:
+        limit = arguments.max_seconds
+        if limit is not None:
+            limit = max(0.0, limit - (time.monotonic() - started))
+        with tempfile.TemporaryDirectory(prefix="t2t-fast-bench-") as cache:
+            process = multiprocessing.get_context("spawn").Process(target=session.work, args=(*plan, limit, cache))
+            process.start()
             try:
-                code = process.wait()
+                process.join()
             except KeyboardInterrupt:
                 # from a terminal it has been told as well
-                process.send_signal(signal.SIGINT)
-                process.wait()
-                return INTERRUPTED
-            found = losses_in(out)
-            if code != CONTEXT_LOST or len(found) <= len(losses):
-                return code or min(1, len(losses))
-            losses = found
-            print(f"python -m benchmarks: {losses[-1]}; going on in another process", file=sys.stderr, flush=True)
-
-
-def losses_in(out):
-    """The rows that ended a CUDA context, each with its reason."""
-    from .measure import run_file
-    from .suites.groups import LOST
-
-    if not (out / "rows.json").exists():
-        return []
-    left_out = run_file.read(out / "rows.json").left_out
-    return [f"{each['group']}, {each['provider']}: {each['reason']}" for each in left_out if LOST in each["reason"]]
+                os.kill(process.pid, signal.SIGINT)
+                process.join()
+                return session.INTERRUPTED
+        left_out = run_file.read(rows).left_out if rows.exists() else []
+        found = [
+            f"{each['group']}, {each['provider']}: {each['reason']}" for each in left_out if LOST in each["reason"]
+        ]
+        if process.exitcode != session.CONTEXT_LOST or len(found) <= len(losses):
+            return process.exitcode or min(1, len(losses))
+        losses = found
+        print(f"python -m benchmarks: {losses[-1]}; going on in another process", file=sys.stderr, flush=True)
 
 
 def obstacle(arguments, out):
@@ -138,7 +100,12 @@ def obstacle(arguments, out):
     import torch
 
     from .measure import run_file, session
+    from .suites.providers import matching
 
+    try:
+        matching(arguments.filter or "")
+    except ValueError as failure:
+        return f"--filter {failure}"
     if arguments.keep_memory and platform.libc_ver()[0] != "glibc":
         return f"--keep-memory needs glibc, this is {platform.system()} with {platform.libc_ver()[0] or 'another libc'}"
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -165,25 +132,20 @@ def own_folder(device):
     return next(folder for folder in (first, *others) if not (folder / "rows.json").exists())
 
 
-def compare(arguments):
-    """Compare two runs. Returns 0, 1 if something became slower, 2 for files that cannot be compared."""
-    from .report import compare
-
-    words = [*map(str, arguments.compare), "--threshold", str(arguments.threshold), "--by", arguments.by]
-    return compare.main(words)
-
-
 def main(argv=None):
     """Run the suites and write the report.
 
     Returns:
-        0; 1 or pytest's exit code if a row failed or none was selected; 2 for bad usage; 130 if somebody stopped it;
-        128 and the signal's number if one ended the suites.
+        0; 1 if a row failed, 5 if none was selected; 2 for bad usage; 130 if somebody stopped it; 128 and the signal's
+        number if one ended the suites. With ``--compare``: 0, 1 if something became slower, 2 for unsuitable files.
     """
     found = parser()
     arguments = found.parse_args(argv)
     if arguments.compare is not None:
-        return compare(arguments)
+        from .report import compare
+
+        words = [*map(str, arguments.compare), "--threshold", str(arguments.threshold), "--by", arguments.by]
+        return compare.main(words)
     if arguments.resume and arguments.report is None:
         found.error("--resume needs --report DIR, the folder of the run to go on with")
     import torch
@@ -203,6 +165,7 @@ def main(argv=None):
         return 2
     out.mkdir(parents=True, exist_ok=True)
     code = run_suites(arguments, out)
+    print()
     if code < 0:
         name = signal.Signals(-code).name
         print(f"python -m benchmarks: the suites were ended by {name}; SIGKILL: out of memory?", file=sys.stderr)

@@ -74,7 +74,7 @@ class Problem:
         subject, implementation = self._sides[backward]
         out, gradients = self._forward(backward, 0, {}), {}
         if backward:
-            subject.backward(out, implementation)(out)
+            subject.backward(out)(out)
             gradients = implementation.gradients(0)
             implementation.clear()
         subject.check(out.detach(), gradients, implementation)

@@ -1,7 +1,4 @@
-"""How long one call takes: wall clock on a CPU, events on a GPU, and on both the wait for a single result.
-
-``time.perf_counter`` is pytest-benchmark's own timer (``pytest_benchmark.timers.default_timer``).
-"""
+"""How long one call takes: wall clock on a CPU, events on a GPU, and on both the wait for a single result."""
 
 import time
 from math import ceil
@@ -10,21 +7,17 @@ import torch
 
 
 class CpuClock:
-    """Wall clock around single calls; what comes before a call (clearing gradients) is not timed."""
+    """Wall clock around single calls, not around clearing gradients; ``single``: a turn is one call, for latency."""
 
+    # seconds of a turn: it has as many calls as fit, so that short calls are not lost in the change of provider
     long_enough = 0.01
-    """Seconds of a turn: it has as many calls as fit, so that short calls do not drown in the change of provider."""
 
-    def __init__(self, timer=time.perf_counter):
-        self.timer = timer
+    def __init__(self, single=False, timer=time.perf_counter):
+        self.single, self.timer = single, timer
 
     def calls(self, seconds):
         """Calls in a turn of a provider that takes ``seconds`` a call."""
-        return max(1, min(20, ceil(self.long_enough / seconds))) if seconds > 0 else 20
-
-    def turn_seconds(self, seconds, calls):
-        """How long a turn takes."""
-        return seconds * calls
+        return 1 if self.single else max(1, min(20, ceil(self.long_enough / max(seconds, 1e-9))))
 
     def turn(self, step, implementation, calls):
         """Mean seconds of a call over ``calls`` calls."""
@@ -42,20 +35,24 @@ class CpuClock:
 
 
 class CudaClock:
-    """Median of ``triton.testing.do_bench``: CUDA events, L2 cache emptied before each call."""
+    """Median of ``triton.testing.do_bench``: CUDA events, L2 cache emptied before each call.
+
+    ``single``: instead wall clock from one call to its last kernel, Python and launches included.
+    """
 
     milliseconds = 25
+
+    def __init__(self, single=False):
+        self.single = single
 
     def calls(self, seconds):
         """``do_bench`` counts by itself."""
         return 1
 
-    def turn_seconds(self, seconds, calls):
-        """How long a turn takes: five calls to estimate, then warm-up and repetitions, at least one of each."""
-        return 5 * seconds + max(seconds, 0.005) + max(seconds, self.milliseconds / 1e3)
-
     def turn(self, step, implementation, calls):
         """Median seconds of a call."""
+        if self.single:
+            return self.once(step, implementation)
         from triton.testing import do_bench
 
         leaves = implementation.all_leaves()
@@ -63,36 +60,17 @@ class CudaClock:
 
     def once(self, step, implementation):
         """Seconds of one call up to its last kernel, compilation included if it is the first."""
-        return _until_done(step, implementation)
+        implementation.clear()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
-class CpuLatencyClock(CpuClock):
-    """The wait for one call: a turn is a single call, so that its rounds have a distribution."""
-
-    def calls(self, seconds):
-        """One."""
-        return 1
-
-
-class CudaLatencyClock(CudaClock):
-    """The wait for one call on a GPU: wall clock from the call to its last kernel, Python and launches included."""
-
-    def turn_seconds(self, seconds, calls):
-        """How long a turn takes."""
-        return seconds
-
-    def turn(self, step, implementation, calls):
-        """Seconds of one call."""
-        return _until_done(step, implementation)
-
-
-def _until_done(step, implementation):
-    implementation.clear()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+def clock(device, suite=None):
+    """The clock of a device: for the suite "latency" the wait for a single call."""
+    return (CudaClock if device == "cuda" else CpuClock)(single=suite == "latency")
 
 
 def context_lost(device):
@@ -104,10 +82,3 @@ def context_lost(device):
     except RuntimeError:
         return True
     return False
-
-
-def clock(device, suite=None):
-    """The clock of a device: for the suite "latency" the wait for a single call."""
-    if suite == "latency":
-        return CudaLatencyClock() if device == "cuda" else CpuLatencyClock()
-    return CudaClock() if device == "cuda" else CpuClock()

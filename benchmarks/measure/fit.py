@@ -16,25 +16,15 @@ import t2t_fast
 from t2t_fast import memory, reference
 from t2t_fast.testing import DTYPES
 
-from ..suites.providers import BACKENDS, BY_NAME
+from ..suites.providers import BACKENDS, BY_NAME, named
 
-LIMIT_BYTES = {"cpu": 2e9, "cuda": 16e9}
-"""A tenth of a server's memory, and a small card's."""
-
-PROBES = (1, 3)
-"""Batches whose peaks, which grow along a line, tell where to look."""
-
-MOST = 2**16
-"""Images of a batch beyond which nobody looks."""
+LIMIT_BYTES = {"cpu": 2e9, "cuda": 16e9}  # a tenth of a server's memory, and a small card's
+PROBES = (1, 3)  # Batches whose peaks, which grow along a line, tell where to look
+MOST = 2**16  # The largest batch that is tried
 
 
 class Trainer:
-    """A model and its training step at any batch.
-
-    Args:
-        group: names the model, its image side and dtype; provider: a :class:`providers.Provider`; device: "cpu" or
-            "cuda".
-    """
+    """A model and its training step at any batch; the group names the model, its image side and dtype."""
 
     def __init__(self, group, provider, device):
         torch.manual_seed(0)
@@ -42,8 +32,8 @@ class Trainer:
         model = getattr(reference, group.subject)(img_size=group.size)
         if provider.source != "upstream":
             t2t_fast.swap(model)
-        if provider.memory == "low":
-            model.tokens_to_token.memory = "low"
+        if provider.recompute:
+            model.tokens_to_token.recompute = True
         self.model = model.to(device).train()
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
@@ -51,7 +41,7 @@ class Trainer:
         """One step; gradients are gone when it ends."""
         dtype, source = DTYPES[self.group.dtype], self.provider.source
         autocast = torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
-        with autocast, partial(t2t_fast.backend, source)() if source in BACKENDS else nullcontext():
+        with autocast, t2t_fast.backend(source) if source in BACKENDS else nullcontext():
             out = self.model(images)
         F.cross_entropy(out.float(), labels).backward()
         self.optimizer.step()
@@ -86,7 +76,7 @@ class Trainer:
 
 
 def largest(used, limit, say=lambda text: None):
-    """The largest batch that fits, by trying: a guess from small batches, then bisection.
+    """The largest batch that fits: probes, then where the line through them meets the limit, else bisection.
 
     Args:
         used: batch -> bytes in use, or ``None`` where there were too many to say; limit: bytes.
@@ -94,59 +84,26 @@ def largest(used, limit, say=lambda text: None):
     Returns:
         (batch, bytes it uses, bytes of one more image or ``None``); batch 0 uses 0 bytes.
     """
-    tried = {0: 0}
-
-    def fits(batch):
-        if batch not in tried:
-            say(f"a step of {batch} image{'s' if batch > 1 else ''}")
-            tried[batch] = used(batch)
-        return tried[batch] is not None and tried[batch] <= limit
-
-    for probe in PROBES:
-        if not fits(probe):
-            break
-    good = max(batch for batch in tried if fits(batch))
-    bad = min((batch for batch in tried if not fits(batch)), default=None)
-    while bad is None or bad - good > 1:
-        guess = _guess(tried, good, bad, limit)
-        if fits(guess):
-            good = guess
+    tried, good, bad = {0: 0}, 0, MOST + 1
+    while bad - good > 1:
+        (low, high), line = [0, *sorted(batch for batch, value in tried.items() if value is not None)][-2:], bad
+        if low and tried[high] > tried[low]:
+            line = int(high + (limit - tried[high]) * (high - low) / (tried[high] - tried[low]))
+        if high < max(PROBES) < bad:
+            batch = next(probe for probe in PROBES if probe > high)
         else:
-            bad = guess
-        if good >= MOST:
-            break
+            # a line through small batches may lead far astray
+            batch = min(max(line, good + 1) if good <= line < bad else (good + bad) // 2, 64 * max(good, 1))
+        say(f"a step of {batch} image{'s' if batch > 1 else ''}")
+        tried[batch] = used(batch)
+        good, bad = (batch, bad) if tried[batch] is not None and tried[batch] <= limit else (good, batch)
     return good, tried[good], tried.get(good + 1)
-
-
-def _guess(tried, good, bad, limit):
-    """The batch to try next: on the line through the two largest measured batches, or halfway where that is no help."""
-    measured = sorted(batch for batch, value in tried.items() if batch and value is not None)[-2:]
-    line = None
-    if len(measured) == 2 and tried[measured[1]] > tried[measured[0]]:
-        slope = (tried[measured[1]] - tried[measured[0]]) / (measured[1] - measured[0])
-        line = int(measured[1] + (limit - tried[measured[1]]) / slope)
-    if bad is None:
-        # a line through small batches may lead far astray
-        return max(good + 1, min(line or 2 * good, 64 * good, MOST))
-    if line is not None and good <= line < bad:
-        return line if line > good else good + 1
-    return (good + bad) // 2
 
 
 def measure(group, name, device, say):
     """An entry of the run file: the largest batch of a provider; ``say`` is called with what is tried."""
-    provider, limit = BY_NAME[name], LIMIT_BYTES[device]
-    trainer = Trainer(group, provider, device)
+    limit = LIMIT_BYTES[device]
+    trainer = Trainer(group, BY_NAME[name], device)
     trainer.used(1, limit)  # makes the optimizer's state, compiles kernels
     batch, used, over = largest(lambda batch: trainer.used(batch, limit), limit, say)
-    return {
-        "group": group.id,
-        **group._asdict(),
-        "batch": batch,
-        "provider": name,
-        "label": provider.label,
-        "another_function": provider.another,
-        "limit_bytes": limit,
-        "used_bytes": used,
-        "over_bytes": over,
-    }
+    return {**named(group, name), "batch": batch, "limit_bytes": limit, "used_bytes": used, "over_bytes": over}

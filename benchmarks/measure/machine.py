@@ -19,20 +19,9 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 SIDE = {"cpu": 1536, "cuda": 8192}
 REPEATS = 7
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "pytest",
-    "pytest-benchmark",
-    "performer-pytorch",
-    "flash-linear-attention",
-    "fla-core",
-    "vit-pytorch",
-    "timm",
-    "torchvision",
-)
-"""Whose versions a run notes, ``None`` for one that is not installed."""
+# Whose versions a run notes, ``None`` for one that is not installed
+PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "performer-pytorch", "flash-linear-attention")
+PACKAGES += ("fla-core", "vit-pytorch", "timm", "torchvision")
 
 
 def describe(device):

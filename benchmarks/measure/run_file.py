@@ -15,11 +15,10 @@ class RunFile(NamedTuple):
 
     Attributes:
         environment: of :func:`machine.describe`, with the command line, the suites' ``quick`` and the measured limits.
-        rows: timed rows (:func:`rows.row`), some with fewer visits than planned if the run was stopped.
-        fits: largest batches (:func:`fit.row`).
-        processes: several processes side by side (:func:`processes.row`).
+        rows: timed rows (:mod:`rows`), some with fewer visits than planned if the run was stopped.
+        fits: largest batches (:func:`fit.measure`); processes: several processes (:func:`processes.measure`).
         left_out: {"group", "provider", "reason"} of each planned row without numbers.
-        planned: rows, fits and processes that the run set out to measure; ``None`` in files from before it was noted.
+        planned: rows, fits and processes that the run is to measure; ``None`` in files from before it was noted.
     """
 
     environment: dict[str, Any]
@@ -30,16 +29,14 @@ class RunFile(NamedTuple):
     planned: int | None = None
 
     @property
-    def finished(self):
-        """Planned rows that have become something: numbers of all visits, or a reason why there are none."""
-        visits = self.environment.get("visits", 0)
-        timed = sum(len(row.get("visits", [])) >= visits for row in self.rows)
-        return timed + len(self.fits) + len(self.processes) + len(self.left_out)
-
-    @property
     def begun(self):
         """Timed rows that were not visited as often as planned."""
-        return len(self.rows) + len(self.fits) + len(self.processes) + len(self.left_out) - self.finished
+        return sum(len(row.get("visits", [])) < self.environment.get("visits", 0) for row in self.rows)
+
+    @property
+    def finished(self):
+        """Planned rows that are complete: numbers of all visits, or a reason why there are none."""
+        return len(self.rows) + len(self.fits) + len(self.processes) + len(self.left_out) - self.begun
 
     @property
     def complete(self):
@@ -48,9 +45,7 @@ class RunFile(NamedTuple):
 
 
 def read(path):
-    """The :class:`RunFile` in ``rows.json``, or in the raw pytest-benchmark file of these suites (timed rows alone).
-
-    A name that ends in ``.gz`` means a file compressed by gzip.
+    """The :class:`RunFile` at ``path``, which may be compressed by gzip (a name that ends in ``.gz``).
 
     Raises:
         ValueError: the file holds something else.
@@ -60,24 +55,14 @@ def read(path):
         content = json.loads(gzip.decompress(data) if str(path).endswith(".gz") else data)
     except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as failure:
         raise ValueError(f"{path}: not JSON ({failure})") from failure
-    if isinstance(content, dict) and "benchmarks" in content and "t2t_fast" in content.get("machine_info", {}):
-        rows = [{**each["extra_info"]["row"], "times": each["stats"]["data"]} for each in content["benchmarks"]]
-        return RunFile(content["machine_info"]["t2t_fast"], rows, [], [], [])
     if not isinstance(content, dict) or not {"environment", "rows", "left_out"} <= content.keys():
         raise ValueError(f"{path}: not a run of these benchmarks: wanted environment, rows and left_out")
-    return RunFile(
-        content["environment"],
-        content["rows"],
-        content.get("fits", []),
-        content.get("processes", []),
-        content["left_out"],
-        content.get("planned"),
-    )
+    known = {key: content[key] for key in RunFile._fields if key in content}
+    return RunFile(**{"fits": [], "processes": [], **known})
 
 
 def write(path, run):
-    """Write a :class:`RunFile`, whole or not at all, so that a run which is cut off leaves what it had measured."""
-    path = Path(path)
-    partial = path.with_suffix(".part")
+    """Write a :class:`RunFile`, whole or not at all, so that an interrupted run leaves what it had measured."""
+    partial = Path(path).with_suffix(".part")
     partial.write_text(json.dumps(run._asdict(), indent=1, allow_nan=False) + "\n")
     partial.replace(path)

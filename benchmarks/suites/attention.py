@@ -1,7 +1,7 @@
 """Performer attention and everything that competes with it, from short sequences to a million tokens.
 
-Softmax attention computes another function, and so does an attention that is causal; they are yardsticks. The packages
-are those a user would reach for, given the same positive features. One that is missing is left out and says so.
+Softmax attention computes another function, and so does causal attention; they are there for orientation. The packages
+are those a user would reach for, given the same positive features. One that is missing is left out with that reason.
 """
 
 import math
@@ -11,32 +11,28 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import functional
+from t2t_fast.ops._common.costs import FEATURES, WIDTH
 from t2t_fast.reference.token_performer import at_least_float32
 from t2t_fast.testing import features
 
-from . import costs, packages
+from . import packages
+from .costs import softmax_attention
 from .groups import LeftOut
 
 EPS = 1e-8
-NORM = 2.0
-"""Of q and k, as in a freshly initialised stage 1: eps does not matter there (docs/math.md, section 2)."""
-
+NORM = 2.0  # of q and k, as in a freshly initialised stage 1: eps does not matter there (docs/math.md, section 2)
+# A call of softmax attention with more than these would take more than some seconds
 SOFTMAX_FLOPS = {"cpu": 2e11, "cuda": 5e13}
-"""A call of softmax attention with more than these would take more than some seconds."""
-
-BLOCK = 2**26
-"""Attention weights of the float64 truth that are in memory at a time."""
-
-CHUNK = 64
-"""Tokens that the truth of causal attention takes at a time."""
+BLOCK = 2**26  # Attention weights of the float64 truth that are in memory at a time
+CHUNK = 64  # Tokens that the truth of causal attention takes at a time
 
 
 def inputs(tokens, batch, generator):
     """q, k, v (batch, tokens, 64) and the random features w."""
-    shape = (batch, tokens, costs.WIDTH)
-    q, k = (NORM * costs.WIDTH**-0.5 * torch.randn(shape, generator=generator) for _ in range(2))
+    shape = (batch, tokens, WIDTH)
+    q, k = (NORM * WIDTH**-0.5 * torch.randn(shape, generator=generator) for _ in range(2))
     v = torch.randn(shape, generator=generator)
-    return {"q": q, "k": k, "v": v}, {"w": features(generator, costs.FEATURES, costs.WIDTH)}
+    return {"q": q, "k": k, "v": v}, {"w": features(generator, FEATURES, WIDTH)}
 
 
 def upstream(q, k, v, w):
@@ -125,12 +121,10 @@ def softmax_in_blocks(q, k, v, w):
     return torch.cat([checkpoint(sdpa, block, k, v, w, use_reentrant=False) for block in blocks], dim=1)
 
 
+# What the sources that compute something else are checked against, in float64
 TRUTHS = {"sdpa": softmax_in_blocks, "flash-linear-attention": causal}
-"""What the sources that compute something else are checked against, in float64."""
-
+# The sources that are always there
 FUNCTIONS = {"upstream": upstream, "t2t_fast": functional.performer_attention, "two-sdpa": two_sdpa, "sdpa": sdpa}
-"""The sources that are always there."""
-
 PACKAGES = {"performer-pytorch": _performer_pytorch, "flash-linear-attention": _flash_linear_attention}
 
 SOURCES = (*FUNCTIONS, *PACKAGES)
@@ -140,7 +134,7 @@ def load(source, tokens, batch, mode, device):
     """The function of a source for a call of this size; :class:`LeftOut` says why there is none."""
     if source in PACKAGES:
         return PACKAGES[source](device)
-    flops, limit = batch * costs.softmax_attention(tokens).flops(mode), SOFTMAX_FLOPS[device]
+    flops, limit = batch * softmax_attention(tokens).flops(mode), SOFTMAX_FLOPS[device]
     if source == "sdpa" and flops > limit:
         raise LeftOut(f"its cost is quadratic: {flops:.1e} FLOPs a call, and {limit:.0e} take some seconds")
     return FUNCTIONS[source]

@@ -2,69 +2,41 @@
 
 from math import prod
 
-from t2t_fast.ops._common.costs import (
-    FEATURES,
-    WIDTH,
-    Cost,
-    Kernel,
-    chain,
-    fused_fold_unfold,
-    performer_attention,
-    performer_layer,
-    soft_composition,
-    soft_split,
-    soft_split_linear,
-    token_mlp,
-)
+from t2t_fast.ops._common.costs import WIDTH, Cost, Kernel, chain, performer_layer, soft_split_linear, token_mlp
 from t2t_fast.ops._common.spec import T2T_WINDOWS
 
-__all__ = [
-    "FEATURES",
-    "WIDTH",
-    "Cost",
-    "Kernel",
-    "backbone",
-    "chain",
-    "fused_fold_unfold",
-    "performer_attention",
-    "performer_layer",
-    "soft_composition",
-    "soft_split",
-    "soft_split_linear",
-    "softmax_attention",
-    "t2t_module",
-    "t2t_stages",
-    "t2t_vit",
-    "token_mlp",
-]
+# Tokens-type, width, depth and MLP ratio of the measured models; heads have 64 columns
+MODELS = {
+    "t2t_vit_7": ("performer", 256, 7, 2),
+    "t2t_vit_10": ("performer", 256, 10, 2),
+    "t2t_vit_12": ("performer", 256, 12, 2),
+    "t2t_vit_14": ("performer", 384, 14, 3),
+    "t2t_vit_t_14": ("transformer", 384, 14, 3),
+}
 
 
 def softmax_attention(length, width=WIDTH, element=2):
     """Flash attention with one head; backward rebuilds the weights from the saved logsumexp (4 bytes a token)."""
     row, product = width * length * element, 4 * length * length * width
-    return Cost(
-        (Kernel(4 * row + 4 * length, product),),
-        (Kernel(9 * row + 8 * length, 2.5 * product),),
-        4 * row + 4 * length,
-    )
+    forward, backward = Kernel(4 * row + 4 * length, product), Kernel(9 * row + 8 * length, 2.5 * product)
+    return Cost((forward,), (backward,), 4 * row + 4 * length)
 
 
 def t2t_stages(tokens_type, size=224, embed_dim=384, element=2):
     """The three stages of a T2T module, a :class:`Cost` each."""
     stages, channels, height = [], 3, size
     for index, window in enumerate(T2T_WINDOWS):
-        size = channels, height, height, window
+        shape, image_gradient = (channels, height, height, window), index > 0
         if index == 2:
-            stages.append(soft_split_linear(*size, embed_dim, element, norm=False))
-            break
-        if tokens_type == "performer":
-            stages.append(performer_layer(*size, element, image_gradient=index > 0))
+            stages.append(soft_split_linear(*shape, embed_dim, element, norm=False))
+        elif tokens_type == "performer":
+            stages.append(performer_layer(*shape, element, image_gradient=image_gradient))
         else:
             length = prod(window.grid(height, height))
-            first = soft_split_linear(*size, 3 * WIDTH, element, image_gradient=index > 0)
-            attention, tail = softmax_attention(length, element=element), token_mlp(length, element=element)
+            first = soft_split_linear(*shape, 3 * WIDTH, element, image_gradient=image_gradient)
             # the tail keeps y and v, which the attention has kept already
-            stages.append(chain(first, attention, tail._replace(saved=0)))
+            tail = token_mlp(length, element=element)._replace(saved=0)
+            stages.append(chain(first, softmax_attention(length, element=element), tail))
         channels, height = WIDTH, window.grid(height, height)[0]
     return stages
 
@@ -76,13 +48,11 @@ def t2t_module(tokens_type, size=224, embed_dim=384, element=2):
 
 def backbone(tokens, dim, depth, mlp_ratio, element=2):
     """Plain transformer blocks with LayerNorm fused into the product that follows and flash attention."""
-    row = tokens * dim * element
+    row, hidden, attention = tokens * dim * element, dim * mlp_ratio, 4 * tokens * tokens * dim
 
     def product(columns_in, columns_out):
         return 2 * tokens * columns_in * columns_out
 
-    hidden = dim * mlp_ratio
-    attention = 4 * tokens * tokens * dim
     forward = (
         Kernel(4 * row, product(dim, 3 * dim)),
         Kernel(4 * row, attention),
@@ -100,8 +70,8 @@ def backbone(tokens, dim, depth, mlp_ratio, element=2):
     return Cost(forward * depth, backward * depth)
 
 
-def t2t_vit(tokens_type, size, dim, depth, mlp_ratio, element=2):
+def t2t_vit(name, size, element=2):
     """A whole T2T-ViT without its classifier; what the backbone keeps for backward is not counted."""
-    tokens = (size // 16) ** 2 + 1
+    tokens_type, dim, depth, mlp_ratio = MODELS[name]
     module = t2t_module(tokens_type, size, dim, element)._replace(saved=0)
-    return chain(module, backbone(tokens, dim, depth, mlp_ratio, element))
+    return chain(module, backbone((size // 16) ** 2 + 1, dim, depth, mlp_ratio, element))

@@ -1,99 +1,70 @@
-"""Which rows there are: a group is one measurement, and every provider of it is a row.
+"""Which rows there are: a group is one measurement, and each of its providers is a row.
 
-A suite is a file of tests, and asks one question: how fast are the T2T module, whole models, their training steps, a
-single image, the operators; how does time grow. Modes: "inference" is a forward pass without autograd in eval mode.
-"training" is, for an operator, forward and backward; for a T2T module, forward and backward in train mode (dropout
-active); for a model, a whole step with cross-entropy and AdamW.
+A suite answers one question: how fast are the T2T module, whole models, their training steps, a single image, the
+operators; how does time grow; what fits into memory. Modes: "inference" is a forward pass without autograd in eval
+mode. "training" is, for an operator, forward and backward; for a T2T module, forward and backward in train mode
+(dropout active); for a model, a whole step with cross-entropy and AdamW.
 """
 
 from typing import NamedTuple
 
-BATCHES = {"cpu": (8, 32), "cuda": (256, 32)}
-"""The headline batch first."""
-
-MIDDLE = {"cpu": 8, "cuda": 32}
-"""The batch for operators and for 384 px."""
-
+BATCHES = {"cpu": (8, 32), "cuda": (256, 32)}  # the headline batch first
+MIDDLE = {"cpu": 8, "cuda": 32}  # the batch for operators and for 384 px
+# the headline dtype first; half types run under autocast with float32 parameters
 DTYPES = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
-"""Half types run under autocast with float32 parameters."""
-
+MODES = ("inference", "training")
 MODULES = ("performer", "transformer")
+# measured models; the lite ones first: their front end is the largest share
 LITE, LARGER = ("t2t_vit_7", "t2t_vit_10", "t2t_vit_12"), ("t2t_vit_14", "t2t_vit_t_14")
-"""Measured models. The lite ones first: their front end is the largest share."""
 
-OPERATORS = (
-    "soft_split_linear-stage1",
-    "soft_split_linear-stage2",
-    "soft_split_linear-stage3",
-    "performer_layer-stage1",
-    "performer_layer-stage2",
-    "performer_attention-stage1",
-    "performer_attention-stage2",
-    "token_mlp-stage1",
-    "soft_split-stage1",
-    "soft_split-stage2",
-    "soft_split-stage3",
-    "soft_split-fuseformer",
-    "soft_composition-stage1",
-    "soft_composition-stage2",
-    "soft_composition-stage3",
-    "soft_composition-fuseformer",
-    "fused_fold_unfold-fuseformer",
-)
+_STAGES = ("stage1", "stage2", "stage3")
+_WHERE = {
+    "soft_split_linear": _STAGES,
+    "performer_layer": _STAGES[:2],
+    "performer_attention": _STAGES[:2],
+    "token_mlp": _STAGES[:1],
+    "soft_split": (*_STAGES, "fuseformer"),
+    "soft_composition": (*_STAGES, "fuseformer"),
+    "fused_fold_unfold": ("fuseformer",),
+}
+OPERATORS = tuple(f"{operator}-{where}" for operator, places in _WHERE.items() for where in places)
+_COPIES = [f"{operator}-{stage}" for operator in ("soft_split", "soft_composition") for stage in _STAGES[1:]]
+# stage 1 of the attention is measured as the headline length
+LEFT_OUT_OF_QUICK = ("performer_attention-stage1", "performer_attention-stage2", *_COPIES)
 
-LEFT_OUT_OF_QUICK = ("performer_attention-stage2",)
-
+# lengths at which Performer attention is measured, to find where it overtakes softmax attention, and the batch at each:
+# the same number of tokens where that makes sense
 LENGTHS = {
     "cpu": {196: 128, 784: 32, 3136: 8, 9216: 2, 12544: 2, 50176: 1, 200704: 1, 1_000_000: 1},
     "cuda": {196: 256, 784: 256, 3136: 64, 9216: 64, 12544: 16, 50176: 4, 200704: 1, 1_000_000: 1},
 }
-"""Tokens that Performer attention is measured at, for where it overtakes softmax attention, and the batch at each: the
-same number of tokens where that makes sense."""
+HEADLINE_LENGTH = 3136  # stage 1 at 224 px: the only length of a quick run, and the only one in every dtype
+CROSSOVER = "crossover"  # in the name of every group of :data:`LENGTHS`, for ``--filter``
 
-HEADLINE_LENGTH = 3136
-"""Stage 1 at 224 px: the only one of a quick run, and the only one in every dtype."""
-
-CROSSOVER = "crossover"
-"""In the name of every group of :data:`LENGTHS`, for ``--filter``."""
-
-SCALED_BATCHES = {
-    "cpu": {"inference": (1, 4, 16, 64, 256, 1024), "training": (1, 4, 16, 64)},
-    "cuda": {"inference": (1, 4, 16, 64, 256, 1024), "training": (1, 4, 16, 64, 256, 1024)},
-}
-"""At 224 px. On a CPU upstream's training step of 256 images takes 10 seconds and 6 GB."""
-
-SCALED_SIZES = (224, 384, 512, 768, 1024, 1536, 2048)
-"""At batch 1."""
-
-QUICK_SCALED = {"batches": (1, 16, 64), "sizes": (224, 512, 1024)}
-
-FIT_SIZES = (224, 384, 512)
-"""Where the largest batch is looked for."""
-
-MODES = ("inference", "training")
+SCALED_BATCHES = (1, 4, 16, 64, 256, 1024)  # at 224 px
+LARGEST_CPU_TRAINING = 64  # upstream's step of 256 images takes 10 seconds and 6 GB
+SCALED_SIZES = (224, 384, 512, 768, 1024, 1536, 2048)  # at batch 1
+QUICK_SCALED = ((224, 1), (224, 16), (512, 1))  # image side and batch
+FIT_SIZES = (224, 384, 512)  # image sides at which the largest batch is searched
 
 TIMED = ("module", "models", "training", "latency", "ops", "scaling")
+# in the order in which they run: what matters most first, for runs with a time limit
 SUITES = (*TIMED, "memory", "processes")
-"""In the order in which they run: what matters most first, for runs with a time limit."""
-
+# suites that a group is named after; the others' groups differ by level or mode
 OWN_NAMES = ("latency", "scaling", "memory", "processes")
-"""Suites that a group is named after; the others' groups differ by level or mode."""
+# suites with one mode; the others have both
+_MODES = {"models": MODES[:1], "latency": MODES[:1], **dict.fromkeys(("training", "memory", "processes"), MODES[1:])}
 
 
 class LeftOut(RuntimeError):
-    """Why a provider of a group has no numbers here, in words; its row is skipped and the report says so."""
+    """Why a provider of a group has no numbers here; the report shows the reason."""
 
 
-LOST = "its call ended the process's CUDA context"
-"""In the reason of a row that no later part of a run measures."""
+LOST = "its call ended the process's CUDA context"  # in the reason of a row that no later part of a run measures
 
 
 class ContextLost(RuntimeError):
-    """A provider's call ended the CUDA context of this process, after which every call fails, whatever it is.
-
-    Attributes:
-        provider: its name.
-    """
+    """A call of ``provider`` ended the CUDA context of this process: every later call fails, whatever it is."""
 
     def __init__(self, provider, failure):
         text = next(iter(str(failure).strip().splitlines()), "")
@@ -102,22 +73,23 @@ class ContextLost(RuntimeError):
 
 
 class Group(NamedTuple):
-    """What is measured; its providers are measured interleaved."""
+    """What is measured; its providers are measured interleaved.
+
+    ``level``, of the subject: "op", "module" or "model"; ``size``: pixels of the image's side, ``None`` where the
+    subject says how many tokens there are; ``batch``: images a call, ``None`` where the largest is searched;
+    ``compiled``: whether it has ``torch.compile`` rows, in a quick run for T2T modules only, since they cost most time;
+    ``processes``: that train side by side, each with ``batch`` images.
+    """
 
     level: str
-    """Of the subject: "op", "module" or "model"."""
     subject: str
     size: int | None
-    """Pixels of the image's side; ``None`` where the subject says how many tokens there are."""
     batch: int | None
-    """Images a call; ``None`` where the largest batch is what is looked for."""
     dtype: str
     mode: str
     compiled: bool = True
-    """Whether it has ``torch.compile`` rows; a quick run has them for T2T modules only, since they cost most time."""
     suite: str | None = None
     processes: int = 1
-    """That train side by side, each with ``batch`` images."""
 
     @property
     def id(self):
@@ -129,105 +101,52 @@ class Group(NamedTuple):
         return f"{kind}-{self.subject}-{where}{batch}-{self.dtype}-{self.mode}{processes}"
 
 
-def length_groups(device, quick):
-    """Performer attention by its number of tokens."""
-    headline = all if quick else any
-    return [
-        Group("op", f"performer_attention-L{length}", None, batch, dtype, mode, not quick, "ops")
-        for dtype in DTYPES[device]
-        for length, batch in LENGTHS[device].items()
-        for mode in MODES
-        if headline((length == HEADLINE_LENGTH, dtype == DTYPES[device][0]))
-    ]
-
-
-def _ops(device, quick):
-    dtypes, sizes = (DTYPES[device][:1], (224,)) if quick else (DTYPES[device], (224, 384))
-    return [
-        Group("op", subject, size, MIDDLE[device], dtype, mode, not quick, "ops")
-        for dtype in dtypes
-        for size in sizes
-        for subject in OPERATORS
-        for mode in MODES
-        if (size == 224 or not subject.endswith("fuseformer")) and not (quick and subject in LEFT_OUT_OF_QUICK)
-    ] + length_groups(device, quick)
-
-
-def _module(device, quick):
-    if quick:
+def _cells(suite, device, quick):
+    """(level, subject, image side, batch) of a suite's groups in the headline dtype."""
+    batches, middle = BATCHES[device], MIDDLE[device]
+    if suite == "ops":
         return [
-            Group("module", MODULES[0], 224, BATCHES[device][0], DTYPES[device][0], mode, suite="module")
-            for mode in MODES
+            ("op", subject, size, middle)
+            for size in ((224,) if quick else (224, 384))
+            for subject in OPERATORS
+            if (size == 224 or not subject.endswith("fuseformer")) and not (quick and subject in LEFT_OUT_OF_QUICK)
+        ] + [
+            ("op", f"performer_attention-L{length}", None, batch)
+            for length, batch in LENGTHS[device].items()
+            if length == HEADLINE_LENGTH or not quick
         ]
-    cells = [(subject, 224, batch) for batch in BATCHES[device] for subject in MODULES]
-    cells += [(subject, 384, MIDDLE[device]) for subject in MODULES]
-    return [
-        Group("module", *cell, dtype, mode, suite="module")
-        for dtype in DTYPES[device]
-        for cell in dict.fromkeys(cells)
-        for mode in MODES
-    ]
-
-
-def _models(device, quick, suite, mode):
-    if quick:
-        return [Group("model", LITE[0], 224, BATCHES[device][0], DTYPES[device][0], mode, False, suite)]
-    cells = [(subject, 224, BATCHES[device][0]) for subject in (*LITE, *LARGER)]
-    # the larger models tell nothing new at the other batch
-    cells += [(LITE[0], 224, batch) for batch in BATCHES[device][1:]]
-    cells += [(subject, 384, MIDDLE[device]) for subject in (LITE[0], *LARGER)]
-    return [
-        Group("model", *cell, dtype, mode, suite=suite) for dtype in DTYPES[device] for cell in dict.fromkeys(cells)
-    ]
-
-
-def _latency(device, quick):
-    subjects = [("model", LITE[0]), ("module", MODULES[0])]
-    if not quick:
-        subjects += [("model", LARGER[0]), ("model", LARGER[1]), ("module", MODULES[1])]
-    dtypes = DTYPES[device][:1] if quick else DTYPES[device]
-    return [
-        Group(level, subject, 224, 1, dtype, "inference", not quick, "latency")
-        for dtype in dtypes
-        for level, subject in subjects
-    ]
-
-
-def _scaling(device, quick):
-    found = []
-    for mode in MODES[:1] if quick else MODES:
-        batches = QUICK_SCALED["batches"] if quick else SCALED_BATCHES[device][mode]
-        sizes = QUICK_SCALED["sizes"] if quick else SCALED_SIZES
-        for size, batch in dict.fromkeys([(224, batch) for batch in batches] + [(size, 1) for size in sizes]):
-            found.append(Group("module", MODULES[0], size, batch, DTYPES[device][0], mode, False, "scaling"))
-    return found
-
-
-def _memory(device, quick):
-    subjects, sizes = ((LITE[0],), FIT_SIZES[:1]) if quick else ((LITE[0], *LARGER), FIT_SIZES)
-    return [
-        Group("model", subject, size, None, DTYPES[device][0], "training", False, "memory")
-        for subject in subjects
-        for size in sizes
-    ]
-
-
-def _processes(device, quick):
-    if device != "cpu":
-        return []
-    return [Group("model", LITE[0], 224, 4, "fp32", "training", False, "processes", count) for count in (1, 2)]
+    if suite == "module":
+        cells = [(subject, 224, batch) for batch in batches for subject in MODULES]
+        cells = [("module", *cell) for cell in (*cells, *((subject, 384, middle) for subject in MODULES))]
+        return cells[:1] if quick else cells
+    if suite in ("models", "training"):
+        cells = [(subject, 224, batches[0]) for subject in (*LITE, *LARGER)]
+        # the larger models tell nothing new at the other batch
+        cells += [(LITE[0], 224, batches[1]), *((subject, 384, middle) for subject in (LITE[0], *LARGER))]
+        return [("model", *cell) for cell in (cells[:1] if quick else cells)]
+    if suite == "latency":
+        cells = [("model", LITE[0]), ("module", MODULES[0])]
+        cells += [] if quick else [("model", LARGER[0]), ("model", LARGER[1]), ("module", MODULES[1])]
+        return [(*cell, 224, 1) for cell in cells]
+    if suite == "scaling":
+        cells = [(224, batch) for batch in SCALED_BATCHES] + [(size, 1) for size in SCALED_SIZES]
+        return [("module", MODULES[0], *cell) for cell in (QUICK_SCALED if quick else cells)]
+    if suite == "memory":
+        subjects, sizes = (LITE[:1], FIT_SIZES[:1]) if quick else ((LITE[0], *LARGER), FIT_SIZES)
+        return [("model", subject, size, None) for subject in subjects for size in sizes]
+    return [("model", LITE[0], 224, 4)] if device == "cpu" else []
 
 
 def groups(suite, device, quick):
     """The groups of a suite on a device, the important ones first; quick: the headline rows."""
-    if suite in ("models", "training"):
-        return _models(device, quick, suite, "inference" if suite == "models" else "training")
-    makers = {
-        "ops": _ops,
-        "module": _module,
-        "latency": _latency,
-        "scaling": _scaling,
-        "memory": _memory,
-        "processes": _processes,
-    }
-    return makers[suite](device, quick)
+    modes = MODES[:1] if quick and suite == "scaling" else _MODES.get(suite, MODES)
+    compiled = suite == "module" or (not quick and suite in TIMED and suite != "scaling")
+    return [
+        Group(*cell, dtype, mode, compiled, suite, processes)
+        for dtype in DTYPES[device][: 1 if quick or suite not in TIMED or suite == "scaling" else None]
+        for cell in dict.fromkeys(_cells(suite, device, quick))
+        for mode in modes
+        if cell[2] is not None or dtype == DTYPES[device][0] or cell[1] == f"performer_attention-L{HEADLINE_LENGTH}"
+        if not (suite == "scaling" and device == "cpu" and mode == "training" and cell[3] > LARGEST_CPU_TRAINING)
+        for processes in ((1,) if suite != "processes" else (2,) if quick else (1, 2))
+    ]

@@ -1,8 +1,8 @@
 """The operators at the sizes they have in T2T-ViT, each with every way to compute it that competes.
 
-"upstream" is written as upstream's modules compute it, restructurization of tokens to an image included; "t2t_fast" is
-the function of :mod:`t2t_fast.functional`. The others are what one would otherwise reach for: ``F.unfold`` and
-``F.fold`` alone, the bare convolution, softmax attention.
+"upstream" is written as upstream's modules compute it, including the change from tokens to an image; "t2t_fast" is the
+function of :mod:`t2t_fast.functional`. The others are the usual alternatives: ``F.unfold`` and ``F.fold`` alone, the
+bare convolution, softmax attention.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from t2t_fast import functional
+from t2t_fast.ops._common import costs
 from t2t_fast.ops._common.spec import T2T_WINDOWS, square
 from t2t_fast.testing import features, natural_images, tail_parameters
 
-from . import attention, costs
+from . import attention
 
 NORM_EPS = 1e-5
 
@@ -27,14 +28,10 @@ class Operator:
     Attributes:
         name: the function of :mod:`t2t_fast.functional`, which is also its line in the tolerance table.
         moving: tensors that scale with the batch (they rotate between calls); image: among them, an image that stays
-            float32 under autocast and gets no gradient, as the first stage's.
-        parameters: the other tensors.
-        sources: name -> function of keyword tensors.
-        cost: bytes and FLOPs for an element size.
+            float32 under autocast and gets no gradient, as the first stage's; parameters: the other tensors.
+        sources: name -> function of keyword tensors; cost: bytes and FLOPs for an element size.
         truths: for a source that computes something else: the function that it is checked against, in float64.
-        layouts: source -> how to bring its output to the layout of the operator's, and back (an involution).
-        load: (source, mode, device) -> function, where that takes more than a look into ``sources``; raises
-            :class:`groups.LeftOut` for a source that cannot be measured.
+        load: (source, mode, device) -> function, if not simply from ``sources``; may raise :class:`groups.LeftOut`.
     """
 
     name: str
@@ -44,7 +41,6 @@ class Operator:
     cost: Callable
     image: bool = False
     truths: dict[str, Callable] = field(default_factory=dict)
-    layouts: dict[str, Callable] = field(default_factory=dict)
     load: Callable | None = None
 
     def function(self, source, mode, device):
@@ -56,47 +52,46 @@ def _generator():
     return torch.Generator().manual_seed(0)
 
 
-def _stage(stage, size):
-    """Channels, side and window of a stage's input."""
+def _stage(stage, size, channels=128):
+    """Channels, height, width and window of a stage's input, or of FuseFormer's (``None``) with these channels."""
+    if stage is None:
+        return channels, 60, 108, square(7, 3, 3)
     side = size
     for window in T2T_WINDOWS[: stage - 1]:
         side = window.grid(side, side)[0]
-    return (3 if stage == 1 else costs.WIDTH), side, T2T_WINDOWS[stage - 1]
+    return (3 if stage == 1 else costs.WIDTH), side, side, T2T_WINDOWS[stage - 1]
 
 
 def length(stage, size):
     """Tokens that a stage's attention sees."""
-    _, side, window = _stage(stage, size)
-    return window.grid(side, side)[0] ** 2
+    _, height, width, window = _stage(stage, size)
+    rows, columns = window.grid(height, width)
+    return rows * columns
 
 
 def _input(stage, size, batch):
-    """A stage's input and its grid: the image, or tokens with a photograph's spectrum."""
-    channels, side, _ = _stage(stage, size)
-    image = natural_images(batch, channels, side, side)
-    if stage == 1:
+    """A stage's input and its grid: an image, or tokens with a photograph's spectrum."""
+    channels, height, width, _ = _stage(stage, size)
+    image = natural_images(batch, channels, height, width)
+    if stage in (1, None):
         return image, None
-    return image.flatten(2).transpose(1, 2).contiguous(), (side, side)
+    return image.flatten(2).transpose(1, 2).contiguous(), (height, width)
+
+
+def _tokens(batch, channels, height, width, window):
+    rows, columns = window.grid(height, width)
+    return torch.randn(batch, rows * columns, channels * window.taps, generator=_generator())
 
 
 def _as_image(x, grid):
-    """Upstream's restructurization."""
+    """Upstream's change of tokens to an image."""
     return x if grid is None else x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
-
-
-def _transposed(x):
-    return x.transpose(1, 2)
 
 
 def soft_split(stage, size, batch):
     """A stage's split, or FuseFormer's."""
-    if stage is None:
-        channels, height, width, window = FUSEFORMER_SPLIT
-        x, grid = natural_images(batch, channels, height, width), None
-    else:
-        x, grid = _input(stage, size, batch)
-        channels, height, window = _stage(stage, size)
-        width = height
+    x, grid = _input(stage, size, batch)
+    *_, window = shape = _stage(stage, size)
     kernel, step, pad = window
 
     def unfold(x):
@@ -109,74 +104,53 @@ def soft_split(stage, size, batch):
         {
             "upstream": lambda x: unfold(x).transpose(1, 2).contiguous(),
             "t2t_fast": lambda x: functional.soft_split(x, *window, grid=grid),
-            "unfold": unfold,
+            "unfold": lambda x: unfold(x).transpose(1, 2),
         },
-        lambda element: costs.soft_split(channels, height, width, window, element),
-        layouts={"unfold": _transposed},
+        lambda element: costs.soft_split(*shape, element),
     )
-
-
-FUSEFORMER_SPLIT = (128, 60, 108, square(7, 3, 3))
-FUSEFORMER_FEED_FORWARD = (40, 60, 108, square(7, 3, 3))
-"""Channels, height, width and window of FuseFormer's soft split (and composition), and of its feed-forward."""
 
 
 def soft_composition(stage, size, batch):
     """The adjoint of :func:`soft_split`."""
-    if stage is None:
-        channels, height, width, window = FUSEFORMER_SPLIT
-    else:
-        channels, height, window = _stage(stage, size)
-        width = height
-    h, w = window.grid(height, width)
+    _, *side, window = shape = _stage(stage, size)
     kernel, step, pad = window
-    tokens = torch.randn(batch, h * w, channels * window.taps, generator=_generator())
-
-    def fold(tokens):
-        return F.fold(tokens.transpose(1, 2), (height, width), kernel, stride=step, padding=pad)
-
     return Operator(
         "soft_composition",
-        {"tokens": tokens},
+        {"tokens": _tokens(batch, *shape)},
         {},
         {
-            "upstream": fold,
-            "t2t_fast": lambda tokens: functional.soft_composition(tokens, (height, width), *window),
+            "upstream": lambda tokens: F.fold(tokens.transpose(1, 2), side, kernel, stride=step, padding=pad),
+            "t2t_fast": lambda tokens: functional.soft_composition(tokens, side, *window),
         },
-        lambda element: costs.soft_composition(channels, height, width, window, element),
+        lambda element: costs.soft_composition(*shape, element),
     )
 
 
 def fused_fold_unfold(stage, size, batch):
     """FuseFormer's feed-forward between its two Linears."""
-    channels, height, width, window = FUSEFORMER_FEED_FORWARD
-    h, w = window.grid(height, width)
+    _, *side, window = shape = _stage(stage, size, channels=40)
     kernel, step, pad = window
-    tokens = torch.randn(batch, h * w, channels * window.taps, generator=_generator())
 
     def upstream(tokens):
         x = tokens.permute(0, 2, 1)
-        ones = tokens.new_ones(tokens.shape[0], h * w, window.taps).permute(0, 2, 1)
-        folded = (F.fold(each, (height, width), kernel, stride=step, padding=pad) for each in (x, ones))
+        ones = tokens.new_ones(tokens.shape[0], tokens.shape[1], window.taps).permute(0, 2, 1)
+        folded = (F.fold(each, side, kernel, stride=step, padding=pad) for each in (x, ones))
         image = next(folded) / next(folded)
         return F.unfold(image, kernel, stride=step, padding=pad).permute(0, 2, 1).contiguous()
 
     return Operator(
         "fused_fold_unfold",
-        {"tokens": tokens},
+        {"tokens": _tokens(batch, *shape)},
         {},
-        {
-            "upstream": upstream,
-            "t2t_fast": lambda tokens: functional.fused_fold_unfold(tokens, (height, width), *window),
-        },
-        lambda element: costs.fused_fold_unfold(channels, height, width, window, element),
+        {"upstream": upstream, "t2t_fast": lambda tokens: functional.fused_fold_unfold(tokens, side, *window)},
+        lambda element: costs.fused_fold_unfold(*shape, element),
     )
 
 
 def soft_split_linear(stage, size, batch):
     """Stages 1 and 2 with LayerNorm to 192 columns, stage 3 without to 384."""
     x, grid = _input(stage, size, batch)
-    channels, side, window = _stage(stage, size)
+    channels, *_, window = shape = _stage(stage, size)
     kernel, step, pad = window
     columns, norm = channels * window.taps, stage < 3
     out = 3 * costs.WIDTH if norm else 384
@@ -210,9 +184,7 @@ def soft_split_linear(stage, size, batch):
         {"x": x},
         parameters,
         {"upstream": upstream, "t2t_fast": ours, "convolution": convolution},
-        lambda element: costs.soft_split_linear(
-            channels, side, side, window, out, element, norm=norm, image_gradient=stage > 1
-        ),
+        lambda element: costs.soft_split_linear(*shape, out, element, norm=norm, image_gradient=stage > 1),
         image=stage == 1,
         truths={"convolution": convolution} if norm else {},
     )
@@ -256,15 +228,16 @@ def token_mlp(stage, size, batch):
 def performer_layer(stage, size, batch):
     """The whole layer of stage 1 or 2, without dropout, so that every gradient can be checked."""
     linear, generator = soft_split_linear(stage, size, batch), _generator()
-    split, ours = linear.sources["upstream"], {"weight": "kqv_weight", "bias": "kqv_bias"}
-    channels, side, window = _stage(stage, size)
+    split, renamed = linear.sources["upstream"], {"weight": "kqv_weight", "bias": "kqv_bias"}
+    *_, window = shape = _stage(stage, size)
     _, grid = _input(stage, size, 1)
-    first = {ours.get(name, name.replace("norm_", "norm1_")): value for name, value in linear.parameters.items()}
+    first = {renamed.get(name, name.replace("norm_", "norm1_")): value for name, value in linear.parameters.items()}
     first["kqv_weight"] = 2 * costs.WIDTH**-0.5 * first["kqv_weight"]  # k and q of norm 2
 
     def upstream(x, w, kqv_weight, kqv_bias, norm1_weight, norm1_bias, **tail):
         kqv = split(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias)
         k, q, v = torch.split(kqv, costs.WIDTH, dim=-1)
+        tail = {name.replace("norm2_", "norm_"): value for name, value in tail.items()}
         return _tail(attention.upstream(q, k, v, w), v, **tail)
 
     def layer(x, **parameters):
@@ -277,37 +250,25 @@ def performer_layer(stage, size, batch):
         {
             **first,
             "w": features(generator, costs.FEATURES, costs.WIDTH),
-            **tail_parameters(generator, costs.WIDTH),
+            **tail_parameters(generator, costs.WIDTH, norm="norm2"),
         },
         {"upstream": upstream, "t2t_fast": layer},
-        lambda element: costs.performer_layer(channels, side, side, window, element, image_gradient=stage > 1),
+        lambda element: costs.performer_layer(*shape, element, image_gradient=stage > 1),
         image=linear.image,
     )
 
 
-_BUILDERS = {
-    function.__name__: function
-    for function in (
-        soft_split,
-        soft_composition,
-        fused_fold_unfold,
-        soft_split_linear,
-        performer_attention,
-        token_mlp,
-        performer_layer,
-    )
+BOTH = ("upstream", "t2t_fast")
+# By name: what builds an operator, and its sources, known before anything is built
+OPERATORS = {
+    "soft_split": (soft_split, (*BOTH, "unfold")),
+    "soft_composition": (soft_composition, BOTH),
+    "fused_fold_unfold": (fused_fold_unfold, BOTH),
+    "soft_split_linear": (soft_split_linear, (*BOTH, "convolution")),
+    "performer_attention": (performer_attention, attention.SOURCES),
+    "token_mlp": (token_mlp, BOTH),
+    "performer_layer": (performer_layer, BOTH),
 }
-
-SOURCES = {
-    "soft_split": ("upstream", "t2t_fast", "unfold"),
-    "soft_composition": ("upstream", "t2t_fast"),
-    "fused_fold_unfold": ("upstream", "t2t_fast"),
-    "soft_split_linear": ("upstream", "t2t_fast", "convolution"),
-    "performer_attention": attention.SOURCES,
-    "token_mlp": ("upstream", "t2t_fast"),
-    "performer_layer": ("upstream", "t2t_fast"),
-}
-"""Sources by operator, known before anything is built."""
 
 
 def build(subject, size, batch):
@@ -316,4 +277,4 @@ def build(subject, size, batch):
     if where.startswith("L"):
         return performer_attention(None, size, batch, tokens=int(where[1:]))
     stage = int(where.removeprefix("stage")) if where.startswith("stage") else None
-    return _BUILDERS[name](stage, size, batch)
+    return OPERATORS[name][0](stage, size, batch)

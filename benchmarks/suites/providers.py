@@ -1,5 +1,6 @@
-"""The one table of providers: what competes, under which name, compiled or not."""
+"""The one table of providers: what competes, under which name, compiled or not; and the plan of a run."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -7,19 +8,18 @@ import torch
 import t2t_fast
 from t2t_fast.testing import DTYPES
 
-from . import context, operators
+from . import operators, packages
+from .groups import groups
 
-COMPILE_MODES = {"cuda": "max-autotune", "cpu": "default"}
-"""Mode of ``torch.compile``, the same for everyone."""
+COMPILE_MODES = {"cuda": "max-autotune", "cpu": "default"}  # Mode of ``torch.compile``, the same for everyone
 
 
 class Provider(NamedTuple):
     """A competitor.
 
-    ``source`` says which implementation of a subject it runs (see ``subjects.py``); ``another`` that it computes
-    another function, so that it is a yardstick and no replacement; ``package`` that it is somebody else's optional
-    package, whose failure leaves its row out and fails no run; ``captured`` that it replays a CUDA graph; ``memory``
-    what its Performer layers keep for backward.
+    ``source``: which implementation of a subject it runs (see ``subjects.py``); ``another``: it computes another
+    function, for orientation only; ``package``: it is somebody else's optional package, whose failure leaves its row
+    out and fails no run; ``captured``: it replays a CUDA graph; ``memory``: the mode of its Performer layers.
     """
 
     name: str
@@ -29,9 +29,14 @@ class Provider(NamedTuple):
     another: bool = False
     package: bool = False
     captured: bool = False
-    memory: str = "fast"
+    recompute: bool = False
 
 
+def _package(name, label):
+    return Provider(name, label, name, another=True, package=True)
+
+
+# In the order of every table; the first is what the others are compared with
 PROVIDERS = (
     Provider("upstream", "upstream, eager", "upstream"),
     Provider("upstream-compiled", "upstream, torch.compile", "upstream", compiled=True),
@@ -42,35 +47,20 @@ PROVIDERS = (
     Provider("triton", "t2t_fast triton, eager", "triton"),
     Provider("t2t_fast", "t2t_fast, eager", "t2t_fast"),
     Provider("t2t_fast-compiled", "t2t_fast, torch.compile", "t2t_fast", compiled=True),
-    Provider("t2t_fast-low", "t2t_fast, low memory", "t2t_fast", memory="low"),
+    Provider("t2t_fast-low", "t2t_fast, low memory", "t2t_fast", recompute=True),
     Provider("t2t_fast-graph", "t2t_fast, CUDA graph", "t2t_fast", captured=True),
     Provider("unfold", "F.unfold alone, tokens not contiguous", "unfold"),
     Provider("convolution", "convolution of the same shape, no LayerNorm", "convolution", another=True),
     Provider("two-sdpa", "log-space form by two scaled_dot_product_attention", "two-sdpa"),
-    Provider(
-        "performer-pytorch",
-        "performer-pytorch, same features, no eps",
-        "performer-pytorch",
-        another=True,
-        package=True,
-    ),
-    Provider(
-        "flash-linear-attention",
-        "flash-linear-attention, same features, causal, no eps",
-        "flash-linear-attention",
-        another=True,
-        package=True,
-    ),
+    _package("performer-pytorch", "performer-pytorch, same features, no eps"),
+    _package("flash-linear-attention", "flash-linear-attention, same features, causal, no eps"),
     Provider("sdpa", "scaled_dot_product_attention (softmax)", "sdpa", another=True),
-    *(Provider(name, model.label, name, another=True, package=True) for name, model in context.MODELS.items()),
+    *(_package(name, model.label) for name, model in packages.MODELS.items()),
 )
-"""In the order of every table; the first is what the others are compared with."""
-
 BASELINE = PROVIDERS[0].name
 OURS = "t2t_fast"
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
-BACKENDS = ("aten", "native", "triton")
-"""Sources that are the package with a backend of one's own choice."""
+BACKENDS = ("aten", "native", "triton")  # Sources that are the package with a backend of one's own choice
 
 
 def backends(device, dtype):
@@ -79,31 +69,26 @@ def backends(device, dtype):
     return {op: explanation.chosen(op) for op in dict.fromkeys(op for op, _, _ in explanation.rows)}
 
 
-def _able(device, dtype):
-    """Operator -> the backends that could run it here, without those that ``auto`` passes over as slower."""
-    found = {}
-    for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[dtype]).rows:
-        found.setdefault(op, set()).update([backend] if verdict in ("chosen", "available") else [])
-    return found
-
-
 def _sources(group, device):
-    chosen, able = backends(device, group.dtype), _able(device, group.dtype)
-    sources = ("upstream", OURS)
+    sources, ops = ("upstream", OURS), None
     if group.level == "op":
-        op = group.subject.partition("-")[0]
-        chosen, able, sources = {op: chosen[op]}, {op: able[op]}, operators.SOURCES[op]
+        ops = (group.subject.partition("-")[0],)
+        sources = operators.OPERATORS[ops[0]][1]
     if group.suite in ("memory", "processes"):
         return sources  # no other backend is what one would train with
     if group.level == "model":
-        sources = (*sources, *context.beside(group.subject))
+        sources = (*sources, *(name for name, model in packages.MODELS.items() if group.subject in model.beside))
+    verdicts = {
+        (op, backend): verdict
+        for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[group.dtype]).rows
+        if ops is None or op in ops
+    }
     # "t2t_fast" is what the package chooses by itself; another backend is a row where it could do the same work
-    others = [
+    return sources + tuple(
         backend
         for backend in BACKENDS
-        if all(backend in names for names in able.values()) and any(name != backend for name in chosen.values())
-    ]
-    return (*sources, *others)
+        if {verdicts.get((op, backend)) for op, _ in verdicts} in ({"available"}, {"available", "chosen"})
+    )
 
 
 def providers(group, device):
@@ -119,10 +104,46 @@ def providers(group, device):
         if provider.source in sources
         and (group.compiled or not provider.compiled)
         and (graphs or not provider.captured)
-        and (keeping or provider.memory == "fast")
+        and (keeping or not provider.recompute)
     ]
 
 
 def compiled(function, device):
     """``function`` under ``torch.compile`` as every compiled provider runs it."""
     return torch.compile(function, mode=COMPILE_MODES[device], dynamic=False)
+
+
+def named(group, name):
+    """The keys that say which row an entry of the run file is."""
+    provider = BY_NAME[name]
+    own = {"provider": name, "label": provider.label, "another_function": provider.another}
+    return {"group": group.id, **group._asdict(), **own}
+
+
+def matching(expression):
+    """Whether a name fits an expression as pytest's ``-k`` takes it, as a function; ``ValueError`` if it is none."""
+
+    def word(match):
+        return match[0] if match[0] in ("and", "or", "not") else f"{match[0].lower()!r} in name"
+
+    try:
+        code = compile(re.sub(r"[^\s()]+", word, expression) or "True", "<filter>", "eval")
+    except SyntaxError as failure:
+        raise ValueError(f"{expression!r}: {failure.msg}") from failure
+    return lambda name: bool(eval(code, {"name": name.lower()}))  # of quoted words only
+
+
+def plan(suites, device, quick, wanted=lambda name: True):
+    """What a run measures: group -> names of its providers; ``wanted`` decides by "<suite> <group>-<provider>"."""
+    found = {
+        group: [
+            provider.name
+            for provider in providers(group, device)
+            # compiled code takes most of a quick run's time
+            if not (quick and provider.compiled and provider.source in BACKENDS)
+            and wanted(f"{group.suite} {group.id}-{provider.name}")
+        ]
+        for suite in suites
+        for group in groups(suite, device, quick)
+    }
+    return {group: names for group, names in found.items() if names}

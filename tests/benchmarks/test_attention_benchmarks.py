@@ -14,11 +14,12 @@ from benchmarks.report import crossover, tables
 from benchmarks.report import files as report
 from benchmarks.report.frame import frame
 from benchmarks.report.goals import judge
-from benchmarks.suites import attention, costs, groups, operators, subjects
+from benchmarks.suites import attention, groups, operators, subjects
 from benchmarks.suites.groups import Group, LeftOut
 from benchmarks.suites.providers import Provider, providers
 from support.rows import ENVIRONMENT, made_row
 from t2t_fast import functional
+from t2t_fast.ops._common import costs
 from t2t_fast.testing import DTYPES, errors, tolerance
 
 needs_matplotlib = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def _run(subject, source):
     implementation = subject.make(source)
     forward = harness._forward(subject, Provider("made up", "", source), implementation, "cpu")
     out = forward(0)
-    subject.backward(out, implementation)(out)
+    subject.backward(out)(out)
     return subject.check(out.detach(), implementation.gradients(0), implementation)
 
 
@@ -227,10 +228,10 @@ def test_every_input_is_read_once_and_every_output_written_once(element):
 def test_a_row_has_its_share_of_a_copy_and_of_what_must_be_saved():
     group = _group(tokens=3136, batch=4)
     cost = costs.performer_attention(3136, element=4)
-    facts = {"cost": cost, "saved_bytes": 8 * cost.saved, "peak_bytes": 0}
+    facts = {**dict.fromkeys(rows.FACTS), "cost": cost, "saved_bytes": 8 * cost.saved, "peak_bytes": 0}
     participant = harness.Participant("t2t_fast", None, None, None, times=[0.5, 0.5], facts=facts)
     limits = {"bytes_per_s": 4 * cost.bytes("training"), "flop_per_s": {"fp32": 1e12}}
-    found = rows.row(group, "t2t_fast", {"t2t_fast": participant}, limits, "cpu")
+    found = rows.rows(group, {"t2t_fast": participant}, limits, "cpu", {})["t2t_fast"]
     assert found["copy_share"] == 2.0
     assert found["saved_share"] == 0.5
     assert "| 200 |" in tables.table(

@@ -1,60 +1,50 @@
-"""What a turn of a provider is on each device, and when its clock starts and stops."""
+"""What a turn of a provider is on each device, when its clock starts and stops, and how many turns there are."""
 
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.measure import clocks, harness
-from benchmarks.measure.clocks import CpuClock, CudaClock
+from benchmarks.measure.statistics import percentile, ratios, summary
+from benchmarks.suites.groups import ContextLost
+
+
+class Time:
+    """A clock that stands still until somebody spends time."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def spend(self, seconds):
+        self.now += seconds
+
+
+def test_cpu_clock_times_the_calls_and_not_what_comes_before():
+    time = Time()
+    implementation = SimpleNamespace(clear=lambda: time.spend(1000.0))
+    clock = clocks.CpuClock(timer=time)
+    assert clock.turn(lambda: time.spend(0.25), implementation, 4) == 0.25
+    assert [clock.calls(seconds) for seconds in (0.0, 0.0004, 0.004, 1.0)] == [20, 20, 3, 1]
 
 
 def test_latency_is_the_wait_for_one_call():
     assert clocks.clock("cpu", "latency").calls(1e-6) == 1
-    assert isinstance(clocks.clock("cuda", "latency"), clocks.CudaLatencyClock)
+    assert clocks.clock("cuda", "latency").single
     assert clocks.clock("cpu", "ops").calls(1e-3) == 10
-    least, most = harness.ROUNDS["latency"]
-    assert harness.rounds_for(1.0, 1.0, "latency") == least and harness.rounds_for(0.0, 1.0, "latency") == most
 
 
 def test_a_cuda_latency_ends_with_the_last_kernel(monkeypatch):
-    now, order = 0.0, []
-
-    def synchronize():
-        nonlocal now
-        order.append("synchronize")
-        now += 5.0
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now)
-    implementation = type("Made", (), {"clear": lambda self: order.append("clear")})()
-    seconds = clocks.CudaLatencyClock().turn(lambda: order.append("step"), implementation, 1)
+    time, order = Time(), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize") or time.spend(5.0))
+    monkeypatch.setattr(clocks.time, "perf_counter", time)
+    implementation = SimpleNamespace(clear=lambda: order.append("clear"))
+    seconds = clocks.clock("cuda", "latency").turn(lambda: order.append("step"), implementation, 1)
     assert (seconds, order) == (5.0, ["clear", "synchronize", "step", "synchronize"])
-
-
-def test_the_timer_is_pytest_benchmarks_own():
-    timers = pytest.importorskip("pytest_benchmark.timers")
-    assert clocks.CpuClock().timer is timers.default_timer is time.perf_counter
-
-
-def test_cpu_clock_times_the_calls_and_not_what_comes_before():
-    now = 0.0
-
-    def timer():
-        return now
-
-    def spend(seconds):
-        nonlocal now
-        now += seconds
-
-    implementation = SimpleNamespace(clear=lambda: spend(1000.0))
-    clock = CpuClock(timer)
-    assert clock.turn(lambda: spend(0.25), implementation, 4) == 0.25
-    assert clock.calls(0.0004) == 20
-    assert clock.calls(0.004) == 3
-    assert clock.calls(1.0) == 1
 
 
 def test_cuda_clock_takes_do_bench_median_and_clears_gradients(monkeypatch):
@@ -67,5 +57,77 @@ def test_cuda_clock_takes_do_bench_median_and_clears_gradients(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench=do_bench))
     implementation = SimpleNamespace(all_leaves=lambda: ["a leaf"])
-    assert CudaClock().turn(lambda: "called", implementation, 1) == 0.0125
+    assert clocks.clock("cuda").turn(lambda: "called", implementation, 1) == 0.0125
     assert (seen["result"], seen["grad_to_none"], seen["return_mode"]) == ("called", ["a leaf"], "median")
+
+
+def test_a_lost_context_is_one_that_cannot_be_waited_for(monkeypatch):
+    assert not clocks.context_lost("cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not clocks.context_lost("cuda")
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert clocks.context_lost("cuda")
+
+
+class RecordingClock:
+    """Every turn takes as long as the drift of the machine says, times the provider's own cost."""
+
+    def __init__(self, time, **cost):
+        self.time, self.cost, self.order = time, cost, []
+
+    def turn(self, step, implementation, calls):
+        name = step()
+        self.order.append(name)
+        seconds = (1 + len(self.order) // 3) * self.cost[name]
+        self.time.spend(seconds)
+        return seconds
+
+
+def _participants(names):
+    return [harness.Participant(name, None, None, lambda name=name: name) for name in names]
+
+
+def test_rounds_are_interleaved_and_their_order_rotates():
+    clock, participants = RecordingClock(Time(), a=1.0, b=2.0, c=4.0), _participants("abc")
+    harness.interleave(participants, clock, 4)
+    assert "".join(clock.order) == "abcbcacababc"
+    assert [len(each.times) for each in participants] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, 20), (100.0, 7), (1e-6, 60)])
+def test_there_are_as_many_rounds_as_the_budget_allows(monkeypatch, seconds, rounds):
+    time = Time()
+    monkeypatch.setattr(harness.time, "perf_counter", time)
+    (alone,) = _participants("a")
+    clock = SimpleNamespace(turn=lambda *call: time.spend(seconds) or seconds)
+    harness.interleave([alone], clock, harness.MIN_ROUNDS, harness.MAX_ROUNDS, 20.0)
+    assert len(alone.times) == rounds
+
+
+def test_a_lost_context_in_a_timed_turn_is_its_participants(monkeypatch):
+    def turn(*call):
+        raise ValueError("wrong")
+
+    monkeypatch.setattr(harness.clocks, "context_lost", lambda device: device == "cuda")
+    for device, error in (("cuda", ContextLost), ("cpu", ValueError)):
+        with pytest.raises(error, match="wrong") as failure:
+            harness.interleave(_participants("a"), SimpleNamespace(turn=turn), 1, device=device)
+        assert getattr(failure.value, "provider", "a") == "a"
+
+
+def test_ratios_are_taken_inside_a_round():
+    # the machine becomes 100 times slower halfway: medians of times would compare different halves
+    slow = [1.0, 1.0, 1.0, 100.0, 100.0]
+    ours = [0.5, 0.5, 0.5, 50.0, 50.0]
+    assert ratios(slow, ours) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    with pytest.raises(ValueError, match="shorter"):
+        ratios([1.0, 2.0], [1.0])
+
+
+def test_percentiles():
+    assert summary([5.0, 1.0, 2.0, 4.0, 3.0]) == pytest.approx({"median": 3.0, "p20": 1.8, "p80": 4.2})
+    assert percentile([7.0], 0.8) == 7.0

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from benchmarks.measure import harness, rows
-from benchmarks.suites import context, groups, packages, subjects
+from benchmarks.suites import costs, groups, packages, subjects
 from benchmarks.suites.groups import Group
 from benchmarks.suites.providers import providers
 from support.runs import FIRST
 
 
-@pytest.mark.parametrize("name", context.MODELS)
+@pytest.mark.parametrize("name", packages.MODELS)
 def test_context_models_are_measured_beside_ours_or_say_why_not(name):
-    model = context.MODELS[name]
+    model = packages.MODELS[name]
     group = Group("model", model.beside[-1], 64, 1, "fp32", "inference", False, "models")
     assert name in {provider.name for provider in providers(group, "cpu")}
     try:
@@ -31,7 +31,7 @@ def test_context_models_are_measured_beside_ours_or_say_why_not(name):
 
 def test_batch_norm_in_train_mode_must_be_finite_at_least():
     module = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
-    implementation = subjects.Implementation(module, [], {}, truth=(torch.ones(2, 3), {}), batch_norm=True)
+    implementation = subjects.Implementation(module, [], {}, module, truth=(torch.ones(2, 3), {}))
     subject = subjects.Subject(FIRST, "cpu", lambda: (None, {}), None, None, None)
     subject.check(5 * torch.ones(2, 3), {}, implementation, noisy=True)
     with pytest.raises(AssertionError, match="wrong"):
@@ -40,18 +40,14 @@ def test_batch_norm_in_train_mode_must_be_finite_at_least():
 
 def test_a_model_of_another_package_has_no_floor_of_ours():
     group = Group("model", "t2t_vit_14", 224, 2, "fp32", "inference", False, "models")
-    cost = subjects.costs.t2t_vit("performer", 224, 384, 14, 3, 4)
+    cost = costs.t2t_vit("t2t_vit_14", 224, 4)
     limits = {"bytes_per_s": 1e10, "flop_per_s": {"fp32": 1e11}}
-    found = {
-        name: rows.row(
-            group,
-            name,
-            {name: harness.Participant(name, None, None, None, times=[1.0], facts={"cost": cost, "saved_bytes": None})},
-            limits,
-            "cpu",
-        )
+    facts = {**dict.fromkeys(rows.FACTS), "cost": cost}
+    results = {
+        name: harness.Participant(name, None, None, None, times=[1.0], facts=facts)
         for name in ("t2t_fast", "timm-resnet50")
     }
+    found = rows.rows(group, results, limits, "cpu", {})
     ours = found["t2t_fast"]
     assert ours["floor_share"] == pytest.approx(ours["floor_s"]) == pytest.approx(1 / ours["times_floor"])
     assert all(found["timm-resnet50"][key] is None for key in rows.AGAINST_COST)

@@ -1,4 +1,4 @@
-"""A run of the suites as a whole: progress, a stop half-way, going on, refusing to overwrite, the command."""
+"""A run of the suites as a whole: a stop half-way, going on, refusing to overwrite, exit codes, the command."""
 
 import contextlib
 import importlib.util
@@ -9,25 +9,30 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 from benchmarks import __main__ as command
-from benchmarks.measure import clocks, harness, run_file, session
+from benchmarks.measure import harness, run_file, session
+from benchmarks.measure.statistics import ratios
 from benchmarks.report import files as report
-from benchmarks.suites import subjects
-from benchmarks.suites.groups import ContextLost
+from benchmarks.suites import groups
+from benchmarks.suites.groups import Group
+from benchmarks.suites.providers import matching
 from support import ROOT
 from support.rows import ENVIRONMENT, made_row
 from support.runs import FIRST, FITTING, SECOND, finished_row, resumed, written
 from t2t_fast.cli import main as t2t_fast_command
 
-needs_pytest_benchmark = pytest.mark.skipif(
-    importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
-)
+QUICK = ["--quick", "--device", "cpu"]
+
+
+def _missing(run, *planned):
+    """Rows that a run will measure."""
+    return [(group, name) for group, name in planned if (group.id, name) not in run.found]
 
 
 def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
@@ -35,10 +40,10 @@ def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
     # of the second group the last provider is missing: its peers must be measured in turn with it
     path = written(tmp_path, [finished_row(group, name) for group, name in planned[:-1]], planned=6)
     run = resumed(path, *planned)
-    assert [run.kept(group, name) is not None for group, name in planned] == [True] * 3 + [False] * 3
-    kind, entry = run.kept(FIRST, "aten")
+    assert _missing(run, *planned) == planned[3:]
+    kind, entry = run.found[FIRST.id, "aten"]
     assert (kind, entry["times"]) == ("rows", [0.1, 0.2, 0.3])
-    run.finish("rows", finished_row(SECOND, "upstream"), SECOND, "upstream")
+    run.add("rows", finished_row(SECOND, "upstream"))
     run.save()
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id] * 3 + [SECOND.id]
@@ -49,10 +54,7 @@ def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
 def test_no_row_stands_beside_peers_of_other_rounds(tmp_path):
     path = written(tmp_path, [finished_row(FIRST, "upstream"), finished_row(FIRST, "upstream-compiled")])
     run = resumed(path, (FIRST, "upstream"), (FIRST, "aten"))
-    for name in ("upstream", "aten"):
-        run.finish("rows", finished_row(FIRST, name), FIRST, name)
-    run.save()
-    assert [row["provider"] for row in run_file.read(path).rows] == ["upstream", "aten"]
+    assert run.found == {}
 
 
 @pytest.mark.parametrize(
@@ -61,85 +63,40 @@ def test_no_row_stands_beside_peers_of_other_rounds(tmp_path):
 )
 def test_what_was_left_out_is_tried_again_where_that_may_help(tmp_path, reason, again):
     left_out = [{"group": FIRST.id, "provider": "sdpa", "reason": reason}]
-    run = resumed(written(tmp_path, [finished_row(FIRST, "upstream")], left_out), (FIRST, "upstream"), (FIRST, "sdpa"))
-    assert (run.kept(FIRST, "sdpa") is None) == again
+    planned = (FIRST, "upstream"), (FIRST, "sdpa")
+    run = resumed(written(tmp_path, [finished_row(FIRST, "upstream")], left_out), *planned)
     # and so is everyone who would be measured beside it
-    assert (run.kept(FIRST, "upstream") is None) == again
+    assert _missing(run, *planned) == (list(planned) if again else [])
 
 
 def test_a_resumed_run_notes_every_command(tmp_path):
     path = written(tmp_path, [finished_row(FIRST, "upstream")])
-    for command_line, noted in (("one", "one"), ("one", "one"), ("two", "one\ntwo"), ("two", "one\ntwo")):
-        run = session.Run("cpu", True, path, None, command_line, lambda text: None)
-        run.add(SECOND, "upstream")
-        run.begin()
-        run.finish("rows", finished_row(SECOND, "upstream"), SECOND, "upstream")
-        run.save()
+    for words, noted in (("one", "one"), ("one", "one"), ("two", "one\ntwo"), ("two", "one\ntwo")):
+        session.Run({SECOND: ["upstream"]}, "cpu", True, path, words).save()
         assert run_file.read(path).environment["command"] == noted
 
 
 def test_largest_batches_are_kept_one_by_one(tmp_path):
-    found = {"group": FITTING.id, "provider": "upstream", "batch": 7}
-    run = resumed(written(tmp_path, [], fits=[found]), (FITTING, "upstream"), (FITTING, "t2t_fast"))
-    assert run.kept(FITTING, "upstream") == ("fits", found)
-    assert run.kept(FITTING, "t2t_fast") is None
+    found, planned = (
+        {"group": FITTING.id, "provider": "upstream", "batch": 7},
+        ((FITTING, "upstream"), (FITTING, "aten")),
+    )
+    run = resumed(written(tmp_path, [], fits=[found]), *planned)
+    assert run.found[FITTING.id, "upstream"] == ("fits", found)
+    assert _missing(run, *planned) == [(FITTING, "aten")]
 
 
-def test_rows_of_another_selection_stay_in_the_file(tmp_path):
-    path = written(tmp_path, [finished_row(FIRST, "upstream")], planned=1)
+@pytest.mark.parametrize(("planned", "complete"), [(1, True), (9, False)])
+def test_rows_of_another_selection_stay_and_what_an_earlier_part_did_not_measure_is_missing(
+    tmp_path, planned, complete
+):
+    path = written(tmp_path, [finished_row(FIRST, "upstream")], planned=planned)
     run = resumed(path, (SECOND, "upstream"))
-    run.finish("rows", finished_row(SECOND, "upstream"), SECOND, "upstream")
+    run.add("rows", finished_row(SECOND, "upstream"))
     run.save()
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id, SECOND.id]
-    assert (after.finished, after.planned) == (2, 2)
-
-
-def test_what_an_earlier_part_did_not_come_to_is_still_missing(tmp_path):
-    path = written(tmp_path, [finished_row(FIRST, "upstream")], planned=9)
-    run = resumed(path, (SECOND, "upstream"))
-    run.finish("rows", finished_row(SECOND, "upstream"), SECOND, "upstream")
-    run.save()
-    after = run_file.read(path)
-    assert (after.finished, after.planned, after.complete) == (2, 9, False)
-
-
-def test_suites_that_are_killed_keep_their_rows_and_say_so(tmp_path, monkeypatch, capsys):
-    def killed(arguments, out):
-        written(out, [finished_row(FIRST, "upstream")])
-        return -signal.SIGKILL
-
-    monkeypatch.setattr(command, "run_suites", killed)
-    assert command.main(["--quick", "--device", "cpu", "--report", str(tmp_path)]) == 128 + signal.SIGKILL
-    said = capsys.readouterr()
-    assert "ended by SIGKILL" in said.err and "stopped after 1 of 99 rows" in said.out
-    assert (tmp_path / "report.html").exists()
-
-
-def test_large_inputs_do_not_rotate():
-    small, large = torch.empty(10), torch.empty(2**26, device="meta")
-    assert subjects.copies([small]) == subjects.copies([small, small]) == subjects.COPIES > 1
-    assert subjects.copies([small, large]) == 1
-
-
-def test_progress_counts_rows_and_tells_the_time_left(monkeypatch):
-    said, now = [], 100.0
-    monkeypatch.setattr(session.time, "monotonic", lambda: now)
-    run = session.Run("cpu", True, None, None, "a command", said.append, live=True)
-    for name in ("upstream", "t2t_fast"):
-        run.add(FIRST, name)
-    run.say("begins")
-    now += 90
-    run.finish("rows", {**finished_row(FIRST, "upstream"), "visits": [3]}, FIRST, "upstream")
-    run.say("goes on")
-    now += 90
-    run.finish("rows", finished_row(FIRST, "t2t_fast"), FIRST, "t2t_fast")
-    run.say("goes on")
-    assert said == [
-        f"{'░' * 24} [visit 1 of 3: 0/2 rows, 0:00] begins",
-        f"{'█' * 4 + '░' * 20} [visit 1 of 3: 1/2 rows, 1:30, about 7:30 left] goes on",
-        f"{'█' * 16 + '░' * 8} [visit 1 of 3: 2/2 rows, 3:00, about 1:30 left] goes on",
-    ]
+    assert (after.finished, after.planned, after.complete) == (2, max(2, planned), complete)
 
 
 def test_a_run_is_resumed_in_its_own_environment_only():
@@ -154,121 +111,186 @@ def test_a_run_is_resumed_in_its_own_environment_only():
 def test_a_run_is_not_overwritten(tmp_path, capsys):
     path = written(tmp_path, [finished_row(FIRST, "upstream")])
     before = path.read_bytes()
-    assert command.main(["--quick", "--device", "cpu", "--report", str(tmp_path)]) == 2
+    assert command.main([*QUICK, "--report", str(tmp_path)]) == 2
     assert "holds a run already: --resume goes on with it" in capsys.readouterr().err
-    assert command.main(["--quick", "--device", "cpu", "--report", str(tmp_path), "--resume"]) == 2
+    assert command.main([*QUICK, "--report", str(tmp_path), "--resume"]) == 2
     assert "--resume: another run lies in" in capsys.readouterr().err
     assert path.read_bytes() == before
     path.write_text("{}")
-    assert command.main(["--quick", "--device", "cpu", "--report", str(tmp_path), "--resume"]) == 2
+    assert command.main([*QUICK, "--report", str(tmp_path), "--resume"]) == 2
     assert "not a run of these benchmarks" in capsys.readouterr().err
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_files_of_a_run_are_strict_json(tmp_path):
     path = tmp_path / "rows.json"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        # other readers refuse what a NaN would be written as
+        run_file.write(path, run_file.RunFile({"x": float("nan")}, [], [], [], []))
+    assert not path.exists()
+    run_file.write(path, run_file.RunFile({}, [], [], [], []))
+    assert json.loads(path.read_text())["rows"] == []
     for text, words in (("{", "not JSON"), ("[1]", "not a run"), ('{"benchmarks": []}', "not a run")):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):
             run_file.read(path)
 
 
+def test_committed_runs_can_be_read():
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*/rows.json*"))
+    runs = [run_file.read(path) for path in paths]
+    assert runs and all(run.rows and run.complete for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("", "abc"),
+        ("module", "ab"),
+        ("module and not 384PX", "a"),
+        ("(384px or ops) and not (upstream or triton)", "c"),
+        ("nothing", ""),
+    ],
+)
+def test_a_filter_reads_as_pytests(expression, expected):
+    names = {"a": "module module-performer-224px-upstream", "b": "module module-384px-triton", "c": "ops op-token_mlp"}
+    assert "".join(key for key, name in names.items() if matching(expression)(name)) == expected
+
+
+@pytest.mark.parametrize("expression", ["module and", "a b", "not", ")"])
+def test_a_filter_that_is_none_is_refused(expression, tmp_path, capsys):
+    with pytest.raises(ValueError, match=re.escape(repr(expression))):
+        matching(expression)
+    assert command.main([*QUICK, "--report", str(tmp_path), "--filter", expression]) == 2
+    assert "--filter" in capsys.readouterr().err
+
+
 def test_the_command_of_a_run_measures_the_same_again(tmp_path):
     words = ["--device", "cpu", "--quick", "--suite", "module", "ops", "--filter", "b8 and not aten"]
-    given = command.parser().parse_args([*words, "--report", str(tmp_path), "--resume"])
+    given = command.parser().parse_args([*words, "--max-seconds", "60", "--report", str(tmp_path), "--resume"])
     assert command.command_line(given) == (
-        "python -m benchmarks --device cpu --quick --suite module ops --filter 'b8 and not aten'"
+        "python -m benchmarks --device cpu --quick --suite module ops --filter 'b8 and not aten' --max-seconds 60"
     )
-    files = [word for word in command.suite_command(given, tmp_path) if word.endswith(".py")]
-    assert [Path(file).stem for file in files] == ["test_module", "test_ops"]
+
+
+def test_suites_that_are_killed_keep_their_rows_and_say_so(tmp_path, monkeypatch, capsys):
+    def killed(arguments, out):
+        written(out, [finished_row(FIRST, "upstream")])
+        return -signal.SIGKILL
+
+    monkeypatch.setattr(command, "run_suites", killed)
+    assert command.main([*QUICK, "--report", str(tmp_path)]) == 128 + signal.SIGKILL
+    said = capsys.readouterr()
+    assert "ended by SIGKILL" in said.err and "stopped after 1 of 99 rows" in said.out
+    assert (tmp_path / "report.html").exists()
+
+
+def _exit_code(filter, **more):
+    given = {"suites": ["ops"], "device": "cpu", "quick": True, "expression": filter, "path": None, "command": ""}
+    with pytest.raises(SystemExit) as end:
+        session.work(**{**given, "limit": None, "cache": "", **more})
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [("rows", 0), ("failure", 1), (groups.ContextLost("aten", ValueError()), 75), (KeyboardInterrupt(), 130)],
+)
+def test_how_a_process_of_suites_ends(monkeypatch, what, code):
+    def run(self):
+        self.failed = what == "failure"
+        if isinstance(what, BaseException):
+            raise what
+
+    for name in ("collect", "freeze"):
+        monkeypatch.setattr(session.gc, name, lambda: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setattr(session.Run, "run", run)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert _exit_code("token_mlp") == code
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_a_filter_that_fits_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    assert _exit_code("nothing") == session.NO_ROW == 5
+    monkeypatch.setattr(command, "run_suites", lambda arguments, out: session.NO_ROW)
+    assert command.main([*QUICK, "--out", str(tmp_path), "--filter", "nothing"]) == 5
+    assert capsys.readouterr().err == "python -m benchmarks: no row was measured\n"
 
 
 LOSING = """
-from benchmarks.measure import clocks, harness, machine, session
+import json, os, sys, time
 
-session.VISITS["cpu"], session.QUICK_BUDGETS["op"] = 1, 0.1
-machine.limits = lambda device: {"bytes_per_s": 1e10, "flop_per_s": {"fp32": 1e11}}
-prepare, lost = harness.prepare, []
-clocks.context_lost = lambda device: bool(lost)
-
-def losing(subject, provider, *arguments, **named):
-    if provider.name == "aten":
-        lost.append(True)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered\\nCUDA kernel errors might be ...")
-    if lost:
-        raise RuntimeError("no call works any more")
-    return prepare(subject, provider, *arguments, **named)
-
-harness.prepare = losing
+def work(suites, device, quick, expression, path, command, limit, cache):
+    if expression == "wait":
+        path.touch()
+        time.sleep(60)
+    assert os.path.isdir(cache) and not os.listdir(cache)
+    found = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": [], "left_out": []}
+    if len(found["left_out"]) < 2:
+        reason = "its call ended the process's CUDA context: RuntimeError: CUDA error"
+        found["left_out"].append({"group": "g", "provider": str(len(found["left_out"])), "reason": reason})
+        path.write_text(json.dumps(found))
+        sys.exit(75)
+    sys.exit(0)
 """
 
 
-@needs_pytest_benchmark
-@pytest.mark.slow
-def test_a_row_that_ends_the_cuda_context_is_left_out_and_the_run_goes_on_in_another_process(
-    tmp_path, monkeypatch, capfd
-):
-    """Simulated: a provider fails, and so does every later call in its process."""
-    (tmp_path / "losing.py").write_text(LOSING)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p losing")
-    monkeypatch.setattr(report, "write", lambda rows, out: [])
-    out = tmp_path / "run"
-    words = ["--device", "cpu", "--quick", "--suite", "ops", "--filter", "token_mlp and inference"]
-    assert command.main([*words, "--report", str(out)]) == 1
-    run = run_file.read(out / "rows.json")
-    assert {row["provider"] for row in run.rows} == {"upstream", "t2t_fast"}
-    ((group, provider, reason),) = (each.values() for each in run.left_out)
-    assert (group, provider) == ("op-token_mlp-stage1-224px-b8-fp32-inference", "aten")
-    expected = (
-        "its call ended the process's CUDA context: RuntimeError: CUDA error: an illegal memory access was encountered"
-    )
-    assert reason == expected
-    assert f"{group}, aten: {expected}; going on in another process" in capfd.readouterr().err
+@pytest.fixture
+def losing(tmp_path, monkeypatch):
+    """A process of suites that loses its CUDA context twice; with the filter "wait" one that waits."""
+    (tmp_path / "losing_suites.py").write_text(LOSING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(session, "work", importlib.import_module("losing_suites").work)
+    yield
+    del sys.modules["losing_suites"]
 
 
-def test_a_lost_context_in_a_timed_turn_is_its_participants(monkeypatch):
-    class Clock:
-        def turn(self, step, implementation, calls):
-            raise ValueError("wrong")
-
-    participant = harness.Participant("aten", None, None, None)
-    monkeypatch.setattr(harness.clocks, "context_lost", lambda device: device == "cuda")
-    with pytest.raises(ContextLost, match="ValueError: wrong") as failure:
-        harness.interleave([participant], Clock(), 1, "cuda")
-    assert failure.value.provider == "aten"
-    with pytest.raises(ValueError, match="wrong"):
-        harness.interleave([participant], Clock(), 1, "cpu")
+def test_a_run_goes_on_in_another_process_when_a_row_has_ended_the_cuda_context(losing, tmp_path, capfd):
+    given = command.parser().parse_args(QUICK)
+    assert command.run_suites(given, tmp_path) == 1
+    left_out = run_file.read(tmp_path / "rows.json").left_out
+    assert [entry["provider"] for entry in left_out] == ["0", "1"]
+    said = capfd.readouterr().err
+    assert said.count("CUDA context: RuntimeError: CUDA error; going on in another process") == 2
 
 
-def test_a_lost_context_is_one_that_cannot_be_waited_for(monkeypatch):
-    assert not clocks.context_lost("cpu")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert not clocks.context_lost("cuda")
+def test_a_run_that_is_interrupted_ends_its_process(losing, tmp_path):
+    path, given = tmp_path / "rows.json", command.parser().parse_args([*QUICK, "--filter", "wait"])
 
-    def fail():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    def interrupt():
+        while not path.exists():
+            time.sleep(0.02)
+        path.unlink()
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(torch.cuda, "synchronize", fail)
-    assert clocks.context_lost("cuda")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        assert command.run_suites(given, tmp_path) == session.INTERRUPTED
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its settings are glibc's")
 def test_memory_that_is_kept_is_noted_and_part_of_the_command(tmp_path, monkeypatch):
     def suites(arguments, out):
         environment = {**ENVIRONMENT, **session.describe("cpu", True, command.command_line(arguments))}
-        run_file.write(
-            out / "rows.json", run_file.RunFile(environment, [finished_row(FIRST, "upstream")], [], [], [], 1)
-        )
+        rows = [finished_row(FIRST, "upstream")]
+        run_file.write(out / "rows.json", run_file.RunFile(environment, rows, [], [], [], 1))
         return 0
 
     monkeypatch.setattr(command, "run_suites", suites)
+    monkeypatch.setattr(report, "write", lambda rows, out: [])
     monkeypatch.setattr(command.os, "environ", dict(os.environ))
-    words = ["--quick", "--device", "cpu", "--keep-memory", "--report", str(tmp_path)]
-    assert command.main(words) == 0
+    assert command.main([*QUICK, "--keep-memory", "--report", str(tmp_path)]) == 0
     environment = run_file.read(tmp_path / "rows.json").environment
     assert environment["malloc"] == command.KEEP_MEMORY and environment["command"].endswith("--quick --keep-memory")
-    before = {**environment, "malloc": {}}
-    (difference,) = session.differences(before, environment)
+    (difference,) = session.differences({**environment, "malloc": {}}, environment)
     assert difference.startswith("malloc was {} and is {'MALLOC_")
 
 
@@ -305,56 +327,72 @@ def _on_a_terminal(words, environment):
         return process.wait(), said.decode()
 
 
-@needs_pytest_benchmark
-def test_a_run_that_is_stopped_half_way_can_be_resumed(tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "--quick",
-        "--device",
-        "cpu",
-        "--suite",
-        "ops",
-        "--report",
-        str(tmp_path),
-    ]
-    words += ["--filter", "token_mlp"]
-    options = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
-    path = tmp_path / "rows.json"
+@pytest.mark.slow
+def test_a_real_run_that_is_stopped_half_way_and_resumed(tmp_path):
+    """Check, interleaved timing, visits, both parts of the file and the report, through the real command."""
+    words = [sys.executable, "-m", "benchmarks", *QUICK, "--suite", "ops", "--report", str(tmp_path)]
+    words += ["--filter", "token_mlp and inference"]
+    environment, path = {**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path / "rows.json"
 
     def hear():
         """A shell without job control has its jobs in the background ignore SIGINT, these tests among them."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with subprocess.Popen(words, stderr=subprocess.STDOUT, preexec_fn=hear, **options) as process:
+    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(words, preexec_fn=hear, **options) as process:
         deadline = time.monotonic() + 120
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
-    assert process.returncode == command.INTERRUPTED, said
+    assert process.returncode == session.INTERRUPTED, said
     before = run_file.read(path)
     assert before.begun > 0 and not before.complete
     rows_of = f"{before.finished} of {before.planned} rows, {before.begun} more half-way"
     assert f"stopped after {rows_of}; to go on: python -m benchmarks" in said
     assert "--resume" in said
-    code, said = _on_a_terminal([*words, "--resume"], options["env"])
+    code, said = _on_a_terminal([*words, "--resume"], environment)
     assert code == 0, said
-    assert re.search(rf"\x1b\[2K█+░+ \[visit 1 of 3: {before.begun}/{before.planned} rows, 0:\d\d\] op-token_mlp", said)
-    after, raw = run_file.read(path), run_file.read(tmp_path / "raw.json")
+    assert re.search(rf"\x1b\[2K.*\[visit 1 of 2: {before.begun}/{before.planned} rows.*\] op-token_mlp", said)
+    after = run_file.read(path)
     assert after.complete and after.planned == before.planned
     for row, whole in zip(before.rows, after.rows, strict=False):
         first = len(row["times"])
         assert first == row["visits"][0] == whole["visits"][0] and whole["times"][:first] == row["times"]
-    times = {(row["group"], row["provider"]): row["times"] for row in after.rows}
-    assert {(row["group"], row["provider"]): row["times"] for row in raw.rows} == times
+    assert after.environment["command"].endswith("--quick --suite ops --filter 'token_mlp and inference'")
+    assert after.environment["limits"]["bytes_per_s"] > 0
+    upstream, *_, ours = after.rows
+    assert len(upstream["times"]) == len(ours["times"]) >= harness.MIN_ROUNDS
+    assert ours["speedup"] == ratios(upstream["times"], ours["times"]) and ours["peak_bytes"] > 0
+    assert "token_mlp, stage 1, 224 px, batch 8, fp32, inference" in (tmp_path / "table.md").read_text()
+    assert {file.name for file in tmp_path.iterdir()} >= {"report.html", "rows.csv"}
 
 
-def test_run_files_are_strict_json(tmp_path):
-    """A NaN would be written as something that other readers refuse."""
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        run_file.write(tmp_path / "rows.json", run_file.RunFile({"x": float("nan")}, [], [], [], []))
-    assert not (tmp_path / "rows.json").exists()
-    run_file.write(tmp_path / "rows.json", run_file.RunFile({}, [], [], [], []))
-    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == []
+@pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed")
+@pytest.mark.slow
+def test_pytest_benchmark_times_the_same_rows(tmp_path):
+    words = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-m", "headline", "-k", "token_mlp and inference"]
+    found = subprocess.run(
+        [*words, f"--benchmark-json={tmp_path / 'raw.json'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    raw = json.loads((tmp_path / "raw.json").read_text())
+    names = [each["params"]["name"] for each in raw["benchmarks"]]
+    assert {"upstream", "t2t_fast"} <= set(names)
+    assert {each["group"] for each in raw["benchmarks"]} == {"op-token_mlp-stage1-224px-b8-fp32-inference"}
+
+
+def test_a_row_of_the_pytest_entry_is_checked_and_timed(monkeypatch):
+    from benchmarks import test_suites
+
+    class Benchmark(SimpleNamespace):
+        def __call__(self, call):
+            call()
+
+    made = Benchmark(extra_info={})
+    test_suites.test_row(Group("op", "token_mlp-stage1", 64, 1, "fp32", "training", suite="ops"), "t2t_fast", made)
+    assert made.extra_info["error"] < 1e-5 and made.group == "op-token_mlp-stage1-64px-b1-fp32-training"
+    missing = groups.LeftOut("not installed")
+    monkeypatch.setattr(test_suites.harness, "prepare", lambda *_, **__: (_ for _ in ()).throw(missing))
+    with pytest.raises(pytest.skip.Exception, match="not installed"):
+        test_suites.test_row(FIRST._replace(size=64, batch=1), "upstream", made)

@@ -2,30 +2,35 @@
 
 import re
 import weakref
+from copy import copy
 
 import pytest
 
-from benchmarks.measure import harness, rows, run_file, session
-from benchmarks.suites import groups, subjects
+from benchmarks.measure import fit, harness, rows, run_file, session
+from benchmarks.suites import costs, groups
 from benchmarks.suites.groups import Group
+from benchmarks.suites.providers import plan
 from support.rows import ENVIRONMENT
-from support.runs import FIRST, SECOND, finished_row, resumed, written
+from support.runs import FIRST, FITTING, SECOND, finished_row, plan_of, resumed, written
 
 
 class MadeMeasurements:
     """Takes the place of :func:`harness.measure`: two rounds a visit of 1 + visit seconds, at a cost of its own.
 
-    ``fails``: (group, provider, visit) -> exception. ``asked``: what was asked for, in order.
+    ``fails``: (group, provider, visit) -> exception; the provider ``None`` fails the whole group. ``asked``: what was
+    asked for, in order. ``alive``: earlier results that exist when a measurement begins.
     """
 
-    def __init__(self, fails=()):
-        self.fails, self.asked, self.made = dict(fails), [], []
+    def __init__(self, fails):
+        self.fails, self.asked, self.made, self.alive = dict(fails), [], [], []
 
     def __call__(self, group, names, device, budget, say, thorough, visits, rounds):
         visit = sum(group == before for before, *_ in self.asked)
-        assert thorough
+        self.alive += [each for made in self.made if (each := made()) is not None]
         self.asked.append((group, tuple(names), rounds))
         say("measures")
+        if (group, None, visit) in self.fails:
+            raise self.fails[group, None, visit]
         found = {}
         for name in names:
             facts = {**dict.fromkeys(rows.FACTS), "cost": COST, "first_call_s": 7.0 + visit}
@@ -33,109 +38,133 @@ class MadeMeasurements:
             found[name] = harness.Participant(name, None, None, None, times=[1.0 + visit] * 2, facts=facts)
             try:
                 if (group, name, visit) in self.fails:
-                    raise self.fails[group, name, visit]
+                    failure = self.fails[group, name, visit]
+                    raise failure if isinstance(failure, groups.ContextLost) else copy(failure)
+            except groups.ContextLost:
+                raise
             except Exception as failure:  # noqa: BLE001 - by its traceback it holds this frame, and so does a real one
                 found[name] = failure
-        if group.level == "model":
-            found[harness.FRONT_END] = harness.Participant(harness.FRONT_END, None, None, None, times=[0.5 + visit] * 2)
+        if group.level == "model" and "upstream" in found:
+            part = harness.Participant(harness.FRONT_END, None, None, None, times=[0.5 + visit] * 2)
+            found[harness.FRONT_END] = part
+            part.facts["cost"] = COST
         self.made.append(weakref.ref(next(iter(found.values()))))
         return found
 
 
-COST = subjects.costs.t2t_vit("performer", 224, 256, 7, 2, 4)
-
-
+COST = costs.t2t_vit("t2t_vit_7", 224, 4)
 MODEL = Group("model", "t2t_vit_7", 224, 8, "fp32", "training", False, "training")
 
 
-def _measured(monkeypatch, planned, path=None, limit=None, fails=(), said=None):
-    """A run of made measurements, and these."""
-    measurements = MadeMeasurements(fails)
-    monkeypatch.setattr(harness, "measure", measurements)
-    run = session.Run("cpu", False, path, limit, "a command", (lambda text: None) if said is None else said.append)
-    for group, name in planned:
-        run.add(group, name)
-    run.environment = {**ENVIRONMENT, "visits": session.VISITS["cpu"]}
-    run.begin()
-    return run, measurements
+@pytest.fixture
+def measured(monkeypatch):
+    """A function that makes a run of made measurements. Returns the run, these, and the lines of progress."""
+
+    def make(planned, path=None, limit=None, fails=()):
+        said, measurements = [], MadeMeasurements(fails)
+        monkeypatch.setattr(harness, "measure", measurements)
+        monkeypatch.setattr(session, "describe", lambda *arguments: {**ENVIRONMENT, "visits": 3})
+        monkeypatch.setattr(session.machine, "limits", lambda device: ENVIRONMENT["limits"])
+        write = lambda rows, passed, done, left, text: said.append((rows, passed, done, left, text))  # noqa: E731
+        return session.Run(plan_of(planned), "cpu", False, path, "a command", limit, write), measurements, said
+
+    return make
 
 
-def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(monkeypatch, tmp_path):
-    planned, said = [(group, name) for group in (FIRST, MODEL) for name in ("upstream", "t2t_fast")], []
-    run, measurements = _measured(monkeypatch, planned, tmp_path / "rows.json", said=said)
-    found = {(group, name): run.timed(group, name) for group, name in planned}
+def _row(run, group, name):
+    return run.found[group.id, name][1]
+
+
+def _reason(run, group, name):
+    kind, entry = run.found[group.id, name]
+    assert kind == "left_out"
+    return entry["reason"]
+
+
+def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(measured, tmp_path):
+    planned = [(group, name) for group in (FIRST, MODEL) for name in ("upstream", "t2t_fast")]
+    run, measurements, said = measured(planned, tmp_path / "rows.json")
+    run.run()
     both = ("upstream", "t2t_fast")
     assert measurements.asked == [(group, both, rounds) for rounds in (None, 2, 2) for group in (FIRST, MODEL)]
-    for row in found.values():
+    for group, name in planned:
+        row = _row(run, group, name)
         assert (row["times"], row["visits"]) == ([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], [2, 2, 2])
         assert row["seconds"]["median"] == 2.0 and row["speedup"]["median"] == 1.0
         assert row["first_call_s"] == 7.0  # compiled code was on disk at the second
-    front_end = [0.5, 0.5, 1.5, 1.5, 2.5, 2.5]
-    assert found[MODEL, "upstream"]["front_end_times"] == front_end
-    assert found[MODEL, "t2t_fast"]["front_end_times"] is None
-    assert found[MODEL, "upstream"]["front_end_share"] == pytest.approx((1.5 / 2 + 1.5 / 2) / 2)
-    assert [re.match(r"\[(.*?) rows", line)[1] for line in said] == [
-        f"visit {visit} of 3: {rows}/4" for visit in (1, 2, 3) for rows in (0, 2)
-    ]
-    assert said[-1].endswith(f"{MODEL.id}: measures")
-    run.save()
-    assert run_file.read(tmp_path / "rows.json").complete
+    assert _row(run, MODEL, "upstream")["front_end_times"] == [0.5, 0.5, 1.5, 1.5, 2.5, 2.5]
+    assert _row(run, MODEL, "t2t_fast")["front_end_times"] is None
+    assert _row(run, MODEL, "upstream")["front_end_share"] == pytest.approx((1.5 / 2 + 1.5 / 2) / 2)
+    assert [line[0] for line in said[1:]] == [f"visit {v} of 3: {rows}/4 rows" for v in (1, 2, 3) for rows in (0, 2)]
+    assert said[-1][-1] == f"{MODEL.id}: measures"
+    assert run_file.read(tmp_path / "rows.json").complete and not run.failed
+
+
+def test_progress_estimates_the_time_that_is_left(measured, capsys):
+    planned = [(FIRST, "upstream"), (FIRST, "t2t_fast")]
+    run, _, said = measured(planned)
+    run.add("rows", {**finished_row(FIRST, "upstream"), "visits": [3]})
+    run.say(FIRST, "goes on")
+    ((rows_done, _, done, left, text),) = said
+    assert (rows_done, text) == ("visit 1 of 3: 1/2 rows", f"{FIRST.id}: goes on")
+    assert left == pytest.approx(5 * done) == pytest.approx(session.SECONDS["op"] * 5 / 3)
+    session.show(rows_done, 90.0, done, left, text)
+    out = capsys.readouterr().out
+    assert re.fullmatch(rf"\[visit 1 of 3: 1/2 rows(, 01:30, 07:(29|30) left)?\] {FIRST.id}: goes on\n", out)
 
 
 @pytest.mark.parametrize("why", [None, groups.LeftOut("not installed"), AssertionError("wrong")], ids=repr)
-def test_a_run_lets_go_of_a_group_before_the_next_and_before_memory_is_measured(monkeypatch, why):
+def test_a_run_lets_go_of_a_group_before_the_next(measured, why):
     fails = {(FIRST, "aten", 0): why} if why else {}
-    run, measurements = _measured(
-        monkeypatch, [(FIRST, "upstream"), (FIRST, "aten"), (SECOND, "upstream")], fails=fails
-    )
-    alive = []
-    measure = harness.measure
-
-    def looks_first(*arguments, **options):
-        alive.extend(made() for made in measurements.made)
-        return measure(*arguments, **options)
-
-    monkeypatch.setattr(harness, "measure", looks_first)
-    run.timed(FIRST, "upstream")
-    alive.extend(made() for made in measurements.made)
-    assert len(measurements.made) == 6 and set(alive) == {None}
+    run, measurements, _ = measured([(FIRST, "upstream"), (FIRST, "aten"), (SECOND, "upstream")], fails=fails)
+    run.run()
+    assert len(measurements.made) == 6 and measurements.alive == []
+    assert run.failed == isinstance(why, AssertionError)
 
 
-def test_who_fails_at_a_later_visit_has_no_row_and_the_others_do(monkeypatch, tmp_path):
+def test_who_fails_at_a_later_visit_has_no_row_and_the_others_do(measured, tmp_path, capsys):
     planned, path = [(FIRST, name) for name in ("upstream", "aten", "t2t_fast")], tmp_path / "rows.json"
-    failure = AssertionError("output is wrong")
-    run, measurements = _measured(monkeypatch, planned, path, fails={(FIRST, "aten", 1): failure})
-    assert run.timed(FIRST, "t2t_fast")["visits"] == [2, 2, 2]
-    assert run.kept(FIRST, "aten") is None
-    with pytest.raises(AssertionError, match="output is wrong"):
-        run.timed(FIRST, "aten")
+    run, measurements, _ = measured(planned, path, fails={(FIRST, "aten", 1): AssertionError("output is wrong")})
+    run.run()
+    assert _row(run, FIRST, "t2t_fast")["visits"] == [2, 2, 2]
     assert [names for _, names, _ in measurements.asked][-1] == ("upstream", "t2t_fast")
-    run.save()
     left_out = run_file.read(path).left_out
     assert left_out == [{"group": FIRST.id, "provider": "aten", "reason": "failed: AssertionError: output is wrong"}]
+    assert run.failed and "AssertionError: output is wrong" in capsys.readouterr().err
 
 
-def test_no_row_without_the_inputs_of_its_group(monkeypatch):
-    run, _ = _measured(monkeypatch, [(FIRST, "upstream"), (SECOND, "upstream")])
-    measure = harness.measure
-
-    def no_inputs(group, *arguments, **options):
-        if group == FIRST:
-            raise MemoryError("no inputs")
-        return measure(group, *arguments, **options)
-
-    monkeypatch.setattr(harness, "measure", no_inputs)
-    with pytest.raises(MemoryError, match="no inputs"):
-        run.timed(FIRST, "upstream")
-    assert run.timed(SECOND, "upstream")["visits"] == [2, 2, 2]
+def test_no_row_without_the_inputs_of_its_group(measured):
+    run, _, _ = measured(
+        [(FIRST, "upstream"), (SECOND, "upstream")], fails={(FIRST, None, 0): MemoryError("no inputs")}
+    )
+    run.run()
+    assert _reason(run, FIRST, "upstream") == "failed: MemoryError: no inputs"
+    assert _row(run, SECOND, "upstream")["visits"] == [2, 2, 2]
 
 
-@pytest.mark.parametrize(("seconds", "first", "second"), [(-1, [], []), (2, [2], [2]), (3, [2, 2], [2])])
-def test_a_time_limit_takes_the_last_visits_first(monkeypatch, seconds, first, second):
+@pytest.mark.parametrize("culprit", ["aten", harness.FRONT_END])
+def test_a_row_that_ends_the_cuda_context_ends_the_process_and_is_left_out(measured, tmp_path, culprit):
+    planned, path = [(MODEL, name) for name in ("upstream", "aten")], tmp_path / "rows.json"
+    lost = groups.ContextLost(culprit, RuntimeError("CUDA error: an illegal memory access\nmore"))
+    run, _, _ = measured(planned, path, fails={(MODEL, "upstream", 1): lost})
+    with pytest.raises(groups.ContextLost):
+        run.run()
+    blamed = "aten" if culprit == "aten" else "upstream"
+    (entry,) = run_file.read(path).left_out
+    reason = "its call ended the process's CUDA context: RuntimeError: CUDA error: an illegal memory access"
+    assert entry == {"group": MODEL.id, "provider": blamed, "reason": reason}
+    # the next process measures the group again without it
+    again, measurements, _ = measured(planned, path)
+    again.run()
+    assert {names for _, names, _ in measurements.asked} == {("upstream",) if culprit == "aten" else ("aten",)}
+
+
+@pytest.mark.parametrize(("seconds", "first", "second"), [(-1, None, None), (2, [2], [2]), (3, [2, 2], [2])])
+def test_a_time_limit_takes_the_last_visits_first(measured, monkeypatch, seconds, first, second):
     """Each measurement takes 1.25 seconds of a clock that stands still otherwise."""
-    planned, now = [(FIRST, "upstream"), (SECOND, "upstream")], 100.0
+    now = 100.0
     monkeypatch.setattr(session.time, "monotonic", lambda: now)
-    run, _ = _measured(monkeypatch, planned, limit=seconds)
+    run, _, _ = measured([(FIRST, "upstream"), (SECOND, "upstream")], limit=seconds)
     measure = harness.measure
 
     def slow(*arguments, **options):
@@ -144,27 +173,44 @@ def test_a_time_limit_takes_the_last_visits_first(monkeypatch, seconds, first, s
         return measure(*arguments, **options)
 
     monkeypatch.setattr(harness, "measure", slow)
-    for (group, name), expected in zip(planned, (first, second), strict=True):
-        if expected:
-            assert run.timed(group, name)["visits"] == expected
+    run.run()
+    for group, expected in ((FIRST, first), (SECOND, second)):
+        if expected is None:
+            assert _reason(run, group, "upstream") == "the time limit of -1 s had passed"
         else:
-            with pytest.raises(groups.LeftOut, match="the time limit of -1 s had passed"):
-                run.timed(group, name)
+            assert _row(run, group, "upstream")["visits"] == expected
 
 
-def test_a_run_stopped_between_visits_goes_on_with_the_next(monkeypatch, tmp_path):
+def test_largest_batches_are_measured_one_by_one(measured, monkeypatch, tmp_path):
+    def largest(group, name, device, say):
+        say("a step of 1 image")
+        if name == "upstream":
+            raise RuntimeError("no")
+        return {"group": group.id, "provider": name, "batch": 7}
+
+    monkeypatch.setattr(fit, "measure", largest)
+    run, _, said = measured([(FITTING, "upstream"), (FITTING, "t2t_fast")], tmp_path / "rows.json")
+    run.run()
+    assert _row(run, FITTING, "t2t_fast")["batch"] == 7
+    assert _reason(run, FITTING, "upstream") == "failed: RuntimeError: no"
+    assert [(line[0], line[-1]) for line in said[1:]] == [
+        (f"{done}/2 rows", f"{FITTING.id}: a step of 1 image") for done in (0, 1)
+    ]
+
+
+def test_a_run_stopped_between_visits_goes_on_with_the_next(measured, tmp_path):
     planned, path = [(group, "upstream") for group in (FIRST, SECOND)], tmp_path / "rows.json"
     environment = {**ENVIRONMENT, "visits": 3}
     twice, once = {"times": [5.0] * 4, "visits": [2, 2]}, {"visits": [3]}
     before = [{**finished_row(FIRST, "upstream"), **twice}, {**finished_row(SECOND, "upstream"), **once}]
     run_file.write(path, run_file.RunFile(environment, before, [], [], [], 2))
     assert not run_file.read(path).complete
-    run, measurements = _measured(monkeypatch, planned, path)
-    assert run.timed(FIRST, "upstream")["times"] == [5.0] * 4 + [1.0] * 2
-    assert run.timed(SECOND, "upstream")["visits"] == [3, 2, 2]
-    assert run.kept(SECOND, "upstream")[1]["times"] == [0.1, 0.2, 0.3] + [1.0] * 2 + [2.0] * 2
+    run, measurements, _ = measured(planned, path)
+    run.run()
+    assert _row(run, FIRST, "upstream")["times"] == [5.0] * 4 + [1.0] * 2
+    assert _row(run, SECOND, "upstream")["visits"] == [3, 2, 2]
+    assert _row(run, SECOND, "upstream")["times"] == [0.1, 0.2, 0.3] + [1.0] * 2 + [2.0] * 2
     assert [group for group, *_ in measurements.asked] == [SECOND, FIRST, SECOND]
-    run.save()
     assert run_file.read(path).complete
 
 
@@ -172,3 +218,16 @@ def test_rows_with_other_visits_than_their_peers_are_measured_again(tmp_path):
     peer = {**finished_row(FIRST, "aten"), "times": [0.1] * 4, "visits": [2, 2]}
     run = resumed(written(tmp_path, [finished_row(FIRST, "upstream"), peer]), (FIRST, "upstream"), (FIRST, "aten"))
     assert run.found == {}
+
+
+def test_a_quick_run_takes_less_than_ten_minutes():
+    """By the figures of two idle cores, with room for a machine that takes one and a half times as long."""
+    planned = plan(groups.SUITES, "cpu", quick=True)
+    estimated = session.START_SECONDS + sum(
+        session.estimate(group, name, "cpu", True, visit)
+        for group, names in planned.items()
+        for name in names
+        for visit in range(session.visits(group, "cpu", True))
+    )
+    print(f"estimated: {estimated:.0f} s, {sum(map(len, planned.values()))} rows")
+    assert estimated < 400

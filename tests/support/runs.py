@@ -23,8 +23,9 @@ def written(folder, found, left_out=(), fits=(), planned=99):
 
 def resumed(path, *planned):
     """A :class:`session.Run` that goes on with the file at ``path``; ``planned``: (group, provider) of each row."""
-    run = session.Run("cpu", True, path, None, "a command", lambda text: None)
-    for group, name in planned:
-        run.add(group, name)
-    run.begin()
-    return run
+    return session.Run(plan_of(planned), "cpu", False, path, "a command", None, lambda *line: None)
+
+
+def plan_of(planned):
+    """Group -> providers, from pairs of them."""
+    return {group: [name for other, name in planned if other == group] for group, _ in planned}
