@@ -75,7 +75,7 @@ class Problem:
         out = self._forward(backward, 0, {})
         gradients = {}
         if backward:
-            subject.backward(out, implementation)(out)
+            subject.backward(out)(out)
             gradients = implementation.gradients(0)
             implementation.clear()
         subject.check(out.detach(), gradients, implementation)
