@@ -51,12 +51,12 @@ def parser():
 
 def command_line(arguments):
     """The command that measures the same again: without where the results go, and without a resumption."""
-    words = ["python", "-m", "benchmarks", "--device", arguments.device]
-    words += ["--quick"] if arguments.quick else []
-    words += ["--suite", *arguments.suite] if arguments.suite else []
-    words += ["--filter", arguments.filter] if arguments.filter else []
-    words += ["--keep-memory"] if arguments.keep_memory else []
-    words += ["--max-seconds", f"{arguments.max_seconds:g}"] if arguments.max_seconds is not None else []
+    words = ["python", "-m", "benchmarks"]
+    for name in ("device", "quick", "suite", "filter", "keep_memory", "max_seconds"):
+        value = getattr(arguments, name)
+        if value not in (None, False, ""):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else v for v in values)]
     return shlex.join(words)
 
 
@@ -123,15 +123,6 @@ def obstacle(arguments, out):
     return f"--resume: another run lies in {out}: {'; '.join(found)}" if found else None
 
 
-def own_folder(device):
-    """A folder under ``.benchmarks`` that is not there yet."""
-    from .measure import machine
-
-    first = ROOT / ".benchmarks" / machine.run_name(device)
-    others = (first.with_name(f"{first.name}-{number}") for number in range(2, 1000))
-    return next(folder for folder in (first, *others) if not (folder / "rows.json").exists())
-
-
 def main(argv=None):
     """Run the suites and write the report.
 
@@ -150,13 +141,16 @@ def main(argv=None):
         found.error("--resume needs --report DIR, the folder of the run to go on with")
     import torch
 
-    from .measure import run_file
+    from .measure import machine, run_file
     from .report import files as report
     from .report.goals import judge
 
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = (own_folder(arguments.device) if arguments.report is None else arguments.report).resolve()
+    name = machine.run_name(arguments.device)
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    free = (folder for folder in (ROOT / ".benchmarks" / name for name in names) if not (folder / "rows.json").exists())
+    out = (arguments.report or next(free)).resolve()
     if arguments.keep_memory:
         os.environ.update(KEEP_MEMORY)
     reason = obstacle(arguments, out)

@@ -122,9 +122,6 @@ def prepare(subject, provider, device, clock, thorough=True, check=True):
     With dropout active nothing can be compared exactly, so a module's or model's training is checked twice: in eval
     mode exactly, then in train mode, as it is timed, within dropout's noise. Not ``thorough``: compiled code only the
     second way, because for it the first means to compile once more. Without ``check`` nothing is compared.
-
-    Raises:
-        AssertionError: a check fails. LeftOut: there is too little memory.
     """
     needed, free = estimated_bytes(subject.group, provider), available_bytes(device)
     if needed > 0.8 * free:
@@ -158,14 +155,9 @@ def prepare(subject, provider, device, clock, thorough=True, check=True):
         first, _ = first_call(noisy=True)
     step = _step(subject, implementation, forward, backward)
     warm = [clock.once(step, implementation) for _ in range(1 if first > LONG else WARM_UP_CALLS)]
-    facts = {
-        "error": errors[0],
-        "gradient_error": errors[1],
-        "first_call_s": first,
-        "warm_up_s": sum(warm),
-        "calls_per_round": clock.calls(warm[-1]),
-    }
-    return Participant(provider.name, implementation, forward, step, facts["calls_per_round"], facts=facts)
+    calls = clock.calls(warm[-1])
+    facts = {"error": errors[0], "gradient_error": errors[1], "first_call_s": first, "warm_up_s": sum(warm)}
+    return Participant(provider.name, implementation, forward, step, calls, [], {**facts, "calls_per_round": calls})
 
 
 def front_end(subject, implementation, clock):
@@ -242,15 +234,13 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
     """Measure some providers of a group.
 
     Args:
-        names: of the providers; budget: seconds for the interleaved rounds of all ``visits``, of which this is one;
-            say: called with a line of progress; thorough: see :func:`prepare`; rounds: of the first visit, if this is a
-            later one: it has as many rounds, and neither results nor memory are checked and measured again.
+        budget: seconds for the interleaved rounds of all ``visits``, of which this is one; say: called with a line of
+            progress; thorough: see :func:`prepare`; rounds: of the first visit, if this is a later one: it has as many
+            rounds, and neither results nor memory are checked and measured again.
 
     Returns:
-        name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that it raised.
-
-    Raises:
-        ContextLost: a provider's call ended the CUDA context, so that nothing else can be measured in this process.
+        name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that it raised. A
+        :class:`ContextLost` is raised itself: nothing else can be measured in this process.
     """
     torch._dynamo.reset()
     gc.collect()

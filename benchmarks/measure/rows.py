@@ -17,15 +17,7 @@ def _against_cost(group, median, cost, limits):
 
 
 # What :func:`harness.measure` finds out besides the times, at a first visit only
-FACTS = (
-    "error",
-    "gradient_error",
-    "first_call_s",
-    "warm_up_s",
-    "calls_per_round",
-    "saved_bytes",
-    "peak_bytes",
-)
+FACTS = ("error", "gradient_error", "first_call_s", "warm_up_s", "calls_per_round", "saved_bytes", "peak_bytes")
 
 
 def rows(group, results, limits, device, earlier):

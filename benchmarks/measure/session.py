@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 
@@ -21,31 +22,22 @@ from . import fit, harness, machine, processes, rows, run_file
 
 # to each timed group, in a full and a quick run; a GPU is exclusive, so one visit suffices
 VISITS = {"cpu": (3, 2), "cuda": (1, 1)}
-# Seconds of interleaved rounds in a group, all visits together, in a full and a quick run; by suite, or by level
-BUDGETS = {
-    "op": (6.0, 2.0),
-    "module": (20.0, 12.0),
-    "model": (20.0, 10.0),
-    "latency": (10.0, 4.0),
-    "scaling": (8.0, 4.0),
-}
-SECONDS = {"op": 1.3, "module": 5.0, "model": 7.0, "latency": 2.0, "scaling": 4.0, "memory": 15.0, "processes": 10.0}
-# About how long a row takes, all visits together, and a compiled one in addition, at its first visit and at each later
-# one, which finds compiled code on disk. From quick runs on two idle cores; for the time that is left, and so that a
-# test can hold the promise of ``--quick``.
-COMPILE_SECONDS, COMPILE_AGAIN_SECONDS = 18.0, 1.2
-START_SECONDS = 30.0  # Imports, the machine's limits, the report
+# seconds of interleaved rounds in a group, all visits together, in a full and a quick run; by suite, or by level
+BUDGETS = {"op": (6, 2), "module": (20, 12), "model": (20, 10), "latency": (10, 4), "scaling": (8, 4)}
+# about how long the rest of a row's visit takes on two idle cores: for the time that is left, and so that a test can
+# hold the promise of --quick; a compiled row at its first visit and at later ones, with compiled code on disk, in
+# addition; imports, the machine's limits, the report
+SECONDS = {"op": 0.13, "module": 0.7, "model": 1.3, "latency": 0.4, "scaling": 0.9, "memory": 15.0, "processes": 10.0}
+COMPILE_SECONDS, COMPILE_AGAIN_SECONDS, START_SECONDS = 18.0, 1.2, 30.0
 # What a resumed run must have in common with its first part
 SAME_RUN = ("device", "threads", "malloc", "t2t_fast", "torch", "compile_mode", "float32_matmul_precision", "quick")
 SAME_RUN += ("visits",)
-# Suites whose rows are measured one by one: list of the run file, and the module that measures one
+# suites whose rows are measured one by one: list of the run file, and the module that measures one
 ALONE = {"memory": ("fits", fit), "processes": ("processes", processes)}
-KINDS = ("rows", "fits", "processes", "left_out")  # The lists of the run file
-# Exit codes of :func:`work`: a row failed; the plan is empty; this process has lost its CUDA context, but a new one can
-# go on with the run; somebody stopped it
+KINDS = ("rows", "fits", "processes", "left_out")  # the lists of the run file
+# exit codes of :func:`work`; a new process can go on when one has lost its CUDA context
 FAILED_ROW, NO_ROW, CONTEXT_LOST, INTERRUPTED = 1, 5, 75, 130
-TIME_LIMIT, FAILED = "the time limit of", "failed:"
-TRY_AGAIN = (TIME_LIMIT, FAILED)  # Reasons that may be gone when a run is resumed
+TIME_LIMIT, FAILED = TRY_AGAIN = ("the time limit of", "failed:")  # reasons that may be gone when a run is resumed
 
 
 def _own(table, group):
@@ -58,10 +50,12 @@ def visits(group, device, quick):
     return VISITS[device][quick] if group.suite in TIMED else 1
 
 
-def estimate(group, name, device, quick, visit):
-    """About how many seconds a row takes at a visit (0 is the first)."""
-    compiling = COMPILE_AGAIN_SECONDS if visit else COMPILE_SECONDS
-    return _own(SECONDS, group) / visits(group, device, quick) + BY_NAME[name].compiled * compiling
+def estimate(group, names, name, device, quick, visit):
+    """About how many seconds a row takes at a visit (0 is the first) beside the others of its group."""
+    rounds = _own(BUDGETS, group)[quick] / len(names) / visits(group, device, quick) if group.suite in TIMED else 0.0
+    return (
+        rounds + _own(SECONDS, group) + BY_NAME[name].compiled * (COMPILE_AGAIN_SECONDS if visit else COMPILE_SECONDS)
+    )
 
 
 def describe(device, quick, command):
@@ -94,8 +88,8 @@ class Run:
         self.plan, self.device, self.quick, self.path = planned, device, quick, path
         self.command, self.limit, self.write = command, limit, write
         self.started, self.environment, self.visit, self.failed = time.monotonic(), None, 0, False
-        self.found = {}
-        """(group id, provider) -> (kind, entry), kind being one of :data:`KINDS`."""
+        self.cells = [(group, name) for group, names in planned.items() for name in names]
+        self.found = {}  # (group id, provider) -> (kind, entry), kind being one of KINDS
         self._before = run_file.read(path) if path is not None and path.exists() else None
         if self._before is not None:
             self._take_over(self._before)
@@ -131,19 +125,17 @@ class Run:
     def _left(self):
         """Estimated seconds of what is to be measured."""
         return sum(
-            estimate(group, name, self.device, self.quick, visit)
-            for group, names in self.plan.items()
-            for name in names
+            estimate(group, self.plan[group], name, self.device, self.quick, visit)
+            for group, name in self.cells
             for visit in range(self.visited(group, name), self._visits(group))
         )
 
     def say(self, group, text):
         """Progress: rows done (by this visit, while there are several), time passed and left."""
-        cells = [(each, name) for each, names in self.plan.items() for name in names]
-        done = sum(self.visited(*cell) > min(self.visit, self._visits(cell[0]) - 1) for cell in cells)
+        done = sum(self.visited(*cell) > min(self.visit, self._visits(cell[0]) - 1) for cell in self.cells)
         visit = f"visit {self.visit + 1} of {self._visits(group)}: " if self._visits(group) > 1 else ""
         passed, left = time.monotonic() - self.started, self._left()
-        self.write(f"{visit}{done}/{len(cells)} rows", passed, self._at_start - left, left, f"{group.id}: {text}")
+        self.write(f"{visit}{done}/{len(self.cells)} rows", passed, self._at_start - left, left, f"{group.id}: {text}")
 
     def run(self):
         """Measure what is missing, the headline dtype of every suite first.
@@ -161,11 +153,9 @@ class Run:
             for group in groups:
                 if group.suite not in TIMED:
                     self._measure_alone(group)
-        for group, names in self.plan.items():
-            for name in names:
-                if (group.id, name) not in self.found:
-                    self._leave_out(group, name, LeftOut(f"{TIME_LIMIT} {self.limit:.0f} s had passed"))
-        self.save()
+        for group, name in self.cells:
+            if (group.id, name) not in self.found:
+                self._leave_out(group, name, LeftOut(f"{TIME_LIMIT} {self.limit:.0f} s had passed"))
 
     def _may_start(self, group):
         """Whether there is time for a group; the first one has the machine described and its limits measured."""
@@ -197,7 +187,6 @@ class Run:
         except ContextLost as failure:
             # the front end's turns run upstream's code
             self._leave_out(group, failure.provider if failure.provider in names else BASELINE, LeftOut(failure))
-            self.save()
             raise
         except Exception as failure:  # noqa: BLE001
             # without its inputs or truth no row of the group can be measured
@@ -206,9 +195,7 @@ class Run:
         for name in names:
             if name not in good:
                 self._leave_out(group, name, results[name])
-        for row in rows.rows(group, good, self.environment["limits"], self.device, earlier).values():
-            self.add("rows", row)
-        self.save()
+        self.add("rows", *rows.rows(group, good, self.environment["limits"], self.device, earlier).values())
         # models and inputs would take memory from what comes next
         del results, good
         gc.collect()
@@ -222,13 +209,11 @@ class Run:
             try:
                 with harness.blaming(name, self.device):
                     self.add(kind, module.measure(group, name, self.device, lambda text: self.say(group, text)))
-            except Exception as failure:
-                lost = isinstance(failure, ContextLost)
-                self._leave_out(group, name, LeftOut(failure) if lost else failure)
-                if lost:
-                    self.save()
-                    raise
-            self.save()
+            except ContextLost as failure:
+                self._leave_out(group, name, LeftOut(failure))
+                raise
+            except Exception as failure:  # noqa: BLE001
+                self._leave_out(group, name, failure)
 
     def _leave_out(self, group, name, failure):
         """Note why a planned row has no numbers."""
@@ -239,21 +224,19 @@ class Run:
             print(f"\n{group.id}, {name}:", *traceback.format_exception(failure), file=sys.stderr, flush=True)
         self.add("left_out", {"group": group.id, "provider": name, "reason": reason})
 
-    def add(self, kind, entry):
-        """Put an entry into one of the file's lists, at its end."""
-        key = entry["group"], entry["provider"]
-        self.found.pop(key, None)
-        self.found[key] = (kind, entry)
-
-    def save(self):
-        """Write the file, if there is anything to write."""
+    def add(self, kind, *entries):
+        """Put entries at the end of one of the file's lists, and write the file."""
+        for entry in entries:
+            key = entry["group"], entry["provider"]
+            self.found.pop(key, None)
+            self.found[key] = (kind, entry)
         if self.path is not None and self.environment is not None:
             run_file.write(self.path, self.content())
 
     def content(self):
         """Everything so far, as a :class:`run_file.RunFile`."""
         lists = {kind: [entry for of, entry in self.found.values() if of == kind] for kind in KINDS}
-        planned = len({(group.id, name) for group, names in self.plan.items() for name in names} | self.found.keys())
+        planned = len({(group.id, name) for group, name in self.cells} | self.found.keys())
         # what an earlier part of the run did not measure is still missing, whether this part plans it or not
         before = 0 if self._before is None else self._before.planned or 0
         return run_file.RunFile(self.environment, **lists, planned=max(planned, before))
@@ -262,27 +245,22 @@ class Run:
 def show(rows, passed, done, left, text):
     """Progress as a line, or on a terminal as a bar that is rewritten; without tqdm, without the time that is left."""
     live, line = sys.stdout.isatty(), f"[{rows}]"
-    try:
+    with suppress(ImportError):
         from tqdm import tqdm
-    except ImportError:
-        pass
-    else:
-        bar = "{bar:24} " if live else ""
-        line = tqdm.format_meter(
-            done, done + left, passed, bar_format=f"{bar}[{rows}, {{elapsed}}, {{remaining}} left]"
-        )
-    line = f"{line} {text}"
+
+        form = f"{'{bar:24} ' * live}[{rows}, {{elapsed}}, {{remaining}} left]"
+        line = tqdm.format_meter(done, done + left, passed, bar_format=form)
     if live:
-        line = f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}"
-    print(line, end="" if live else "\n", flush=True)
+        print(f"\r\x1b[2K{f'{line} {text}'[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+    else:
+        print(line, text, flush=True)
 
 
 def work(suites, device, quick, expression, path, command, limit, cache):
     """Run the suites in a process of their own, which ends with an exit code.
 
-    Args:
-        expression: for :func:`providers.matching`; cache: an empty folder for Inductor, so that "first call" means what
-            it says; others: see :class:`Run`.
+    ``expression`` is for :func:`providers.matching`; ``cache`` is an empty folder for Inductor, so that "first call"
+    means what it says; the others are those of :class:`Run`.
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     try:
@@ -290,9 +268,8 @@ def work(suites, device, quick, expression, path, command, limit, cache):
         if not planned:
             sys.exit(NO_ROW)
         run = Run(planned, device, quick, path, command, limit, show)
-        if any(BY_NAME[name].compiled for names in planned.values() for name in names):
-            # its import is no part of whoever is compiled first
-            import_module("torch._inductor.compile_fx")
+        if any(BY_NAME[name].compiled for _, name in run.cells):
+            import_module("torch._inductor.compile_fx")  # so that its import is not part of the first compilation
         # garbage is collected before each group: to look through all that the imports made takes longer than some
         gc.collect()
         gc.freeze()

@@ -23,15 +23,13 @@ NORM_EPS = 1e-5
 
 @dataclass
 class Operator:
-    """One operator at one size.
+    """One operator at one size; ``name`` is its function and its line in the tolerance table.
 
-    Attributes:
-        name: the function of :mod:`t2t_fast.functional`, which is also its line in the tolerance table.
-        moving: tensors that scale with the batch (they rotate between calls); image: among them, an image that stays
-            float32 under autocast and gets no gradient, as the first stage's; parameters: the other tensors.
-        sources: name -> function of keyword tensors; cost: bytes and FLOPs for an element size.
-        truths: for a source that computes something else: the function that it is checked against, in float64.
-        load: (source, mode, device) -> function, if not simply from ``sources``; may raise :class:`groups.LeftOut`.
+    ``moving`` are tensors that scale with the batch (they rotate between calls), ``image`` if among them is an image
+    that stays float32 under autocast and gets no gradient, as the first stage's; ``parameters`` are the other tensors.
+    ``sources``: name -> function of keyword tensors; ``cost``: bytes and FLOPs for an element size; ``truths``: for a
+    source that computes something else, the function that it is checked against in float64; ``load``: (source, mode,
+    device) -> function, if not simply from ``sources``; it may raise :class:`groups.LeftOut`.
     """
 
     name: str
@@ -155,10 +153,8 @@ def soft_split_linear(stage, size, batch):
     columns, norm = channels * window.taps, stage < 3
     out = 3 * costs.WIDTH if norm else 384
     generator = _generator()
-    parameters = {
-        "weight": torch.randn(out, columns, generator=generator) * columns**-0.5,
-        "bias": 0.05 * torch.randn(out, generator=generator),
-    }
+    weight = torch.randn(out, columns, generator=generator) * columns**-0.5
+    parameters = {"weight": weight, "bias": 0.05 * torch.randn(out, generator=generator)}
     if norm:
         parameters["norm_weight"] = 1 + 0.1 * torch.randn(columns, generator=generator)
         parameters["norm_bias"] = 0.1 * torch.randn(columns, generator=generator)

@@ -42,12 +42,9 @@ MODULE_WIDTH = 384  # Outgoing width of the T2T modules: T2T-ViT-14's
 class Implementation:
     """One way to compute a subject.
 
-    Attributes:
-        function: called with the tensors of an input set.
-        inputs: the rotating sets; leaves: by name, the tensors of each set and the parameters that get a gradient.
-        module: switched between eval and train mode, or ``None``.
-        truth: output and gradients, where they are not the subject's.
-        optimizer: for a model's training step.
+    ``function`` is called with the tensors of an input set; ``inputs`` are the rotating sets; ``leaves`` by name the
+    parameters that get a gradient; ``module`` is switched between eval and train mode; ``truth`` is output and
+    gradients, where they are not the subject's; ``optimizer`` is for a model's training step.
     """
 
     function: Callable
@@ -76,12 +73,9 @@ class Implementation:
 class Subject:
     """Everything about a group but the providers.
 
-    Attributes:
-        make_truth: computes :attr:`truth` when it is first asked for: what was checked before needs none.
-        tolerance: line of the tolerance table, or ``None`` for a model.
-        make: source -> :class:`Implementation`.
-        cost: :class:`costs.Cost` per image.
-        gradient: the upstream gradient, or ``None`` for a model, whose step makes a loss from ``labels``.
+    ``make_truth`` computes :attr:`truth` when it is first asked for: what was checked before needs none; ``tolerance``
+    is a line of the tolerance table, ``None`` for a model; ``make``: source -> :class:`Implementation`; ``cost`` is per
+    image; ``gradient`` is the upstream gradient, ``None`` for a model, whose step makes a loss from ``labels``.
     """
 
     group: object
@@ -110,17 +104,16 @@ class Subject:
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def backward(self, out):
-        """What a training call does with an output like ``out``: a function of it, the upstream gradient made ahead."""
+        """What a training call does with an output like this: a function of it, the upstream gradient made ahead."""
         if self.gradient is None:
             return lambda out: F.cross_entropy(out.float(), self.labels).backward()
         gradient = torch.empty_like(out.detach()).copy_(self.gradient)  # in the output's own layout
         return lambda out: out.backward(gradient)
 
     def check(self, out, gradients, implementation, noisy=False):
-        """Raise ``AssertionError`` unless output and gradients are right; ``noisy``: except for dropout.
+        """The relative errors of the output and of the worst gradient (``None`` without a backward pass).
 
-        Returns:
-            the relative errors of the output and of the worst gradient (``None`` without a backward pass).
+        Raises ``AssertionError`` unless they are small enough; ``noisy``: except for dropout.
         """
         expected, expected_gradients = implementation.truth or self.truth
         noise = None

@@ -44,7 +44,6 @@ def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
     kind, entry = run.found[FIRST.id, "aten"]
     assert (kind, entry["times"]) == ("rows", [0.1, 0.2, 0.3])
     run.add("rows", finished_row(SECOND, "upstream"))
-    run.save()
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id] * 3 + [SECOND.id]
     assert after.environment == {**ENVIRONMENT, "command": "a command"}
@@ -72,7 +71,7 @@ def test_what_was_left_out_is_tried_again_where_that_may_help(tmp_path, reason, 
 def test_a_resumed_run_notes_every_command(tmp_path):
     path = written(tmp_path, [finished_row(FIRST, "upstream")])
     for words, noted in (("one", "one"), ("one", "one"), ("two", "one\ntwo"), ("two", "one\ntwo")):
-        session.Run({SECOND: ["upstream"]}, "cpu", True, path, words).save()
+        session.Run({SECOND: ["upstream"]}, "cpu", True, path, words).add("rows")
         assert run_file.read(path).environment["command"] == noted
 
 
@@ -93,7 +92,6 @@ def test_rows_of_another_selection_stay_and_what_an_earlier_part_did_not_measure
     path = written(tmp_path, [finished_row(FIRST, "upstream")], planned=planned)
     run = resumed(path, (SECOND, "upstream"))
     run.add("rows", finished_row(SECOND, "upstream"))
-    run.save()
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id, SECOND.id]
     assert (after.finished, after.planned, after.complete) == (2, max(2, planned), complete)

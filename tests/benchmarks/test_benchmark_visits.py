@@ -107,7 +107,7 @@ def test_progress_estimates_the_time_that_is_left(measured, capsys):
     run.say(FIRST, "goes on")
     ((rows_done, _, done, left, text),) = said
     assert (rows_done, text) == ("visit 1 of 3: 1/2 rows", f"{FIRST.id}: goes on")
-    assert left == pytest.approx(5 * done) == pytest.approx(session.SECONDS["op"] * 5 / 3)
+    assert left == pytest.approx(5 * done) == pytest.approx(5 * (1.0 + session.SECONDS["op"]))
     session.show(rows_done, 90.0, done, left, text)
     out = capsys.readouterr().out
     assert re.fullmatch(rf"\[visit 1 of 3: 1/2 rows(, 01:30, 07:(29|30) left)?\] {FIRST.id}: goes on\n", out)
@@ -224,7 +224,7 @@ def test_a_quick_run_takes_less_than_ten_minutes():
     """By the figures of two idle cores, with room for a machine that takes one and a half times as long."""
     planned = plan(groups.SUITES, "cpu", quick=True)
     estimated = session.START_SECONDS + sum(
-        session.estimate(group, name, "cpu", True, visit)
+        session.estimate(group, names, name, "cpu", True, visit)
         for group, names in planned.items()
         for name in names
         for visit in range(session.visits(group, "cpu", True))
