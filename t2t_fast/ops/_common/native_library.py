@@ -93,7 +93,7 @@ def _warn(op: str, device: str) -> None:
     warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=5)
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so; dynamo warns when it traces
+# what torch.compiler.assume_constant_result sets, without its import of the compiler; dynamo warns when it traces
 _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -29,7 +29,7 @@ VARYING = (
     "cell_columns",
     "cells",
 )
-"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+"""Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
 
 
 @triton.jit(do_not_specialize=VARYING)

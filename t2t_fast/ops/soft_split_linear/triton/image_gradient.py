@@ -14,7 +14,7 @@ from .call import Call, divisor
 from .layout import NARROW
 
 VARYING = ("height", "image_width", "grid_height", "grid_width", "length", "batch", "tokens", "own_phases")
-"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+"""Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
 
 
 @triton.jit(do_not_specialize=VARYING)

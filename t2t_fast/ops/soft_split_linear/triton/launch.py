@@ -11,7 +11,7 @@ PASSES = ("forward", "weight", "image", "scalars")
 
 
 def shape_class(name, dtype, channels, outputs):
-    """What the parameters depend on, as words: operand dtype, values of a tap (layout.py), outputs."""
+    """The key of a row of the launch table: operand dtype, values of a tap (layout.py), outputs."""
     return f"{DTYPES[dtype]}-C{channels}-O{outputs}"
 
 

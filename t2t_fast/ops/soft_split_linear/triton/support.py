@@ -1,4 +1,4 @@
-"""When the kernels of soft_split_linear run: which calls they take, and the self-test before a first call."""
+"""Support of the soft_split_linear kernels: which calls they accept, and the self-test before the first call."""
 
 import math
 
@@ -20,7 +20,7 @@ T2T = {"channels": 64, "window": Window((3, 3), (2, 2), (1, 1)), "outputs": 192,
 
 
 def obstacle(request):
-    """Why the kernels are not for a call, or ``None``; nothing is tried."""
+    """Why the kernels do not support a call, or ``None``, without a self-test."""
     why = runtime.reason(request)
     if why is None and request.sizes.get("bytes") and request.sizes["channels"] > LARGEST_IMAGE:
         why = f"the Triton kernels read bytes of 1 to {LARGEST_IMAGE} channels, got {request.sizes['channels']}"
@@ -41,7 +41,7 @@ def kind(request):
 
 
 def supports(request):
-    """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
+    """Why the kernels cannot run a call, or ``None``; runs the self-test at the first call of a kind on a device."""
     return obstacle(request) or _trial(request.sizes.get("index"), request.dtype, *kind(request))
 
 
@@ -49,11 +49,11 @@ def _trial(index, dtype, *call):
     return runtime.trial("soft_split_linear", _tried, _expected, index, dtype, *call)
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 

@@ -20,7 +20,7 @@ from .launch import dropout, inner_strides, planned, strided
 ROUNDS = tl.constexpr(7)
 LOG2E = tl.constexpr(1.4426950408889634)
 VARYING = ("length", "all_tiles", "own_tiles", "seed")
-"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+"""Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
 
 
 @triton.jit

@@ -16,7 +16,7 @@ PASSES = ("tail", "tail_backward")
 
 
 def shape_class(name, dtype, width, hidden):
-    """What the parameters depend on, as words: dtype and padded sizes."""
+    """The key of a row of the launch table: dtype and padded sizes."""
     return f"{DTYPES[dtype]}-E{padded(width)}-F{padded(hidden)}"
 
 
