@@ -12,11 +12,11 @@ from .layout import layout
 from .operators import run, run_backward
 
 LARGEST_IMAGE = 4
-"""Channels of an image of bytes."""
+"""Supported channels of an image of bytes."""
 
 
 T2T = {"channels": 64, "window": Window((3, 3), (2, 2), (1, 1)), "outputs": 192, "normed": True, "training": False}
-"""Stage 2 of T2T-ViT: what is asked about where a question names no sizes."""
+"""Stage 2 of T2T-ViT: the default for requests without sizes."""
 
 
 def obstacle(request):
@@ -28,10 +28,10 @@ def obstacle(request):
 
 
 def kind(request):
-    """What makes kernels differ: the image's dtype, its channels, the window's six numbers, outputs, and whether there
-    is LayerNorm, backward, and a gradient of the image.
+    """The properties that select a kernel: the image's dtype, its channels, the window's six numbers, outputs, and
+    whether there is LayerNorm, a backward pass and a gradient of the image.
 
-    torch.compile takes a trial's result for a constant and hands over constants only.
+    torch.compile treats the self-test's result as a constant, so all arguments are constants.
     """
     image = torch.uint8 if request.sizes.get("bytes") else runtime.operand_dtype(request, "image")
     channels, window, outputs, normed, training = (request.sizes.get(name, usual) for name, usual in T2T.items())
@@ -58,7 +58,7 @@ _trial._dynamo_marked_constant = True
 
 
 def problem(device, dtype, image, channels, window, outputs, normed, least=1):
-    """Two images of dtype ``image`` with at least 16, or ``least``, tokens each, and parameters as AMP has them.
+    """Two images of dtype ``image`` with at least 16, or ``least``, tokens each, and parameters in the dtypes of AMP.
 
     Returns:
         the image and the four parameters; its ``pixels``; an upstream gradient in ``dtype``.
@@ -95,7 +95,7 @@ def _both(forward, backward, dtype, tensors, pixels, grad, window, normed, neede
 
 
 def called(image, channels, kh, kw, sh, sw, ph, pw, outputs, normed, training, image_gradient):
-    """What :func:`problem` takes behind the dtype, and which gradients are needed."""
+    """The arguments of :func:`problem` after the dtype, and which gradients are needed."""
     window = Window((kh, kw), (sh, sw), (ph, pw))
     needed = [image_gradient, training, training, training and normed, training and normed]
     return (image, channels, window, outputs, normed), needed
@@ -119,7 +119,7 @@ def _expected(device, dtype, *call):
     call = torch.float32, tensors, pixels, grad, window, normed, needed
     (y, *exact), rstd = _both(aten.run, aten.run_backward, *call)
     if exact and normed:
-        # LayerNorm of one or two values leaves nothing of these, or next to nothing: what it takes them from
+        # LayerNorm of one or two values cancels these (almost) entirely: compare to the terms that cancel
         weight, _, gamma, _ = parameters
         scaled = grad * rstd.flatten(1).unsqueeze(-1)
         linear, none = (weight * gamma, None, None, None, None, window), rstd.new_empty(0)
