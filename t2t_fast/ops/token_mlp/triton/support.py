@@ -25,13 +25,13 @@ def obstacle(request):
 
 
 def kind(request):
-    """What makes kernels differ: the parameters' dtype, channels, hidden units, and whether there is dropout and
-    backward. Constants, as torch.compile needs them.
+    """The properties that select a kernel: the parameters' dtype, channels, hidden units, and whether there is dropout
+    and a backward pass. All are constants, as torch.compile needs.
     """
     width, hidden = (runtime.fixed(size) for size in _sizes(request))
     training = bool(request.sizes.get("training", True))
     dropout = bool(request.sizes.get("dropout", training))
-    # LayerNorm of one or two values leaves nothing of gradients, or next to nothing: no error could be relative to that
+    # LayerNorm of one or two values cancels gradients (almost) entirely: a relative error would be meaningless
     return runtime.operand_dtype(request, "parameters"), max(width, 3), hidden, dropout, training
 
 
