@@ -35,10 +35,11 @@ def run(y, v, tail, options, seed):
     keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
     t = _skip(v, y, tail, options, keep_proj)
     gamma, beta = (None if p is None else p.to(t.dtype) for p in (tail.norm_weight, tail.norm_bias))
-    centred = t - t.mean(-1, keepdim=True)  # layer_norm subtracts the mean after multiplying, where an offset costs
-    precision n = F.layer_norm(centred, (constant(t.shape[-1]),), gamma, beta, options.norm_eps).to(y.dtype) a =
-    torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias, into=centred)) f = _linear(a, tail.fc2_weight,
-    tail.fc2_bias, into=n).to(t.dtype) return t.add_(dropout_(f, options.mlp_drop, keep_mlp)).to(y.dtype)
+    centred = t - t.mean(-1, keepdim=True)  # else layer_norm subtracts the mean last, where an offset costs precision
+    n = F.layer_norm(centred, (constant(t.shape[-1]),), gamma, beta, options.norm_eps).to(y.dtype)
+    a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias, into=centred))
+    f = _linear(a, tail.fc2_weight, tail.fc2_bias, into=n).to(t.dtype)
+    return t.add_(dropout_(f, options.mlp_drop, keep_mlp)).to(y.dtype)
 
 
 def _weight_gradient(grad, x):

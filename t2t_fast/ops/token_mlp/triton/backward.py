@@ -50,8 +50,7 @@ def gelu_and_slope_of(h):
 
 @triton.jit
 def _power(value):
-    """The largest power of two not above ``value`` > 0, from its bits; 1 for 0 and for infinity, which stays unscaled.
-    """
+    """The largest power of two not above ``value`` > 0, from its bits; 1 for 0 and for infinity, which stays unscaled."""
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((value > 0.0) & (value < float("inf")), power, 1.0)
 

@@ -126,7 +126,7 @@ def random_lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, 
 
 @triton.jit
 def left_out(lanes, drop):
-    """Which elements dropout keeps, from their random bits.
+    """Which elements dropout drops, from their random bits.
 
     drop: the first value that drops an element (``None``: 0), the number of such values (``None``: no dropout), and the
     scale of kept elements, in float32, so that another probability needs no new kernel.
