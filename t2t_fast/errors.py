@@ -170,8 +170,11 @@ def as_size(value: Any) -> Size | None:
         return None
 
 
-def check_pair(function: str, name: str, value: Any, *, minimum: int) -> tuple[Size, Size]:
-    """One integer, or a sequence, array or tensor of two, each at least ``minimum``, as a pair of sizes."""
+def check_pair(function: str, name: str, value: Any, *, minimum: int) -> tuple[int, int]:
+    """One integer, or a sequence, array or tensor of two, each at least ``minimum``, as a pair of sizes.
+
+    Annotated as ints, as PyTorch annotates symbolic sizes.
+    """
     pair: tuple[Any, ...] = (as_size(value),) * 2
     if pair[0] is None and (isinstance(value, (tuple, list, Sequence)) or getattr(value, "ndim", 0) == 1):
         pair = tuple([as_size(each) for each in value])

@@ -345,7 +345,7 @@ def token_mlp_cases() -> list[Case]:
 def performer_layer_cases() -> list[Case]:
     """Cases of ``performer_layer``; k and q have the norms of a freshly initialised model."""
     cases: list[Case] = []
-    for name, image, win, width, m, drop, eps in [
+    problems: list[tuple[str, tuple[int, int, int, int], Any, int, int, float, float]] = [
         ("stage1", (2, 3, 64, 64), T2T_WINDOWS[0], 64, 32, 0.0, 1e-8),
         ("stage2", (2, 64, 16, 16), T2T_WINDOWS[1], 64, 32, 0.0, 1e-8),
         ("dropout", (2, 16, 13, 18), (3, 2, 1), 64, 32, 0.1, 1e-8),
@@ -353,7 +353,8 @@ def performer_layer_cases() -> list[Case]:
         # one token attends to itself: only a half-open gate gives k, q and w a gradient worth comparing
         ("one token", (2, 3, 7, 7), (7, 4, 0), 16, 8, 0.0, 0.1),
         ("batch 0", (0, 4, 5, 5), (3, 2, 1), 16, 8, 0.0, 1e-8),
-    ]:
+    ]
+    for name, image, win, width, m, drop, eps in problems:
         generator = torch.Generator().manual_seed(len(cases))
         kernel, stride, padding = win
         columns = image[1] * functional.window(kernel, stride, padding).taps

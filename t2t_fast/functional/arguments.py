@@ -1,6 +1,8 @@
 """Checks and choices that several functions share."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -20,14 +22,14 @@ from ..errors import (
 from ..ops._common import transforms, windows
 from ..ops._common.library import AUTOCAST_DEVICES, wants_gradient
 from ..ops._common.native_library import noticed
-from ..ops._common.pixels import normalisation, values
-from ..ops._common.spec import Window
+from ..ops._common.pixels import PixelNorm, normalisation, values
+from ..ops._common.spec import Pair, Window
 
 IMAGES = (*FLOATING, torch.uint8)
 """What an image may hold where its values are made on the way."""
 
 
-def window(kernel_size, stride=1, padding=0, *, function="window"):
+def window(kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, *, function: str = "window") -> Window:
     """The checked :class:`Window` of ints or (height, width) pairs; ``window(...).grid(H, W)`` is its token grid."""
     return Window(
         check_pair(function, "kernel_size", kernel_size, minimum=1),
@@ -36,13 +38,15 @@ def window(kernel_size, stride=1, padding=0, *, function="window"):
     )
 
 
-def same_dtype(x):
+def same_dtype(x: torch.Tensor) -> bool:
     """Whether operands must agree in dtype; under autocast they are brought together."""
     kind = x.device.type
     return not (kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind))
 
 
-def as_image(function, x, grid, *, dtypes=FLOATING):
+def as_image(
+    function: str, x: torch.Tensor, grid: Pair | None, *, dtypes: Sequence[torch.dtype] = FLOATING
+) -> torch.Tensor:
     """(B, C, H, W) view of an image, or of tokens (B, L, C) with a grid."""
     check_tensor(function, "x", x, ndim=(3, 4), dtypes=dtypes)
     check_filled(function, "x", x, first=1)
@@ -58,7 +62,7 @@ def as_image(function, x, grid, *, dtypes=FLOATING):
     return windows.as_image(x, (h, w))
 
 
-def check_pixels(function, x, pixel_norm):
+def check_pixels(function: str, x: torch.Tensor, pixel_norm: PixelNorm | None) -> list[float]:
     """What makes values of an image of bytes (``ops/pixels.py``); empty for an image that holds values.
 
     Args:
@@ -73,7 +77,7 @@ def check_pixels(function, x, pixel_norm):
     return normalisation(*check_pixel_norm(function, pixel_norm, x.shape[1]))
 
 
-def check_pixel_norm(function, pixel_norm, channels):
+def check_pixel_norm(function: str, pixel_norm: PixelNorm, channels: int) -> tuple[list[float], list[float]]:
     """(mean, std) of an image's channels as two lists of Python numbers."""
     try:
         given = [[as_number(value) for value in each] for each in pixel_norm]
@@ -93,19 +97,21 @@ def check_pixel_norm(function, pixel_norm, channels):
     return mean, std
 
 
-def check_parameters(function, x, pixels, parameters):
+def check_parameters(
+    function: str, x: torch.Tensor, pixels: Sequence[float], parameters: Mapping[str, torch.Tensor | None]
+) -> torch.Tensor:
     """The tensor in whose dtype the call runs: ``x``, or the first parameter where ``x`` is an image of bytes.
 
     Args:
         pixels: of :func:`check_pixels`; parameters: by name, on x's device and in that dtype, or ``None``.
     """
     first = next(iter(parameters))
-    leader = (first, parameters[first]) if pixels else ("x", x)
-    check_together(function, "x", x, same_dtype=same_dtype(x), dtype_of=leader, **parameters)
+    leader: Any = (first, parameters[first]) if pixels else ("x", x)
+    check_together(function, "x", x, same_dtype=same_dtype(x), dtype_of=leader, **parameters)  # type: ignore[arg-type]
     return leader[1]
 
 
-def image_values(x, pixel_norm, dtype):
+def image_values(x: torch.Tensor, pixel_norm: PixelNorm | None, dtype: torch.dtype) -> torch.Tensor:
     """The values of an image of bytes: ``(x / 255 - mean) / std`` in ``dtype``; an image of values as it is.
 
     Args:
@@ -120,7 +126,7 @@ def image_values(x, pixel_norm, dtype):
     return values(x, check_pixels("image_values", x, pixel_norm), dtype)
 
 
-def check_window(function, win, shape):
+def check_window(function: str, win: Window, shape: Sequence[int]) -> tuple[int, int]:
     """The token grid of an image of ``shape`` (B, C, H, W), which must have at least one token."""
     batch, channels, *size = shape
     padded = (size[0] + 2 * win.padding[0], size[1] + 2 * win.padding[1])
@@ -140,7 +146,7 @@ def check_window(function, win, shape):
     return h, w
 
 
-def choose(op, x, backend, *, dtype=None, **sizes):
+def choose(op: str, x: torch.Tensor, backend: str, *, dtype: torch.dtype | None = None, **sizes: Any) -> str:
     """The backend that runs ``op`` on ``x``, in its own dtype unless another one is given.
 
     Args:
@@ -151,12 +157,14 @@ def choose(op, x, backend, *, dtype=None, **sizes):
     return noticed(op, request, backend, resolve(op, request, backend))
 
 
-def running_dtype(x):
+def running_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which an operator with matrix products runs: autocast's, or that of ``x``."""
     return x.dtype if same_dtype(x) else torch.get_autocast_dtype(x.device.type)
 
 
-def check_composition(function, tokens, output_size, kernel_size, stride, padding):
+def check_composition(
+    function: str, tokens: torch.Tensor, output_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair
+) -> tuple[tuple[int, int], Window]:
     """The checked image size and window of tokens that are to be composed."""
     check_tensor(function, "tokens", tokens, ndim=3)
     check_filled(function, "tokens", tokens, first=1)

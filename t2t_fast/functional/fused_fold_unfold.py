@@ -1,10 +1,21 @@
 """Fold, normalise by the overlap, unfold (FuseFormer's F3N)."""
 
+import torch
+
+from ..ops._common.spec import Pair
 from ..ops.fused_fold_unfold.op import fused_fold_unfold as _fused_fold_unfold
 from .arguments import check_composition, choose
 
 
-def fused_fold_unfold(tokens, output_size, kernel_size, stride=1, padding=0, *, backend="auto"):
+def fused_fold_unfold(
+    tokens: torch.Tensor,
+    output_size: Pair,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Fold, normalise by the overlap, unfold: each pixel of a token becomes the mean over all tokens that show it.
 
     F3N of FuseFormer (Liu et al., ICCV 2021; its ``FusionFeedForward``, as also in E2FGVI and ProPainter) without

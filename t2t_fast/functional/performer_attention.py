@@ -8,7 +8,16 @@ from ..ops.performer_attention.op import performer_attention as _performer_atten
 from .arguments import choose, running_dtype, same_dtype
 
 
-def performer_attention(q, k, v, w, eps=1e-8, *, key_mask=None, backend="auto"):
+def performer_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w: torch.Tensor,
+    eps: float = 1e-8,
+    *,
+    key_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Performer attention with positive random features (Choromanski et al., lemma 1; upstream ``token_performer.py``).
 
     With ``phi(x) = exp(w x - |x|^2 / 2) / sqrt(m)``, ``y_t = phi(q_t) S / (phi(q_t) z + eps)`` where
@@ -67,7 +76,7 @@ def performer_attention(q, k, v, w, eps=1e-8, *, key_mask=None, backend="auto"):
     return _performer_attention(q, k, v, w, eps, key_mask, chosen)
 
 
-def check_features(function, w, width, dtype):
+def check_features(function: str, w: torch.Tensor, width: int, dtype: torch.dtype) -> None:
     check_shape(function, "w", w, (w.shape[0], width), "(random features, token width)")
     if known(w.shape[0] < 1):
         raise ValueError(f"{function}: w must have at least one random feature, got shape {tuple(w.shape)}")

@@ -5,6 +5,8 @@ import torch
 from .._deprecated import renamed_arguments
 from ..errors import check_bool, check_count, check_filled, check_number, check_shape, check_tensor, check_together
 from ..ops._common.library import wants_gradient
+from ..ops._common.pixels import PixelNorm
+from ..ops._common.spec import Pair
 from ..ops.performer_layer.op import performer_layer as _performer_layer
 from .arguments import IMAGES, as_image, check_parameters, check_pixels, check_window, choose, running_dtype, window
 from .performer_attention import check_features
@@ -29,35 +31,35 @@ def _same(value: object) -> object:
     norm_eps=("norm2_eps", _same),
 )
 def performer_layer(
-    x,
-    kqv_weight,
-    kqv_bias,
-    w,
-    proj_weight,
-    proj_bias,
-    norm2_weight,
-    norm2_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    kernel_size=1,
-    stride=1,
-    padding=0,
+    x: torch.Tensor,
+    kqv_weight: torch.Tensor,
+    kqv_bias: torch.Tensor | None,
+    w: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    norm2_weight: torch.Tensor | None,
+    norm2_bias: torch.Tensor | None,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
+    kernel_size: Pair = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
     *,
-    norm1_weight=None,
-    norm1_bias=None,
-    norm1_eps=1e-5,
-    eps=1e-8,
-    norm2_eps=1e-5,
-    proj_drop=0.0,
-    mlp_drop=0.0,
-    seed=None,
-    pixel_norm=None,
-    grid=None,
-    recompute=False,
-    backend="auto",
-):
+    norm1_weight: torch.Tensor | None = None,
+    norm1_bias: torch.Tensor | None = None,
+    norm1_eps: float = 1e-5,
+    eps: float = 1e-8,
+    norm2_eps: float = 1e-5,
+    proj_drop: float = 0.0,
+    mlp_drop: float = 0.0,
+    seed: torch.Tensor | None = None,
+    pixel_norm: PixelNorm | None = None,
+    grid: Pair | None = None,
+    recompute: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
     """A whole Performer layer on the soft split of ``x``: LayerNorm, ``kqv``, :func:`performer_attention`, the tail.
 
     Upstream: ``Token_performer.forward`` of the unfolded, transposed image. In one operator, because then neither the

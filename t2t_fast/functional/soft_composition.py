@@ -1,10 +1,21 @@
 """Soft composition: the adjoint of the soft split."""
 
+import torch
+
+from ..ops._common.spec import Pair
 from ..ops.soft_composition.op import soft_composition as _soft_composition
 from .arguments import check_composition, choose
 
 
-def soft_composition(tokens, output_size, kernel_size, stride=1, padding=0, *, backend="auto"):
+def soft_composition(
+    tokens: torch.Tensor,
+    output_size: Pair,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Soft composition: overlapping tokens added up into an image; the adjoint of :func:`soft_split`.
 
     The same numbers as ``F.fold(tokens.transpose(1, 2), output_size, ...)``, summed in a fixed order.

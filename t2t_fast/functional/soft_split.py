@@ -1,10 +1,21 @@
 """Soft split: an image's overlapping windows as tokens."""
 
+import torch
+
+from ..ops._common.spec import Pair
 from ..ops.soft_split.op import soft_split as _soft_split
 from .arguments import as_image, check_window, choose, window
 
 
-def soft_split(x, kernel_size, stride=1, padding=0, *, grid=None, backend="auto"):
+def soft_split(
+    x: torch.Tensor,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    *,
+    grid: Pair | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Soft split: overlapping windows of an image as tokens (T2T-ViT paper, section 3.1, equation 3).
 
     The same numbers as ``F.unfold(x, kernel_size, stride=stride, padding=padding).transpose(1, 2)``.

@@ -6,25 +6,27 @@ from .._deprecated import deprecated_alias
 from ..errors import check_count, check_filled, check_number, check_shape, check_tensor
 from ..ops._common.cached import FOLDED
 from ..ops._common.library import wants_gradient
+from ..ops._common.pixels import PixelNorm
+from ..ops._common.spec import Pair
 from ..ops.soft_split_linear.op import soft_split_linear as _soft_split_linear
 from .arguments import IMAGES, as_image, check_parameters, check_pixels, check_window, choose, running_dtype, window
 
 
 def soft_split_linear(
-    x,
-    weight,
-    bias=None,
-    kernel_size=1,
-    stride=1,
-    padding=0,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    kernel_size: Pair = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
     *,
-    norm_weight=None,
-    norm_bias=None,
-    norm_eps=None,
-    pixel_norm=None,
-    grid=None,
-    backend="auto",
-):
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    norm_eps: float | None = None,
+    pixel_norm: PixelNorm | None = None,
+    grid: Pair | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Soft split, LayerNorm and Linear in one: ``Linear(LayerNorm(soft_split(x)))`` without the unfolded tokens.
 
     Upstream: ``self.kqv(self.norm1(self.soft_split0(x).transpose(1, 2)))`` of ``Token_performer``, ``self.project`` of

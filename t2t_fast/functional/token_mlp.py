@@ -1,5 +1,8 @@
 """The end of a token layer: projection, skip, LayerNorm and MLP."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ..errors import check_count, check_number, check_probability, check_shape, check_tensor, check_together
@@ -10,23 +13,23 @@ from .arguments import choose, running_dtype, same_dtype
 
 
 def token_mlp(
-    y,
-    v,
-    proj_weight,
-    proj_bias,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
+    y: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
     *,
-    norm_eps=1e-5,
-    proj_drop=0.0,
-    mlp_drop=0.0,
-    seed=None,
-    backend="auto",
-):
+    norm_eps: float = 1e-5,
+    proj_drop: float = 0.0,
+    mlp_drop: float = 0.0,
+    seed: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """The tail of a token layer: ``t = v + drop(proj(y))``, then ``t + drop(fc2(gelu(fc1(LayerNorm(t)))))``.
 
     Upstream: ``Token_performer.single_attn``'s last line and ``forward``'s last; ``Token_transformer`` likewise.
@@ -97,7 +100,16 @@ def token_mlp(
     )
 
 
-def check_token_mlp(function, x, width, tail, norm_eps, proj_drop, mlp_drop, norm="norm"):
+def check_token_mlp(
+    function: str,
+    x: torch.Tensor,
+    width: int,
+    tail: Mapping[str, Any],
+    norm_eps: float,
+    proj_drop: float,
+    mlp_drop: float,
+    norm: str = "norm",
+) -> tuple[float, float, float]:
     """The arguments of ``token_mlp`` that ``performer_layer`` shares; its three numbers as Python numbers."""
     for name in ("proj_weight", "fc1_weight", "fc2_weight"):
         check_tensor(function, name, tail[name], ndim=2)
@@ -123,7 +135,9 @@ def check_token_mlp(function, x, width, tail, norm_eps, proj_drop, mlp_drop, nor
     )
 
 
-def seed_for(function, x, seed, proj_drop, mlp_drop):
+def seed_for(
+    function: str, x: torch.Tensor, seed: torch.Tensor | None, proj_drop: float, mlp_drop: float
+) -> torch.Tensor | None:
     """The seed of the dropouts, a fresh one unless it is given; ``None`` without a dropout."""
     check_tensor(function, "seed", seed, ndim=0, dtypes=(torch.int64,), optional=True)
     check_together(function, "the tokens", x, same_dtype=False, dtypes=(torch.int64,), seed=seed)

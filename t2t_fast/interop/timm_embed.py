@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class T2TEmbed(nn.Module):
         tokens_type: str = "performer",
         token_dim: int = 64,
         windows: Sequence[Window] = T2T_WINDOWS,
-    ):
+    ) -> None:
         super().__init__()
         if output_fmt is not None and output_fmt not in FORMATS:
             raise ValueError(f"T2TEmbed: output_fmt must be one of {', '.join(FORMATS)} or None, got {output_fmt!r}")
@@ -67,7 +68,8 @@ class T2TEmbed(nn.Module):
         if not bias:
             tokens.project.register_parameter("bias", None)
         tokens.to(device=device, dtype=dtype)
-        self.patch_size = tuple(prod(window.stride[axis] for window in self.windows) for axis in (0, 1))
+        height, width = (prod(window.stride[axis] for window in self.windows) for axis in (0, 1))
+        self.patch_size = (height, width)
         self._check_patch_size(patch_size)
         self.flatten = flatten and output_fmt is None
         self.output_fmt = "NCHW" if output_fmt is None else str(getattr(output_fmt, "value", output_fmt))
@@ -80,7 +82,7 @@ class T2TEmbed(nn.Module):
         if img_size is not None:
             self.set_input_size(img_size)
 
-    def _check_patch_size(self, patch_size):
+    def _check_patch_size(self, patch_size: Any) -> None:
         if check_pair("T2TEmbed", "patch_size", patch_size, minimum=1) != self.patch_size:
             height, width = self.patch_size
             expected = height if height == width else self.patch_size
@@ -110,7 +112,7 @@ class T2TEmbed(nn.Module):
         pad_height, pad_width = self._padding(height, width)
         return grid_after(self.windows, height + pad_height, width + pad_width)
 
-    def _padding(self, height, width):
+    def _padding(self, height: int, width: int) -> tuple[int, int]:
         return (-height % self.patch_size[0], -width % self.patch_size[1]) if self.dynamic_img_pad else (0, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +133,7 @@ class T2TEmbed(nn.Module):
         return self.norm(x)
 
 
-def _reformat(tokens, grid, output_fmt):
+def _reformat(tokens: torch.Tensor, grid: tuple[int, int], output_fmt: str) -> torch.Tensor:
     """Tokens (B, h*w, C) in another layout."""
     if output_fmt == "NHWC":
         return as_image(tokens, grid).permute(0, 2, 3, 1)

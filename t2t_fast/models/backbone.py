@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         block_config: Sequence[int] = (3, 4, 6, 3),
         learned_positions: bool = False,
         distilled: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.windows = windows
@@ -110,7 +110,7 @@ class Backbone(nn.Module):
         )
         self.norm = norm_layer(self.num_features)
 
-    def _initialise(self):
+    def _initialise(self) -> None:
         """Initialise all weights; subclasses call it at the end of their constructors."""
         for token in (self.cls_token, self.dist_token, self.pos_embed):
             if token is not None and token.requires_grad:

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         check_options("Attention", locals())
         if dim % num_heads:
@@ -42,17 +42,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def _make_projections(self, dim, qkv_bias):
+    def _make_projections(self, dim: int, qkv_bias: bool) -> None:
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
 
-    def _project(self, x):
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v as (B, heads, N, head_dim)."""
         return heads(self.qkv(x), self.num_heads)
 
-    def _attend(self, q, k, v):
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(q, k, v, self.scale, self.attn_drop)
 
-    def _gate(self, y):
+    def _gate(self, y: torch.Tensor) -> torch.Tensor:
         return y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 class SELayer(nn.Module):
     """Squeeze-and-excitation over tokens: channels of (B, N, C) scaled by a gate of their token mean."""
 
-    def __init__(self, channel: int, reduction: int = 16):
+    def __init__(self, channel: int, reduction: int = 16) -> None:
         super().__init__()
         self.fc = nn.Sequential(
             nn.Linear(channel, channel // reduction, bias=False),
@@ -81,15 +81,15 @@ class SELayer(nn.Module):
 class AttentionSE(Attention):
     """Self-attention whose projected output passes an :class:`SELayer`."""
 
-    def __init__(self, dim: int, **options: Any):
+    def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)
         self.se_layer = SELayer(dim)
 
-    def _gate(self, y):
+    def _gate(self, y: torch.Tensor) -> torch.Tensor:
         return self.se_layer(y)
 
 
-def _cheap_operation(channels):
+def _cheap_operation(channels: int) -> nn.Conv1d:
     """A learned factor per channel, stored as upstream's depthwise 1x1 convolution."""
     return nn.Conv1d(channels, channels, kernel_size=1, groups=channels, bias=False)
 
@@ -106,7 +106,7 @@ class AttentionGhost(Attention):
 
     scale_channels = staticmethod(scale_channels)
 
-    def _make_projections(self, dim, qkv_bias):
+    def _make_projections(self, dim: int, qkv_bias: bool) -> None:
         half = dim // 2
         self.q = nn.Linear(dim, half, bias=qkv_bias)
         self.k = nn.Linear(dim, half, bias=qkv_bias)
@@ -115,8 +115,8 @@ class AttentionGhost(Attention):
         self.cheap_operation_k = _cheap_operation(half)
         self.cheap_operation_v = _cheap_operation(half)
 
-    def _project(self, x):
-        def ghost_heads(linear, cheap):
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def ghost_heads(linear: nn.Linear, cheap: nn.Conv1d) -> torch.Tensor:
             half = linear(x)
             full = torch.cat([half, self.scale_channels(cheap, half)], dim=2)
             return full.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
@@ -140,7 +140,7 @@ class MlpGhost(nn.Module):
         out_features: int,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         drop: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         if hidden_features != 3 * in_features:
             raise ValueError(
@@ -178,7 +178,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-    ):
+    ) -> None:
         super().__init__()
         check_options(type(self).__name__, locals())
         self.norm1 = norm_layer(dim)
@@ -211,7 +211,7 @@ class BlockGhost(Block):
 class BlockDense(Block):
     """Block that appends ``growth_rate`` new channels to its input: (B, N, dim) -> (B, N, dim + growth_rate)."""
 
-    def __init__(self, growth_rate: int, dim: int, num_heads: int, **options: Any):
+    def __init__(self, growth_rate: int, dim: int, num_heads: int, **options: Any) -> None:
         super().__init__(dim, num_heads, **options)
         self.dense_linear = nn.Linear(dim, growth_rate)
 
@@ -223,7 +223,7 @@ class BlockDense(Block):
 class Transition(nn.Module):
     """Narrowing layer between dense stages: Linear, then activation."""
 
-    def __init__(self, in_features: int, out_features: int, act_layer: Callable[..., nn.Module] = nn.GELU):
+    def __init__(self, in_features: int, out_features: int, act_layer: Callable[..., nn.Module] = nn.GELU) -> None:
         super().__init__()
         self.act = act_layer()
         self.linear = nn.Linear(in_features, out_features)
@@ -263,7 +263,14 @@ def block_stack(
     return nn.ModuleList(classes[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
 
 
-def _dense_blocks(block, width, drop_path_rate, growth_rate, block_config, options):
+def _dense_blocks(
+    block: Callable[..., nn.Module],
+    width: int,
+    drop_path_rate: float,
+    growth_rate: int,
+    block_config: Sequence[int],
+    options: Mapping[str, Any],
+) -> tuple[nn.ModuleList, int]:
     """Stages of :class:`BlockDense`, with a halving :class:`Transition` between stages, as one list."""
     blocks = nn.ModuleList()
     rates = torch.linspace(0, drop_path_rate, len(block_config), device="cpu").tolist()

@@ -131,11 +131,11 @@ def tokeniser_rule(name: str, form: Form, layers: tuple[str, str], first_linear:
         first_linear: paths in the first layer where its first Linear may be; the image's channels follow from it.
     """
 
-    def matches(module):
+    def matches(module: Any) -> bool:
         splits, blocks = dict.fromkeys(SOFT_SPLITS, nn.Unfold), dict.fromkeys(layers, nn.Module)
         return has(module, **splits, project=nn.Linear, **blocks)
 
-    def width(module):
+    def width(module: Any) -> int | None:
         """Input width of the first layer's first Linear, or ``None``."""
         for path in first_linear:
             try:
@@ -144,22 +144,24 @@ def tokeniser_rule(name: str, form: Form, layers: tuple[str, str], first_linear:
                 continue
         return None
 
-    def refusal(module):
+    def refusal(module: Any) -> str | None:
         for split in SOFT_SPLITS:
             reason = window_refusal(getattr(module, split))
             if reason is not None:
                 return reason
-        found, taps = width(module), window_of(module.soft_split0).taps
-        if found is None:
+        first: Any = window_of(module.soft_split0)
+        inputs, taps = width(module), first.taps
+        if inputs is None:
             return f"{layers[0]} is {type(getattr(module, layers[0])).__name__}, whose input width is unknown"
-        if found % taps:
-            return f"the first layer's width {found} is not a multiple of its window's {taps} pixels"
+        if inputs % taps:
+            return f"the first layer's width {inputs} is not a multiple of its window's {taps} pixels"
         return None
 
-    def probes(module):
+    def probes(module: Any) -> list[tuple[int, ...]]:
         """Images of two sizes, and of the size that ``num_patches`` stands for."""
-        windows = [window_of(getattr(module, split)) for split in SOFT_SPLITS]
-        channels, stride = width(module) // windows[0].taps, prod(window.stride[0] for window in windows)
+        windows: list[Any] = [window_of(getattr(module, split)) for split in SOFT_SPLITS]
+        inputs: Any = width(module)
+        channels, stride = inputs // windows[0].taps, prod(window.stride[0] for window in windows)
         patches = getattr(module, "num_patches", None)
         steps = [2, 3, isqrt(patches) if isinstance(patches, int) and patches > 0 else 2]
         return [(2, channels, step * stride, step * stride) for step in dict.fromkeys(steps)]

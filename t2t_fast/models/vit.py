@@ -52,7 +52,7 @@ class ViT(Backbone):
         block: str = "plain",
         growth_rate: int = 32,
         block_config: Sequence[int] = (3, 4, 6, 3),
-    ):
+    ) -> None:
         norm_layer = partial(nn.LayerNorm, eps=1e-6) if norm_layer is None else norm_layer
         check_model(type(self).__name__, locals())
         tokeniser = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -87,7 +87,7 @@ class ViT(Backbone):
         self.head_dist = self._make_head(width) if distilled else None
         self._initialise()
 
-    def _make_head(self, width):
+    def _make_head(self, width: int) -> nn.Module:
         return nn.Linear(width, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:

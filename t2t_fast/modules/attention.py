@@ -1,12 +1,16 @@
 """Softmax attention as every attention module here computes it."""
 
+import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..ops._common import transforms
 from . import fusion
 
 
-def attend(q, k, v, scale, attn_drop=None):
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, attn_drop: nn.Module | None = None
+) -> torch.Tensor:
     """``dropout(softmax(scale q k^T)) v``: (B, heads, N, D) three times -> (B, heads, N, D).
 
     PyTorch's fused attention, except where the weights themselves are wanted: by a dropout module that somebody watches
@@ -23,13 +27,13 @@ def attend(q, k, v, scale, attn_drop=None):
     return (weights if attn_drop is None else attn_drop(weights)) @ v
 
 
-def heads(qkv, number):
+def heads(qkv: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
     """q, k and v of packed (B, T, 3 * number * D), each (B, number, T, D)."""
     # not unflatten(), which an ONNX file would give the batch size of the trace
     batch, tokens, width = qkv.shape
     return qkv.view(batch, tokens, 3, number, width // (3 * number)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def merged(y):
+def merged(y: torch.Tensor) -> torch.Tensor:
     """(B, heads, T, D) -> (B, T, heads * D)."""
     return y.transpose(1, 2).flatten(2)

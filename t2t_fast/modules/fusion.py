@@ -10,6 +10,8 @@ takes a few microseconds.
 """
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,15 +23,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import FLOATING
 from .drop_path import DropPath
 
+Check: TypeAlias = Callable[[Any], str | None]
+"""Function of a child module: why the child cannot be skipped, in words, or ``None``."""
+
 _OVERRIDES = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
 _BARE = frozenset(nn.Module().__dict__)
 """Names in the ``__dict__`` of a module without any state."""
 
 
-def watched():
+def watched() -> bool:
     """Whether a hook is registered for all modules of the process."""
-    return (
+    return bool(
         _registry._global_forward_hooks
         or _registry._global_forward_pre_hooks
         or _registry._global_backward_hooks
@@ -37,12 +42,12 @@ def watched():
     )
 
 
-def _name(cls, expected):
+def _name(cls: type, expected: type) -> str:
     """A class in words: its name, with its module where the name alone would not tell it from the expected class."""
     return cls.__name__ if cls.__name__ != expected.__name__ else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def difference(child, kind):
+def difference(child: Any, kind: type[nn.Module]) -> str | None:
     """What calling ``child`` does beyond ``kind.forward``, in words, or ``None``."""
     cls = type(child)
     if cls is not kind:
@@ -68,68 +73,68 @@ def difference(child, kind):
     return None
 
 
-def linear(child):
+def linear(child: Any) -> str | None:
     return difference(child, nn.Linear)
 
 
-def layer_norm(child):
-    found = difference(child, nn.LayerNorm)
-    if found is None and len(child.normalized_shape) != 1:
+def layer_norm(child: Any) -> str | None:
+    why = difference(child, nn.LayerNorm)
+    if why is None and len(child.normalized_shape) != 1:
         return f"normalises {len(child.normalized_shape)} dimensions"
-    return found
+    return why
 
 
-def dropout(child):
+def dropout(child: Any) -> str | None:
     """A dropout whose probability an operator can take; ``nn.Identity`` is one of 0."""
     if type(child) is nn.Identity:
         return difference(child, nn.Identity)
-    found = difference(child, nn.Dropout)
-    if found is None and child.training and child.p >= 1:
+    why = difference(child, nn.Dropout)
+    if why is None and child.training and child.p >= 1:
         return "drops everything"
-    return found
+    return why
 
 
-def no_dropout(child):
+def no_dropout(child: Any) -> str | None:
     """A dropout that does nothing now."""
-    found = dropout(child)
-    return "is active" if found is None and rate(child) > 0 else found
+    why = dropout(child)
+    return "is active" if why is None and rate(child) > 0 else why
 
 
-def no_drop_path(child):
+def no_drop_path(child: Any) -> str | None:
     """Stochastic depth that does nothing now."""
     if type(child) is nn.Identity:
         return difference(child, nn.Identity)
-    found = difference(child, DropPath)
-    return "is active" if found is None and child.training and child.drop_prob > 0 else found
+    why = difference(child, DropPath)
+    return "is active" if why is None and child.training and child.drop_prob > 0 else why
 
 
-def gelu(child):
+def gelu(child: Any) -> str | None:
     """GELU in its exact form: ``nn.GELU``, or a class without any state that computes the same."""
     if isinstance(child, nn.GELU):
-        found = difference(child, nn.GELU)
-        return f"is GELU(approximate={child.approximate!r})" if found is None and child.approximate != "none" else found
+        why = difference(child, nn.GELU)
+        return f"is GELU(approximate={child.approximate!r})" if why is None and child.approximate != "none" else why
     if not isinstance(child, nn.Module):
         return "is missing" if child is None else f"is {type(child).__name__}"
-    found = difference(child, type(child))
-    if found is None and not (_BARE.issuperset(child.__dict__) and not child._modules and _is_exact_gelu(type(child))):
+    why = difference(child, type(child))
+    if why is None and not (_BARE.issuperset(child.__dict__) and not child._modules and _is_exact_gelu(type(child))):
         return f"is {_name(type(child), nn.GELU)}"
-    return found
+    return why
 
 
 _exact: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
-def _is_exact_gelu(cls):
+def _is_exact_gelu(cls: type) -> bool:
     """Whether modules of a class without state compute GELU; tried once for each class."""
     if cls not in _exact:
         _exact[cls] = _computes_gelu(cls)
     return _exact[cls]
 
 
-_is_exact_gelu._dynamo_marked_constant = True
+_is_exact_gelu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _computes_gelu(cls):
+def _computes_gelu(cls: Any) -> bool:
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -137,29 +142,29 @@ def _computes_gelu(cls):
             x = torch.linspace(-9, 9, 999, dtype=dtype, device="cpu").view(3, 9, 37)
             for training in (False, True):
                 try:
-                    found = module.train(training)(x.clone())
+                    y = module.train(training)(x.clone())
                 except Exception:  # noqa: BLE001 - somebody else's code on an input that it may not expect
                     return False
-                if not isinstance(found, torch.Tensor) or found.dtype != dtype or found.shape != x.shape:
+                if not isinstance(y, torch.Tensor) or y.dtype != dtype or y.shape != x.shape:
                     return False
-                if not torch.allclose(found, F.gelu(x), rtol=1e-6, atol=1e-6):
+                if not torch.allclose(y, F.gelu(x), rtol=1e-6, atol=1e-6):
                     return False
     return True
 
 
-def container(kind, *names):
+def container(kind: type[nn.Module], *names: str) -> Check:
     """A child of class ``kind`` with exactly the named children, whose ``forward`` is skipped, too."""
 
-    def check(child):
-        found = difference(child, kind)
-        if found is None and tuple(child._modules) != names:
+    def check(child: Any) -> str | None:
+        why = difference(child, kind)
+        if why is None and tuple(child._modules) != names:
             return f"has the children {', '.join(child._modules) or 'none'}"
-        return found
+        return why
 
     return check
 
 
-def rate(child):
+def rate(child: Any) -> float:
     """The probability of a dropout that :func:`dropout` accepts, as it counts now."""
     return child.p if child.training and type(child) is not nn.Identity else 0.0
 
@@ -167,7 +172,7 @@ def rate(child):
 _FAKES = ("torch._subclasses.fake_tensor.FakeTensor", "torch._subclasses.functional_tensor.FunctionalTensor")
 
 
-def _is_fake(cls):
+def _is_fake(cls: type) -> bool:
     """Whether tensors of a class stand for plain ones while PyTorch traces a program."""
     for path in _FAKES:
         module, _, name = path.rpartition(".")
@@ -176,7 +181,7 @@ def _is_fake(cls):
     return False
 
 
-def _unreadable(tensor, first, dtypes):
+def _unreadable(tensor: torch.Tensor, first: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
     """Why an operator that reads ``first`` cannot read ``tensor`` as well, in words, or ``None``."""
     cls = type(tensor)
     if cls is not nn.Parameter and cls is not torch.Tensor and not _is_fake(cls):
@@ -192,7 +197,7 @@ def _unreadable(tensor, first, dtypes):
     return None
 
 
-def unreadable(module, first=None, *allowed):
+def unreadable(module: nn.Module, first: torch.Tensor | None = None, *allowed: torch.dtype) -> str | None:
     """Why an operator cannot read a module's own parameters, in words, or ``None``.
 
     Args:
@@ -208,7 +213,7 @@ def unreadable(module, first=None, *allowed):
     return None
 
 
-def obstacle(layer, parts):
+def obstacle(layer: nn.Module, parts: Mapping[str, Check]) -> str | None:
     """Why ``layer`` must call its children one by one, in words, or ``None``.
 
     Args:
@@ -218,10 +223,11 @@ def obstacle(layer, parts):
     """
     if watched():
         return "a hook is registered for all modules"
-    found, first = {"": layer}, None
+    modules: dict[str, Any] = {"": layer}
+    first: torch.Tensor | None = None
     for path, check in parts.items():
         parent, _, name = path.rpartition(".")
-        child = found[path] = found[parent]._modules.get(name)
+        child = modules[path] = modules[parent]._modules.get(name)
         why = check(child)
         if why is not None:
             return f"{path} {why}"
@@ -233,6 +239,6 @@ def obstacle(layer, parts):
     return unreadable(layer, first, torch.float32)
 
 
-def values_dtype(module):
+def values_dtype(module: nn.Module) -> torch.dtype:
     """The dtype in which a module wants values: that of its first floating parameter, else float32."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

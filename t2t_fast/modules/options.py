@@ -1,19 +1,23 @@
 """The checks of constructors: an option of one name has one check, whatever the class."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from .._deprecated import warn_deprecated
 from ..errors import as_size, check_number, check_sizes
 from ..functional.performer_layer import recompute_of
 
+Check: TypeAlias = Callable[[str, str, Any], Any]
+"""Function of (owner, name, value) that raises for a wrong value."""
 
-def check_choice(owner, name, value, choices):
+
+def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``choices``, which are strings."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_series(owner, name, value, *, length=None):
+def check_series(owner: str, name: str, value: Any, *, length: int | None = None) -> None:
     """Raise unless ``value`` is a sequence (or 1-D array) of integers of at least 1, ``length`` of them if given."""
     is_series = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
     if not is_series or any(as_size(each) is None for each in value):
@@ -24,19 +28,19 @@ def check_series(owner, name, value, *, length=None):
         check_sizes(owner, **{name: each})
 
 
-def _size(minimum):
+def _size(minimum: int) -> Check:
     return lambda owner, name, value: check_sizes(owner, minimum=minimum, **{name: value})
 
 
-def _number(**bounds):
+def _number(**bounds: float) -> Check:
     return lambda owner, name, value: check_number(owner, name, value, **bounds)
 
 
-def _or_none(check):
+def _or_none(check: Check) -> Check:
     return lambda owner, name, value: None if value is None else check(owner, name, value)
 
 
-def _makes_modules(owner, name, value):
+def _makes_modules(owner: str, name: str, value: Any) -> None:
     if not callable(value):
         raise TypeError(f"{owner}: {name} must be callable (a class or function that makes a module), got {value!r}")
 
@@ -62,7 +66,7 @@ OPTIONS = {
 """Name of an option -> its check."""
 
 
-def check_options(owner, options):
+def check_options(owner: str, options: Mapping[str, Any]) -> None:
     """Check those of a constructor's arguments that :data:`OPTIONS` knows.
 
     Args:
@@ -77,15 +81,15 @@ def check_options(owner, options):
             OPTIONS[name](owner, name, value)
 
 
-def deprecated_memory(owner):
+def deprecated_memory(owner: str) -> property:
     """The property ``memory``, "fast" or "low": the old name of ``recompute``, ``False`` or ``True``."""
     names = f"{owner}.memory", f"{owner}.recompute"
 
-    def get(module):
+    def get(module: Any) -> str:
         warn_deprecated(*names)
         return "low" if module.recompute else "fast"
 
-    def set_(module, memory):
+    def set_(module: Any, memory: Any) -> None:
         warn_deprecated(*names)
         module.recompute = recompute_of(memory, owner)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import isqrt, prod
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from ..functional import image_values, soft_split_linear
 from ..functional import window as make_window
 from ..functional.arguments import IMAGES, check_pixel_norm
 from ..functional.performer_layer import recompute_of
-from ..ops._common.spec import T2T_WINDOWS, Window, grid_after
+from ..ops._common.pixels import PixelNorm
+from ..ops._common.spec import T2T_WINDOWS, Pair, Window, grid_after
 from ..ops._common.windows import as_image
 from . import fusion
 from .options import check_choice, check_options, deprecated_memory
@@ -20,27 +22,32 @@ from .soft_split import Unfold
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
 
+Stage: TypeAlias = tuple[torch.Tensor, tuple[int, int]]
+"""Tokens (B, L, C) and their grid (h, w)."""
+
 TOKENS_TYPES = ("performer", "transformer", "convolution")
 
 
-def window_of(split):
+def window_of(split: nn.Module) -> Window | None:
     """The :class:`Window` that the attributes of an ``nn.Unfold`` or a convolution describe; ``None`` if dilated."""
-    numbers = [getattr(split, name, None) for name in ("kernel_size", "stride", "padding")]
+    numbers: list[Any] = [getattr(split, name, None) for name in ("kernel_size", "stride", "padding")]
     if any(n is None for n in numbers) or getattr(split, "dilation", 1) not in (1, (1, 1)):
         return None
     return Window(*((n, n) if isinstance(n, int) else tuple(n) for n in numbers))
 
 
-def windows_of(splits):
+def windows_of(splits: Sequence[nn.Module]) -> list[Window]:
     """The windows of soft splits, each of which must tell its own."""
-    windows = [window_of(split) for split in splits]
+    windows: list[Any] = [window_of(split) for split in splits]
     if None in windows:
         name = type(splits[windows.index(None)]).__name__
         raise ValueError(f"T2TModule: the token grid is unknown, since a soft split is {name} and tells no window")
     return windows
 
 
-def stage_obstacle(split, layer, names=("the soft split", "the layer behind it")):
+def stage_obstacle(
+    split: nn.Module, layer: nn.Module, names: tuple[str, str] = ("the soft split", "the layer behind it")
+) -> str | None:
     """Why a soft split must be called before the layer behind it, in words, or ``None``."""
     if fusion.watched():
         return "a hook is registered for all modules"
@@ -52,17 +59,18 @@ def stage_obstacle(split, layer, names=("the soft split", "the layer behind it")
     return None if why is None else f"{names[1]} {why}"
 
 
-def stages_obstacle(module, *layers):
+def stages_obstacle(module: nn.Module, *layers: str) -> str | None:
     """The first :func:`stage_obstacle` of ``soft_split0``, ``soft_split1``, ... and the named layers behind them."""
     for index, layer in enumerate(layers):
         names = f"soft_split{index}", layer
-        why = stage_obstacle(*(getattr(module, name) for name in names), names)
+        split, behind = (getattr(module, name) for name in names)
+        why = stage_obstacle(split, behind, names)
         if why is not None:
             return why
     return None
 
 
-def _grid_of(split, tokens, height, width):
+def _grid_of(split: nn.Module, tokens: torch.Tensor, height: int, width: int) -> tuple[int, int]:
     """The grid of a soft split's tokens (B, L, C): by its window; where it tells none a square one, as upstream."""
     window = window_of(split)
     if window is not None:
@@ -76,7 +84,13 @@ def _grid_of(split, tokens, height, width):
     return side, side
 
 
-def walk(x, splits, layers, project, pixel_norm=None):
+def walk(
+    x: torch.Tensor,
+    splits: Sequence[nn.Module],
+    layers: Sequence[nn.Module],
+    project: nn.Module,
+    pixel_norm: PixelNorm | None = None,
+) -> list[Stage]:
     """Soft split and layer, again and again, then soft split and projection, each pair fused where nothing forbids it.
 
     Tokens (B, L, C) with their grid *are* an image in channels-last memory; a soft split gets that image, as upstream.
@@ -89,17 +103,18 @@ def walk(x, splits, layers, project, pixel_norm=None):
     Returns:
         a list of (tokens, grid), one a stage.
     """
-    stages = []
+    stages: list[Stage] = []
     for split, layer in zip(splits, (*layers, project), strict=True):
         if stages:
             x = as_image(*stages[-1])
+        window: Any = window_of(split)
         if stage_obstacle(split, layer) is not None:
             tokens = layer(split(image_values(x, pixel_norm, fusion.values_dtype(layer))).transpose(1, 2))
         elif isinstance(layer, nn.Linear):
-            tokens = soft_split_linear(x, layer.weight, layer.bias, *window_of(split))
+            tokens = soft_split_linear(x, layer.weight, layer.bias, *window)
         else:
             norm = pixel_norm if x.dtype == torch.uint8 else None
-            tokens = layer(x, window=window_of(split), pixel_norm=norm)
+            tokens = layer(x, window=window, pixel_norm=norm)
         stages.append((tokens, _grid_of(split, tokens, *x.shape[2:])))
     return stages
 
@@ -130,15 +145,15 @@ class T2TModule(nn.Module):
     @renamed_arguments(memory=("recompute", recompute_of))
     def __init__(
         self,
-        img_size=224,
-        tokens_type="performer",
-        in_chans=3,
-        embed_dim=768,
-        token_dim=64,
-        windows=T2T_WINDOWS,
-        recompute=False,
-        pixel_norm=None,
-    ):
+        img_size: Pair = 224,
+        tokens_type: str = "performer",
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        token_dim: int = 64,
+        windows: Sequence[Sequence[Pair]] = T2T_WINDOWS,
+        recompute: bool = False,
+        pixel_norm: PixelNorm | None = None,
+    ) -> None:
         super().__init__()
         check_options("T2TModule", locals())
         check_choice("T2TModule", "tokens_type", tokens_type, TOKENS_TYPES)
@@ -155,9 +170,9 @@ class T2TModule(nn.Module):
         self.img_size = check_pair("T2TModule", "img_size", img_size, minimum=1)
         first, second, third = self.windows
         if tokens_type == "convolution":
-            self.soft_split0 = nn.Conv2d(in_chans, token_dim, *first)
-            self.soft_split1 = nn.Conv2d(token_dim, token_dim, *second)
-            self.project = nn.Conv2d(token_dim, embed_dim, *third)
+            self.soft_split0: nn.Module = nn.Conv2d(in_chans, token_dim, *first)
+            self.soft_split1: nn.Module = nn.Conv2d(token_dim, token_dim, *second)
+            self.project: nn.Module = nn.Conv2d(token_dim, embed_dim, *third)
         else:
             layer = TokenPerformer if tokens_type == "performer" else TokenTransformer
             self.soft_split0, self.soft_split1, self.soft_split2 = (Unfold.of(window) for window in self.windows)
@@ -188,70 +203,73 @@ class T2TModule(nn.Module):
         for layer in layers:
             layer.recompute = recompute
 
-    def _performers(self):
+    def _performers(self) -> list[TokenPerformer]:
         layers = (getattr(self, name, None) for name in ("attention1", "attention2"))
         return [layer for layer in layers if isinstance(layer, TokenPerformer)]
 
     @property
-    def img_size(self):
+    def img_size(self) -> tuple[int, int] | None:
         """(H, W) that :attr:`grid_size` speaks of; of a swapped module by upstream's ``num_patches``, or ``None``."""
         if "_img_size" in self.__dict__:
             return self._img_size
         patches = self.__dict__.get("num_patches")
         if not isinstance(patches, int):
             return None
-        return tuple(isqrt(patches) * prod(each.stride[axis] for each in self._windows()) for axis in (0, 1))
+        side, windows = isqrt(patches), self._windows()
+        return side * prod(win.stride[0] for win in windows), side * prod(win.stride[1] for win in windows)
 
     @img_size.setter
-    def img_size(self, img_size):
+    def img_size(self, img_size: tuple[int, int] | None) -> None:
         self._img_size = img_size
 
     @property
-    def grid_size(self):
+    def grid_size(self) -> tuple[int, int] | None:
         """Token grid (h, w) of an image of ``img_size``."""
         return None if self.img_size is None else self.grid(*self.img_size)
 
     @property
-    def num_patches(self):
+    def num_patches(self) -> int | None:
         """Tokens of an image of ``img_size``. (Upstream's floors where its splits round up; this counts.)"""
-        return None if self.img_size is None else prod(self.grid_size)
+        grid = self.grid_size
+        return None if grid is None else prod(grid)
 
-    def grid(self, height, width):
+    def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid (h, w) of an image of ``height`` x ``width``."""
         return grid_after(self._windows(), height, width)
 
-    def _windows(self):
+    def _windows(self) -> list[Window]:
         return windows_of(self._splits())
 
-    def _splits(self):
+    def _splits(self) -> tuple[nn.Module, ...]:
         last = self.project if self.tokens_type == "convolution" else self.soft_split2
         return self.soft_split0, self.soft_split1, last
 
-    def obstacle(self):
+    def obstacle(self) -> str | None:
         """The first reason why a soft split is not fused with the layer behind it, or ``None``."""
         if self.tokens_type == "convolution":
             return None
         return stages_obstacle(self, "attention1", "attention2", "project")
 
-    def forward(self, x, stages=False):
+    def forward(self, x: torch.Tensor, stages: bool = False) -> Any:
         """(B, in_chans, H, W) -> (B, h*w, embed_dim); with ``stages`` what :meth:`forward_stages` returns."""
         found = self._stages(x)
         return found if stages else found[-1][0]
 
-    def forward_with_grid(self, x):
+    def forward_with_grid(self, x: torch.Tensor) -> Stage:
         """As :meth:`forward`, and the grid (h, w) of the tokens."""
         return self._stages(x)[-1]
 
-    def forward_stages(self, x):
+    def forward_stages(self, x: torch.Tensor) -> list[Stage]:
         """Tokens and grid after each of the three stages: a list of three ((B, L, C), (h, w))."""
         return self._stages(x)
 
-    def _stages(self, x):
+    def _stages(self, x: torch.Tensor) -> list[Stage]:
         check_tensor(type(self).__name__, "x", x, ndim=4, dtypes=IMAGES)
         if self.tokens_type != "convolution":
             return walk(x, self._splits(), (self.attention1, self.attention2), self.project, self.pixel_norm)
         stages, x = [], image_values(x, self.pixel_norm, fusion.values_dtype(self))
         for convolution in self._splits():
             x = convolution(x)
-            stages.append((x.flatten(2).transpose(1, 2), tuple(x.shape[2:])))
+            height, width = x.shape[2:]
+            stages.append((x.flatten(2).transpose(1, 2), (height, width)))
         return stages

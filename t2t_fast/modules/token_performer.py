@@ -1,6 +1,7 @@
 """The Performer layer of the T2T module, with upstream's parameter names."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,7 +9,8 @@ from torch import nn
 from ..errors import check_tensor
 from ..functional import image_values, performer_attention, performer_layer, soft_split
 from ..functional.arguments import IMAGES
-from ..ops._common.spec import square
+from ..ops._common.pixels import PixelNorm
+from ..ops._common.spec import Window, square
 from . import fusion
 from .options import check_options, deprecated_memory
 
@@ -46,7 +48,9 @@ class TokenPerformer(nn.Module):
 
     memory = deprecated_memory("TokenPerformer")
 
-    def __init__(self, dim, in_dim, head_cnt=1, kernel_ratio=0.5, dp1=0.1, dp2=0.1):
+    def __init__(
+        self, dim: int, in_dim: int, head_cnt: int = 1, kernel_ratio: float = 0.5, dp1: float = 0.1, dp2: float = 0.1
+    ) -> None:
         super().__init__()
         check_options("TokenPerformer", locals())
         self.emb = in_dim * head_cnt
@@ -69,11 +73,13 @@ class TokenPerformer(nn.Module):
         directions = nn.init.orthogonal_(torch.randn(self.m, self.emb))
         self.w = nn.Parameter(directions * math.sqrt(self.m), requires_grad=False)
 
-    def obstacle(self):
+    def obstacle(self) -> str | None:
         """Why this layer runs unfused, or ``None``."""
         return fusion.obstacle(self, _PARTS)
 
-    def forward(self, x, window=None, pixel_norm=None):
+    def forward(
+        self, x: torch.Tensor, window: Window | None = None, pixel_norm: PixelNorm | None = None
+    ) -> torch.Tensor:
         """The layer on tokens, or on the soft split of an image, which is then never formed.
 
         Args:
@@ -89,6 +95,7 @@ class TokenPerformer(nn.Module):
             if window is not None:
                 x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
             return self._unfused(x)
+        mlp: Any = self.mlp
         return performer_layer(
             x,
             self.kqv.weight,
@@ -98,10 +105,10 @@ class TokenPerformer(nn.Module):
             self.proj.bias,
             self.norm2.weight,
             self.norm2.bias,
-            self.mlp[0].weight,
-            self.mlp[0].bias,
-            self.mlp[2].weight,
-            self.mlp[2].bias,
+            mlp[0].weight,
+            mlp[0].bias,
+            mlp[2].weight,
+            mlp[2].bias,
             *(_SINGLE if window is None else window),
             norm1_weight=self.norm1.weight,
             norm1_bias=self.norm1.bias,
@@ -115,7 +122,7 @@ class TokenPerformer(nn.Module):
             recompute=self.recompute,
         )
 
-    def _unfused(self, x):
+    def _unfused(self, x: torch.Tensor) -> torch.Tensor:
         """Child by child, as upstream."""
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         y = performer_attention(q, k, v, self.w, self.epsilon)

@@ -1,11 +1,16 @@
 """The Transformer layer of the T2T module, with upstream's parameter names."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
 
 from ..errors import check_tensor
 from ..functional import image_values, soft_split, soft_split_linear, token_mlp
 from ..functional.arguments import IMAGES
-from ..ops._common.spec import square
+from ..ops._common.pixels import PixelNorm
+from ..ops._common.spec import Window, square
 from . import fusion
 from .attention import attend, heads, merged
 from .drop_path import DropPath
@@ -26,7 +31,16 @@ class TokenAttention(nn.Module):
         qkv_bias, qk_scale, attn_drop, proj_drop: as upstream.
     """
 
-    def __init__(self, dim, num_heads=1, in_dim=None, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        in_dim: int | None = None,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
         super().__init__()
         in_dim = dim if in_dim is None else in_dim
         check_options("TokenAttention", locals())
@@ -42,12 +56,12 @@ class TokenAttention(nn.Module):
         self.proj = nn.Linear(in_dim, in_dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def mix(self, qkv):
+    def mix(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention on packed (B, T, 3 * in_dim): the mixed values and the values themselves, (B, T, in_dim) each."""
         q, k, v = heads(qkv, self.num_heads)
         return merged(attend(q, k, v, self.scale, self.attn_drop)), merged(v)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, dim) -> (B, T, in_dim)."""
         y, v = self.mix(self.qkv(x))
         return v + self.proj_drop(self.proj(y))
@@ -56,7 +70,14 @@ class TokenAttention(nn.Module):
 class Mlp(nn.Module):
     """Linear, activation, dropout, Linear, dropout; upstream's names ``fc1`` and ``fc2``."""
 
-    def __init__(self, in_features, hidden_features=None, out_features=None, act_layer=nn.GELU, drop=0.0):
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ) -> None:
         super().__init__()
         check_options("Mlp", locals())
         hidden_features = in_features if hidden_features is None else hidden_features
@@ -65,7 +86,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
@@ -93,28 +114,28 @@ class TokenTransformer(nn.Module):
     """
 
     mlp_name = "mlp"
-    """Name of the child with ``fc1``, ``act`` and ``fc2``; lanl's articles call it ``neuralnet``."""
+    """Name of the child with ``fc1``, ``act`` and ``fc2``; subclasses whose checkpoints use another override it."""
 
     _parts = _PARTS
 
     def __init__(
         self,
-        dim,
-        in_dim,
-        num_heads=1,
-        mlp_ratio=1.0,
-        qkv_bias=False,
-        qk_scale=None,
-        drop=0.0,
-        attn_drop=0.0,
-        drop_path=0.0,
-        act_layer=nn.GELU,
-        norm_layer=nn.LayerNorm,
-    ):
+        dim: int,
+        in_dim: int,
+        num_heads: int = 1,
+        mlp_ratio: float = 1.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+    ) -> None:
         super().__init__()
         check_options("TokenTransformer", locals())
-        self.norm1 = norm_layer(dim)
-        self.attn = TokenAttention(
+        self.norm1: Any = norm_layer(dim)
+        self.attn: Any = TokenAttention(
             dim,
             num_heads=num_heads,
             in_dim=in_dim,
@@ -124,14 +145,16 @@ class TokenTransformer(nn.Module):
             proj_drop=drop,
         )
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = norm_layer(in_dim)
+        self.norm2: Any = norm_layer(in_dim)
         self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), in_dim, act_layer=act_layer, drop=drop)
 
-    def obstacle(self):
+    def obstacle(self) -> str | None:
         """Why this layer runs unfused, or ``None``. Dropout in the MLP and stochastic depth have no fused form."""
         return fusion.obstacle(self, self._parts)
 
-    def forward(self, x, window=None, pixel_norm=None):
+    def forward(
+        self, x: torch.Tensor, window: Window | None = None, pixel_norm: PixelNorm | None = None
+    ) -> torch.Tensor:
         """The layer on tokens, or on the soft split of an image, which is then never formed.
 
         Args:
@@ -175,10 +198,10 @@ class TokenTransformer(nn.Module):
             proj_drop=self._projection_dropout(),
         )
 
-    def _projection_dropout(self):
+    def _projection_dropout(self) -> float:
         return fusion.rate(self.attn.proj_drop)
 
-    def _unfused(self, x):
+    def _unfused(self, x: torch.Tensor) -> torch.Tensor:
         """Child by child, as upstream."""
         x = self.attn(self.norm1(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))

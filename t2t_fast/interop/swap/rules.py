@@ -3,6 +3,8 @@
 To add a rule, add a :class:`Rule` to ``RULES``, or to the ``swap_rules`` of a family in :mod:`t2t_fast.models`.
 """
 
+from typing import Any
+
 from torch import nn
 
 from ...errors import check_pair
@@ -11,14 +13,15 @@ from ...models.family import Form, Rule, has, has_token_layer, token_probes, tok
 from ...modules import Fold, T2TModule, TokenPerformer, TokenTransformer, Unfold
 from ...modules.t2t_module import window_of
 from ...modules.token_transformer import Mlp, TokenAttention
+from ...ops._common.spec import Window
 
 
-def _is_performer(module):
+def _is_performer(module: Any) -> bool:
     linear, norm = dict.fromkeys(("kqv", "proj"), nn.Linear), dict.fromkeys(("norm1", "norm2"), nn.LayerNorm)
     return has(module, **linear, **norm, mlp=nn.Sequential, w=nn.Parameter)
 
 
-def _performer_refusal(module):
+def _performer_refusal(module: Any) -> str | None:
     if not has(module, dp=nn.Module) or not hasattr(module, "epsilon"):
         return "has kqv, proj and w of a Token_performer, but no dp or no epsilon"
     if len(module.mlp) != 4:
@@ -31,11 +34,11 @@ def _performer_refusal(module):
     return None
 
 
-def _is_token_transformer(module):
+def _is_token_transformer(module: Any) -> bool:
     return has_token_layer(module, "mlp") and hasattr(module.attn, "in_dim")
 
 
-def _token_transformer_refusal(module):
+def _token_transformer_refusal(module: Any) -> str | None:
     if module.attn.num_heads != 1:
         return f"attn.num_heads is {module.attn.num_heads}: upstream's skip through v is defined for 1 head only"
     if not has(module.attn, attn_drop=nn.Dropout, proj_drop=nn.Dropout):
@@ -43,16 +46,22 @@ def _token_transformer_refusal(module):
     return None
 
 
-def _unfold_probes(module):
-    height, width = window_of(module).kernel
+def _window(module: Any) -> Window:
+    """The window of a module that :func:`window_refusal` accepts."""
+    window: Any = window_of(module)
+    return window
+
+
+def _unfold_probes(module: Any) -> list[tuple[int, ...]]:
+    height, width = _window(module).kernel
     return [(1, 2, height + 3, width + 2)]
 
 
-def _fold_grid(module):
-    return window_of(module).grid(*check_pair("swap", "output_size", module.output_size, minimum=1))
+def _fold_grid(module: Any) -> tuple[int, int]:
+    return _window(module).grid(*check_pair("swap", "output_size", module.output_size, minimum=1))
 
 
-def _fold_refusal(module):
+def _fold_refusal(module: Any) -> str | None:
     reason = window_refusal(module)
     if reason is not None:
         return reason
@@ -60,12 +69,12 @@ def _fold_refusal(module):
         fits = min(_fold_grid(module)) >= 1
     except (TypeError, ValueError) as error:
         return str(error)
-    return None if fits else f"its window {window_of(module)} does not fit into its output_size {module.output_size}"
+    return None if fits else f"its window {_window(module)} does not fit into its output_size {module.output_size}"
 
 
-def _fold_probes(module):
+def _fold_probes(module: Any) -> list[tuple[int, ...]]:
     h, w = _fold_grid(module)
-    return [(1, 2 * window_of(module).taps, h * w)]
+    return [(1, 2 * _window(module).taps, h * w)]
 
 
 RULES = (

@@ -1,16 +1,18 @@
 """How ``swap`` finds modules of the articles' own code, and how their checkpoints are recognised."""
 
+from typing import Any
+
 from ..family import Family, Form, Rule, has_token_layer, token_probes, tokeniser_rule
 from .layers import Attention, NeuralNet, TokenTransformer
 from .tokens import Tokens2Token
 
 
-def _is_token_transformer(module):
+def _is_token_transformer(module: Any) -> bool:
     """The backbone block has the same children, but equal widths and a skip around ``attn``."""
     return has_token_layer(module, "neuralnet") and module.attn.qkv.in_features != module.attn.proj.in_features
 
 
-def _refusal(module):
+def _refusal(module: Any) -> str | None:
     width, heads = module.attn.proj.in_features, module.attn.num_heads
     return f"attn.num_heads {heads} does not divide {width}" if width % heads else None
 

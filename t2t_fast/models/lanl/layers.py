@@ -16,7 +16,9 @@ from ...modules.token_transformer import TokenTransformer as _TokenTransformer
 class Attention(nn.Module):
     """Multi-head attention from width ``dim`` to width ``chan``, with a skip through ``v`` after the projection."""
 
-    def __init__(self, dim: int, chan: int, num_heads: int = 1, qkv_bias: bool = False, qk_scale: float | None = None):
+    def __init__(
+        self, dim: int, chan: int, num_heads: int = 1, qkv_bias: bool = False, qk_scale: float | None = None
+    ) -> None:
         super().__init__()
         check_options("Attention", locals())
         if chan % num_heads:
@@ -48,7 +50,7 @@ class NeuralNet(nn.Module):
         hidden_chan: int | None = None,
         out_chan: int | None = None,
         act_layer: Callable[..., nn.Module] = nn.GELU,
-    ):
+    ) -> None:
         super().__init__()
         check_options("NeuralNet", locals())
         hidden_chan = in_chan if hidden_chan is None else hidden_chan
@@ -90,7 +92,7 @@ class TokenTransformer(_TokenTransformer):
         qk_scale: float | None = None,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-    ):
+    ) -> None:
         nn.Module.__init__(self)
         check_options("TokenTransformer", locals())
         self.norm1 = norm_layer(dim)
@@ -98,10 +100,10 @@ class TokenTransformer(_TokenTransformer):
         self.norm2 = norm_layer(chan)
         self.neuralnet = NeuralNet(chan, int(chan * hidden_chan_mul), chan, act_layer)
 
-    def _projection_dropout(self):
+    def _projection_dropout(self) -> float:
         return 0.0
 
-    def _unfused(self, x):
+    def _unfused(self, x: torch.Tensor) -> torch.Tensor:
         x = self.attn(self.norm1(x))
         return x + self.neuralnet(self.norm2(x))
 
@@ -120,7 +122,7 @@ class Encoding(nn.Module):
         qk_scale: float | None = None,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-    ):
+    ) -> None:
         super().__init__()
         check_options("Encoding", locals())
         self.norm1 = norm_layer(dim)

@@ -12,7 +12,7 @@ from ...errors import check_tensor
 from ...functional import window as make_window
 from ...modules.options import check_options, check_series
 from ...modules.soft_split import Unfold
-from ...modules.t2t_module import stages_obstacle, walk, windows_of
+from ...modules.t2t_module import Stage, stages_obstacle, walk, windows_of
 from ...ops._common.spec import Window, grid_after
 from .layers import TokenTransformer
 
@@ -61,7 +61,7 @@ class Tokens2Token(nn.Module):
         qk_scale: float | None = None,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-    ):
+    ) -> None:
         super().__init__()
         check_options("Tokens2Token", locals())
         check_series("Tokens2Token", "softsplit_kernels", softsplit_kernels, length=3)
@@ -100,7 +100,7 @@ class Tokens2Token(nn.Module):
         """As :meth:`forward`, and the grid (h, w) of the tokens."""
         return self._stages(x)[-1]
 
-    def _stages(self, x):
+    def _stages(self, x: torch.Tensor) -> list[Stage]:
         check_tensor("Tokens2Token", "x", x, ndim=4)
         splits = (self.soft_split0, self.soft_split1, self.soft_split2)
         return walk(x, splits, (self.transformer1, self.transformer2), self.project)
@@ -109,7 +109,7 @@ class Tokens2Token(nn.Module):
 class PatchTokenization(nn.Module):
     """Square, non-overlapping patches by unfold and Linear: (B, C, H, W) -> (B, tokens, token_len)."""
 
-    def __init__(self, img_size: Sequence[int] = (1, 60, 100), patch_size: int = 50, token_len: int = 768):
+    def __init__(self, img_size: Sequence[int] = (1, 60, 100), patch_size: int = 50, token_len: int = 768) -> None:
         super().__init__()
         check_options("PatchTokenization", locals())
         channels, height, width = check_image("PatchTokenization", img_size)

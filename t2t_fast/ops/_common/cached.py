@@ -2,6 +2,8 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -11,13 +13,13 @@ from ...errors import FLOATING
 _SIZE = 256
 
 
-def _place(tensor):
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Where a tensor lies and how; no other tensor has the same while a weak reference to its storage is held."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def obstacle(tensors):
+def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
     """Why nothing made of some parameters may be kept, or ``None``."""
     if torch.compiler.is_compiling():
         return "torch.compile folds what is constant itself"
@@ -40,11 +42,11 @@ class Kept:
     backward pass clears everything; who writes so without one calls :func:`functional.clear_weight_cache`.
     """
 
-    def __init__(self):
-        self._entries = OrderedDict()
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[Any, ...], tuple[list[int], list[StorageWeakRef], Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, tensors, key, make):
+    def get(self, tensors: Sequence[torch.Tensor | None], key: Hashable, make: Callable[[], Any]) -> Any:
         """``make()``, or what it returned before for the same tensors (some may be ``None``), key and stream."""
         given = [t for t in tensors if t is not None]
         if obstacle(given) is not None:
@@ -67,12 +69,12 @@ class Kept:
                 self._entries.popitem(last=False)
         return value
 
-    def clear(self):
+    def clear(self) -> None:
         """Drop everything."""
         with self._lock:
             self._entries.clear()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._entries)
 
 

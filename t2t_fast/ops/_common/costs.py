@@ -8,6 +8,8 @@ batch. Letters: L tokens, E width, m random features, P = C*H*W pixels of the im
 
 from typing import NamedTuple
 
+from .spec import Window
+
 WIDTH = 64
 """Token width inside the T2T module."""
 
@@ -34,26 +36,26 @@ class Cost(NamedTuple):
     only: tuple[Kernel, ...] | None = None
 
     @property
-    def inference(self):
+    def inference(self) -> tuple[Kernel, ...]:
         """The kernels of a forward pass that keeps nothing."""
         return self.forward if self.only is None else self.only
 
-    def kernels(self, mode):
+    def kernels(self, mode: str) -> tuple[Kernel, ...]:
         """The kernels of "inference" or of "training" (forward and backward)."""
         return self.inference if mode == "inference" else self.forward + self.backward
 
-    def bytes(self, mode):
+    def bytes(self, mode: str) -> float:
         return sum(kernel.bytes for kernel in self.kernels(mode))
 
-    def flops(self, mode):
+    def flops(self, mode: str) -> float:
         return sum(kernel.flops for kernel in self.kernels(mode))
 
-    def floor(self, mode, bandwidth, flops):
+    def floor(self, mode: str, bandwidth: float, flops: float) -> float:
         """Seconds that no implementation of this design can beat at so many bytes/s and FLOP/s."""
         return sum(max(kernel.bytes / bandwidth, kernel.flops / flops) for kernel in self.kernels(mode))
 
 
-def chain(*costs):
+def chain(*costs: Cost) -> Cost:
     """The cost of one after the other."""
     return Cost(
         tuple(kernel for cost in costs for kernel in cost.forward),
@@ -63,33 +65,43 @@ def chain(*costs):
     )
 
 
-def _sizes(channels, height, width, window):
+def _sizes(channels: int, height: int, width: int, window: Window) -> tuple[int, int, int]:
     h, w = window.grid(height, width)
     return h * w, channels * window.taps, channels * height * width
 
 
-def soft_split(channels, height, width, window, element=2):
+def soft_split(channels: int, height: int, width: int, window: Window, element: int = 2) -> Cost:
     """Image read once, tokens written once; backward the other way round."""
     length, columns, pixels = _sizes(channels, height, width, window)
     kernel = Kernel((pixels + length * columns) * element, 0)
     return Cost((kernel,), (kernel,))
 
 
-def soft_composition(channels, height, width, window, element=2):
+def soft_composition(channels: int, height: int, width: int, window: Window, element: int = 2) -> Cost:
     """The same traffic as the soft split, with one addition per token element forward."""
     length, columns, _ = _sizes(channels, height, width, window)
     (split,) = soft_split(channels, height, width, window, element).forward
     return Cost((split._replace(flops=length * columns),), (split,))
 
 
-def fused_fold_unfold(channels, height, width, window, element=2):
+def fused_fold_unfold(channels: int, height: int, width: int, window: Window, element: int = 2) -> Cost:
     """Tokens read once and written once, the image in between never; backward is the same pass."""
     length, columns, pixels = _sizes(channels, height, width, window)
     kernel = Kernel(2 * length * columns * element, length * columns + pixels)
     return Cost((kernel,), (kernel,))
 
 
-def soft_split_linear(channels, height, width, window, out, element=2, *, norm=True, image_gradient=True):
+def soft_split_linear(
+    channels: int,
+    height: int,
+    width: int,
+    window: Window,
+    out: int,
+    element: int = 2,
+    *,
+    norm: bool = True,
+    image_gradient: bool = True,
+) -> Cost:
     """One implicit GEMM; backward a weight gradient and, where asked for, an image gradient."""
     length, columns, pixels = _sizes(channels, height, width, window)
     product = 2 * length * columns * out
@@ -103,11 +115,11 @@ def soft_split_linear(channels, height, width, window, out, element=2, *, norm=T
     return Cost((Kernel(traffic + statistics, product),), tuple(backward), pixels * element + statistics)
 
 
-def _state(width, features):
+def _state(width: int, features: int) -> int:
     return 4 * (features * width + features)
 
 
-def performer_attention(length, width=WIDTH, features=FEATURES, element=2):
+def performer_attention(length: int, width: int = WIDTH, features: int = FEATURES, element: int = 2) -> Cost:
     """A pass over the keys and a pass over the queries, each way."""
     row, state, product = width * length * element, _state(width, features), length * width * features
     return Cost(
@@ -117,7 +129,7 @@ def performer_attention(length, width=WIDTH, features=FEATURES, element=2):
     )
 
 
-def token_mlp(length, width=WIDTH, hidden=WIDTH, element=2):
+def token_mlp(length: int, width: int = WIDTH, hidden: int = WIDTH, element: int = 2) -> Cost:
     """Reads y and v, writes the tokens; backward recomputes all but the last product."""
     row, square, wide = width * length * element, width * width, width * hidden
     return Cost(
@@ -128,17 +140,17 @@ def token_mlp(length, width=WIDTH, hidden=WIDTH, element=2):
 
 
 def performer_layer(
-    channels,
-    height,
-    width,
-    window,
-    element=2,
+    channels: int,
+    height: int,
+    width: int,
+    window: Window,
+    element: int = 2,
     *,
-    image_gradient=False,
-    embed=WIDTH,
-    features=FEATURES,
-    hidden=WIDTH,
-):
+    image_gradient: bool = False,
+    embed: int = WIDTH,
+    features: int = FEATURES,
+    hidden: int = WIDTH,
+) -> Cost:
     """Soft split, LayerNorm, kqv and the pass over the keys in one kernel; then the queries with the tail in it.
 
     k, q and v are written once and never read for the keys; without a backward pass k and the statistics are not

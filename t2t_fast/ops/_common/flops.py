@@ -5,6 +5,8 @@ counter's module imports Triton, so nothing is registered before somebody else h
 """
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -13,44 +15,75 @@ from . import costs
 from .spec import Window
 
 
-def _flops(kernels):
+def _flops(kernels: Iterable[costs.Kernel]) -> float:
     return sum(kernel.flops for kernel in kernels)
 
 
-def _split_linear(x, outputs, kernel, stride, padding, **options):
-    batch, *image = x
+def _split_linear(
+    x: Any, outputs: int, kernel: Any, stride: Any, padding: Any, *, image_gradient: bool = True
+) -> tuple[int, costs.Cost]:
+    batch, channels, height, width = x
     window = Window(tuple(kernel), tuple(stride), tuple(padding))
-    return batch, costs.soft_split_linear(*image, window, outputs, **options)
+    return batch, costs.soft_split_linear(channels, height, width, window, outputs, image_gradient=image_gradient)
 
 
-def _native_split_linear(x, weight, bias, norm_weight, norm_bias, norm_eps, *window, out_shape):
+def _native_split_linear(
+    x: Any, weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, norm_eps: Any, *window: Any, out_shape: Any
+) -> float:
     batch, cost = _split_linear(x, weight[0], *window)
     return batch * _flops(cost.forward)
 
 
-def _native_split_linear_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, *rest, out_shape):
+def _native_split_linear_backward(
+    grad: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    norm_eps: Any,
+    *rest: Any,
+    out_shape: Any,
+) -> float:
     *window, need_image, need_weight = rest
     batch, cost = _split_linear(x, weight[0], *window, image_gradient=need_image)
     product, *image = cost.backward
     return batch * (need_weight * product.flops + _flops(image))
 
 
-def _triton_split_linear(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, stride, padding, *_, out_shape):
+def _triton_split_linear(
+    x: Any,
+    weight: Any,
+    used: Any,
+    row_sums: Any,
+    offset: Any,
+    outputs: int,
+    norm_eps: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    *_: Any,
+    out_shape: Any,
+) -> float:
     batch, cost = _split_linear(x, outputs, kernel, stride, padding)
     return batch * _flops(cost.forward)
 
 
-def _products(x, grad, mean, rstd, norm, kernel, stride, padding, *_, out_shape):
+def _products(
+    x: Any, grad: Any, mean: Any, rstd: Any, norm: Any, kernel: Any, stride: Any, padding: Any, *_: Any, out_shape: Any
+) -> float:
     batch, cost = _split_linear(x, grad[2], kernel, stride, padding, image_gradient=False)
     return batch * _flops(cost.backward)
 
 
-def _image_gradient(grad, x, weight, offset, y, mean, rstd, *window, out_shape):
+def _image_gradient(
+    grad: Any, x: Any, weight: Any, offset: Any, y: Any, mean: Any, rstd: Any, *window: Any, out_shape: Any
+) -> float:
     batch, cost = _split_linear(x, grad[2], *window)
     return batch * cost.backward[1].flops
 
 
-def _attention(q, keys, w, passes):
+def _attention(q: Any, keys: int, w: Any, passes: str) -> float:
     """FLOPs of a pass over the keys and one over the queries, "forward" or "backward"; heads are sequences."""
     features, width = w
     sequences = 1
@@ -61,15 +94,15 @@ def _attention(q, keys, w, passes):
     return sequences * (table[0][first].flops + table[1][second].flops)
 
 
-def _attention_forward(q, k, v, w, *_, out_shape):
+def _attention_forward(q: Any, k: Any, v: Any, w: Any, *_: Any, out_shape: Any) -> float:
     return _attention(q, k[-2], w, "forward")
 
 
-def _attention_backward(grad, q, k, v, w, *_, out_shape):
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, w: Any, *_: Any, out_shape: Any) -> float:
     return _attention(q, k[-2], w, "backward")
 
 
-def _tail(y, hidden):
+def _tail(y: Any, hidden: int) -> costs.Cost:
     *batch, length, width = y
     tokens = length
     for size in batch:
@@ -77,36 +110,51 @@ def _tail(y, hidden):
     return costs.token_mlp(tokens, width, hidden)
 
 
-def _native_tail(y, v, *tail, out_shape):
+def _native_tail(y: Any, v: Any, *tail: Any, out_shape: Any) -> float:
     return _flops(_tail(y, tail[5][0]).forward)
 
 
-def _native_tail_backward(grad, y, v, *tail, out_shape):
+def _native_tail_backward(grad: Any, y: Any, v: Any, *tail: Any, out_shape: Any) -> float:
     return _flops(_tail(y, tail[5][0]).backward)
 
 
-def _triton_tail(y, v, seed, options, tail, *_, out_shape):
+def _triton_tail(y: Any, v: Any, seed: Any, options: Any, tail: Any, *_: Any, out_shape: Any) -> float:
     return _flops(_tail(y, tail[4][0]).forward)
 
 
-def _triton_tail_backward(grad, y, v, seed, options, tail, *_, out_shape):
+def _triton_tail_backward(
+    grad: Any, y: Any, v: Any, seed: Any, options: Any, tail: Any, *_: Any, out_shape: Any
+) -> float:
     return _flops(_tail(y, tail[4][0]).backward)
 
 
-def _layer(x, window, w, hidden, **options):
-    batch, *image = x
+def _layer(x: Any, window: Any, w: Any, hidden: int, *, image_gradient: bool = False) -> tuple[int, costs.Cost]:
+    batch, channels, height, across = x
     features, width = w
     window = Window(*(tuple(pair) for pair in window))
-    return batch, costs.performer_layer(*image, window, embed=width, features=features, hidden=hidden, **options)
+    sizes = {"embed": width, "features": features, "hidden": hidden}
+    return batch, costs.performer_layer(channels, height, across, window, image_gradient=image_gradient, **sizes)
 
 
-def _native_layer(x, weight, bias, norm1_weight, norm1_bias, norm1_eps, *rest, out_shape):
+def _native_layer(
+    x: Any, weight: Any, bias: Any, norm1_weight: Any, norm1_bias: Any, norm1_eps: Any, *rest: Any, out_shape: Any
+) -> float:
     *window, w, _, _, _, _, _, _, fc1 = rest[:11]
     batch, cost = _layer(x, window, w, fc1[0])
     return batch * _flops(cost.forward)
 
 
-def _native_layer_backward(grad, x, weight, bias, norm1_weight, norm1_bias, norm1_eps, *rest, out_shape):
+def _native_layer_backward(
+    grad: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    norm1_weight: Any,
+    norm1_bias: Any,
+    norm1_eps: Any,
+    *rest: Any,
+    out_shape: Any,
+) -> float:
     *window, w, _, _, _, _, _, _, fc1 = rest[:11]
     need_image, need_weight, _ = rest[-3:]
     batch, cost = _layer(x, window, w, fc1[0], image_gradient=need_image)
@@ -115,19 +163,34 @@ def _native_layer_backward(grad, x, weight, bias, norm1_weight, norm1_bias, norm
     return batch * (again + queries.flops + keys.flops + need_weight * product.flops + _flops(image))
 
 
-def _project(x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, *_, out_shape):
+def _project(
+    x: Any,
+    weight: Any,
+    used: Any,
+    row_sums: Any,
+    offset: Any,
+    w: Any,
+    norm_eps: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    *_: Any,
+    out_shape: Any,
+) -> float:
     batch, cost = _layer(x, (kernel, stride, padding), w, w[1])
     return batch * cost.forward[0].flops
 
 
-def _finish(kqv, w, eps, lz, state, seed, options, tail, out_shape):
+def _finish(
+    kqv: Any, w: Any, eps: Any, lz: Any, state: Any, seed: Any, options: Any, tail: Any, out_shape: Any
+) -> float:
     batch, length, _ = kqv
     features, width = w
     (tail_kernel,) = _tail((batch, length, width), tail[4][0]).forward
     return batch * costs.performer_attention(length, width, features).forward[1].flops + tail_kernel.flops
 
 
-def _read_out(q, w, *_, out_shape):
+def _read_out(q: Any, w: Any, *_: Any, out_shape: Any) -> float:
     features, width = w
     length = out_shape[-2]
     sequences = 1
@@ -136,13 +199,13 @@ def _read_out(q, w, *_, out_shape):
     return sequences * costs.performer_attention(length, width, features).forward[1].flops
 
 
-def _kqv_backward(grad, kqv, w, *_, out_shape):
+def _kqv_backward(grad: Any, kqv: Any, w: Any, *_: Any, out_shape: Any) -> float:
     batch, length, _ = kqv
     features, width = w
     return batch * _flops(costs.performer_attention(length, width, features).backward)
 
 
-def _composition(tokens, *_, out_shape):
+def _composition(tokens: Any, *_: Any, out_shape: Any) -> float:
     batch, length, columns = tokens
     return batch * length * columns  # the additions of costs.soft_composition
 
@@ -177,7 +240,7 @@ FORMULAS = {
 """Library -> operator -> the FLOPs of one call, from its arguments with shapes for tensors."""
 
 
-def teach():
+def teach() -> None:
     """Give the formulas to PyTorch's table, and to every counter that is counting now."""
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:

@@ -8,17 +8,21 @@ for few tokens, under the architecture's name with ``-few`` behind it (``triton_
 import inspect
 import json
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+
+Parameters: TypeAlias = dict[str, int]
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """Their names in tables."""
 
 
-def padded(size):
+def padded(size: int) -> int:
     """The power of two, at least 16, that a kernel works with instead of ``size``."""
     return max(16, 1 << (size - 1).bit_length())
 
@@ -30,7 +34,7 @@ class Cut(NamedTuple):
     tiles: int
 
 
-def cut(length, sequences, tokens, programs):
+def cut(length: int, sequences: int, tokens: int, programs: int) -> Cut:
     """Divide ``length`` tokens so that about ``programs`` programs run in all; by sizes alone, so always the same."""
     tiles = -(-length // tokens)
     splits = max(1, min(programs // max(sequences, 1), tiles))
@@ -49,13 +53,21 @@ class Table:
         candidates: function of (pass, present parameters): those worth a measurement.
     """
 
-    def __init__(self, path, passes, shape_class, default, candidates):
+    def __init__(
+        self,
+        path: Path,
+        passes: Sequence[str],
+        shape_class: Callable[..., str],
+        default: Callable[..., Parameters],
+        candidates: Callable[[str, Parameters], Any],
+    ) -> None:
         self.path, self.passes = path, passes
         self.shape_class, self.default, self.candidates = shape_class, default, candidates
-        self._found, self._overrides = {}, {}
+        self._selected: dict[tuple[Any, ...], Parameters] = {}
+        self._overrides: dict[str, Parameters] = {}
 
     @cached_property
-    def rows(self):
+    def rows(self) -> dict[str, dict[str, dict[str, Parameters]]]:
         """The file's content: architecture -> pass -> shape class -> parameters.
 
         Raises:
@@ -74,11 +86,11 @@ class Table:
                     )
         return rows
 
-    def _check(self, right, what, got, expected):
+    def _check(self, right: object, what: str, got: object, expected: str) -> None:
         if not right:
             raise ValueError(f"{self.path.name} of {self.path.parents[1].name}: {what} must be {expected}, got {got!r}")
 
-    def _sizes(self, name, shape):
+    def _sizes(self, name: str, shape: str) -> tuple[Any, ...]:
         """Dtype and sizes that a shape class names."""
         dtypes = {word: dtype for dtype, word in DTYPES.items()}
         word, *rest = shape.split("-")
@@ -89,26 +101,26 @@ class Table:
         self._check(word in dtypes and re.fullmatch(pattern, "-".join(rest)), "shape class", shape, f"like {expected}")
         return dtypes[word], *(int(re.sub(r"\D", "", size)) for size in rest)
 
-    def _check_parameters(self, where, name, sizes, parameters):
+    def _check_parameters(self, where: str, name: str, sizes: Any, parameters: Parameters) -> None:
         known = self.default(name, *sizes)
         for key, value in parameters.items():
             self._check(key in known, f"a parameter of {where}", key, f"one of {', '.join(known)}")
             self._check(type(value) is int, f"{key} of {where}", value, "an integer")
 
-    def chosen(self, name, architecture, dtype, *sizes):
+    def chosen(self, name: str, architecture: str, dtype: torch.dtype, *sizes: int) -> Parameters:
         """The parameters of a pass: what an override or the table has, the rest by default."""
         key = (name, architecture, dtype, *sizes)
-        if key not in self._found:
+        if key not in self._selected:
             row = self.rows.get(architecture, {}).get(name, {}).get(self.shape_class(name, dtype, *sizes), {})
-            self._found[key] = {**self.default(name, dtype, *sizes), **row}
-        found = self._found[key]
+            self._selected[key] = {**self.default(name, dtype, *sizes), **row}
+        selected = self._selected[key]
         if name not in self._overrides:
-            return found
+            return selected
         self._check_parameters(f"override, {name}", name, (dtype, *sizes), self._overrides[name])
-        return {**found, **self._overrides[name]}
+        return {**selected, **self._overrides[name]}
 
     @contextmanager
-    def override(self, name, parameters):
+    def override(self, name: str, parameters: Parameters) -> Iterator[None]:
         """Every launch of pass ``name`` inside the block takes ``parameters``; for tuning and tests."""
         if name not in self.passes:
             raise ValueError(f"override: name must be one of {', '.join(self.passes)}, got {name!r}")

@@ -6,8 +6,10 @@ Each operator ``t2t_fast::<name>`` takes the resolved backend as its last argume
 compiled kernels calls opaque operators of its own, with their own fake and autograd, from its ``call``.
 """
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
+from typing import Any
 
 import torch
 
@@ -23,7 +25,13 @@ AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if t
 """Kinds of device that have autocast; asked once, since torch 2.11 cannot trace the question."""
 
 
-def define(name, signature, implementations, absent, autocast):
+def define(
+    name: str,
+    signature: str,
+    implementations: Mapping[str, backends.Implementation],
+    absent: Mapping[str, str],
+    autocast: Callable[..., Any],
+) -> Callable[..., Any]:
     """Define ``t2t_fast::<name>(<signature>, str backend) -> Tensor``.
 
     Args:
@@ -40,7 +48,7 @@ def define(name, signature, implementations, absent, autocast):
     backends.register(name, implementations, absent)
     _library.define(f"{name}({signature}, str backend) -> Tensor")
 
-    def composite(*args):
+    def composite(*args: Any) -> Any:
         *values, backend = args
         if backend in OPAQUE:
             if (transform := transforms.active()) is not None:
@@ -52,7 +60,7 @@ def define(name, signature, implementations, absent, autocast):
     _library.impl(name, composite, "CompositeImplicitAutograd")
     operator = getattr(torch.ops.t2t_fast, name).default
 
-    def under_autocast(device, call, *args):
+    def under_autocast(device: str, call: Callable[..., Any], *args: Any) -> Any:
         *values, backend = args
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -62,7 +70,7 @@ def define(name, signature, implementations, absent, autocast):
         _library.impl(name, partial(under_autocast, device, operator), f"Autocast{device.upper()}")
 
     @wraps(operator)
-    def run(*args):
+    def run(*args: Any) -> Any:
         if transforms.active() is None:
             return operator(*args)
         # A transformation has no rule for the operator itself, and a trace would hold it as one opaque node.
@@ -75,7 +83,7 @@ def define(name, signature, implementations, absent, autocast):
     return run
 
 
-def opaque_obstacle(request, dtypes, kind):
+def opaque_obstacle(request: backends.Request, dtypes: Sequence[torch.dtype], kind: str) -> str | None:
     """Why opaque kernels of a kind ("native", "Triton") for ``dtypes`` cannot run a :class:`Request`, or ``None``."""
     if request.dtype not in dtypes:
         return f"no {kind} kernel for {str(request.dtype).removeprefix('torch.')}"
@@ -88,18 +96,18 @@ def opaque_obstacle(request, dtypes, kind):
     return None
 
 
-def wants_gradient(*tensors):
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors (``None`` is skipped)."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def first_order(backward):
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a hand-written backward: it runs as it is written also when it is called inside an autocast region, a
     second derivative, which it does not have, is an error, and where no gradient comes in, none goes out."""
     once = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
-    def checked(ctx, *grads):
+    def checked(ctx: Any, *grads: torch.Tensor | None) -> Any:
         if torch.is_grad_enabled() and any(grad is not None and grad.requires_grad for grad in grads):
             raise RuntimeError(
                 "t2t_fast: this operator has no second derivative (its backward was asked for one by "
@@ -116,14 +124,14 @@ def first_order(backward):
     return checked
 
 
-def accumulation_dtype(dtype):
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, exponents and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @contextmanager
-def _convolution_as_matmul():
-    convolution = torch.backends.cudnn.conv
+def _convolution_as_matmul() -> Iterator[None]:
+    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolution.fp32_precision
     convolution.fp32_precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     try:
@@ -132,7 +140,7 @@ def _convolution_as_matmul():
         convolution.fp32_precision = before
 
 
-def matmul_precision(x):
+def matmul_precision(x: torch.Tensor) -> AbstractContextManager[None]:
     """A context in which a convolution of float32 ``x`` is as exact as torch's setting for matrix products says.
 
     cuDNN convolutions use TF32 unless told otherwise, matrix products do not; here a convolution stands for a Linear.
@@ -141,7 +149,7 @@ def matmul_precision(x):
     return _convolution_as_matmul() if x.is_cuda and x.dtype == torch.float32 else nullcontext()
 
 
-def product(x, matrix, into=None):
+def product(x: torch.Tensor, matrix: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ matrix`` for (..., N, I) and (I, O), written over ``into`` (a dead buffer or a slice) where that fits.
 
     On a CPU the first touch of fresh memory costs more than such a product. A trace, which may be differentiated, takes

@@ -5,6 +5,8 @@ Everything is asked once, when the package is imported, so that ``torch.compile`
 
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,18 +18,18 @@ _MISSING = _extension.operators_error()
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
-def _defined(name):
+def _defined(name: str) -> bool:
     return _MISSING is None and hasattr(torch.ops.t2t_fast_native, name)
 
 
-def instruction_set():
+def instruction_set() -> str | None:
     """The instruction set of the layers' CPU kernels, or ``None`` where the loaded library has none."""
     if not devices("performer_layer"):
         return None
     return torch.ops.t2t_fast_native.cpu_instruction_set()
 
 
-def devices(name):
+def devices(name: str) -> tuple[str, ...]:
     """Kinds of device that the loaded library has a kernel of operator ``name`` for."""
     if not _defined(name):
         return ()
@@ -35,7 +37,7 @@ def devices(name):
     return tuple(kind for kind, key in _KEYS.items() if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
 
 
-def reason(request, kinds, dtypes=FLOATING):
+def reason(request: backends.Request, kinds: Sequence[str], dtypes: Sequence[torch.dtype] = FLOATING) -> str | None:
     """Why a native operator with kernels for ``kinds`` of device and ``dtypes`` cannot run ``request``, or ``None``.
 
     That it is not built is the last reason: with it, it would run.
@@ -61,7 +63,7 @@ _COST = {
 _warned = False
 
 
-def noticed(op, request, name, chosen):
+def noticed(op: str, request: backends.Request, name: str, chosen: str) -> str:
     """``chosen``, the backend of a call of ``op`` that asked for ``name``.
 
     Warns, once in a process, if ``auto`` took ``aten`` for no other reason than that native code was not built.
@@ -73,7 +75,7 @@ def noticed(op, request, name, chosen):
     return chosen
 
 
-def _warn(op, device):
+def _warn(op: str, device: str) -> None:
     global _warned
     there = {
         "cpu": torch.backends.cpu.get_cpu_capability().startswith("AVX"),  # else auto would pass the native layers over
@@ -91,11 +93,11 @@ def _warn(op, device):
     warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=5)
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so; dynamo warns when it traces
-_warn._dynamo_marked_constant = True
+# what torch.compiler.assume_constant_result sets, without its import of the compiler; dynamo warns when it traces
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def fake(name):
+def fake(name: str) -> Callable[..., Any]:
     """Decorator: what the native operator ``name`` returns for fake tensors; nothing where it is not loaded."""
     return torch.library.register_fake(f"t2t_fast_native::{name}") if _defined(name) else lambda function: function
 
@@ -105,7 +107,7 @@ if instruction_set() == "baseline":
     _SLOW = "this CPU has neither AVX2 nor AVX-512, without which PyTorch's own products are faster"
 
 
-def passed_over(request):
+def passed_over(request: backends.Request) -> str | None:
     """Why ``auto`` leaves a layer on the CPU to another backend although the library has it, or ``None``."""
     return _SLOW if request.device == "cpu" else None
 
@@ -114,24 +116,24 @@ SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of the operators that compute in float32 whatever comes in."""
 
 
-def single(*tensors):
+def single(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The tensors in float32, as those operators take them; ``None`` stays."""
     return [t if t is None else t.to(torch.float32) for t in tensors]
 
 
-def gradient(value, tensor):
+def gradient(value: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor | None:
     """What a native backward gave for ``tensor``, in its dtype; ``None`` without a tensor, or if it gave nothing."""
     return None if tensor is None or value.numel() < tensor.numel() else value.to(tensor.dtype)
 
 
-def image_gradient(value, x):
+def image_gradient(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """The gradient of the float32 image ``x``, from the memory order in which the native backward gives it."""
     if value.dim() == 1:
         return None
     return value.permute(0, 3, 1, 2) if x.stride(1) == 1 else value
 
 
-def fake_image_gradient(x, needed):
+def fake_image_gradient(x: torch.Tensor, needed: bool) -> torch.Tensor:
     """What a native backward gives for an image: (B, H, W, C) where its channels are adjacent, empty if not needed."""
     batch, channels, height, width = x.shape
     if not needed:
@@ -139,6 +141,6 @@ def fake_image_gradient(x, needed):
     return x.new_empty((batch, height, width, channels) if x.stride(1) == 1 else x.shape)
 
 
-def fake_gradients(x, *tensors):
+def fake_gradients(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:
     """One empty tensor in the shape of each of ``tensors``, of no elements for ``None``."""
     return [x.new_empty(0 if t is None else t.shape) for t in tensors]

@@ -10,6 +10,7 @@ asks for, so the masks are independent (to the rounding of o, a correlation belo
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -22,7 +23,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def _multiply(x, constant):
+def _multiply(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
     """High and low word of the 64-bit product of a 32-bit word held in int64 and a constant above 2**31.
 
     The product of two such words overflows int64. With the constant less 2**32 it does not, and the missing
@@ -32,7 +33,11 @@ def _multiply(x, constant):
     return (product >> 32).add_(x), product.bitwise_and_(_WORD)
 
 
-def philox(counter, key, rounds=ROUNDS):
+def philox(
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    key: tuple[torch.Tensor, torch.Tensor],
+    rounds: int = ROUNDS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Four random words from four counter words and two key words, all int64 tensors of broadcasting shapes."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -44,7 +49,7 @@ def philox(counter, key, rounds=ROUNDS):
     return c0, c1, c2, c3
 
 
-def _lanes(first, last, seed):
+def _lanes(first: int, last: int, seed: torch.Tensor) -> list[torch.Tensor]:
     """The lanes of calls ``first`` to ``last``: eight (calls,) int64 tensors."""
     zero = seed & 0  # made of the seed, which torch.vmap gives every sample for itself
     calls = torch.arange(first, last, dtype=torch.int64, device=seed.device) + zero
@@ -55,12 +60,14 @@ def _lanes(first, last, seed):
     return [half for word in words for half in (word & 0xFFFF, word >> 16)]
 
 
-def _outside(lane, low, high):
+def _outside(lane: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """Which lanes are not in [low, high), a bool tensor of their shape."""
     return lane >= high if low == 0 else (lane < low).logical_or_(lane >= high)
 
 
-def keep_masks(seed, shape, p1, p2):
+def keep_masks(
+    seed: torch.Tensor, shape: Sequence[int], p1: float, p2: float
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Which elements two dropouts keep.
 
     Args:
@@ -80,23 +87,24 @@ def keep_masks(seed, shape, p1, p2):
     calls = (count + 7) // 8
     # Eagerly on a CPU the words of a whole tensor would leave the cache between any two of the hundred operations.
     step = calls if torch.compiler.is_compiling() or seed.device.type != "cpu" else CPU_CALLS
-    pieces = [[], []]
+    pieces: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for first in range(0, calls, step) if calls else [0]:
         lanes = _lanes(first, min(first + step, calls), seed)
         for interval, parts in zip(intervals, pieces, strict=True):
             if interval:
                 parts.append(torch.stack([_outside(lane, *interval) for lane in lanes], dim=-1))
-    return tuple(
+    first_mask, second_mask = (
         (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten()[:count].view(shape) if parts else None
         for parts in pieces
     )
+    return first_mask, second_mask
 
 
-def dropout_(x, p, keep):
+def dropout_(x: torch.Tensor, p: float, keep: torch.Tensor | None) -> torch.Tensor:
     """Dropout in place: ``x`` times 0 or ``1 / (1 - p)``; nothing is done where ``keep`` is ``None``. Returns ``x``."""
     return x if keep is None else x.mul_(keep).mul_(1.0 / (1.0 - p))
 
 
-def fresh_seed(device):
+def fresh_seed(device: torch.device) -> torch.Tensor:
     """A seed from torch's own generator, so that ``torch.manual_seed`` and checkpointing govern it."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)

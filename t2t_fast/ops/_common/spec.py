@@ -1,6 +1,10 @@
 """Sizes of a sliding window, computed in one place: operators, fakes, checks, tests and benchmarks ask here."""
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
+
+Pair: TypeAlias = int | Sequence[int]
+"""One number for height and width, or (height, width)."""
 
 
 class Window(NamedTuple):
@@ -11,32 +15,34 @@ class Window(NamedTuple):
     padding: tuple[int, int]
 
     @property
-    def taps(self):
+    def taps(self) -> int:
         """Pixels in the window, k*k for a square one."""
         return self.kernel[0] * self.kernel[1]
 
-    def grid(self, height, width):
+    def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid (h, w) of an image: ``floor((n + 2p - k) / s) + 1`` along each axis."""
-        return tuple(
+        h, w = (
             (n + 2 * p - k) // s + 1
             for n, k, s, p in zip((height, width), self.kernel, self.stride, self.padding, strict=True)
         )
+        return h, w
 
-    def remainder(self, height, width):
+    def remainder(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns at the far border that no window reaches (a convolution's ``output_padding``)."""
-        return tuple(
+        rows, columns = (
             (n + 2 * p - k) % s
             for n, k, s, p in zip((height, width), self.kernel, self.stride, self.padding, strict=True)
         )
+        return rows, columns
 
-    def __str__(self):
-        def short(pair):
+    def __str__(self) -> str:
+        def short(pair: tuple[int, int]) -> str:
             return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
 
         return f"k{short(self.kernel)} s{short(self.stride)} p{short(self.padding)}"
 
 
-def square(kernel, stride, padding):
+def square(kernel: int, stride: int, padding: int) -> Window:
     """The window of equal sides."""
     return Window((kernel, kernel), (stride, stride), (padding, padding))
 
@@ -45,7 +51,7 @@ T2T_WINDOWS = (square(7, 4, 2), square(3, 2, 1), square(3, 2, 1))
 """The three soft splits of T2T-ViT (paper, section 3.1)."""
 
 
-def grid_after(windows, height, width):
+def grid_after(windows: Iterable[Window], height: int, width: int) -> tuple[int, int]:
     """Token grid (h, w) of an image after several soft splits, each on the tokens of the one before."""
     for window in windows:
         height, width = window.grid(height, width)

@@ -7,16 +7,19 @@ made of plain operations, the "reference" backend at last.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from ...backends import Request
 
 FUNCTIONAL = "torch.func transforms (grad, vjp, jvp, vmap)"
 FORWARD_MODE = "forward-mode derivatives"
 TRACING = "torch.jit.trace"
 
 
-def active():
+def active() -> str | None:
     """The transformation that follows operations now, one of this module's constants, or ``None``."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return FUNCTIONAL
@@ -27,7 +30,7 @@ def active():
     return None
 
 
-def constant(size):
+def constant(size: Any) -> Any:
     """A size that must not be free, as an int where ``torch.jit.trace`` made a tensor of it."""
     if not isinstance(size, torch.Tensor):
         return size
@@ -36,17 +39,17 @@ def constant(size):
         return int(size)
 
 
-def is_exporting():
+def is_exporting() -> bool:
     """Whether ``torch.export`` records a program now."""
     # not torch.compiler.is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-# Dynamo asks while it traces, and guards on the first two by itself.
-active._dynamo_marked_constant = True
+# Dynamo calls it while tracing, and guards on the first two itself.
+active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def plain(request):
+def plain(request: Request) -> str | None:
     """The ``supports`` of an implementation in PyTorch's operations with a hand-written backward."""
     if request.transform in (FUNCTIONAL, FORWARD_MODE):
         return f"its hand-written backward takes no part in {request.transform}"

@@ -6,14 +6,17 @@ Triton itself is imported where a kernel is first launched, so that importing th
 
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import config
+from ...backends import Request
 from .library import AUTOCAST_DEVICES, accumulation_dtype, opaque_obstacle
 
 INTERPRETED = config.triton_interpreted()
@@ -45,7 +48,7 @@ ALLOWED = {torch.float32: 2e-5, "tf32": 2e-2, torch.float16: 1e-2, torch.bfloat1
 """Relative errors in a trial; several times what the tests find, and far below what a wrong kernel gives."""
 
 
-def operand_dtype(request, name):
+def operand_dtype(request: Request, name: str) -> torch.dtype:
     """The dtype of one of a call's operands: ``request.sizes[name]`` where the caller says it.
 
     Else what AMP makes of it, which leaves images, parameters and ``w`` in float32, and without AMP the call's.
@@ -55,7 +58,7 @@ def operand_dtype(request, name):
     return request.sizes.get(name) or (torch.float32 if mixed else request.dtype)
 
 
-def reason(request):
+def reason(request: Request) -> str | None:
     """Why no Triton kernel can run ``request``, or ``None``."""
     if _MISSING is not None:
         return _MISSING
@@ -65,18 +68,18 @@ def reason(request):
     return opaque_obstacle(request, DTYPES, "Triton")
 
 
-def passed_over(request):
+def passed_over(request: Request) -> str | None:
     """Why ``auto`` leaves what the interpreter can run to another backend, or ``None``."""
     return "Triton's interpreter is for tests" if request.device == "cpu" else None
 
 
-def operator(signature):
+def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: registers a function as ``torch.ops.t2t_fast_triton.<signature>``, opaque to ``torch.compile``."""
     name = signature.partition("(")[0]
     _library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
 
-    def register(function):
-        def run(*arguments):
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
             with torch.cuda.device_of(next(t for t in arguments if isinstance(t, torch.Tensor))):
                 return function(*arguments)
 
@@ -86,19 +89,19 @@ def operator(signature):
     return register
 
 
-def fake(name):
+def fake(name: str) -> Callable[..., Any]:
     """Decorator: what the operator ``name`` returns for fake tensors."""
     return torch.library.register_fake(f"t2t_fast_triton::{name}", lib=_library)
 
 
 @cache
-def multiprocessors(device):
+def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side for each that a multiprocessor holds; a few where kernels are interpreted."""
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
-def architecture(device):
+def architecture(device: torch.device) -> str:
     """``"sm_90"``; ``"cpu"`` where kernels are interpreted."""
     if INTERPRETED:
         return "cpu"
@@ -110,7 +113,7 @@ _thread = threading.local()
 
 
 @contextmanager
-def crowded():
+def crowded() -> Iterator[None]:
     """Inside, calls of this thread take the launch parameters that they have with many tokens."""
     before, _thread.crowded = getattr(_thread, "crowded", False), True
     try:
@@ -119,7 +122,7 @@ def crowded():
         _thread.crowded = before
 
 
-def section(device, tokens):
+def section(device: torch.device, tokens: int) -> str:
     """The part of a launch table that a call with so many tokens reads: its architecture's, such as ``"sm_90"``.
 
     Or that one's for few tokens (:data:`FEW`), ``"sm_90-few"``.
@@ -129,23 +132,25 @@ def section(device, tokens):
     return f"{name}-few" if few else name
 
 
-def allows_tf32():
+def allows_tf32() -> bool:
     """Whether torch's setting for matrix products of float32 lets them run in TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def fixed(size):
+def fixed(size: int) -> int:
     """A size as a constant: ``torch.compile`` compiles anew for another one (a range cannot be symbolic)."""
     return len(range(size))
 
 
-def readable(x):
+def readable(x: torch.Tensor) -> torch.Tensor:
     """A (..., L, E) tensor, or a copy of it where an offset inside a tile would not fit into 32 bits."""
     token, column = x.stride()[-2:]
     return x if LARGEST_TILE * token + x.shape[-1] * column < OFFSET_LIMIT else x.contiguous()
 
 
-def trial(name, run, expected, index, dtype, *call):
+def trial(
+    name: str, run: Callable[..., Any], expected: Callable[..., Any], index: int | None, dtype: torch.dtype, *call: Any
+) -> str | None:
     """Why a kernel cannot be used on a device, or ``None``; tried once for each kind of call, then remembered.
 
     Args:
@@ -178,7 +183,7 @@ def trial(name, run, expected, index, dtype, *call):
     return verdict
 
 
-def _of_rank():
+def _of_rank() -> str:
     """Words on a distributed run for a warning; empty outside one."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -190,7 +195,7 @@ def _of_rank():
 
 
 @contextmanager
-def _alone(device):
+def _alone(device: torch.device) -> Iterator[None]:
     """A state for the trial that does not depend on where it is asked for: real tensors, no autocast, that device."""
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
@@ -201,12 +206,18 @@ def _alone(device):
         yield
 
 
-def _out_of_memory(error):
+def _out_of_memory(error: BaseException) -> bool:
     """Triton has no type of its own for it; a kernel that asks for too much of a multiprocessor says otherwise."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-def _try(run, expected, device, dtype, call):
+def _try(
+    run: Callable[..., Any],
+    expected: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    call: tuple[Any, ...],
+) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     allowed = ALLOWED["tf32" if dtype == torch.float32 and allows_tf32() else dtype]
@@ -225,6 +236,6 @@ def _try(run, expected, device, dtype, call):
             difference = (value - exact).norm().item()
             size = max(t.norm().item() for t in (exact, *others))
             if not difference <= allowed * size:
-                error = difference / size if size else difference
-                return f"its self-test on {device} gave an error of {error:.1e}, {allowed:.1e} is allowed"
+                relative = difference / size if size else difference
+                return f"its self-test on {device} gave an error of {relative:.1e}, {allowed:.1e} is allowed"
     return None

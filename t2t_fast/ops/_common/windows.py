@@ -4,11 +4,15 @@ A window of kh x kw pixels is walked as kh + kw (separable sums) or kh * kw (com
 the unfolded width is built. All loops run over Python integers, so export and Inductor see plain slices.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 
+from .spec import Window
 
-def in_layout(image, channels_last):
+
+def in_layout(image: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """(B, C, H, W) of any strides, with exactly those that ``torch.empty`` gives it in one of the two memory formats.
 
     Gradients of an image are handed back in its own format. Behind another one, or with other strides in a dimension of
@@ -21,7 +25,7 @@ def in_layout(image, channels_last):
     return image.permute(0, 3, 1, 2) if channels_last else image
 
 
-def gradient_in_layout(x):
+def gradient_in_layout(x: torch.Tensor) -> torch.Tensor:
     """``x`` as a view whose gradient comes in x's own format (:func:`in_layout`), for what torch differentiates."""
     if not x.requires_grad or x.is_contiguous():
         return x
@@ -31,7 +35,7 @@ def gradient_in_layout(x):
     return x
 
 
-def taps_along(x, dim, kernel, stride):
+def taps_along(x: torch.Tensor, dim: int, kernel: int, stride: int) -> Iterator[torch.Tensor]:
     """The ``kernel`` strided slices of ``x`` along ``dim``, one value per window each; ``x`` is padded already."""
     index = [slice(None)] * x.ndim
     for tap in range(kernel):
@@ -40,13 +44,15 @@ def taps_along(x, dim, kernel, stride):
         yield x[tuple(index)]
 
 
-def as_image(tokens, grid):
+def as_image(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Tokens (B, h*w, C) as the image (B, C, h, w) in channels-last memory that they are: a view."""
     # not unflatten(), which an ONNX file would give the batch size of the trace
     return tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], *grid)
 
 
-def merge_statistics(count, mean, rest, m2, window):
+def merge_statistics(
+    count: int, mean: torch.Tensor, rest: torch.Tensor, m2: torch.Tensor, window: Window
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     """Mean and sum of squared deviations of every window, from those of its cells of ``count`` values each.
 
     Chan, Golub and LeVeque's merge, first along rows, then along columns, with the deviations taken from the merged
@@ -76,7 +82,9 @@ def merge_statistics(count, mean, rest, m2, window):
     return levels, m2
 
 
-def cover_deviations(alpha, levels, size, window):
+def cover_deviations(
+    alpha: torch.Tensor, levels: Sequence[Sequence[torch.Tensor]], size: tuple[int, int], window: Window
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For every cell c of an image of ``size``, ``sum_t alpha_t`` and ``sum_t alpha_t (mean_t - mean_c)``.
 
     Both over the windows t that cover it, from the differences of the means alone, first along columns, then along
@@ -101,10 +109,11 @@ def cover_deviations(alpha, levels, size, window):
             to_scale += scale
         scale, shift = sums
     (ph, pw), (height, width) = window.padding, size
-    return tuple(part[:, ph : ph + height, pw : pw + width] for part in (scale, shift))
+    scale, shift = (part[:, ph : ph + height, pw : pw + width] for part in (scale, shift))
+    return scale, shift
 
 
-def overlap(size, window, like):
+def overlap(size: tuple[int, int], window: Window, like: torch.Tensor) -> torch.Tensor:
     """How many windows cover each pixel of an image of ``size``: (H, W) in ``like``'s dtype, 1 where none does."""
     counts = []
     for n, k, s, p in zip(size, *window, strict=True):
@@ -115,7 +124,7 @@ def overlap(size, window, like):
     return (counts[0][:, None] * counts[1]).clamp_min(1)
 
 
-def split(x, window):
+def split(x: torch.Tensor, window: Window) -> torch.Tensor:
     """(B, C, H, W) of any strides -> contiguous (B, L, C*kh*kw)."""
     (kh, kw), (sh, sw), (ph, pw) = window
     view = F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw)  # (B, C, h, w, kh, kw), no copy yet
@@ -124,7 +133,7 @@ def split(x, window):
     return tokens.view(batch, h * w, channels * kh * kw)
 
 
-def compose(tokens, size, window):
+def compose(tokens: torch.Tensor, size: tuple[int, int], window: Window) -> torch.Tensor:
     """Adjoint of the soft split: (B, L, C*kh*kw) tokens -> (B, C, H, W) image, in one of the two memory formats.
 
     Small windows tap by tap in channels-last memory, each tap one strided addition in a fixed order: twice as fast as

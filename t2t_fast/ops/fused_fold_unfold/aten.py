@@ -14,7 +14,7 @@ def _project(tokens, size, window):
 
 
 class FusedFoldUnfold(torch.autograd.Function):
-    """A symmetric matrix, so backward is forward of the gradient. Saves nothing but sizes."""
+    """The operator is symmetric, so backward applies forward to the gradient. Saves only sizes."""
 
     @staticmethod
     def forward(tokens, size, window):

@@ -18,7 +18,7 @@ def _fake(tokens, size, kernel, stride, padding):
 
 
 class FusedFoldUnfold(torch.autograd.Function):
-    """A symmetric matrix, so backward is forward of the gradient. Saves nothing but sizes."""
+    """The operator is symmetric, so backward applies forward to the gradient. Saves only sizes."""
 
     @staticmethod
     def forward(tokens, geometry):

@@ -14,6 +14,6 @@ fused_fold_unfold = define(
         "reference": Implementation(reference.forward, always),
     },
     absent={"triton": "no Triton kernel planned: the native one serves CUDA"},
-    # Upstream's fold and unfold keep the dtype they are given under autocast, and so does this.
+    # Like upstream's fold and unfold, the operator keeps its input's dtype under autocast.
     autocast=lambda call, dtype, *args: call(*args),
 )

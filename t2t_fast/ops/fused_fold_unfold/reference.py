@@ -8,5 +8,5 @@ def forward(tokens, size, kernel, stride, padding):
     window = {"kernel_size": kernel, "stride": stride, "padding": padding}
     ones = tokens.new_ones(1, 1, *size)
     count = F.fold(F.unfold(ones, **window), size, **window)
-    image = F.fold(tokens.transpose(1, 2), size, **window) / count.clamp_min(1)  # what no token shows, none reads
+    image = F.fold(tokens.transpose(1, 2), size, **window) / count.clamp_min(1)  # pixels without a token are not read
     return F.unfold(image, **window).transpose(1, 2).contiguous()

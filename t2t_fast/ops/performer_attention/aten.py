@@ -11,10 +11,10 @@ overflows. Everything is computed in float32 (float64 for float64) whatever the 
 
 Saved for backward: q, k, v, w, lz and S. Backward makes one pass over the queries and one over the keys.
 
-A key that a mask leaves out has ``a_i = -inf``. Its k and v are zeroed first, so that NaN or inf in them reaches
-neither the output nor any gradient. A key so long that ``|k|^2`` overflows has ``a_i = -inf`` too: its features are 0.
-Where no key is left to a feature, ``S_i = 0`` and ``lz_i`` is :data:`NOTHING`: the feature adds nothing, and where that
-holds for all of a sample's, the output and every gradient are 0.
+A masked key has ``a_i = -inf``. Its k and v are zeroed first, so that NaN or inf in them reaches
+neither the output nor any gradient. A key whose ``|k|^2`` overflows also has ``a_i = -inf``: its features are 0.
+A feature without keys has ``S_i = 0`` and ``lz_i`` = :data:`NOTHING`, and contributes nothing. If no feature of a
+sample has a key, the output and every gradient are 0.
 """
 
 import math
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from .._common.library import accumulation_dtype, first_order, product, wants_gradient
 
 NOTHING = -1e30
-"""The logarithm of a sum over no keys: it shuts the gate as -inf would, but adding it to a finite score is finite."""
+"""The logarithm of an empty sum over keys: like -inf it closes the gate, but its sum with a finite score is finite."""
 
 
 def half_square_norm(x):
@@ -34,7 +34,7 @@ def half_square_norm(x):
 
 
 def left_out(key_mask, k, v):
-    """Where a key takes no part, (B, ..., L, 1), and k and v with zeros there; (``None``, k, v) without a mask."""
+    """The mask of dropped keys (B, ..., L, 1), and k and v with zeros there; (``None``, k, v) without a mask."""
     if key_mask is None:
         return None, k, v
     dropped = key_mask.logical_not().view(k.shape[0], *(1,) * (k.ndim - 3), k.shape[-2], 1)
@@ -48,11 +48,11 @@ def key_scores(k, w, dropped=None):
 
 
 def key_state(k, v, w, dropped=None):
-    """The features' view of the keys: ``lz`` (..., m, 1) and ``S`` (..., m, E); ``dropped`` is :func:`left_out`'s."""
+    """The key state, ``lz`` (..., m, 1) and ``S`` (..., m, E); ``dropped``: the mask that :func:`left_out` returns."""
     a = key_scores(k, w, dropped)
     top = a.amax(-2, keepdim=True).clamp_min(NOTHING)
     weights = a.sub_(top).exp_()
-    total = weights.sum(-2, keepdim=True).clamp_min(1)  # 0 without keys; with them the largest counts 1
+    total = weights.sum(-2, keepdim=True).clamp_min(1)  # without keys the sum is 0; with keys it is at least 1
     state = (weights.transpose(-2, -1) @ v).div_(total.transpose(-2, -1))
     return (top + total.log()).transpose(-2, -1), state
 
@@ -74,7 +74,7 @@ def query_weights(q, lz, w, eps):
 
 
 def read_out(q, lz, state, w, eps):
-    """Pass over the queries: the attention output (..., L, E), and what backward goes on with.
+    """Pass over the queries: the attention output (..., L, E), and the values that backward needs.
 
     Returns:
         y, the softmax weights p (..., L, m), the gate (..., L, 1).
@@ -90,7 +90,7 @@ def query_backward(gated, p, gate, q, state, w, into=None):
     Args:
         gated: (..., L, E) gradient of the output, times the gate.
         p, gate: as :func:`read_out` returns them.
-        into: where d_q may be written, or ``None``.
+        into: a buffer for d_q, or ``None``.
 
     Returns:
         d_q, the gradients of the key state's S (..., m, E) and lz (..., m, 1), and the score gradient (..., L, m).
@@ -105,7 +105,7 @@ def query_backward(gated, p, gate, q, state, w, into=None):
 
 
 def key_backward(d_state, d_lz, k, v, lz, state, w, into=None, dropped=None):
-    """Pass over the keys, backward; ``into`` is where d_k may be written, ``dropped`` as in :func:`key_state`.
+    """Pass over the keys, backward; ``into``: a buffer for d_k; ``dropped`` as in :func:`key_state`.
 
     Returns:
         d_k, the softmax weights (..., L, m) whose product with ``d_state`` is d_v, the score gradient (..., L, m).
@@ -118,7 +118,7 @@ def key_backward(d_state, d_lz, k, v, lz, state, w, into=None, dropped=None):
 
 
 def w_gradient(d_scores, q, d_a, k):
-    """Gradient of the features' directions, summed over everything but (m, E)."""
+    """Gradient of w, summed over all dimensions except (m, E)."""
     d_w = d_scores.transpose(-2, -1) @ q + d_a.transpose(-2, -1) @ k
     return d_w.sum(tuple(range(d_w.ndim - 2))) if d_w.ndim > 2 else d_w
 
@@ -133,7 +133,7 @@ def attend(q, k, v, w, eps, key_mask):
 
 
 def gradients(grad, q, k, v, w, eps, key_mask, lz, state, need_w):
-    """Gradients of q, k, v and, if asked, of w (else ``None``), each in its tensor's dtype."""
+    """Gradients of q, k, v and, if needed, w (else ``None``), each in the dtype of its tensor."""
     dropped, k, v = left_out(key_mask, k, v)
     wide = lz.dtype
     dtype, w_dtype = q.dtype, w.dtype
@@ -147,7 +147,7 @@ def gradients(grad, q, k, v, w, eps, key_mask, lz, state, need_w):
 
 
 class PerformerAttention(torch.autograd.Function):
-    """Gradients for q, k, v, and for w where it is asked for."""
+    """Gradients for q, k, v, and w if it requires one."""
 
     @staticmethod
     def forward(q, k, v, w, eps, key_mask):

@@ -28,7 +28,7 @@ def _fake_backward(grad, q, k, v, w, eps, lz, state, need_w):
 
 
 class PerformerAttention(torch.autograd.Function):
-    """Gradients for q, k, v (B, L, E), and for w where it is asked for."""
+    """Gradients for q, k, v (B, L, E), and w if it requires one."""
 
     @staticmethod
     def forward(q, k, v, w, eps):
@@ -52,9 +52,9 @@ class PerformerAttention(torch.autograd.Function):
 
 
 def forward(q, k, v, w, eps, key_mask):
-    """``key_mask`` is ``None``: ``supports`` refuses another one."""
+    """``key_mask`` is always ``None``: ``supports`` rejects masks."""
     shape = q.shape
-    if q.dim() == 4:  # heads are sequences of their own
+    if q.dim() == 4:  # each head is a separate sequence
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     if wants_gradient(q, k, v, w):
         out = PerformerAttention.apply(q, k, v, w, eps)[0]

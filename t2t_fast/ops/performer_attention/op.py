@@ -9,7 +9,7 @@ from .triton import support
 
 
 def _autocast(call, dtype, q, k, v, w, eps, key_mask):
-    """q, k and v take autocast's dtype, as a matrix product's operands do; the features stay in float32."""
+    """q, k and v are cast to autocast's dtype, as operands of a matrix product; the features stay in float32."""
     return call(q.to(dtype), k.to(dtype), v.to(dtype), w, eps, key_mask)
 
 

@@ -16,7 +16,7 @@ def features(x, w):
 def forward(q, k, v, w, eps, key_mask=None):
     """(..., L, E) three times and (m, E) -> (..., L, E).
 
-    A key that the mask (B, L) leaves out has features 0. Where it leaves out all, only ``eps > 0`` makes 0 of 0 / 0.
+    Features of a key that the mask (B, L) drops are 0. If it drops all keys, 0 / 0 is avoided only by ``eps > 0``.
     """
     wide = accumulation_dtype(q.dtype)
     w = w.to(wide)

@@ -1,4 +1,4 @@
-"""A Performer layer in PyTorch operations; backward walks the queries once for the tail and the attention together.
+"""A Performer layer in PyTorch operations; backward makes one pass over the queries for the tail and the attention.
 
 The gradients of k, q and v are written side by side into one tensor.
 """

@@ -1,8 +1,8 @@
-"""A Performer layer made of ``soft_split_linear``, an attention and the tail, as autograd sees it.
+"""The autograd function of a Performer layer composed of ``soft_split_linear``, an attention and the tail.
 
-The attention's output is computed again in backward, never saved: the tail's backward reads it, and its gradient is
-where the attention's own backward starts. Saved: the image or tokens, kqv and its windows' statistics (in low memory
-they are computed again too), the key state (m (E + 1) floats a sample), the dropout seed, the parameters.
+The attention's output is recomputed in backward and never saved: the tail's backward reads it, and the attention's
+backward starts from its gradient. Saved: the image or tokens, kqv and its windows' statistics (recomputed as well with
+``recompute``), the key state (m (E + 1) floats a sample), the dropout seed, the parameters.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ..token_mlp.autograd import Options, Tail, unpack
 
 
 class Layer(NamedTuple):
-    """The arguments of a whole layer that are no tensors."""
+    """The arguments of a layer that are not tensors."""
 
     norm1_eps: float
     window: Window
@@ -28,10 +28,10 @@ class Layer(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """A layer's ``forward``, of the operator's arguments; and its two halves without autograd.
+    """A layer's ``forward``, which takes the operator's arguments, and its two halves without autograd.
 
-    ``run`` returns the output and what is kept for backward, ``run_backward`` the gradients of w, the Linear's five
-    tensors and the tail's parameters.
+    ``run`` returns the output and the tensors saved for backward; ``run_backward`` returns the gradients of w, the
+    Linear's five tensors and the tail's parameters.
     """
 
     forward: Callable
@@ -40,29 +40,29 @@ class Composed(NamedTuple):
 
 
 def compose(split, project, output, recompute_attention, run_tail_backward):
-    """The layer made of one implementation of each operator, a :class:`Composed`.
+    """Compose a layer, a :class:`Composed`, of one implementation of each operator.
 
     Args:
         split: soft_split_linear's implementation, a module with ``run`` and ``run_backward``.
         project: (x, linear, w, layer, whole, keep) -> kqv, each window's mean and reciprocal standard deviation, lz and
-            state; without autograd. ``linear``: the Linear's four tensors. Not ``whole``: of kqv, q and v do, and the
-            statistics are not wanted. ``keep``: what is made of the parameters may be kept for the next call.
+            state; without autograd. ``linear``: the Linear's four tensors. Unless ``whole``, only q and v of kqv are
+            needed, and no statistics. ``keep``: values derived from the parameters may be cached for the next call.
         output: (kqv or its q and v, w, eps, lz, state, tail, options, seed) -> the layer's output; without autograd.
         recompute_attention: (kqv, w, eps, lz, state) -> y in kqv's dtype, v, and a function (d_y, d_skip, need_w) ->
-            d_kqv, d_w (``None`` if not needed), each in its tensor's dtype, where d_skip is what flows into v beside
-            the attention.
+            d_kqv, d_w (``None`` if not needed), each in its tensor's dtype, where d_skip is the gradient that reaches
+            v by the skip.
         run_tail_backward: token_mlp's ``run_backward``.
     """
 
     def behind_kqv(grad, kqv, w, lz, state, tail, layer, seed, need_kqv, need_w, needed):
-        """d_kqv, d_w (``None`` unless needed) and the gradients of the tail's parameters; frees all else it made."""
+        """d_kqv, d_w (``None`` unless needed) and the gradients of the tail's parameters; frees its other tensors."""
         y, v, attention_backward = recompute_attention(kqv, w, layer.eps, lz, state)
         d_y, d_skip, d_tail = run_tail_backward(grad, y, v, tail, layer.tail, seed, needed)
         d_kqv, d_w = attention_backward(d_y, d_skip, need_w) if need_kqv or need_w else (None, None)
         return d_kqv, d_w, d_tail
 
     def run(layer, seed, w, x, *parameters):
-        """The output, lz, state, and kqv with its statistics unless in low memory."""
+        """The output, lz, state, and, unless ``recompute``, kqv with its statistics."""
         linear, tail = parameters[:4], Tail(*parameters[4:])
         kqv, mean, rstd, lz, state = project(x, linear, w, layer, not layer.recompute, False)
         out = output(kqv, w, layer.eps, lz, state, tail, layer.tail, seed)
@@ -81,12 +81,12 @@ def compose(split, project, output, recompute_attention, run_tail_backward):
         d_linear = [None] * 5
         if need_kqv:
             if not needed[0]:
-                kqv = found = None  # if it was computed again, its memory is free for the rest
+                kqv = found = None  # if it was recomputed, this frees its memory
             d_linear = split.run_backward(d_kqv, x, *linear, kqv, mean, rstd, needed[:5], layer.pixels)
         return d_w, *d_linear, *d_tail
 
     class PerformerLayer(torch.autograd.Function):
-        """Gradients for the image, every parameter, and w where it is asked for."""
+        """Gradients for the image, every parameter, and w if it requires one."""
 
         forward = staticmethod(run)
 
@@ -95,7 +95,7 @@ def compose(split, project, output, recompute_attention, run_tail_backward):
             ctx.layer, *tensors = inputs
             _, *kept = output
             ctx.mark_non_differentiable(*kept)
-            ctx.set_materialize_grads(False)  # else zeros as large as kqv would be made for it
+            ctx.set_materialize_grads(False)  # otherwise autograd would allocate zeros as large as kqv
             ctx.kept = len(kept)
             ctx.save_for_backward(*kept, *tensors)
 
@@ -136,11 +136,11 @@ def compose(split, project, output, recompute_attention, run_tail_backward):
 
 
 def _unknown_before(grad, x):
-    """``x``, for a compiler a value that depends on ``grad``.
+    """``x``, as a value that depends on ``grad`` for the compiler.
 
-    It would see otherwise that forward computed the same from the same, and keep that for backward.
+    Otherwise the compiler would detect the same computation in forward and save its result for backward.
     """
-    # torch 2.11 says that it compiles only while dynamo traces, not while the operator is traced through
+    # torch 2.11 reports compilation only while dynamo traces, not while the operator itself is traced
     if type(grad) is torch.Tensor and not torch.compiler.is_compiling():
         return x
     return torch.where(grad.flatten()[:1].isnan().any(), x, x)

@@ -1,8 +1,8 @@
-"""A Performer layer as one native operator (``csrc/cpu``): kqv of one image at a time, never a tensor of its own.
+"""A Performer layer as one native operator (``csrc/cpu``): it holds kqv of one image at a time.
 
 Saved for backward: the image or tokens, the key state (m (E + 1) floats a sample), the dropout seed, the parameters.
-Backward computes kqv again, overwrites it with its gradient and makes the weight's and the image's gradients of that:
-low memory is all that it has.
+Backward always recomputes kqv, overwrites it with its gradient, and computes the gradients of the weight and the image
+from that.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ _KINDS = native_library.devices("performer_layer")
 
 
 class Options(NamedTuple):
-    """The arguments that are no tensors, and where they stand between them."""
+    """The arguments that are not tensors, and their positions."""
 
     norm1_eps: float
     window: tuple
@@ -29,7 +29,7 @@ class Options(NamedTuple):
     drops: tuple
 
     def arguments(self, x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *tail_and_seed):
-        """The native operator's arguments, tensors in float32."""
+        """The native operator's arguments, with tensors in float32."""
         *tail, seed = tail_and_seed
         linear = single(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias)
         w, proj_weight, proj_bias, norm_weight, norm_bias, *mlp = single(w, *tail)
@@ -61,7 +61,7 @@ def _fake_backward(grad, x, weight, bias, norm1_weight, norm1_bias, norm1_eps, k
 
 
 class PerformerLayer(torch.autograd.Function):
-    """Gradients for the image, every parameter, and w where it is asked for."""
+    """Gradients for the image, every parameter, and w if it requires one."""
 
     @staticmethod
     def forward(options, *tensors):

@@ -1,7 +1,7 @@
 """``t2t_fast::performer_layer``: a whole Performer layer, from the image or the tokens before its soft split.
 
-The one operator that is made of others: it may import the implementations of ``soft_split_linear``,
-``performer_attention`` and ``token_mlp``, and nothing else crosses between operators.
+The only operator composed of others: it may import the implementations of ``soft_split_linear``,
+``performer_attention`` and ``token_mlp``. No other operator imports another.
 """
 
 from ...backends import Implementation, always
@@ -12,11 +12,11 @@ from . import aten, native, reference
 from .triton import operators as triton
 from .triton import support
 
-DTYPE = 9  # the argument's place
+DTYPE = 9  # index of the argument
 
 
 def _autocast(call, dtype, *args):
-    """kqv and what follows take autocast's dtype; the image stays what it is, as in soft_split_linear's rule."""
+    """kqv and the steps after it use autocast's dtype; the image keeps its dtype, as in soft_split_linear."""
     return call(*args[:DTYPE], dtype, *args[DTYPE + 1 :])
 
 

@@ -21,7 +21,7 @@ def forward(
     eps,
     *arguments,
 ):
-    """(B, C, H, W) -> (B, L, E), in ``dtype``, as kqv. Everything is kept for backward, also in low memory."""
+    """(B, C, H, W) -> (B, L, E), in ``dtype``, as kqv. Autograd saves every intermediate, also with ``recompute``."""
     *tail_arguments, _ = arguments
     linear = (kqv_weight, kqv_bias, norm1_weight, norm1_bias, norm1_eps)
     kqv = split.forward(x, *linear, kernel, stride, padding, dtype, pixels)

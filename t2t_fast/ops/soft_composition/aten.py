@@ -8,7 +8,7 @@ from .._common.windows import compose, split
 
 
 class SoftComposition(torch.autograd.Function):
-    """Saves nothing but sizes."""
+    """Saves only sizes."""
 
     @staticmethod
     def forward(tokens, size, window):

@@ -22,7 +22,7 @@ def _fake(tokens, size, kernel, stride, padding, channels_last):
 
 
 class SoftComposition(torch.autograd.Function):
-    """Saves nothing but sizes."""
+    """Saves only sizes."""
 
     @staticmethod
     def forward(tokens, size, window):

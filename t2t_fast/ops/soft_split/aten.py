@@ -8,7 +8,7 @@ from .._common.windows import compose, in_layout, split
 
 
 class SoftSplit(torch.autograd.Function):
-    """Saves nothing but sizes. The image's gradient lies in memory as the image does."""
+    """Saves only sizes. The image's gradient has the image's memory format."""
 
     @staticmethod
     def forward(x, window):

@@ -22,7 +22,7 @@ def _fake(x, kernel, stride, padding):
 
 
 class SoftSplit(torch.autograd.Function):
-    """Saves nothing but sizes. The image's gradient lies in memory as the image does."""
+    """Saves only sizes. The image's gradient has the image's memory format."""
 
     @staticmethod
     def forward(x, window):

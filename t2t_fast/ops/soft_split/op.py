@@ -16,6 +16,6 @@ soft_split = define(
     absent={
         "triton": "no Triton kernel planned: where the split feeds a Linear, soft_split_linear never forms its tokens",
     },
-    # A copy: it keeps the dtype it is given, as nn.Unfold does under autocast.
+    # The operator is a copy and keeps its input's dtype under autocast, like nn.Unfold.
     autocast=lambda call, dtype, *args: call(*args),
 )

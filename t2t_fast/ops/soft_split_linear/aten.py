@@ -1,16 +1,16 @@
 """Soft split + LayerNorm + Linear as a convolution and box-filtered statistics.
 
 With ``u`` a window's C*kh*kw values, LayerNorm then Linear is ``r Wg (u - mu) + b'`` where ``Wg = W diag(gamma)``,
-``b' = W beta + b``, and a convolution of the image makes ``Wg (u - mu)``: nothing of the unfolded width is formed,
-forward or backward. A common offset of the image costs no digits, since only differences enter:
+``b' = W beta + b``, and a convolution of the image computes ``Wg (u - mu)``: no tensor of the unfolded width is formed,
+forward or backward. A common offset of the image costs no precision, because only differences enter:
 
 * the convolution reads each pixel less the mean of its channels; these means enter as differences inside each window,
   one channel unfolded (:func:`mean_differences`);
 * ``r`` merges per-pixel means and deviations (:func:`merge_statistics`), never a difference of squares.
 
-What is not finite reaches the outputs through ``r`` alone, that is those of the windows that hold it.
+A value that is not finite reaches the outputs only through ``r``, that is only for the windows that contain it.
 
-Saved for backward: the image and ``r`` (4 bytes a token), and, where the image wants a gradient, the output.
+Saved for backward: the image and ``r`` (4 bytes a token), and the output if the image requires a gradient.
 """
 
 from typing import NamedTuple
@@ -25,9 +25,9 @@ from .autograd import differentiable, parameter_gradients
 
 
 class Centred(NamedTuple):
-    """An image in the accumulation dtype as each pixel's mean over channels and the rest of its values.
+    """An image in the accumulation dtype, split into each pixel's mean over channels and the deviations from it.
 
-    The mean is ``mean + rest``, (B, H, W) each, where ``rest`` is what rounding ``mean`` has lost; ``within`` is the
+    The mean is ``mean + rest``, (B, H, W) each, where ``rest`` is the rounding error of ``mean``; ``within`` is the
     image less the mean, (B, C, H, W).
     """
 
@@ -56,12 +56,12 @@ def patch_statistics(parts, window, eps):
 
 
 def finite(x):
-    """``x``, in place, with 0 for what is not finite: that reaches a window's outputs by ``r``."""
+    """Set values of ``x`` that are not finite to 0, in place: they reach a window's outputs through ``r``."""
     return x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def mean_differences(parts, window):
-    """The mean over channels of each of a window's pixels, less that of the window's first: (B*h*w, kh*kw)."""
+    """The channel mean of each pixel of a window minus that of the window's first pixel: (B*h*w, kh*kw)."""
     (kh, kw), (sh, sw), (ph, pw) = window
 
     def windows(means):
@@ -109,7 +109,7 @@ def _unfolded(weight, window):
 
 
 def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
-    """Forward without autograd (:func:`autograd.differentiable`); no means, which backward does not want."""
+    """Forward without autograd (:func:`autograd.differentiable`); no means, since backward does not need them."""
     x = values(x, pixels, accumulation_dtype(dtype) if norm_eps is not None else dtype)
     if norm_eps is None:
         bias = None if bias is None else bias.to(x.dtype)
@@ -122,7 +122,7 @@ def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels
     y = _convolve(finite(parts.within).to(x.dtype), kernel.to(x.dtype), None, window).to(rstd.dtype).flatten(0, 2)
     y.addmm_(mean_differences(parts, window), kernel.sum(1).flatten(1).T)
     y.mul_(rstd.view(-1, 1)).add_(offset)
-    # not unflatten(), which an ONNX file would give the batch size of the trace
+    # not unflatten(), which would fix the batch size in an ONNX file
     return y.view(*rstd.shape, y.shape[1]).flatten(1, 2).to(dtype), rstd.new_empty(0), rstd
 
 
@@ -130,8 +130,8 @@ def _convolution_backward(grad, x, weight, window, need_x, need_weight):
     """Gradients of image and weight, each ``None`` unless needed, from ``grad`` (B, h, w, O), in its dtype.
 
     PyTorch's own weight gradient has two faults on a CPU (oneDNN; seen in 2.11.0 and 2.14.1). For a 1 x 1 window with a
-    stride it writes beyond its memory; here that gradient is one matrix product. In bfloat16 it does not write taps
-    that see padding alone; here they are set to 0.
+    stride it writes out of bounds; here that gradient is one matrix product. In bfloat16 it leaves taps that only see
+    padding unwritten; here they are set to 0.
     """
     dtype, d_weight = grad.dtype, None
     pixels = need_weight and window.taps == 1 and window.padding == (0, 0)
@@ -163,7 +163,7 @@ def _convolution_backward(grad, x, weight, window, need_x, need_weight):
 
 
 def _seen(window, *size):
-    """Which of a window's taps see a pixel of an image of ``size``, and not padding alone: bool (kh, kw)."""
+    """Which taps of a window see at least one pixel of an image of ``size``: bool (kh, kw)."""
     axes = []
     for n, tokens, k, s, p in zip(size, window.grid(*size), *window, strict=True):
         tap = torch.arange(k)
@@ -175,10 +175,10 @@ def _seen(window, *size):
 def _centred_backward(grad, parts, weight, window, need_x, need_products):
     """Gradients of the convolution for windows less their means (derivation: docs/math.md, section 1).
 
-    What is wanted is ``P = sum_t grad_t (u_t - mu_t)^T``. On a flat patch LayerNorm magnifies ``grad_t`` up to 316
-    times, so subtracting ``sum_t grad_t mu_t`` from the convolution's weight gradient would leave the rounding of two
-    large equal numbers. Nothing large is formed instead: the weight gradient for each pixel less the mean of its
-    channels, plus what these means add, the same for all channels, from their differences inside each window.
+    The result is ``P = sum_t grad_t (u_t - mu_t)^T``. On a flat patch LayerNorm magnifies ``grad_t`` up to 316 times,
+    so subtracting ``sum_t grad_t mu_t`` from the convolution's weight gradient would cancel two large numbers and leave
+    their rounding errors. Instead, the weight gradient is computed for each pixel minus the mean of its channels; the
+    contribution of these means, equal for all channels, is added from their differences inside each window.
 
     Args:
         grad: (B, h, w, O), in the accumulation dtype; parts: :class:`Centred`, finite; weight: (O, C, kh, kw).

@@ -1,4 +1,4 @@
-"""The operator as autograd sees it, made of an implementation's two halves."""
+"""The operator's autograd function, composed of an implementation's forward and backward."""
 
 import torch
 
@@ -11,12 +11,12 @@ def differentiable(run, run_backward, infer=None):
 
     Args:
         run: (x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels) -> tokens (B, L, O) in dtype,
-            and each window's mean and reciprocal standard deviation (B, h, w); empty where ``run_backward`` does not
-            want them, as without LayerNorm.
+            and each window's mean and reciprocal standard deviation (B, h, w); empty if ``run_backward`` does not
+            need them, as without LayerNorm.
         run_backward: (grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels)
             -> the gradients of the five tensors, each in its tensor's dtype, ``None`` unless needed. y: the tokens,
-            wanted for the gradient of an x that was normalised only.
-        infer: ``run`` where nothing is recorded, if that is another one.
+            needed only for the gradient of x with LayerNorm.
+        infer: the ``run`` of calls that autograd does not record, if it differs.
     """
 
     class SoftSplitLinear(torch.autograd.Function):
@@ -53,7 +53,7 @@ def differentiable(run, run_backward, infer=None):
 
 
 def parameter_gradients(products, grad, weight, bias, norm_weight, norm_bias, needed):
-    """Gradients of the four parameters, each in its dtype, ``None`` unless needed.
+    """Gradients of the four parameters, each in the parameter's dtype, ``None`` unless needed.
 
     Args:
         products: ``P = sum_t G_t xhat_t^T`` (O, K); ``None`` where neither weight nor norm_weight needs a gradient.

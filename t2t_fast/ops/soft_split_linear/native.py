@@ -1,4 +1,4 @@
-"""Soft split, LayerNorm and Linear in one native operator (``csrc/cpu``): a tile of unfolded tokens lies in the cache.
+"""Soft split, LayerNorm and Linear in one native operator (``csrc/cpu``), which unfolds one tile of tokens at a time.
 
 Saved for backward: the image and the parameters; backward unfolds and normalises again.
 """

@@ -1,4 +1,4 @@
-"""``t2t_fast::soft_split_linear``: soft split, LayerNorm and Linear without the unfolded tokens in between."""
+"""``t2t_fast::soft_split_linear``: soft split, LayerNorm and Linear without unfolded tokens."""
 
 from ...backends import Implementation, always
 from .._common import native_library, transforms, triton_runtime
@@ -9,10 +9,10 @@ from .triton import support
 
 
 def _autocast(call, dtype, x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, _dtype, pixels):
-    """The output, and the image if nothing is normalised, take autocast's dtype.
+    """The output, and without LayerNorm the image, are cast to autocast's dtype.
 
     A float32 image that will be normalised stays float32: LayerNorm magnifies the rounding of a bright flat region up
-    to 316 times, and upstream's autocast, too, rounds only after LayerNorm.
+    to 316 times, and autocast in upstream also rounds only after LayerNorm.
     """
     if norm_eps is None and not pixels:
         x = x.to(dtype)

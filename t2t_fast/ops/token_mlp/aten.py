@@ -4,7 +4,7 @@
 
 Matrix products run in the inputs' dtype; sums, LayerNorm and GELU in float32 (float64 for float64).
 
-Buffers are reused wherever a value is dead: on a CPU the first touch of fresh memory costs more than the arithmetic.
+Buffers of dead values are reused: on a CPU, the first access to new memory costs more than the arithmetic.
 """
 
 import torch
@@ -35,7 +35,7 @@ def run(y, v, tail, options, seed):
     keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
     t = _skip(v, y, tail, options, keep_proj)
     gamma, beta = (None if p is None else p.to(t.dtype) for p in (tail.norm_weight, tail.norm_bias))
-    centred = t - t.mean(-1, keepdim=True)  # layer_norm takes the mean off the products, where an offset costs digits
+    centred = t - t.mean(-1, keepdim=True)  # else layer_norm subtracts the mean last, where an offset costs precision
     n = F.layer_norm(centred, (constant(t.shape[-1]),), gamma, beta, options.norm_eps).to(y.dtype)
     a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias, into=centred))
     f = _linear(a, tail.fc2_weight, tail.fc2_bias, into=n).to(t.dtype)
@@ -66,7 +66,7 @@ def run_backward(grad, y, v, tail, options, seed, needed):
     gamma = y.new_ones(width, dtype=wide) if tail.norm_weight is None else tail.norm_weight.to(wide)
     keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
     xhat = _skip(v, y, tail, options, keep_proj)
-    for _ in range(2):  # the second time what rounding the mean has lost
+    for _ in range(2):  # the second pass removes the rounding error of the mean
         xhat.sub_(xhat.mean(-1, keepdim=True))
     rstd = torch.rsqrt(torch.linalg.vecdot(xhat, xhat).unsqueeze(-1) / width + options.norm_eps)
     xhat.mul_(rstd)

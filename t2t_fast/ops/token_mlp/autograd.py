@@ -1,4 +1,4 @@
-"""The arguments of the tail of a token layer, as every operator that ends with it takes them, and its autograd."""
+"""The arguments of the tail of a token layer, shared by all operators that end with it, and its autograd function."""
 
 from typing import NamedTuple
 
@@ -48,13 +48,14 @@ def unpack(
 
 
 def differentiable(run, run_backward):
-    """The operator's forward, made of an implementation's two halves; saves y, v, the seed and the parameters.
+    """The operator's forward, composed of an implementation's forward and backward; saves y, v, the seed and the
+    parameters.
 
     Args:
         run: (y, v, tail, options, seed) -> the output; without autograd.
-        run_backward: (grad, y, v, tail, options, seed, needed) -> d_y, d_v (the skip's share, in v's dtype or a wider
-            one), and a list along ``tail`` with ``None`` where there is no parameter; where ``needed`` says that none
-            is wanted, too, or any value. All is computed again from y, v and the seed; grad: (..., L, E).
+        run_backward: (grad, y, v, tail, options, seed, needed) -> d_y, d_v (of the skip, in v's dtype or a wider one),
+            and a list of gradients in the order of ``tail``: ``None`` for an absent parameter, ``None`` or any value
+            for one that is not ``needed``. Recomputes everything from y, v and the seed; grad: (..., L, E).
     """
 
     class TokenMlp(torch.autograd.Function):

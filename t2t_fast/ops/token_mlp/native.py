@@ -1,6 +1,6 @@
 """The tail of a token layer as a native operator (``csrc/cpu``), in float32, a tile of tokens at a time.
 
-Saved for backward: y, v, the dropout seed and the parameters; everything else is computed again.
+Saved for backward: y, v, the dropout seed and the parameters; everything else is recomputed.
 """
 
 import torch
@@ -27,7 +27,7 @@ def _fake_backward(grad, y, v, proj_weight, proj_bias, norm_weight, norm_bias, n
 
 
 def _arguments(y, v, tail, options, seed):
-    """The native operator's arguments, tensors in float32; ``options`` are norm_eps, proj_drop and mlp_drop."""
+    """The native operator's arguments, with tensors in float32; ``options`` are norm_eps, proj_drop and mlp_drop."""
     norm_eps, *drops = options
     y, v, proj_weight, proj_bias, norm_weight, norm_bias, *mlp = single(y, v, *tail)
     return y, v, proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, *mlp, *drops, seed
@@ -39,7 +39,7 @@ def run(y, v, tail, options, seed):
 
 
 def run_backward(grad, y, v, tail, options, seed, needed):
-    """All gradients, each in its tensor's dtype, whether or not they are needed."""
+    """All gradients, needed or not, each in the dtype of its tensor."""
     arguments = _arguments(y, v, tail, options, seed)
     found = torch.ops.t2t_fast_native.token_mlp_backward(grad.to(torch.float32), *arguments)
     d_y, d_v, *gradients = (gradient(value, tensor) for value, tensor in zip(found, (y, v, *tail), strict=True))

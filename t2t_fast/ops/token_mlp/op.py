@@ -1,4 +1,4 @@
-"""``t2t_fast::token_mlp``: everything after the attention of a token layer, which is all per token."""
+"""``t2t_fast::token_mlp``: everything after the attention of a token layer; all of it is per token."""
 
 from ...backends import Implementation, always
 from .._common import native_library, transforms, triton_runtime

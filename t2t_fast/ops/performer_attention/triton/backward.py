@@ -1,7 +1,7 @@
-"""The two passes of Performer attention backward; forward.py has the letters and what the passes share.
+"""Triton kernels of Performer attention, backward: two passes. Notation and shared functions are in forward.py.
 
-Gradients that may leave the range of float16 go through TF32 (GRADIENT, their products' operands: float32 instead of
-float16) or carry a scale for each feature.
+Gradients that may exceed the range of float16 are multiplied in TF32 (GRADIENT, the dtype of the operands, is then
+float32 instead of float16) or are scaled per feature.
 """
 
 import torch
@@ -51,12 +51,13 @@ def queries_backward_kernel(
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """d_q, and this split's share of the gradients of lz, S (and w); with p the softmax weights and g the gate
+    """d_q, and the split's part of the gradients of lz, S (and w); p: softmax weights, g: gate.
 
         along_i = dY . S_i    inner = sum_i p_i along_i    d_l_i = p_i g (along_i - g inner)
         d_q = sum_i d_l_i w_i - g (1 - g) inner q    d_S_i = sum_t p_i g dY    d_lz_i = sum_t d_l_i
 
-    Grid (sequences, splits); reads q and dY once, writes d_q once and (m), (m, E) float32 for its split.
+    Grid (sequences, splits). A program owns one split: it reads q and dY once, and writes d_q and the split's (m) and
+    (m, E) float32 partial sums once.
     """
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     WIDER: tl.constexpr = "tf32" if GRADIENT != DTYPE else PRECISION
@@ -105,9 +106,9 @@ def queries_backward_kernel(
 def state_gradients(
     values, gradients, DTYPE: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr, FEATURES: tl.constexpr
 ):
-    """What :func:`token_gradients` needs of a state and its gradients: lz, d_S, its scale, ``d_S_i . S_i - d_lz_i``."""
+    """The inputs of :func:`token_gradients`: lz, d_S, the scale of d_S, and ``d_S_i . S_i - d_lz_i``."""
     logs, values = values
-    logs = tl.where(logs == float("-inf"), float("inf"), logs)  # no key took part
+    logs = tl.where(logs == float("-inf"), float("inf"), logs)  # no key contributed
     slope, d_values = gradients
     if GRADIENT != DTYPE:
         scale = tl.max(tl.abs(d_values), 1)
@@ -163,13 +164,13 @@ def keys_backward_kernel(
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """d_k and d_v (and this split's share of d_w); with P the softmax weights over tokens
+    """d_k and d_v (and the split's part of d_w); P: softmax weights over tokens.
 
         d_a_i = P_i (v . d_S_i - (d_S_i . S_i - d_lz_i))
         d_k = sum_i d_a_i w_i - k sum_i d_a_i    d_v = sum_i P_i d_S_i
 
-    What else flows into v (``skip``) is added to d_v. In float16, d_S is scaled to a largest entry of 1 for each
-    feature; the scale goes onto P, whose products therefore run in TF32. Grid (sequences, splits).
+    ``skip``, the gradient that reaches v by other paths, is added to d_v. In float16, d_S is scaled per feature to a
+    largest entry of 1; P is multiplied by the scale, so its products run in TF32. Grid (sequences, splits).
     """
     DTYPE: tl.constexpr = k[0].dtype.element_ty
     WIDER: tl.constexpr = "tf32" if GRADIENT != DTYPE else PRECISION
@@ -213,7 +214,7 @@ def keys_backward_kernel(
 
 def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
 
-    from . import chunked  # made of this file's functions
+    from . import chunked  # imports this module
 
     length = q.shape[-2]
     splits, tiles, chunks, constants = call.plan("queries_backward", length)
@@ -242,7 +243,7 @@ def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
 
 def _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w, d_k, d_v):
 
-    from . import chunked  # made of this file's functions
+    from . import chunked  # imports this module
 
     length = k.shape[-2]
     splits, tiles, chunks, constants = call.plan("keys_backward", length)

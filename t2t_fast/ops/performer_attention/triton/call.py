@@ -1,4 +1,4 @@
-"""What the passes over the tokens of one call share: sizes, launch parameters, operands with their strides."""
+"""State shared by the passes of one call: sizes, launch parameters, operands with their strides."""
 
 import math
 from functools import lru_cache
@@ -11,16 +11,16 @@ from ..._common.launch_table import cut, padded
 from . import launch
 
 HEADROOM = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 6.0}
-"""How far below 1 (in powers of 2) the weights start, so that later ones have room: float16 ends at 2^16."""
+"""The largest weight of the first tile is 2^-HEADROOM, so that later weights may be larger: float16 ends at 2^16."""
 
 
 class Plan(NamedTuple):
-    """A pass over the tokens of a call: how it is cut, and the constants that its kernel takes."""
+    """A pass over the tokens of a call: how it is divided, and the constants of its kernel."""
 
     splits: int
     tiles: int
     chunks: int
-    """Of the features; 0: a program takes all at once."""
+    """Chunks of features; 0: a program holds all features at once."""
     constants: dict
 
 
@@ -50,7 +50,7 @@ def _plan(found, dtype, width, features, length, sequences, processors, tf32, ba
 
 
 class Call:
-    """What the passes of one call share, like the shape of its sequences."""
+    """State shared by the passes of one call, such as the shape of its sequences."""
 
     def __init__(self, like, w):
         shape = like.shape
@@ -90,13 +90,13 @@ class Call:
 
 
 def strided(x):
-    """A (B, L, E) or (B, heads, L, E) tensor as a kernel takes it: with four strides."""
+    """A (B, L, E) or (B, heads, L, E) tensor as a kernel argument: the tensor and four strides."""
     strides = x.stride()
     return (x, strides[0], 0, *strides[1:]) if len(strides) == 3 else (x, *strides)
 
 
 def readable(x):
-    """:func:`strided` of an input, or of a copy where it must be."""
+    """:func:`strided` of an input, or of a copy if its offsets exceed 32 bits."""
     return strided(runtime.readable(x))
 
 

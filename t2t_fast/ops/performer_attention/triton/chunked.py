@@ -1,11 +1,11 @@
-"""The passes of forward.py and backward.py for states too large for one program.
+"""Triton kernels of the passes in forward.py and backward.py for states too large for one program.
 
-The features come in chunks of FEATURES, read for each tile.
+The features are processed in chunks of FEATURES, which are read again for each tile.
 
-The pass over the keys needs no second form: features know nothing of each other there, and a program owns a chunk.
-A query's softmax runs over all features, so its statistics are gathered chunk by chunk, with a running maximum.
-Where sums over tokens are kept for a chunk, the programs of one split share its tiles: number t, counted from the
-start of the sequence, has its gradients written by the program of chunk ``t mod chunks``.
+The forward pass over the keys needs no chunked kernel: features are independent there, so a program owns one chunk. A
+query's softmax runs over all features, so its statistics are accumulated chunk by chunk with a running maximum. Where a
+program accumulates sums over tokens for one chunk, the programs of a split divide the per-token gradients: tile t of
+the sequence is written by the program of chunk ``t mod chunks``.
 """
 
 import triton
@@ -44,7 +44,7 @@ def _query_chunk(
     FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of features ``begin`` onwards: w, a tile's exponents in base 2 but for ``|q|^2 / 2``, and S as an operand."""
+    """For the features from ``begin``: w, a tile's exponents in base 2 without ``|q|^2 / 2``, and S as an operand."""
     directions, parts = features_of(w, begin, features, width, tile.dtype, WIDTH, FEATURES)
     logs, values = state_of(lz, state, begin, features, width, float("-inf"), WIDTH, FEATURES)
     exponents = scores_of(tile, parts, PRECISION) * LOG2E + logs[None, :]
@@ -70,7 +70,7 @@ def queries_chunked_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``y_t = gate_t softmax_i(w_i q_t + lz_i) S``. Grid (sequences, splits); reads q once, writes y once."""
+    """``y_t = gate_t softmax_i(w_i q_t + lz_i) S``. Grid (sequences, splits); a program owns one split."""
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q, out = sequence_of(q, sequence, heads), sequence_of(out, sequence, heads)
@@ -120,10 +120,10 @@ def queries_backward_chunked_kernel(
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients of ``queries_backward_kernel``, which has the formulas.
+    """The chunked form of ``queries_backward_kernel``, with the same formulas.
 
-    Grid (sequences, splits, chunks). Every program streams q and dY and gathers each tile's sum of weights T and inner
-    product; it writes d_lz, d_S (and d_w) of its chunk for its split, and d_q of its share of the tiles.
+    Grid (sequences, splits, chunks). Every program reads q and dY and accumulates the sum of weights T and the inner
+    product of each tile; it writes d_lz, d_S (and d_w) of its chunk for its split, and d_q of its part of the tiles.
     """
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     WIDER: tl.constexpr = "tf32" if GRADIENT != DTYPE else PRECISION
@@ -213,11 +213,11 @@ def keys_backward_chunked_kernel(
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients of ``keys_backward_kernel``, which has the formulas.
+    """The chunked form of ``keys_backward_kernel``, with the same formulas.
 
-    Grid (sequences, splits, chunks), one chunk without d_w. A program writes d_k and d_v of its share of the tiles,
-    and d_w of its chunk for its split, for which alone it reads the other tiles. In float32 k and v are read for every
-    chunk.
+    Grid (sequences, splits, chunks); without d_w there is one chunk. A program writes d_k and d_v of its part of the
+    tiles, and d_w of its chunk for its split; it reads the other tiles only for d_w. In float32, k and v are read again
+    for every chunk.
     """
     DTYPE: tl.constexpr = k[0].dtype.element_ty
     WIDER: tl.constexpr = "tf32" if GRADIENT != DTYPE else PRECISION
@@ -247,7 +247,7 @@ def keys_backward_chunked_kernel(
             own = begin == tl.program_id(2) * FEATURES
             if mine | (own & (d_w is not None)):
                 if tl.float32 == DTYPE:
-                    # held through the loop, both tiles' operands in their parts would fill the registers
+                    # keeping the split operands of both tiles through the loop would fill the registers
                     tile = load_tile(k, start, rows, there, columns, width, EVEN)
                     tokens = load_tile(v, start, rows, there, columns, width, EVEN)
                 directions, parts = features_of(w, begin, features, width, DTYPE, WIDTH, FEATURES)

@@ -1,14 +1,14 @@
-"""Triton kernels of Performer attention: the two passes forward, and a merge (docs/performer.md).
+"""Triton kernels of Performer attention: the two forward passes and a merge (docs/performer.md).
 
-Letters as everywhere: L tokens, E token width, m random features; a sequence is one (sample, head). A program owns
-the tokens of one *split* of one sequence, in tiles of TOKENS, and keeps (m, E) values in registers. WIDTH and FEATURES
-are E and m rounded up to what a matrix instruction takes; what is beyond E or m is never stored.
+Notation: L tokens, E token width, m random features; a sequence is one (sample, head). A program owns the tokens of one
+*split* of one sequence, in tiles of TOKENS, and holds (m, E) values in registers. WIDTH and FEATURES are E and m
+rounded up to a size that matrix instructions support; entries beyond E or m are never stored.
 
-A tensor comes with its strides, as one argument: (B, heads, L, E) as pointer and four strides, w as pointer and two.
-Where w is in another dtype than the tokens it enters in two parts, so that float32 features lose nothing.
+A tensor and its strides are one argument: (B, heads, L, E) is a pointer and four strides, w a pointer and two. If the
+dtype of w differs from that of the tokens, w is split into two parts, so that float32 features lose no precision.
 
-Exponents are kept in base 2. Operands of matrix products are in the inputs' dtype, sums, states and exponents in
-float32. What weighs a value is summed as rounded.
+Exponents are in base 2. Operands of matrix products have the inputs' dtype; sums, states and exponents are float32. A
+sum of weights adds the rounded weights that the products use.
 """
 
 import torch
@@ -23,13 +23,13 @@ from .call import HEADROOM, Call, mask, readable, strided
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)
-"""Stands for minus infinity where a difference of two must not be NaN."""
+"""A finite stand-in for minus infinity, so that the difference of two is not NaN."""
 
 TRUSTED = tl.constexpr(2.0**60)
-"""A sum of weights below this was formed without overflow in any supported dtype."""
+"""A sum of weights below this limit did not overflow in any supported dtype."""
 
 VARYING = ("heads", "length", "tiles_per_split", "splits")
-"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+"""Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def sequence_of(x, sequence, heads):
 
 @triton.jit
 def load_tile(x, start, rows, there, columns, width, EVEN: tl.constexpr):
-    """A tile of a sequence, as :func:`tiles.load` has it."""
+    """A tile of a sequence, loaded by :func:`tiles.load`."""
     return load(x[0], start, rows, there, columns, width, x[1], x[2], EVEN)
 
 
@@ -52,14 +52,14 @@ def store_tile(x, value, start, rows, there, columns, width, EVEN: tl.constexpr)
 
 @triton.jit
 def own_tiles(split, tiles_per_split, length, TOKENS: tl.constexpr):
-    """The first tile of a split, and the one behind its last."""
+    """The first tile of a split, and one past its last tile."""
     first = split * tiles_per_split
     return first, tl.minimum(first + tiles_per_split, tl.cdiv(length, TOKENS))
 
 
 @triton.jit
 def features_of(w, begin, features, width, DTYPE: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr):
-    """Features ``begin`` onwards in float32; and as operands: rounded, and what the rounding loses if it does."""
+    """The features from ``begin`` in float32, and as operands: rounded, and the remainder if it is not 0."""
     pointer, row, column = w
     whole = matrix(pointer + begin * row, features - begin, width, row, column, FEATURES, WIDTH)
     high = narrowed(whole, DTYPE)
@@ -87,14 +87,14 @@ def half_square(x):
 
 @triton.jit
 def mask_of(mask, sequence, heads):
-    """One sequence's row of a (B, L) mask: a pointer and the stride of tokens."""
+    """The row of a (B, L) mask for one sequence: a pointer and the token stride."""
     pointer, batch, token = mask
     return pointer + sequence // heads * batch, token
 
 
 @triton.jit
 def taking_part(start, rows, length, mask):
-    """Which tokens of a tile there are, and the key mask lets through."""
+    """Which tokens of a tile exist and are not masked."""
     there = rows < length - start
     if mask is not None:
         pointer, stride = mask
@@ -104,7 +104,7 @@ def taking_part(start, rows, length, mask):
 
 @triton.jit
 def key_exponents(k, there, parts, PRECISION: tl.constexpr):
-    """``a(k)`` in base 2, minus infinity for tokens that take no part."""
+    """``a(k)`` in base 2, minus infinity for missing and masked tokens."""
     half = tl.where(there, half_square(k), float("inf"))
     return scores_of(k, parts, PRECISION) * LOG2E - half[:, None]
 
@@ -120,9 +120,9 @@ def store_features(pointer, value, place, there, columns, width):
 def gathered(
     exponents, values, sums, wide, shift, follow, HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The sums over a tile's keys added to those of the tiles before: weights, S^T before its division, and the shift.
+    """Add a tile's keys to the running sums: weights, S^T before its division, and the shift.
 
-    follow: whether the shift follows this tile's maximum. HEADROOM: :func:`keys_kernel`.
+    follow: whether the shift is raised to this tile's maximum. HEADROOM: :func:`keys_kernel`.
     """
     if follow:
         above = tl.maximum(shift, tl.max(exponents, 0) + HEADROOM)
@@ -134,13 +134,13 @@ def gathered(
 
 @triton.jit
 def overflown(total):
-    """Whether a weight left the range, by the sums of weights."""
-    return tl.sum(tl.where(total < TRUSTED, 0, 1), 0) > 0  # NaN is not below
+    """Whether a weight overflowed, judged by the sums of weights."""
+    return tl.sum(tl.where(total < TRUSTED, 0, 1), 0) > 0  # also true for NaN
 
 
 @triton.jit
 def store_key_state(lz, state, place, total, wide, shift, begin, features, width):
-    """lz and S of features ``begin`` onwards, at row ``place`` of contiguous (..., m) and (..., m, E) tensors."""
+    """Store lz and S of the features from ``begin`` at row ``place`` of contiguous (..., m) and (..., m, E) tensors."""
     FEATURES: tl.constexpr = wide.shape[1]
     WIDTH: tl.constexpr = wide.shape[0]
     feature, columns = tl.arange(0, FEATURES), tl.arange(0, WIDTH)
@@ -173,12 +173,12 @@ def keys_kernel(
 ):
     """The key state of one split: ``lz_i = logsumexp_t a_i(k_t)`` and ``S_i = sum_t softmax_t(a_i(k_t)) v_t``.
 
-    Grid (sequences, splits, chunks of FEATURES features). Reads k and v once, writes lz and S of its features in
-    float32 for its split.
+    Grid (sequences, splits, chunks of FEATURES features). A program owns one chunk of features for one split: it reads
+    k and v once and writes lz and S in float32.
 
-    A running maximum needs every warp's opinion on every tile. With SPECULATE the maximum over the first tile, HEADROOM
-    below the top of the operands' range, serves as shift for all; only where the sums show that a weight left the range
-    does the program stream its tokens again, with a running maximum.
+    A running maximum needs a reduction across warps for every tile. With SPECULATE the shift of all tiles is the
+    maximum of the first one, placed HEADROOM below the top of the operands' range; if the sums show that a weight
+    overflowed, the program reads its tokens again with a running maximum.
     """
     DTYPE: tl.constexpr = k[0].dtype.element_ty
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -215,7 +215,7 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def merge_kernel(lz, state, merged_lz, merged_state, width, features, splits, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One key state of several splits', in their order. Grid (sequences, m); a program owns one feature."""
+    """Merge the key states of the splits, in order. Grid (sequences, m); a program owns one feature."""
     sequence, feature = tl.program_id(0).to(tl.int64), tl.program_id(1)
     block, columns = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     lz += sequence * splits * features + feature
@@ -244,7 +244,7 @@ def merge_kernel(lz, state, merged_lz, merged_state, width, features, splits, WI
 
 @triton.jit
 def state_of(lz, state, begin, features, width, missing, WIDTH: tl.constexpr, FEATURES: tl.constexpr):
-    """lz of features ``begin`` onwards in base 2, ``missing`` beyond the last one, and S (FEATURES, WIDTH)."""
+    """lz of the features from ``begin`` in base 2 (``missing`` beyond the last one), and S (FEATURES, WIDTH)."""
     feature = tl.arange(0, FEATURES)
     logs = tl.load(lz + begin + feature, mask=feature < features - begin, other=missing) * LOG2E
     return logs, matrix(state + begin * width, features - begin, width, width, 1, FEATURES, WIDTH)
@@ -252,10 +252,10 @@ def state_of(lz, state, begin, features, width, missing, WIDTH: tl.constexpr, FE
 
 @triton.jit
 def query_weights(q, logs, log_eps, parts, PRECISION: tl.constexpr):
-    """Softmax weights over the features before their division, and what the closed part of the gate adds to their sum.
+    """Unnormalised softmax weights over the features, and the term that the gate adds to their sum.
 
-    ``log_eps = log2(m eps)``. With T the sum of the weights and c the second value, ``gate / T = 1 / (T + c)``; where
-    the gate is shut c is infinite.
+    ``log_eps = log2(m eps)``. With T the sum of the weights and c the second value, ``gate / T = 1 / (T + c)``; c
+    is infinite where the gate is closed.
     """
     exponents = scores_of(q, parts, PRECISION) * LOG2E + logs[None, :]
     top = tl.maximum(tl.max(exponents, 1), LOWEST)
@@ -264,7 +264,7 @@ def query_weights(q, logs, log_eps, parts, PRECISION: tl.constexpr):
 
 @triton.jit
 def read_out(q, logs, values, log_eps, parts, PRECISION: tl.constexpr):
-    """y of a tile in float32 before its division, at most FEATURES times as large as S, and what scales its rows.
+    """y of a tile in float32 before its division (at most FEATURES times as large as S), and the scale of its rows.
 
     ``values``: S as an operand.
     """
@@ -294,7 +294,7 @@ def queries_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``y_t = gate_t softmax_i(w_i q_t + lz_i) S``. Grid (sequences, splits); reads q once, writes y once."""
+    """``y_t = gate_t softmax_i(w_i q_t + lz_i) S``. Grid (sequences, splits); a program owns one split."""
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q, out = sequence_of(q, sequence, heads), sequence_of(out, sequence, heads)
@@ -327,14 +327,14 @@ def launch_key_state(call, k, v, key_mask):
             state,
             *call.sizes(length, tiles),
             HEADROOM=HEADROOM[call.dtype],
-            SPECULATE=call.dtype != torch.float32,  # there it costs the registers that products in three parts need
+            SPECULATE=call.dtype != torch.float32,  # in float32, products in three parts need the registers
             **constants,
         )
     return merged(call, lz, state)
 
 
 def merged(call, lz, state):
-    """One key state of several splits' ``lz`` (sequences, splits, m) and ``state`` (sequences, splits, m, E)."""
+    """Merge the splits' ``lz`` (sequences, splits, m) and ``state`` (sequences, splits, m, E)."""
 
     splits = lz.shape[1]
     if splits > 1 and call.sequences:
@@ -356,7 +356,7 @@ def merged(call, lz, state):
 def launch_read_out(q, w, eps, lz, state):
     """The pass over the queries, forward: y (..., L, E), contiguous."""
 
-    from . import chunked  # made of this file's functions
+    from . import chunked  # imports this module
 
     call, length = Call(q, w), q.shape[-2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

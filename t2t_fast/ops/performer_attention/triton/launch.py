@@ -11,7 +11,7 @@ from ..._common.launch_table import DTYPES, Table, padded
 
 LARGEST_WIDTH = 256
 ALIKE = 256
-"""From this number of features on, defaults differ no more."""
+"""From this number of features on, the defaults are the same."""
 
 PASSES = ("keys", "queries", "queries_backward", "keys_backward")
 
@@ -21,7 +21,7 @@ _WHOLE = {
     "queries_backward": (2048, 8192, 8192),
     "keys_backward": (2048, 4096, 8192),
 }
-"""Largest E m that a program of a pass holds at once by default; in float32, float16, bfloat16."""
+"""Largest E m that a program of a pass holds at once by default, for float32, float16 and bfloat16."""
 
 _CHUNK = {
     "keys": (2048, 8192, 8192),
@@ -33,15 +33,15 @@ _CHUNK = {
 
 
 def shape_class(name, dtype, width, features):
-    """What the parameters depend on, as words: dtype and padded sizes."""
+    """The key of a row of the launch table: dtype and padded sizes."""
     return f"{DTYPES[dtype]}-E{padded(width)}-m{padded(features)}"
 
 
 def candidates(name, present):
-    """Parameters worth a measurement where ``present`` is in use: with its chunks and without.
+    """Parameters that the tuner measures, given the ``present`` ones: with their chunks and without.
 
-    tokens: of a tile; warps: of a program; stages: tiles on their way; programs: wanted on a multiprocessor; features:
-    those of a chunk, 0 where a program takes all at once.
+    tokens: tokens per tile; warps: warps per program; stages: pipeline stages; programs: target per multiprocessor;
+    features: features per chunk, 0 if a program holds all at once.
     """
     programs = (2, 4, 6) if name.startswith("keys") else (4, 8, 16)
     return [
@@ -56,9 +56,9 @@ def candidates(name, present):
 def default(name, dtype, width, features):
     """Parameters that compile without spills for T2T's shape on every architecture, and for most others.
 
-    The larger the (E, m) values that a program holds, and the more there are of them in this pass, the fewer tokens.
+    The larger the (E, m) values that a program holds, and the more of them the pass has, the fewer tokens per tile.
     States beyond :data:`_WHOLE` are cut into chunks of features, which fit into the 99 KiB of shared memory that every
-    card has. ``python -m benchmarks.kernels.report --all`` tells how each shape compiles.
+    card has. ``python -m benchmarks.kernels.report --all`` reports how each shape compiles.
     """
     width, features = padded(width), padded(features)
     single, index = dtype == torch.float32, list(DTYPES).index(dtype)

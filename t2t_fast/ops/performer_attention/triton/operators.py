@@ -59,7 +59,7 @@ def _fake_backward(grad, q, k, v, w, eps, key_mask, lz, state, need_w):
 
 
 class PerformerAttention(torch.autograd.Function):
-    """Gradients for q, k, v, and for w where it is asked for."""
+    """Gradients for q, k, v, and w if it requires one."""
 
     @staticmethod
     def forward(q, k, v, w, eps, key_mask):

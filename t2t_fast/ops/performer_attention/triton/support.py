@@ -1,4 +1,4 @@
-"""When the attention's kernels run: which calls they take, and the self-test before a first call."""
+"""Support of the attention kernels: which calls they accept, and the self-test before the first call."""
 
 import torch
 
@@ -8,7 +8,7 @@ from . import launch
 
 
 def obstacle(request):
-    """Why the kernels are not for a call, or ``None``; nothing is tried."""
+    """Why the kernels do not support a call, or ``None``, without a self-test."""
     why = runtime.reason(request)
     width = request.sizes.get("width", 64)
     if why is None and width > launch.LARGEST_WIDTH:
@@ -17,11 +17,11 @@ def obstacle(request):
 
 
 def kind(request):
-    """What makes kernels differ: w's dtype, the channels, the features, and whether there is a key mask, backward, and
-    a gradient of w. Constants, as torch.compile needs them.
+    """The properties that select a kernel: w's dtype, the channels, the features, and whether there is a key mask,
+    a backward pass and a gradient of w. All are constants, as torch.compile needs.
     """
     sizes = request.sizes
-    # from some number of features on, more of them are more chunks for the same kernels
+    # beyond some number of features, more features only add chunks to the same kernels
     width, features = runtime.fixed(sizes.get("width", 64)), runtime.fixed(sizes.get("features", 32))
     masked, training = bool(sizes.get("masked", False)), bool(sizes.get("training", False))
     w_gradient = training and bool(sizes.get("w_gradient", False))
@@ -29,7 +29,7 @@ def kind(request):
 
 
 def supports(request):
-    """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
+    """Why the kernels cannot run a call, or ``None``; runs the self-test at the first call of a kind on a device."""
     return obstacle(request) or _trial(request.sizes.get("index"), request.dtype, *kind(request))
 
 
@@ -37,11 +37,11 @@ def _trial(index, dtype, *call):
     return runtime.trial("performer_attention", _run, _expected, index, dtype, *call)
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
@@ -56,7 +56,7 @@ def problem(device, dtype, w_dtype, width, features):
 
 
 def _mask_of_problem(k, masked):
-    """Every third key is left out."""
+    """Every third key is masked."""
     return torch.arange(k.shape[1], device=k.device).remainder(3).ne(0).repeat(k.shape[0], 1) if masked else None
 
 
@@ -77,5 +77,5 @@ def _expected(device, dtype, w_dtype, width, features, masked, training, w_gradi
     if not training:
         return (y,)
     d_q, d_k, *others = aten.gradients(grad, *tensors, *rest, lz, state, w_gradient)
-    # a softmax over one feature does not depend on q: d_q is what of two terms of d_k's size does not cancel
+    # a softmax over one feature does not depend on q: two terms as large as d_k cancel in d_q
     return (y, (d_q, d_k) if features == 1 else d_q, d_k, *(t for t in others if t is not None))

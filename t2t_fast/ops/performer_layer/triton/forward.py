@@ -1,7 +1,7 @@
-"""Triton kernels of a Performer layer, each two steps in one: the soft split with Linear and the attention's pass over
+"""Triton kernels of a Performer layer. Each fuses two steps: the soft split with Linear and the attention's pass over
 the keys; the pass over the queries and the tail.
 
-Letters, padding and precision as in the kernels of the single operators.
+Notation, padding and precision are those of the kernels of the single operators.
 """
 
 from functools import lru_cache
@@ -41,12 +41,14 @@ from . import launch
 from .fusion import queries_fused
 
 VARYING = ("height", "image_width", "grid_width", "length", "tiles_per_split", "seed")
-"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+"""Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
 
 
 @triton.jit
 def _store_part(out, value, place, there, part, OUTPUTS: tl.constexpr):
-    """A tile of a row's part ``part`` of E values; rows have OUTPUTS, and ``place`` is the tile's first."""
+    """Store a tile of the values ``part * E`` to ``(part + 1) * E`` of each row; rows have OUTPUTS values, and
+    ``place`` is the tile's first row.
+    """
     TOKENS: tl.constexpr = value.shape[0]
     WIDTH: tl.constexpr = value.shape[1]
     out += place * OUTPUTS + part * WIDTH
@@ -84,12 +86,12 @@ def split_keys_kernel(
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """k, q and v of the windows as ``split_linear_kernel`` computes them, and one split's key state as ``keys_kernel``.
+    """k, q and v of the windows as in ``split_linear_kernel``, and the key state of one split as in ``keys_kernel``.
 
-    Grid (images, splits); a program owns the tokens of one split, reads their windows once (twice where the speculated
-    shift fails), and never reads k or v. WHOLE, for training: ``out`` gets k, q and v, and ``mean`` and ``rstd`` are
-    saved; else ``out`` gets q and v alone. PACKED: outputs of the packed weight, ``split_linear_kernel``'s WIDTH; the
-    other arguments are those of the two kernels; WIDTH channels exactly.
+    Grid (images, splits). A program owns the tokens of one split: it reads their windows once (twice if the speculated
+    shift fails) and never reads k or v. WHOLE, for training: k, q and v are written to ``out``, and ``mean`` and
+    ``rstd`` are saved; otherwise only q and v are written. PACKED: outputs of the packed weight,
+    ``split_linear_kernel``'s WIDTH. The other arguments are those of the two kernels. The token width is exactly WIDTH.
     """
     OUTPUTS: tl.constexpr = 3 * WIDTH if WHOLE else 2 * WIDTH
     sample, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -124,7 +126,7 @@ def split_keys_kernel(
                 3,
                 PACKED,
                 PRECISION,
-                False,  # what is not a number reaches every token by the state
+                False,  # NaN reaches every token through the state
             )
             if WHOLE:
                 rows = token + tl.arange(0, TOKENS)
@@ -177,11 +179,11 @@ def read_out_tail_kernel(
     LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``out = tail(y, v)`` with y as ``queries_kernel`` reads it out of the key state; y never reaches memory.
+    """``out = tail(y, v)`` with y as in ``queries_kernel``; y is never written to memory.
 
-    Grid (sequences, splits); a program owns the tokens of one split, reads q and v once and writes out once; nothing
-    is saved. The arguments are those of ``queries_kernel`` and of ``tail_kernel``, STRIDES those of q and v; one head,
-    WIDTH channels exactly.
+    Grid (sequences, splits). A program owns the tokens of one split: it reads q and v once and writes out once; nothing
+    is saved. The arguments are those of ``queries_kernel`` and ``tail_kernel``; STRIDES are those of q and v. One head;
+    the token width is exactly WIDTH.
     """
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -203,7 +205,7 @@ def read_out_tail_kernel(
         tile = load_tile(q, start, rows, there, columns, WIDTH, True)
         skip = load_tile(v, start, rows, there, columns, WIDTH, True)
         y, scale = read_out(tile, logs, values, log_eps, parts, PRECISION)
-        if tl.float16 == DTYPE:  # where y might overflow; else the projection takes the scale up with its bias
+        if tl.float16 == DTYPE:  # y might overflow; otherwise the projection applies the scale with its bias
             y, scale = y * scale[:, None], None
         y = rounded(y, DTYPE, PRECISION)
         lanes = 0
@@ -231,9 +233,9 @@ def read_out_tail_kernel(
 
 
 def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
-    """kqv (of which q and v alone unless ``whole``), the windows' statistics (empty then), and the key state.
+    """kqv (only q and v unless ``whole``), the windows' statistics (empty unless ``whole``), and the key state.
 
-    By one launch, for sizes that fit (launch.py). folded, pixels: ``soft_split_linear``'s ``operands``.
+    One launch, for the sizes that launch.py accepts. folded, pixels: ``soft_split_linear``'s ``operands``.
     """
 
     features, width = w.shape
@@ -280,7 +282,7 @@ def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
 
 @lru_cache(maxsize=1024)
 def _plan(found, dtype, width, features, hidden, length, sequences, processors, tf32):
-    """Splits of a sequence, what the kernel takes behind its tensors, and its constants."""
+    """Splits of a sequence, the kernel arguments after its tensors, and its constants."""
     parameters = dict(found)
     splits, tiles = cut(length, sequences, parameters["tokens"], parameters["programs"] * processors)
     constants = {
@@ -299,12 +301,12 @@ def _plan(found, dtype, width, features, hidden, length, sequences, processors, 
 
 
 def queries_and_values(kqv, width):
-    """q and v of kqv, or of what has them alone."""
+    """q and v of kqv, or of a tensor with q and v only."""
     return kqv[..., -2 * width : -width], kqv[..., -width:]
 
 
 def launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
-    """The layer's output by one launch, of the key state, q and v; for sizes that fit (launch.py)."""
+    """The layer's output from the key state, q and v, in one launch, for the sizes that launch.py accepts."""
     q, v = queries_and_values(kqv, w.shape[1])
     call, length = attention.Call(q, w), q.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -346,7 +348,7 @@ def launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
 def launch_project(
     x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, dtype, pixels, fused, whole
 ):
-    """kqv, or q and v of it, the windows' statistics and the key state: by one launch, or by two and kqv between."""
+    """kqv (or its q and v), the windows' statistics and the key state, in one launch or in two."""
     window, folded = (kernel, stride, padding), Folded(weight, used, row_sums, offset)
     if fused:
         return launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole)
@@ -356,7 +358,7 @@ def launch_project(
 
 
 def launch_output(kqv, w, eps, lz, state, seed, options, parameters):
-    """The layer's output of the key state, q and v: by one launch, or by two and y between."""
+    """The layer's output from the key state, q and v, in one launch or in two."""
     parameters, options = Tail(*parameters), Options(*options)
     q, v = queries_and_values(kqv, w.shape[1])
     if queries_fused(q, w, parameters, seed is not None):

@@ -1,4 +1,4 @@
-"""Whether two steps of a layer are one launch: by sizes and launch table, if that launch passes its self-test."""
+"""Decides whether two steps of a layer are fused: by sizes and launch table, and the self-test of the fused kernel."""
 
 import torch
 
@@ -51,7 +51,7 @@ def _expected_keys(device, dtype, *call):
 
 
 def keys_fused(x, dtype, window, w, whole):
-    """Whether the soft split and the pass over the keys are one launch: by sizes and table, if it works there."""
+    """Whether the soft split and the pass over the keys are fused: by sizes, launch table and self-test."""
     features, width = (runtime.fixed(size) for size in w.shape)
     if not launch.fits(width, features):
         return False
@@ -94,7 +94,7 @@ def _expected_queries(device, dtype, *call):
 
 
 def queries_fused(q, w, parameters, dropout):
-    """Whether the pass over the queries and the tail are one launch: by sizes and table, if it works on the device."""
+    """Whether the pass over the queries and the tail are fused: by sizes, launch table and self-test."""
     (features, width), hidden = w.shape, parameters.fc1_weight.shape[0]
     if not launch.fits(width, features, hidden):
         return False

@@ -13,15 +13,15 @@ PASSES = ("split_keys", "read_out_tail")
 
 
 def fits(width, *others):
-    """Whether a launch can do two steps for these channels, features (and hidden units); else they are two launches.
+    """Whether two steps can be fused for these channels, features (and hidden units).
 
-    Rows that are not as long as the matrix instructions' would take too many registers.
+    The width must need no padding: padded rows would take too many registers.
     """
     return width == padded(width) and max(width, *others) <= LARGEST
 
 
 def shape_class(name, dtype, width, features, other):
-    """What the parameters depend on, as words: dtype, padded sizes, and for the split the values of a tap (layout.py).
+    """The key of a row of the launch table: dtype, padded sizes, and for the split the values of a tap (layout.py).
 
     other: values of a tap, or hidden units.
     """
@@ -30,12 +30,12 @@ def shape_class(name, dtype, width, features, other):
 
 
 def candidates(name, present):
-    """Parameters worth a measurement, whatever is in use at ``present``.
+    """Parameters that the tuner measures, independent of the ``present`` ones.
 
-    fused: 1 for one launch, 0 for two, to which the others mean nothing; tokens: of a tile; warps: of a program;
-    stages: tiles on their way; programs: wanted on a multiprocessor; block: columns of a product, at most; keep: 1
-    where a program keeps the tail's weights, 0 where it reads them again for every tile; lean: 1 where the tail saves
-    registers (token_mlp/forward.py).
+    fused: 1 for one launch, 0 for two, where the others have no effect; tokens: tokens per tile; warps: warps per
+    program; stages: pipeline stages; programs: target per multiprocessor; block: maximum columns of a product; keep: 1
+    if a program holds the tail's weights, 0 if it reads them again for every tile; lean: 1 if the tail saves registers
+    (token_mlp/forward.py).
     """
     if name == "split_keys":
         special = [{"block": block} for block in (32, 64)]
@@ -56,13 +56,13 @@ def candidates(name, present):
 def default(name, dtype, width, features, other):
     """Parameters that compile without spills for T2T's shape on every architecture.
 
-    The queries and the tail in 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
-    cards' multiprocessors; the tail's weights in float32, kept, would take more.
+    The fused queries and tail take 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
+    multiprocessors; holding the tail's weights in float32 would take more.
     """
     single = dtype == torch.float32
     if name == "split_keys":
         tokens, warps, stages = 32, 4, 2
-        if single:  # cells, or gathered values, come with one more operand: the columns in use
+        if single:  # cells and gathered values need one more operand, the mask of used columns
             tokens, warps, stages = (16, 4, 1) if other % 64 else (32, 8, 1)
         return {"fused": 1, "tokens": tokens, "warps": warps, "stages": stages, "programs": 2, "block": 32}
     return {

@@ -1,8 +1,9 @@
 """The operators ``t2t_fast_triton::performer_...`` of a whole layer, and the function that autograd records.
 
-Forward, the soft split and the pass over the keys are one launch where fusion.py says so, and k is written for backward
-alone; so are the pass over the queries and token_mlp, and y never reaches memory. The gradients of k, q and v, the
-skip's share of v's among them, are written side by side into one tensor. Triton is imported at the first launch.
+In forward, fusion.py decides whether the soft split and the pass over the keys are one launch (k is then written only
+for backward), and whether the pass over the queries and token_mlp are (y is then never written). The gradients of k, q
+and v, with the skip's part in that of v, are written side by side into one tensor. Triton is imported at the first
+launch.
 """
 
 import torch

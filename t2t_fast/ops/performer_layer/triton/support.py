@@ -1,4 +1,4 @@
-"""When the layer's kernels run: which calls they take, and the self-test before a first call."""
+"""Support of the layer's kernels: which calls they accept, and the self-test before the first call."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from .operators import run, run_backward
 
 
 def supports(request):
-    """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
+    """Why the kernels cannot run a call, or ``None``; runs the self-test at the first call of a kind on a device."""
     for each in (attention, split, tail):
         why = each.obstacle(request)
         if why is not None:
@@ -30,16 +30,18 @@ def _trial(index, dtype, *call):
     return runtime.trial("performer_layer", _tried, _expected, index, dtype, *call)
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
 class _Problem(NamedTuple):
-    """A layer on two small images, whose keys and queries have norm 2; what ``run`` takes, and an upstream gradient."""
+    """A layer on two small images, whose keys and queries have norm 2; the arguments of ``run``, and an upstream
+    gradient.
+    """
 
     layer: Layer
     seed: torch.Tensor | None
@@ -60,7 +62,7 @@ def _problem(device, dtype, recompute, *call):
     _, y, _, parameters, options, seed = tail.problem(device, dtype, *of_tail[:-1])
     length = math.prod(window.grid(*x_and_linear[0].shape[2:]))
     grad = y[:, :1].expand(-1, length, -1).contiguous()
-    # inference keeps as little as low memory does
+    # inference saves as little as training with recompute
     layer = Layer(1e-5, window, dtype, pixels, 1e-8, options, recompute or not training)
     needed = [w_gradient, *needed, *[training] * len(parameters)]
     return _Problem(layer, seed, w, (*x_and_linear, *parameters), grad, needed)

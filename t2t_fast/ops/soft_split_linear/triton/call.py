@@ -1,4 +1,4 @@
-"""What the Triton kernels of one call share: sizes, launch parameters, constants, and the image as they read it."""
+"""State shared by the Triton kernels of one call: sizes, launch parameters, constants, and the image."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,15 @@ from . import launch
 from .layout import NARROW, layout
 
 CELLS = 64
-"""Of a tile of ``cells_kernel``."""
+"""Cells in a tile of ``cells_kernel``."""
 
 
 class Image(NamedTuple):
-    """An image, or its cells, as kernels read windows of it.
+    """An image, or its cells, from which kernels read windows.
 
     Attributes:
         pointer: the tensor; batch, channel, row, column: strides, in values.
-        scale, shift: of an image of bytes u, each column's in float32, which make ``scale u + shift`` of them; else
+        scale, shift: for an image of bytes u, one float32 value per column: the kernels read ``scale u + shift``; else
             ``None``.
     """
 
@@ -32,12 +32,13 @@ class Image(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """The parameters as a forward kernel takes them, LayerNorm folded in; packed in a layout's order of columns.
+    """The parameters of a forward kernel: LayerNorm is folded in, and columns are in the layout's order.
 
     Attributes:
-        weight: (columns, outputs) in the operands' dtype; outputs are up to whole multiples of NARROW (layout.py).
-        used: (columns) in float32, 1 for each that is one of a window's K values, else 0; ``None`` if all are, or no
-            other could be anything but 0.
+        weight: (columns, outputs) in the operands' dtype; outputs are padded to a multiple of NARROW (layout.py).
+        used: (columns) in float32, 1 for each column that is one of a window's K values, else 0; ``None`` if all
+        columns
+            are, or if the others are 0 anyway.
         row_sums: ``Wg 1`` of docs/math.md, section 1, (outputs) in float32; ``None`` without LayerNorm.
         offset: ``b'`` there, likewise; without LayerNorm the bias.
     """
@@ -49,10 +50,10 @@ class Folded(NamedTuple):
 
 
 class Call:
-    """What the kernels of one call share.
+    """State shared by the kernels of one call.
 
     Args:
-        x: (B, C, H, W), any strides; dtype: of the operands of products; window, outputs: the call's.
+        x: (B, C, H, W), any strides; dtype: of the operands of products; window, outputs: those of the call.
         pixels: :func:`triton.pixel_columns`.
     """
 
@@ -66,17 +67,17 @@ class Call:
         self.pixels = pixels
 
     def parameters(self, name):
-        """Launch parameters of a pass; those of the forward one depend on how many tokens there are, too."""
+        """Launch parameters of a pass; those of the forward pass also depend on the number of tokens."""
         device = self.x.device
         section = runtime.section(device, self.tokens) if name == "forward" else runtime.architecture(device)
         return launch.TABLE.chosen(name, section, self.dtype, self.layout.channels, self.outputs)
 
     def constants(self, parameters):
-        """Compile-time constants that several kernels have."""
+        """Compile-time constants shared by several kernels."""
         return {"NARROW": NARROW, "EVEN": self.outputs % NARROW == 0, **self.products(parameters)}
 
     def products(self, parameters):
-        """Those of the products, and how a program is launched."""
+        """Compile-time constants of the products, and launch options."""
         tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
         return {
             "OPERAND": triton_dtype(self.dtype),
@@ -87,7 +88,7 @@ class Call:
         }
 
     def image(self):
-        """The image as the kernels read windows of it."""
+        """The :class:`Image` from which the kernels read windows."""
         x = self.x
         if self.layout.cell is not None:
             x, strides = self._cells()
@@ -98,9 +99,10 @@ class Call:
         return Image(x, *strides, *(self.pixels or (None, None)))
 
     def _cells(self):
-        """Cells of the image, and strides of the windows over them: a tap is a row of cells, one value after another.
+        """Cells of the image, and strides of the windows over them: a tap is a contiguous row of cells.
 
-        Bytes stay bytes, in the operands' dtype, which has them all. Pixels that no window covers are left out.
+        Bytes are converted to the operands' dtype without normalisation, which is exact. Pixels that no window covers
+        are left out.
         """
         from . import forward as kernels
 

@@ -1,12 +1,12 @@
 """Triton kernels of soft split, LayerNorm and Linear: implicit matrix products over the window's taps.
 
-Letters as in docs/math.md, section 1: a token's window has K = C kh kw values u, O outputs. Columns are ordered by tap,
-then channel, so that a tap of channels-last tokens is a run of memory. Tokens of all images are numbered in one row and
-cut into tiles of TOKENS. Matrices of O columns are held in PARTS of NARROW.
+Notation as in docs/math.md, section 1: a token's window has K = C kh kw values u, O outputs. Columns are ordered by
+tap, then channel, so that a tap of channels-last tokens is contiguous. Tokens of all images are numbered consecutively
+and divided into tiles of TOKENS. Matrices of O columns are held in PARTS of NARROW columns.
 
-How windows lie in memory is layout.py's ``Layout``, one of three: tokens, where a block of columns is within one tap;
-cells of an image, made by :func:`cells_kernel`; or anything else, to gather, where a block may span taps. The image
-itself, or its cells, is call.py's ``Image``.
+layout.py's ``Layout`` describes how windows lie in memory, one of three cases: tokens, where a block of columns is
+within one tap; cells of an image, written by :func:`cells_kernel`; or gathered single values, where a block may span
+taps. call.py's ``Image`` is the image or its cells.
 """
 
 import torch
@@ -29,7 +29,7 @@ VARYING = (
     "cell_columns",
     "cells",
 )
-"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+"""Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -48,10 +48,11 @@ def cells_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """An image cut into cells of a window's stride, (cells of all images, channels x height x width of a cell).
+    """Divide an image into cells of a window's stride, (cells of all images, channels x height x width of a cell).
 
-    Grid (tiles of TILE cells), BLOCK values of each at a time. CELL: layout.py's ``Layout.cell``; height, image_width:
-    of the part that windows cover. Pixels of the padding, or that no window covers, are 0, among BYTES -1.
+    Grid (tiles of TILE cells); a program writes BLOCK values of each of its cells at a time. CELL: layout.py's
+    ``Layout.cell``; height, image_width: of the part that windows cover. Pixels in the padding, or that no window
+    covers, are 0, or -1 with BYTES.
     """
     x_batch, x_channel, x_row, x_column = x_strides
     HIGH: tl.constexpr = CELL[0]
@@ -62,7 +63,7 @@ def cells_kernel(
     top = (index // cell_columns).to(tl.int32) * HIGH - PADDING[0]
     left = (index % cell_columns).to(tl.int32) * WIDE - PADDING[1]
     start = image * x_batch + top.to(tl.int64) * x_row + left.to(tl.int64) * x_column
-    # below 0 is as far outside as beyond 2^31
+    # as unsigned, a negative index is out of range as well
     heights, widths = height.to(tl.uint32), image_width.to(tl.uint32)
     there = (number < cells)[:, None]
     for begin in tl.static_range(0, SIZE, BLOCK):
@@ -81,8 +82,8 @@ def cells_kernel(
 
 @triton.jit
 def places_of(number, index, grid_width, image, LAYOUT: tl.constexpr):
-    """Of tokens ``index`` of image ``number`` (or images): each one's offset to its window's first pixel, and that
-    pixel's row and column. Numbers of images and offsets are 64 bits wide, all else is 32.
+    """For tokens ``index`` of image ``number`` (or images): the offset of each window's first pixel, and that pixel's
+    row and column. Image numbers and offsets are 64-bit, the others 32-bit.
     """
     top = index // grid_width * LAYOUT.window.stride[0] - LAYOUT.window.padding[0]
     left = index % grid_width * LAYOUT.window.stride[1] - LAYOUT.window.padding[1]
@@ -92,8 +93,8 @@ def places_of(number, index, grid_width, image, LAYOUT: tl.constexpr):
 
 @triton.jit
 def tile_places(tile, total, length, grid_width, image, LAYOUT: tl.constexpr, COUNT: tl.constexpr):
-    """Of the tokens of a tile, numbered through all images: the first one's number, :func:`places_of` each, and whether
-    there is such a token.
+    """For the tokens of a tile, numbered through all images: the first one's number, :func:`places_of` each, and
+    whether the token exists.
     """
     first = tl.full([], COUNT, tl.int64) * tile
     number = first // length
@@ -104,9 +105,9 @@ def tile_places(tile, total, length, grid_width, image, LAYOUT: tl.constexpr, CO
 
 @triton.jit
 def window_tile(image, extent, places, begin, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns from ``begin`` on of a tile's windows, (TOKENS, BLOCK), 0 outside the image.
+    """The columns from ``begin`` of a tile's windows, (TOKENS, BLOCK), 0 outside the image.
 
-    extent: the image's height and width; places: what :func:`tile_places` says of the tokens.
+    extent: the image's height and width; places: the result of :func:`tile_places` for the tokens.
     """
     start, top, left, there = places
     height, width = extent
@@ -123,8 +124,8 @@ def window_tile(image, extent, places, begin, LAYOUT: tl.constexpr, BLOCK: tl.co
         channel = tl.max_contiguous(tl.multiple_of(begin % LAYOUT.channels + tl.arange(0, BLOCK), BLOCK), BLOCK)
         pixel_row, pixel_column = (top + down)[:, None], (left + right)[:, None]
         mask = there[:, None]
-    if LAYOUT.window.padding[0] + LAYOUT.window.padding[1] > 0:  # without padding, windows lie inside
-        # below 0 is as far outside as beyond 2^31
+    if LAYOUT.window.padding[0] + LAYOUT.window.padding[1] > 0:  # without padding, windows are inside the image
+        # as unsigned, a negative index is out of range as well
         mask &= pixel_row.to(tl.uint32) < height.to(tl.uint32)
         mask &= pixel_column.to(tl.uint32) < width.to(tl.uint32)
     offset = down.to(tl.int64) * image.row + right.to(tl.int64) * image.column
@@ -186,15 +187,15 @@ def tile_products(
     PRECISION: tl.constexpr,
     GUARD: tl.constexpr,
 ):
-    """Of a tile's windows, products with the PARTS x NARROW outputs from ``group`` on; extent, places:
-    :func:`window_tile`; other arguments as of :func:`split_linear_kernel`.
+    """Products of a tile's windows with the PARTS x NARROW outputs from ``group``. extent, places:
+    :func:`window_tile`; the other arguments are those of :func:`split_linear_kernel`.
 
-    Returns the PARTS products, (TOKENS, NARROW) each; and with NORM the mean ``mu``, the mean of what the products
-    took (``mu``, or less the centre under SHIFT) and ``r``, (TOKENS) each; all in float32.
+    Returns the PARTS products, (TOKENS, NARROW) each; and with NORM the mean ``mu``, the mean of the operands
+    (``mu``, under SHIFT minus the centre) and ``r``, (TOKENS) each; all in float32.
 
-    Beside a window's pixels lie some of its neighbours' in its cells, whose weight is 0. 0 times NaN is NaN: GUARD puts
-    0 in their place. It cannot under NORM without SHIFT, where the product reads the tile as it was loaded, which takes
-    a third less instructions.
+    A window's cells also hold pixels of its neighbours, whose weight is 0. Since 0 times NaN is NaN, GUARD replaces
+    them by 0. It cannot under NORM without SHIFT, where the product reads the tile as loaded, which takes a third fewer
+    instructions.
     """
     mean, product_mean, rstd = 0.0, 0.0, 1.0
     if NORM:
@@ -241,7 +242,7 @@ def tile_products(
 
 @triton.jit
 def normalised(product, product_mean, rstd, folded, column, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    """(TOKENS, NARROW) outputs in float32 from one of the products and the rest that :func:`tile_products` returns."""
+    """(TOKENS, NARROW) outputs in float32, from one product and the other values that :func:`tile_products` returns."""
     if NORM:
         row_sums = tl.load(folded.row_sums + column, mask=column < WIDTH, other=0.0)
         product -= product_mean[:, None] * row_sums[None, :]
@@ -277,10 +278,10 @@ def split_linear_kernel(
 ):
     """``y = r (Wg u - mu Wg 1) + b'``, and the windows' ``mu`` and ``r``; without NORM ``y = W u + b``.
 
-    Grid (token tiles, groups of PARTS x NARROW outputs). image, folded: call.py's ``Image`` and ``Folded``; the weight
-    is packed (layout.py), (columns, WIDTH). The statistics gather in the same loop as the product, from the windows
-    less the value s at their centre (statistics.py). SHIFT: the product takes u - s too, so that rounding it to
-    OPERAND costs no more than rounding what LayerNorm makes of it.
+    Grid (token tiles, groups of PARTS x NARROW outputs); a program writes one group of outputs of one tile. image,
+    folded: call.py's ``Image`` and ``Folded``; the weight is packed (layout.py), (columns, WIDTH). The statistics are
+    accumulated in the same loop as the product, from the windows minus the value s at their centre (statistics.py).
+    SHIFT: the product also reads u - s, so that rounding it to OPERAND costs no more than rounding LayerNorm's output.
     """
     first, places = tile_places(tl.program_id(0), tokens, length, grid_width, image, LAYOUT, TOKENS)
     there = places[3]
@@ -319,7 +320,7 @@ def split_linear_kernel(
 
 
 def _groups(outputs, parts):
-    """How many groups of ``parts`` x NARROW outputs there are."""
+    """The number of groups of ``parts`` x NARROW outputs."""
     return -(-outputs // (NARROW * parts))
 
 

@@ -1,6 +1,6 @@
-"""Triton kernels of the image's gradient, gathered: each pixel sums over the windows that cover it.
+"""Triton kernels of the image's gradient. Each pixel gathers a sum over the windows that cover it.
 
-Letters as in forward.py.
+Notation as in forward.py.
 """
 
 import torch
@@ -14,7 +14,7 @@ from .call import Call, divisor
 from .layout import NARROW
 
 VARYING = ("height", "image_width", "grid_height", "grid_width", "length", "batch", "tokens", "own_phases")
-"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+"""Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -31,7 +31,7 @@ def token_scalars_kernel(
     NARROW: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """``alpha_t = r^2 G_t . (y_t - b') / K``, LayerNorm's share of the image's gradient.
+    """``alpha_t = r^2 G_t . (y_t - b') / K``, LayerNorm's part of the image's gradient.
 
     Grid (token tiles). VALUES: K. With centred weights the other scalar of docs/math.md, c1, is 0.
     """
@@ -51,14 +51,14 @@ def token_scalars_kernel(
 
 @triton.jit
 def _steps(tile, batch, down, across, COUNT: tl.constexpr):
-    """The steps of the strides of a tile, numbered through all images, ``down`` x ``across`` in each: the first one's
-    image; of each the number of its image from there, its row and column, and whether there is such a step.
+    """For the stride steps of a tile, numbered through all images, ``down`` x ``across`` in each: the first one's
+    image, and for each its image number relative to that, its row and column, and whether it exists.
     """
     first = tile.to(tl.int64) * COUNT
     area = down * across
     there = tl.arange(0, COUNT) < batch.to(tl.int64) * area - first
     earlier = first // area
-    # without a sign, division is shorter
+    # unsigned division takes fewer instructions
     area, across = area.to(tl.uint32), across.to(tl.uint32)
     index = (first - earlier * area).to(tl.uint32) + tl.arange(0, COUNT).to(tl.uint32)
     image = index // area
@@ -98,14 +98,14 @@ def split_linear_image_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``d_x = sum_t r_t W^T G_t + alpha_t (mu_t - x)`` over the windows t that cover a pixel, gathered.
+    """``d_x = sum_t r_t W^T G_t + alpha_t (mu_t - x)`` over the windows t that cover a pixel.
 
-    Grid (tiles of PIXELS steps of the strides, groups of phases, blocks of channels). A phase is the pixels at one
-    place of their steps, all covered through the same taps; a program does ``own_phases`` of them, one after another,
-    which read the same G. ``weight`` is packed (layout.py): (taps, GROUPS x PARTS x NARROW outputs, WIDTH channels).
-    d_x is channels-last. G goes into the product as it is: through a tap a pixel meets one window, so that r may scale
-    what comes out, and no half precision has to hold r G. Both x and mu enter less one value of the pixel, so that a
-    large offset of the image costs no digits.
+    Grid (tiles of PIXELS stride steps, groups of phases, blocks of channels). A phase is the set of pixels at the same
+    position within their stride step, which are covered through the same taps. A program computes ``own_phases``
+    phases, one after another; they read the same G. ``weight`` is packed (layout.py): (taps, GROUPS x PARTS x NARROW
+    outputs, WIDTH channels). d_x is channels-last. The product reads G unscaled: each tap maps a pixel to one window,
+    so r can scale the product, and r G need not fit into half precision. One value of the pixel is subtracted from both
+    x and mu, so that a large offset of the image costs no precision.
     """
     KERNEL: tl.constexpr = WINDOW[0]
     STRIDE: tl.constexpr = WINDOW[1]
@@ -120,11 +120,11 @@ def split_linear_image_kernel(
     first_phase = tl.program_id(1) * own_phases
     for phase in range(first_phase, tl.minimum(first_phase + own_phases, STRIDE[0] * STRIDE[1])):
         place_row, place_column = phase // STRIDE[1], phase % STRIDE[1]
-        # of the window's taps, every stride-th meets this phase; none where windows leave gaps
+        # every stride-th tap of the window covers this phase; none if windows leave gaps
         tap_row, tap_column = (place_row + PADDING[0]) % STRIDE[0], (place_column + PADDING[1]) % STRIDE[1]
         taps_down = tl.maximum(KERNEL[0] - tap_row + STRIDE[0] - 1, 0) // STRIDE[0]
         taps_across = tl.maximum(KERNEL[1] - tap_column + STRIDE[1] - 1, 0) // STRIDE[1]
-        # through the first of them comes the window so many steps ahead, through each further one the window before
+        # the first of them belongs to the window so many steps ahead, each further one to the window before
         ahead_row, ahead_column = (place_row + PADDING[0]) // STRIDE[0], (place_column + PADDING[1]) // STRIDE[1]
         row, column = step_row * STRIDE[0] + place_row, step_column * STRIDE[1] + place_column
         within = there & (row < height) & (column < image_width)
@@ -134,7 +134,7 @@ def split_linear_image_kernel(
             start = x + earlier * x_batch + place
             own = tl.load(start + (tl.program_id(2) * BLOCK).to(tl.int64) * x_channel, mask=within, other=0.0)
             own = own.to(tl.float32)
-            own = tl.where(tl.abs(own) < float("inf"), own, 0.0)  # 0 times NaN is not 0, where no window covers it
+            own = tl.where(tl.abs(own) < float("inf"), own, 0.0)  # 0 times NaN is NaN, for pixels that no window covers
         sums = tl.zeros([PIXELS, BLOCK], tl.float32)
         scale = tl.zeros([PIXELS], tl.float32)
         shift = tl.zeros([PIXELS], tl.float32)
@@ -165,7 +165,7 @@ def split_linear_image_kernel(
                 shift += share * (tl.load(mean + ahead + token, mask=covers, other=0.0) - own)
             else:
                 sums = part
-            # no branch, which would keep the compiler from loading ahead
+            # a branch would prevent the compiler from prefetching
             back_column += 1 if GROUPS == 1 else (group == GROUPS - 1).to(tl.int32)
             back_row += (back_column == taps_across).to(tl.int32)
             back_column = tl.where(back_column == taps_across, 0, back_column)
@@ -180,7 +180,7 @@ def split_linear_image_kernel(
 
 
 def launch_image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride, padding):
-    """d_x in x's dtype and memory format (:func:`windows.in_layout`); ``offset`` where there is a LayerNorm."""
+    """d_x in x's dtype and memory format (:func:`windows.in_layout`); ``offset`` with LayerNorm only."""
 
     call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2])
     grad, norm = grad.contiguous(), offset is not None
@@ -212,7 +212,7 @@ def launch_image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride
     block = min(parameters["block"], weight.shape[2])
     blocks = -(-x.shape[1] // block)
     parts = divisor(weight.shape[1] // NARROW, parameters["parts"])
-    # phases of one program read the same G, where enough programs are left
+    # phases of one program share G; group them if enough programs remain
     wanted = parameters["programs"] * runtime.multiprocessors(x.device)
     groups = min(down * right, max(1, wanted // (tiles * blocks)))
     own = -(-down * right // groups)

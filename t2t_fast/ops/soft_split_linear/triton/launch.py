@@ -11,16 +11,16 @@ PASSES = ("forward", "weight", "image", "scalars")
 
 
 def shape_class(name, dtype, channels, outputs):
-    """What the parameters depend on, as words: operand dtype, values of a tap (layout.py), outputs."""
+    """The key of a row of the launch table: operand dtype, values of a tap (layout.py), outputs."""
     return f"{DTYPES[dtype]}-C{channels}-O{outputs}"
 
 
 def default(name, dtype, channels, outputs):
     """Parameters that compile without spills for T2T's shapes on every architecture.
 
-    tokens: of a tile; warps: of a program; stages: tiles on their way; block: columns of a product, at most; parts:
-    NARROW outputs each, of a program; programs: wanted on a multiprocessor. blocks: of columns, of a program of the
-    weight's gradient; turned: whether that holds its sums as (outputs, columns), which wgmma takes better.
+    tokens: tokens per tile; warps: warps per program; stages: pipeline stages; block: maximum columns of a product;
+    parts: groups of NARROW outputs per program; programs: target per multiprocessor. For the weight's gradient, blocks:
+    blocks of columns per program; turned: whether the sums are held as (outputs, columns), which suits wgmma.
     """
     found = {"tokens": 64, "warps": 8, "stages": 2, "block": 32, "programs": 2}
     if name == "weight":
@@ -32,7 +32,7 @@ def default(name, dtype, channels, outputs):
         if name == "image" and channels % 64 == 0:
             found["tokens"] = 16
         return found | {"parts": 1}
-    if name == "forward" and channels % 64:  # cells, or gathered values
+    if name == "forward" and channels % 64:  # cells and gathered values
         found |= {"tokens": 32, "warps": 4}
     if name == "image":
         return found | {"warps": 4, "stages": 1, "block": 64, "parts": 1}
@@ -40,7 +40,7 @@ def default(name, dtype, channels, outputs):
 
 
 def candidates(name, present):
-    """Parameters worth a measurement where ``present`` is in use; the rest means nothing to the pass."""
+    """Parameters that the tuner measures, given the ``present`` ones; the others have no effect on the pass."""
     tiles = ((32, 4), (64, 4), (64, 8), (128, 8))
     if name == "scalars":
         return [{**present, "tokens": tokens, "warps": warps} for tokens, warps in tiles]

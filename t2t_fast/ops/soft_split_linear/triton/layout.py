@@ -1,4 +1,4 @@
-"""Where windows lie in memory, and the order of columns that follows: what kernels and packed weights agree on."""
+"""How windows lie in memory, and the resulting order of columns, for kernels and packed weights."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,22 +9,22 @@ import torch.nn.functional as F
 from ..._common.spec import Window
 
 NARROW = 64
-"""Outputs of one product; packed matrices have whole multiples."""
+"""Outputs of one product; packed matrices are padded to a multiple of it."""
 
 _BLOCKS = (64, 32, 16)
 _WASTE = 2
-"""Cells may have that many times the window's pixels."""
+"""Limit on the pixels of a window's cells, as a multiple of the window's pixels."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Windows as the kernels see them; a constant of theirs.
+    """The windows' memory layout, a compile-time constant of the kernels.
 
     Attributes:
-        channels: values of a tap, a run of memory unless ``gather``; window: that slides over such taps.
+        channels: values of a tap, contiguous unless ``gather``; window: the window over such taps.
         cell: ``None``, or for windows over cells of an image, made by ``cells_kernel``: height, width and channels of a
             cell, height and width of the image's window.
-        gather: values are read one by one.
+        gather: whether values are read one by one.
     """
 
     channels: int
@@ -34,7 +34,7 @@ class Layout:
 
     @property
     def columns(self):
-        """Columns of a window, with those that are none of its values."""
+        """Columns of a window, including padding columns."""
         return self.channels * self.window.taps
 
     @property
@@ -56,7 +56,7 @@ class Layout:
         return next(size for size in _BLOCKS if size <= wanted and (self.gather or self.channels % size == 0))
 
     def pack(self, weight):
-        """(O, K) with upstream's columns, as (columns, O up to whole multiples of NARROW)."""
+        """Pack (O, K) in upstream's column order as (columns, O padded to a multiple of NARROW)."""
         outputs = weight.shape[0]
         columns = self.columns + -self.columns % _BLOCKS[0] if self.gather else self.columns
         if self.cell is None:
@@ -68,11 +68,11 @@ class Layout:
         return _padded(packed, -outputs % NARROW, columns - packed.shape[0])
 
     def spread(self, row):
-        """(K) with upstream's columns, as (columns)."""
+        """Pack (K) in upstream's column order as (columns)."""
         return self.pack(row.unsqueeze(0))[:, 0].contiguous()
 
     def unpack(self, packed, outputs):
-        """The (O, K) matrix in (columns or more, O or more) as :meth:`pack` orders it."""
+        """The (O, K) matrix of a packed one, (columns or more, O or more); the inverse of :meth:`pack`."""
         packed = packed[: self.columns, :outputs]
         if self.cell is None:
             return packed.view(-1, self.channels, outputs).permute(2, 1, 0).reshape(outputs, -1)
@@ -96,33 +96,33 @@ class Layout:
 
 @lru_cache(maxsize=256)
 def layout(channels, window):
-    """How windows over an image of some channels are read.
+    """The layout of windows over an image with ``channels`` channels.
 
-    Blocks of 16 channels or more are runs of memory in channels-last tokens. Of an image with few channels, the pixels
-    of one stride's step make a cell, of which neighbouring windows share most: cells are runs of memory too, and a
-    window of 7 x 7 pixels at stride 4 is one of 2 x 2 cells, with zeros in the weight for what is none of its pixels.
+    Blocks of 16 channels or more are contiguous in channels-last tokens. For an image with few channels, the pixels of
+    one stride step form a cell, which is contiguous and shared by neighbouring windows: a window of 7 x 7 pixels at
+    stride 4 is one of 2 x 2 cells, with zeros in the weight for pixels outside the window.
     """
     if channels % _BLOCKS[-1] == 0:
         return Layout(channels, window, None, False)
     (kh, kw), (high, wide), _ = window
     size, down, across = high * wide * channels, -(-kh // high), -(-kw // wide)
     if size % _BLOCKS[-1] == 0 and down * high * across * wide <= _WASTE * window.taps:
-        # cells side by side are one run of memory: a tap is a row of them
+        # neighbouring cells are contiguous: a tap is a row of cells
         row = Window((down, 1), (1, 1), (0, 0))
         return Layout(across * size, row, (high, wide, channels, kh, kw), False)
     return Layout(channels, window, None, True)
 
 
 def _padded(x, columns, rows):
-    """``x`` with more columns and rows, contiguous.
+    """``x`` padded with columns and rows, contiguous.
 
-    Made so before the padding, not after it: a padding by nothing keeps strides, and a traced graph does not know that.
+    ``contiguous`` is called before the padding: an empty padding keeps the strides, which a traced graph cannot know.
     """
     return F.pad(x.contiguous(), (0, columns, 0, rows))
 
 
 def pack_taps(weight, channels):
-    """(O, K) with upstream's columns as (taps, O up to NARROW's multiples, channels up to whole blocks)."""
+    """Pack (O, K) in upstream's column order as (taps, O padded to NARROW, channels padded to blocks)."""
     outputs = weight.shape[0]
     packed = weight.reshape(outputs, channels, -1).permute(2, 0, 1)
     block = next((size for size in reversed(_BLOCKS) if size >= channels), _BLOCKS[0])
@@ -130,5 +130,5 @@ def pack_taps(weight, channels):
 
 
 def pad_outputs(vector):
-    """(O) in float32, up to NARROW's multiples."""
+    """(O) in float32, padded to a multiple of NARROW."""
     return F.pad(vector.to(torch.float32), (0, -vector.shape[0] % NARROW))

@@ -1,4 +1,4 @@
-"""The parameters of a call as the kernels take them: LayerNorm folded in, packed, kept between calls in inference."""
+"""The kernels' operands made of a call's parameters: LayerNorm folded in, packed, cached between inference calls."""
 
 import torch
 
@@ -10,7 +10,7 @@ from .layout import layout, pack_taps, pad_outputs
 
 
 def _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype):
-    """The weight as operand, its row sums (``None`` without LayerNorm) and the offset."""
+    """The weight as an operand, its row sums (``None`` without LayerNorm) and the offset."""
     if norm_eps is not None:
         return fold_norm(weight, bias, norm_weight, norm_bias, dtype)
     offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
@@ -20,7 +20,7 @@ def _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype):
 def pixel_columns(pixels, weight, channels, window):
     """Scale and shift of every column of windows over an image of bytes (``ops/pixels.py``); ``None`` for values.
 
-    Made by filling, since a graph may be captured meanwhile and can copy nothing from the host.
+    Filled value by value, because a copy from the host is not allowed while a CUDA graph is captured.
     """
     if not pixels:
         return None
@@ -33,7 +33,7 @@ def _halves(pixels):
 
 
 def packed(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype):
-    """What a forward kernel takes for the parameters, a :class:`Folded`."""
+    """The parameters for a forward kernel, a :class:`Folded`."""
     operand, row_sums, offset = _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype)
     found = layout(channels, window)
     used = None
@@ -45,15 +45,15 @@ def packed(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dty
 
 
 def packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, dtype):
-    """What the image's gradient takes for them: weight, offset (``None`` without LayerNorm)."""
+    """The parameters for the image's gradient: weight, offset (``None`` without LayerNorm)."""
     operand, row_sums, offset = _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype)
     return pack_taps(operand, channels), None if row_sums is None else pad_outputs(offset)
 
 
 def operands(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep):
-    """What a forward kernel takes beside the image: :func:`packed` and :func:`pixel_columns`.
+    """A forward kernel's operands other than the image: :func:`packed` and :func:`pixel_columns`.
 
-    keep: to keep it for the next call with the same parameters.
+    keep: whether to cache them for the next call with the same parameters.
     """
     tensors, rest = (weight, bias, norm_weight, norm_bias), (runtime.fixed(x.shape[1]), window)
 

@@ -1,7 +1,7 @@
 """The operators ``t2t_fast_triton::soft_split_linear...``, and the function that autograd records.
 
 One implicit matrix product forward, three backward. Saved for backward: the image, ``mu`` and ``r`` (8 bytes a token),
-the parameters, and, where the image wants a gradient, the output. Triton is imported at the first launch.
+the parameters, and the output if the image requires a gradient. Triton is imported at the first launch.
 """
 
 import torch
@@ -74,7 +74,7 @@ def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels
 
 
 def infer(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
-    """As :func:`run`, with what was made of the parameters kept for the next call."""
+    """As :func:`run`, with the operands cached for the next call."""
     return _run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, True)
 
 

@@ -1,7 +1,7 @@
-"""Triton functions: the mean of each window of a tile and its sum of squared deviations, gathered block by block.
+"""Triton functions: the mean of each window of a tile and its sum of squared deviations, accumulated by blocks.
 
-They take values less one of the window's own, its centre, so that no offset of the image reaches them. ``known``: 1 for
-each column of a block that is one of the K VALUES of a window, else 0; ``None`` if all are.
+The value at the window's centre is subtracted from the inputs, so that an offset of the image has no effect. ``known``:
+1 for each column of a block that is one of the K VALUES of a window, else 0; ``None`` if all are.
 """
 
 import triton
@@ -9,12 +9,12 @@ import triton.language as tl
 
 LEVELS = tl.constexpr(3)
 RUN = tl.constexpr(8)
-"""Neighbouring columns, 2^LEVELS, that one thread reads of a half type in one access; it adds them up by itself."""
+"""2^LEVELS neighbouring columns of a half type are read by one thread in one access and added by that thread."""
 
 
 @triton.jit
 def no_statistics(TOKENS: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr):
-    """Where :func:`observed` starts."""
+    """The initial state of :func:`observed`."""
     if tl.float32 == OPERAND:
         first, second = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
     else:
@@ -25,11 +25,11 @@ def no_statistics(TOKENS: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constex
 
 @triton.jit
 def observed(statistics, block, known, OPERAND: tl.constexpr):
-    """The statistics of the blocks so far and one more, (TOKENS, BLOCK) in float32, 0 where a column is not known.
+    """Update the statistics with one more block, (TOKENS, BLOCK) in float32, 0 in columns that are not known.
 
-    For products in float32 means and squared deviations, merged by Chan's rule. For half types sums and sums of squares
-    of each thread, which costs about half: the value at the centre is one of the window's, hence the mean's square at
-    most K times the variance, and what cancels at most K roundings of float32.
+    For products in float32 they are means and squared deviations, merged by Chan's rule. For half types they are sums
+    and sums of squares per thread, at about half the cost: the centre is a value of the window, so the squared mean is
+    at most K times the variance, and cancellation loses at most K roundings of float32.
     """
     first, second, seen = statistics
     if tl.float32 == OPERAND:
@@ -61,7 +61,7 @@ def observed(statistics, block, known, OPERAND: tl.constexpr):
 
 @triton.jit
 def found_statistics(statistics, VALUES: tl.constexpr, OPERAND: tl.constexpr):
-    """Each window's mean, less the value at its centre, and its sum of squared deviations."""
+    """Each window's mean minus the value at its centre, and its sum of squared deviations."""
     mean, squares, _ = statistics
     if tl.float32 != OPERAND:
         mean = tl.sum(mean, 1) / VALUES

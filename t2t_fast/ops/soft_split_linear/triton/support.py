@@ -1,4 +1,4 @@
-"""When the kernels of soft_split_linear run: which calls they take, and the self-test before a first call."""
+"""Support of the soft_split_linear kernels: which calls they accept, and the self-test before the first call."""
 
 import math
 
@@ -12,15 +12,15 @@ from .layout import layout
 from .operators import run, run_backward
 
 LARGEST_IMAGE = 4
-"""Channels of an image of bytes."""
+"""Supported channels of an image of bytes."""
 
 
 T2T = {"channels": 64, "window": Window((3, 3), (2, 2), (1, 1)), "outputs": 192, "normed": True, "training": False}
-"""Stage 2 of T2T-ViT: what is asked about where a question names no sizes."""
+"""Stage 2 of T2T-ViT: the default for requests without sizes."""
 
 
 def obstacle(request):
-    """Why the kernels are not for a call, or ``None``; nothing is tried."""
+    """Why the kernels do not support a call, or ``None``, without a self-test."""
     why = runtime.reason(request)
     if why is None and request.sizes.get("bytes") and request.sizes["channels"] > LARGEST_IMAGE:
         why = f"the Triton kernels read bytes of 1 to {LARGEST_IMAGE} channels, got {request.sizes['channels']}"
@@ -28,10 +28,10 @@ def obstacle(request):
 
 
 def kind(request):
-    """What makes kernels differ: the image's dtype, its channels, the window's six numbers, outputs, and whether there
-    is LayerNorm, backward, and a gradient of the image.
+    """The properties that select a kernel: the image's dtype, its channels, the window's six numbers, outputs, and
+    whether there is LayerNorm, a backward pass and a gradient of the image.
 
-    torch.compile takes a trial's result for a constant and hands over constants only.
+    torch.compile treats the self-test's result as a constant, so all arguments are constants.
     """
     image = torch.uint8 if request.sizes.get("bytes") else runtime.operand_dtype(request, "image")
     channels, window, outputs, normed, training = (request.sizes.get(name, usual) for name, usual in T2T.items())
@@ -41,7 +41,7 @@ def kind(request):
 
 
 def supports(request):
-    """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
+    """Why the kernels cannot run a call, or ``None``; runs the self-test at the first call of a kind on a device."""
     return obstacle(request) or _trial(request.sizes.get("index"), request.dtype, *kind(request))
 
 
@@ -49,16 +49,16 @@ def _trial(index, dtype, *call):
     return runtime.trial("soft_split_linear", _tried, _expected, index, dtype, *call)
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
 def problem(device, dtype, image, channels, window, outputs, normed, least=1):
-    """Two images of dtype ``image`` with at least 16, or ``least``, tokens each, and parameters as AMP has them.
+    """Two images of dtype ``image`` with at least 16, or ``least``, tokens each, and parameters in the dtypes of AMP.
 
     Returns:
         the image and the four parameters; its ``pixels``; an upstream gradient in ``dtype``.
@@ -95,7 +95,7 @@ def _both(forward, backward, dtype, tensors, pixels, grad, window, normed, neede
 
 
 def called(image, channels, kh, kw, sh, sw, ph, pw, outputs, normed, training, image_gradient):
-    """What :func:`problem` takes behind the dtype, and which gradients are needed."""
+    """The arguments of :func:`problem` after the dtype, and which gradients are needed."""
     window = Window((kh, kw), (sh, sw), (ph, pw))
     needed = [image_gradient, training, training, training and normed, training and normed]
     return (image, channels, window, outputs, normed), needed
@@ -119,7 +119,7 @@ def _expected(device, dtype, *call):
     call = torch.float32, tensors, pixels, grad, window, normed, needed
     (y, *exact), rstd = _both(aten.run, aten.run_backward, *call)
     if exact and normed:
-        # LayerNorm of one or two values leaves nothing of these, or next to nothing: what it takes them from
+        # LayerNorm of one or two values cancels these (almost) entirely: compare to the terms that cancel
         weight, _, gamma, _ = parameters
         scaled = grad * rstd.flatten(1).unsqueeze(-1)
         linear, none = (weight * gamma, None, None, None, None, window), rstd.new_empty(0)

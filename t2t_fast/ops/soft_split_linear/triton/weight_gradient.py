@@ -1,6 +1,6 @@
 """Triton kernel of the weight's gradient: normalised windows times the upstream gradient, summed over the tokens.
 
-Letters and windows as in forward.py.
+Notation and windows as in forward.py.
 """
 
 import torch
@@ -42,12 +42,13 @@ def split_linear_weight_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """This split's share of ``P = sum_t G_t xhat_t^T``: (outputs, columns), whole groups as the weight has them.
+    """The split's part of ``P = sum_t G_t xhat_t^T``: (outputs, columns), padded as the weight is.
 
-    Grid (groups of BLOCKS x BLOCK columns, groups of PARTS x NARROW outputs, splits); xhat is u without NORM. The
-    windows are read and normalised again: a normalised value is at most sqrt(K), so that neither it nor G leaves the
-    range of float16. Each G is read once for each group of columns. TURNED: the sums are held as (outputs, columns),
-    not as (columns, outputs), so that the normalised tile is an operand as it is, and not turned.
+    Grid (groups of BLOCKS x BLOCK columns, groups of PARTS x NARROW outputs, splits); a program owns one group of each
+    for the tokens of one split. xhat is u without NORM. The windows are read and normalised again: a normalised value
+    is at most sqrt(K), so that neither it nor G exceeds the range of float16. Each G is read once for each group of
+    columns. TURNED: the sums are held as (outputs, columns) instead of (columns, outputs), so that the normalised tile
+    is an operand without a transpose.
     """
     begin = tl.program_id(0) * (BLOCKS * BLOCK)
     columns = tl.num_programs(0) * (BLOCKS * BLOCK)
@@ -60,7 +61,7 @@ def split_linear_weight_kernel(
         sums = sums + (tl.zeros([NARROW, BLOCK] if TURNED else [BLOCK, NARROW], tl.float32),)
     earliest = split * tiles_per_split
     tiles = tl.minimum(tiles_per_split, tl.cdiv(tokens, TOKENS) - earliest)
-    # where the first tile's windows lie is divided out; from tile to tile it is added to, as on a clock
+    # the first tile's position is computed by division; each further tile adds to it with carry
     place, places = tile_places(earliest, tokens, length, grid_width, image, LAYOUT, TOKENS)
     start, top, left, _ = places
     STRIDE: tl.constexpr = LAYOUT.window.stride
@@ -89,14 +90,14 @@ def split_linear_weight_kernel(
             places = start, top, left, there
             tile = window_tile(image, (height, image_width), places, begin + block * BLOCK, LAYOUT, BLOCK)
             if NORM:
-                # in float32, a difference of two products would cost a rounding
+                # in float32, subtracting two products would lose precision
                 if tl.float32 == OPERAND:
                     tile = (tile.to(tl.float32) - centre[:, None]) * scale[:, None]
                 else:
                     tile = tile.to(tl.float32) * scale[:, None] - (centre * scale)[:, None]
             tile = rounded(tile.to(tl.float32), OPERAND, PRECISION)
             if not TURNED:
-                # the choice changes nothing, but keeps Triton 3.8 from computing the tile twice, once in every warp
+                # no effect on the result; keeps Triton 3.8 from computing the tile twice, once in every warp
                 tile = tl.trans(tl.where(there[:, None], tile, 0.0))
             for part in tl.static_range(PARTS):
                 first, second = (upstreams[part], tile) if TURNED else (tile, upstreams[part])
@@ -109,7 +110,7 @@ def split_linear_weight_kernel(
         top += row_step + tl.where(wraps, STRIDE[0], 0)
         ends = top >= end_row - PADDING[0]
         top -= tl.where(ends, end_row, 0)
-        # of a product, unlike a choice, the compiler knows that it keeps addresses aligned
+        # for a product, unlike tl.where, the compiler can infer that addresses stay aligned
         start += step + wraps.to(tl.int32) * next_row + ends.to(tl.int32) * next_image
     for part in tl.static_range(PARTS):
         rows = (split * tl.num_programs(1) * (PARTS * NARROW) + group + part * NARROW + output).to(tl.int64) * columns
@@ -122,7 +123,7 @@ def split_linear_weight_kernel(
 def launch_weight_products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
     """``sum_t G_t xhat_t^T`` as (O, K) float32."""
 
-    FOLDED.clear()  # somebody is training, and may write where no version counter sees it
+    FOLDED.clear()  # in training, parameters may be written without a change of their version counters
     call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
     if not grad.numel():
         return grad.new_zeros((call.outputs, call.layout.values), dtype=torch.float32)

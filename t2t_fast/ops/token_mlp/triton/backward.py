@@ -1,6 +1,6 @@
-"""Triton kernel of the tail of a token layer, backward: one pass over the tokens that computes all else again.
+"""Triton kernel of the tail of a token layer, backward: one pass over the tokens that recomputes all else.
 
-Letters, padding and precision as in ``forward.py``.
+Notation, padding and precision as in ``forward.py``.
 """
 
 import math
@@ -32,15 +32,15 @@ from .launch import dropout, inner_strides, planned, strided
 from .operators import lengths
 
 ONES = tl.constexpr(16)
-"""Columns of a product with ones: the fewest that a matrix instruction takes."""
+"""Columns of a product with ones: the minimum of a matrix instruction."""
 
 TOP = tl.constexpr(2.0**-3)
-"""Where scaled gradients start: float16 has 2^19 above it and 2^21 below."""
+"""Magnitude of the largest scaled gradient: float16 has 2^19 above it and 2^21 below."""
 
 
 @triton.jit
 def gelu_and_slope_of(h):
-    """``gelu(h)`` and its derivative, where Phi is within 2.5e-7 (by erf within 6e-8)."""
+    """``gelu(h)`` and its derivative, with an error of Phi below 2.5e-7 (with erf below 6e-8)."""
     density, beyond = normal_of(h)
     half = (0.5 - beyond).to(tl.int32, bitcast=True)
     sign = h.to(tl.int32, bitcast=True) & -0x80000000
@@ -50,25 +50,25 @@ def gelu_and_slope_of(h):
 
 @triton.jit
 def _power(value):
-    """The power of two at most ``value`` > 0, by its bits; 1 for 0, and for infinity, which is left to where it is."""
+    """The largest power of two not above ``value`` > 0, from its bits; 1 for 0 and infinity, which stay unscaled."""
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((value > 0.0) & (value < float("inf")), power, 1.0)
 
 
 @triton.jit
 def _no_sum(SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """Where :func:`_summed` starts."""
+    """The initial value of :func:`_summed`."""
     return tl.zeros([SIZE] if tl.float32 == DTYPE else [SIZE, ONES], tl.float32)
 
 
 @triton.jit
-def _summed(x, found, PRECISION: tl.constexpr):
-    """``found`` and the columns' sums of a tile: of a half type by a product with ones, without a lane's sums apart."""
+def _summed(x, total, PRECISION: tl.constexpr):
+    """``total`` plus the column sums of a tile; for a half type by a product with ones, which needs no reduction."""
     if x.dtype == tl.float32:
-        found += tl.sum(x, 0)
+        total += tl.sum(x, 0)
     else:
-        found = dot(tl.trans(x), narrowed(tl.full([x.shape[0], ONES], 1.0, tl.float32), x.dtype), found, PRECISION)
-    return found
+        total = dot(tl.trans(x), narrowed(tl.full([x.shape[0], ONES], 1.0, tl.float32), x.dtype), total, PRECISION)
+    return total
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _store_row(pointer, value, size, SIZE: tl.constexpr):
 def _store_shares(
     pointer, tail, sums, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, PROJ: tl.constexpr, MLP: tl.constexpr
 ):
-    """Wp, bp (PROJ), W1, gamma, beta, b1, W2, b2 (MLP) one behind the other, at this program's place.
+    """Store the gradients of Wp, bp (PROJ), W1, gamma, beta, b1, W2, b2 (MLP) consecutively, in the program's row.
 
     With ``P = sum_t d_h xhat^T``, ``dW1 = P diag(gamma) + db1 beta^T``, ``dgamma = sum_o W1 P``, ``dbeta = W1^T db1``.
     """
@@ -151,25 +151,25 @@ def tail_backward_kernel(
     LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """d_y, d_v, and this program's share of the parameters' gradients; all else is computed again from y and v
+    """d_y, d_v, and the program's part of the parameters' gradients; all else is recomputed from y and v.
 
         d_f = m2 G    d_h = (d_f W2) gelu'(h)    f = gamma (d_h W1)
         d_t = G + (f - mean(f) - xhat mean(f xhat)) / sigma    d_p = m1 d_t    d_y = d_p Wp    d_v = d_t
 
-    Grid (programs), each with ``own_tiles`` tiles of ``all_tiles``; reads y and v once, G once, once more where SCALED
-    and where LEAN is 2; writes d_y and d_v once, and in the end its row of ``shares``, where until then lies what is
-    added to rows. Arguments as of kernels.tail_kernel; STRIDES: of token and column of G, y and v, instead of theirs.
+    Grid (programs); a program owns ``own_tiles`` of ``all_tiles`` tiles. It reads y and v once, and G once, again with
+    SCALED and with LEAN 2. It writes d_y and d_v once, and at the end its row of ``shares``, which until then holds the
+    vectors that are added to rows. Arguments as in forward.tail_kernel; STRIDES: of token and column of G, y and v.
 
-    Inside, d_f and d_p are without dropout's scale: what is linear in them takes it up later, once.
+    Inside the kernel, d_f and d_p exclude dropout's scale, which is applied once to the values linear in them.
 
     NEED_INPUTS: d_y and d_v, and with NEED_PROJ the projection's gradients. NEED_MLP: those of LayerNorm, fc1 and fc2.
-    One launch may do all, or each of two a part, so that not all three matrices of sums are kept at once.
+    One launch may compute all of them, or two launches a part each, to hold fewer matrices of sums at once.
 
     SCALED, for float16: all gradients inside are divided by a power of two, so that the program's largest upstream
     entry is near TOP.
 
-    LEAN: how registers are saved. 1: addresses are computed in every round of the loop. 2: and so are masks, and G is
-    read, where they are needed again. 3: as 1, and of a product in three parts each is apart (tiles.dot).
+    LEAN: how registers are saved. 1: addresses are recomputed in every iteration. 2: masks too, and G is read again
+    where it is needed. 3: as 1, and the three parts of a product are separated by barriers (tiles.dot).
     """
     DTYPE: tl.constexpr = y[0].dtype.element_ty
     THREE: tl.constexpr = tl.float32 == DTYPE and PRECISION != "tf32"
@@ -178,7 +178,7 @@ def tail_backward_kernel(
     v = v[0], v[1], STRIDES[4], STRIDES[5]
     kept, proj_bias, shift, _ = kept_weights(tail, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
     proj_scale, mlp_scale = scale_of(drop_proj), scale_of(drop_mlp)
-    # rows wait in memory, in the places of bp and b1: a lane would hold 16 values of each
+    # rows are held in memory, in the place of bp's and b1's gradients: a thread would hold 16 values of each
     rows = shares + tl.program_id(0).to(tl.int64) * ((width + 4) * width + 2 * width * hidden + hidden)
     proj_bias_at = rows + width * width
     shift_at = proj_bias_at + (hidden + 3) * width
@@ -229,10 +229,10 @@ def tail_backward_kernel(
             shift = row_of(shift_at, hidden, HIDDEN, 0.0)
         a, slope = gelu_and_slope_of(dot(n, tl.trans(fc1), None, PRECISION, LEAN == 3) + shift[None, :])
 
-        if NEED_MLP and THREE:  # so early that no other product waits beside this one's: fewer spills
+        if NEED_MLP and THREE:  # early, while no other product is live: fewer spills
             d_fc2 = dot(tl.trans(d_f), a, d_fc2, PRECISION, LEAN == 3)
         if not (KEEP or NEED_INPUTS):
-            tl.debug_barrier()  # without a write in the loop the compiler takes the weights' loads out of it
+            tl.debug_barrier()  # without a write in the loop the compiler hoists the weights' loads
         fc2 = kept[2] if KEEP else fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
         d_h = rounded(dot(d_f, fc2, None, PRECISION, LEAN == 3) * slope, DTYPE, PRECISION)
         if NEED_MLP and not THREE:
@@ -243,8 +243,8 @@ def tail_backward_kernel(
             d_fc1_bias = _summed(d_h, d_fc1_bias, PRECISION)
         if NEED_INPUTS:
             if not KEEP and PRECISION != "tf32":
-                # less to hold in between: fewer spills in float32, 76 KiB of shared memory, not 108, at E = F = 128;
-                # without a barrier the compiler makes the two reads one
+                # fewer live values: fewer spills in float32, 76 KiB of shared memory, not 108, at E = F = 128;
+                # without a barrier the compiler merges the two reads
                 tl.debug_barrier()
                 fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
             f = dot(d_h, fc1, None, PRECISION, LEAN == 3)
@@ -259,7 +259,7 @@ def tail_backward_kernel(
             d_t = widened(upstream) + (f - xhat * along[:, None]) * (scale * (mlp_scale * up))[:, None]
             store_tile(d_v, d_t, place, length, width, TOKENS, WIDTH, EVEN)
             if LEAN == 2 and drop_proj[1] is not None:
-                # from another load of the seed, or the compiler would hold the first masks
+                # load the seed again, otherwise the compiler keeps the first masks
                 again = tl.load(seed_at, eviction_policy="evict_last")
                 lanes = random_lanes(again, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
             if SCALED:
@@ -284,7 +284,7 @@ def tail_backward_kernel(
 
 
 def launch_token_mlp_backward(grad, y, v, seed, options, tail, need_tail):
-    """d_y and d_v in y's dtype, and the gradients of the parameters one behind the other, in float32."""
+    """d_y and d_v in y's dtype, and the gradients of the parameters, concatenated, in float32."""
     tail, options = Tail(*tail), Options(*options)
     d_y, d_v = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for _ in range(2))
     length = sum(lengths(tail)) if need_tail else 0
@@ -294,7 +294,7 @@ def launch_token_mlp_backward(grad, y, v, seed, options, tail, need_tail):
     shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
     operands = [strided(x) for x in (grad, y, v)]
     tail = Tail(*(None if t is None else t.contiguous() for t in tail))
-    # what a launch computes: d_y and d_v, the projection's gradients, those behind it
+    # what a launch computes: d_y and d_v, the projection's gradients, the others
     parts = [(True, need_tail, need_tail)]
     if parameters["split"] and need_tail:
         parts = [(True, True, False), (False, False, True)]

@@ -1,8 +1,8 @@
-"""Triton kernel of the tail of a token layer, forward: one pass over the tokens; and what backward shares with it.
+"""Triton kernel of the tail of a token layer, forward: one pass over the tokens; and functions shared with backward.
 
-Letters as everywhere: L tokens, E token width, F hidden width. The tiles of TOKENS tokens of all sequences stand in one
-row; a program owns some neighbours among them, however many sequences those belong to, and keeps the weight matrices.
-WIDTH and HIDDEN are E and F rounded up to what a matrix instruction takes; what is beyond is zero and never stored.
+Notation: L tokens, E token width, F hidden width. The tiles of TOKENS tokens of all sequences are numbered
+consecutively; a program owns consecutive tiles, which may belong to several sequences, and holds the weight matrices.
+WIDTH and HIDDEN are E and F rounded up to a size that matrix instructions support; the padding is zero and not stored.
 
 Operands of matrix products are in the inputs' dtype; LayerNorm, GELU, dropout and sums in float32.
 """
@@ -20,12 +20,12 @@ from .launch import dropout, inner_strides, planned, strided
 ROUNDS = tl.constexpr(7)
 LOG2E = tl.constexpr(1.4426950408889634)
 VARYING = ("length", "all_tiles", "own_tiles", "seed")
-"""Arguments whose values make no other kernel, so that another image size or batch compiles nothing."""
+"""Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
 
 
 @triton.jit
 def row_of(pointer, size, SIZE: tl.constexpr, NONE: tl.constexpr):
-    """A parameter of ``size`` values in float32, zero beyond them; NONE everywhere where it is absent."""
+    """A parameter of ``size`` values in float32, zero beyond them; filled with NONE if it is absent."""
     if pointer is None:
         row = tl.full([SIZE], NONE, tl.float32)
     else:
@@ -44,7 +44,7 @@ def proj_of(tail, width, WIDTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl
 def fc1_of(
     tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """``W1 diag(gamma)`` as an operand: the affine part of LayerNorm goes into fc1."""
+    """``W1 diag(gamma)`` as an operand: fc1 with the affine part of LayerNorm folded in."""
     weight = matrix(tail.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
     if tail.norm_weight is not None:
         weight *= row_of(tail.norm_weight, width, WIDTH, 1.0)[None, :]
@@ -61,7 +61,7 @@ def fc2_of(
 
 @triton.jit
 def _shift(tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    """``W1 beta + b1``: what fc1 adds, LayerNorm's affine part in it."""
+    """``W1 beta + b1``: the bias of fc1 with LayerNorm's affine part folded in."""
     shift = row_of(tail.fc1_bias, hidden, HIDDEN, 0.0)
     if tail.norm_bias is not None:
         fc1 = matrix(tail.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
@@ -71,7 +71,7 @@ def _shift(tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
 
 @triton.jit
 def place_of(index, length, TOKENS: tl.constexpr):
-    """Where a tile is: its sequence, its first token, and which of its tokens there are."""
+    """The position of a tile: its sequence, its first token, and which of its tokens exist."""
     tiles = tl.cdiv(length, TOKENS)
     start = index % tiles * TOKENS
     return (index // tiles).to(tl.int64), start, tl.arange(0, TOKENS) < length - start
@@ -79,7 +79,7 @@ def place_of(index, length, TOKENS: tl.constexpr):
 
 @triton.jit
 def load_tile(x, place, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of ``x``, which is a pointer and the strides of sequence, token and column."""
+    """Load a tile of ``x``, which is a pointer and the strides of sequence, token and column."""
     pointer, batch, token, column = x
     sequence, start, there = place
     rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
@@ -88,7 +88,7 @@ def load_tile(x, place, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, EVEN: 
 
 @triton.jit
 def store_tile(pointer, value, place, length, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """That tile of a contiguous tensor."""
+    """Store that tile of a contiguous tensor."""
     sequence, start, there = place
     rows, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     store(pointer + sequence * length * width, value, start, rows, there, columns, width, width, 1, EVEN)
@@ -96,9 +96,9 @@ def store_tile(pointer, value, place, length, width, TOKENS: tl.constexpr, WIDTH
 
 @triton.jit
 def random_lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, OCTETS: tl.constexpr):
-    """The 16 random bits of each element of a tile from ``token`` on, as philox.py has them: (TOKENS, WIDTH) uint32.
+    """The 16 random bits of each element of a tile from ``token``, as in philox.py: (TOKENS, WIDTH) uint32.
 
-    OCTETS: rows are whole groups of 8 elements, of which each takes one call.
+    OCTETS: a row's length is a multiple of 8 elements, the output of one call.
     """
     rows = tl.arange(0, TOKENS)
     if OCTETS:
@@ -126,10 +126,10 @@ def random_lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, 
 
 @triton.jit
 def left_out(lanes, drop):
-    """Which elements dropout leaves out, by their random bits.
+    """Which elements dropout drops, from their random bits.
 
-    drop: the first value that drops an element (``None``: 0), how many do (``None``: no dropout), and what the others
-    are scaled by; in float32, so that another probability makes no other kernel.
+    drop: the first value that drops an element (``None``: 0), the number of such values (``None``: no dropout), and the
+    scale of kept elements, in float32, so that another probability needs no new kernel.
     """
     first, count, _ = drop
     lanes = lanes.to(tl.uint32)
@@ -140,7 +140,7 @@ def left_out(lanes, drop):
 
 @triton.jit
 def dropped(x, lanes, drop):
-    """A tile in float32 after dropout: times its scale or times 0, so that what is not finite becomes NaN."""
+    """A tile in float32 after dropout: multiplied by the scale or by 0, so that a dropped infinity becomes NaN."""
     if drop[1] is not None:
         x *= tl.where(left_out(lanes, drop), 0.0, drop[2])
     return x
@@ -148,7 +148,7 @@ def dropped(x, lanes, drop):
 
 @triton.jit
 def spared(x, lanes, drop):
-    """A tile after dropout but for its scale (:func:`scale_of`), in its own type."""
+    """A tile after dropout without its scale (:func:`scale_of`), in the tile's dtype."""
     if drop[1] is not None:
         none = narrowed(widened(x) * 0.0, x.dtype) if INTERPRETED else x * 0.0
         x = tl.where(left_out(lanes, drop), none, x)
@@ -157,13 +157,13 @@ def spared(x, lanes, drop):
 
 @triton.jit
 def scale_of(drop):
-    """What dropout scales by."""
+    """The scale of dropout."""
     return 1.0 if drop[1] is None else drop[2]
 
 
 @triton.jit
 def centred_half(t, width, norm_eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Half of each row without its mean, which float16 holds wherever it holds the row; and ``2 / sigma``."""
+    """Half of each row minus its mean, which is in the range of float16 if the row is; and ``2 / sigma``."""
     t = t * 0.5 - (tl.sum(t, 1) / width * 0.5)[:, None]
     if not EVEN:
         t = tl.where((tl.arange(0, WIDTH) < width)[None, :], t, 0.0)
@@ -179,11 +179,12 @@ def normalised(t, width, norm_eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def normal_of(h):
-    """The standard normal's density, and its tail ``Phi(-|h|)``; from one exponential.
+    """The standard normal's density and its tail ``Phi(-|h|)``, from one exponential.
 
-    The tail is ``phi(x) r(1 / (1 + 0.32 x))`` for x >= 0. The polynomial r, by weighted least squares, leaves 2.5e-8.
+    The tail is ``phi(x) r(1 / (1 + 0.32 x))`` for x >= 0. The polynomial r is fitted by weighted least squares; its
+    error is 2.5e-8.
     """
-    density = tl.exp2(h * h * (-0.5 * LOG2E) - 1.3257480647361592)  # 1 / sqrt(2 pi) in it
+    density = tl.exp2(h * h * (-0.5 * LOG2E) - 1.3257480647361592)  # includes 1 / sqrt(2 pi)
     t = inverse(0.32 * tl.abs(h) + 1.0)
     r = t * -0.3211710034314119 + 1.225343188351582
     r = r * t - 0.6378672765604185
@@ -211,7 +212,7 @@ def kept_weights(
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What a program keeps of the parameters: with KEEP the weights as operands, and always what is added to a row."""
+    """The parameters that a program holds: with KEEP the weights as operands, and always the vectors added to rows."""
     weights = ()
     if KEEP:
         fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
@@ -240,10 +241,10 @@ def tail_of(
     LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tail of one tile in float32. y_scale: what rows of y are still to be multiplied by, or ``None``; lanes:
+    """The tail of one tile in float32. y_scale: a pending scale of the rows of y, or ``None``; lanes:
     :func:`random_lanes`; kept: :func:`kept_weights`.
 
-    A product takes a row's scale up behind it, in one instruction with what is added to rows.
+    A row's scale is applied after the product, by the multiply-add that also adds the bias.
     """
     DTYPE: tl.constexpr = y.dtype
     weights, proj_bias, shift, fc2_bias = kept
@@ -260,7 +261,7 @@ def tail_of(
     a = rounded(gelu_of(h), DTYPE, PRECISION)
     fc2 = fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[2]
     if drop_mlp[1] is None and tl.float32 != DTYPE:
-        # in float32 a sum that starts at t would be less exact: matrix units cut off what they add
+        # in float32, accumulating onto t would be less exact: matrix units truncate their sums
         t = dot(a, tl.trans(fc2), t + fc2_bias[None, :], PRECISION)
     else:
         f = dot(a, tl.trans(fc2), None, PRECISION) + fc2_bias[None, :]
@@ -295,12 +296,12 @@ def tail_kernel(
 ):
     """``out = t + m2 (gelu(LN(t) W1^T + b1) W2^T + b2)`` with ``t = v + m1 (y Wp^T + bp)``.
 
-    Grid (programs), each with ``own_tiles`` tiles of ``all_tiles``; reads y and v once, writes out once; nothing else
-    is saved. y, v: :func:`load_tile`; STRIDES: of token and column of y and v, instead of theirs; drop_proj, drop_mlp:
-    :func:`spared`; tail: tail.Tail of pointers.
+    Grid (programs); a program owns ``own_tiles`` of ``all_tiles`` tiles. It reads y and v once and writes out once;
+    nothing else is saved. y, v: :func:`load_tile`; STRIDES: of token and column of y and v; drop_proj, drop_mlp:
+    :func:`spared`; tail: autograd.Tail of pointers.
 
-    KEEP: the weights are kept, not read again for every tile. LEAN: addresses are computed and what is added to rows
-    is read in every round of the loop, to save registers.
+    KEEP: the weights are held, not read again for every tile. LEAN: addresses are recomputed and the vectors added to
+    rows are read in every iteration, to save registers.
     """
     DTYPE: tl.constexpr = y[0].dtype.element_ty
     y = y[0], y[1], STRIDES[0], STRIDES[1]
@@ -338,7 +339,7 @@ def tail_kernel(
 
 
 def launch_token_mlp(y, v, seed, options, tail):
-    """The output in y's dtype, contiguous: a launch of :func:`tail_kernel`."""
+    """Launch :func:`tail_kernel`; returns the output in y's dtype, contiguous."""
     tail, options = Tail(*tail), Options(*options)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not out.numel():

@@ -10,22 +10,22 @@ from ..._common import triton_runtime as runtime
 from ..._common.launch_table import DTYPES, Table, cut, padded
 
 LARGEST = 128
-"""Channels and hidden units that the kernels take."""
+"""Largest number of channels and of hidden units that the kernels support."""
 
 PASSES = ("tail", "tail_backward")
 
 
 def shape_class(name, dtype, width, hidden):
-    """What the parameters depend on, as words: dtype and padded sizes."""
+    """The key of a row of the launch table: dtype and padded sizes."""
     return f"{DTYPES[dtype]}-E{padded(width)}-F{padded(hidden)}"
 
 
 def candidates(name, present):
-    """Parameters worth a measurement, whatever is in use at ``present``.
+    """Parameters that the tuner measures, independent of the ``present`` ones.
 
-    tokens: of a tile; warps: of a program; stages: tiles on their way; programs: wanted on a multiprocessor; keep: 1
-    where a program keeps the weights, 0 where it reads them again for every tile; split: 1 where backward is two
-    launches; lean: how far registers are saved, what could be held computed or read again (the kernels tell).
+    tokens: tokens per tile; warps: warps per program; stages: pipeline stages; programs: target per multiprocessor;
+    keep: 1 if a program holds the weights, 0 if it reads them again for every tile; split: 1 if backward is two
+    launches; lean: how registers are saved by recomputation (see LEAN of the kernels).
     """
     backward = name == "tail_backward"
     return [
@@ -49,7 +49,7 @@ def candidates(name, present):
 def default(name, dtype, width, hidden):
     """Parameters that compile without spills for T2T's shape; backward in float32 may have a few.
 
-    Weights in float32, kept, would not fit into the 99 KiB of shared memory that every card has; nor would large ones.
+    Weights in float32, and large ones, do not fit into the 99 KiB of shared memory that every card has.
     """
     single, backward = dtype == torch.float32, name == "tail_backward"
     large = max(padded(width), padded(hidden)) > 64
@@ -70,7 +70,7 @@ TABLE = Table(Path(__file__).with_name("launch.json"), PASSES, shape_class, defa
 
 @lru_cache(maxsize=1024)
 def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
-    """Grid, what a kernel takes behind its tensors, the launch parameters, and the kernels' common constants."""
+    """Grid, the kernel arguments after the tensors, the launch parameters, and the kernels' common constants."""
     parameters = dict(found)
     tokens = parameters["tokens"]
     tiles = -(-length // tokens)
@@ -94,7 +94,7 @@ def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
 def planned(name, y, tail, sequences):
     length, width = y.shape[-2:]
     hidden = tail.fc1_weight.shape[0]
-    # forward by how many tokens there are, too
+    # forward also depends on the number of tokens
     section = runtime.section(y.device, sequences * length) if name == "tail" else runtime.architecture(y.device)
     found = TABLE.chosen(name, section, y.dtype, width, hidden)
     tf32 = y.dtype == torch.float32 and runtime.allows_tf32()
@@ -111,18 +111,18 @@ def planned(name, y, tail, sequences):
 
 
 def strided(x):
-    """A (..., L, E) tensor as the kernels take it: itself, and strides of sequence, token and column."""
+    """A (..., L, E) tensor as kernel arguments: the tensor, and the strides of sequence, token and column."""
     x = runtime.readable(x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
     return x, *x.stride()
 
 
 def inner_strides(operands):
-    """The strides of token and column of some tensors (:func:`strided`), one behind the other."""
+    """The strides of token and column of some tensors (:func:`strided`), concatenated."""
     return tuple(stride for _, _, *of_token_and_column in operands for stride in of_token_and_column)
 
 
 def dropout(options, seed):
-    """The seed and what the masks of projection and MLP are made by (philox.py), ``None`` where there is no dropout."""
+    """The seed and the mask parameters of projection and MLP (philox.py), ``None`` without dropout."""
     p1, p2 = options.proj_drop, options.mlp_drop
     a, b = round(65536 * p1), round(65536 * p2)
     begin = a - round(a * b / 65536)

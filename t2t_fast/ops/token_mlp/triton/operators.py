@@ -19,7 +19,7 @@ _ORDER = (
     "fc2_weight",
     "fc2_bias",
 )
-"""How the backward kernel lays the parameters' gradients one behind the other."""
+"""The order in which the backward kernel concatenates the parameters' gradients."""
 
 
 @operator("token_mlp(Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] tail) -> Tensor")
@@ -35,7 +35,7 @@ def _fake(y, v, seed, options, tail):
 
 
 def lengths(tail):
-    """How many values each gradient of :data:`_ORDER` has, whether or not the parameter is there."""
+    """The number of values of each gradient in :data:`_ORDER`, also for absent parameters."""
     hidden, width = tail.fc1_weight.shape
     return width * width, width, width * hidden, width, width, hidden, width * hidden, width
 

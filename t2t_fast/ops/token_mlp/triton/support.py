@@ -1,4 +1,4 @@
-"""When the kernels of token_mlp run: which calls they take, and the self-test before a first call."""
+"""Support of the token_mlp kernels: which calls they accept, and the self-test before the first call."""
 
 import torch
 
@@ -16,7 +16,7 @@ def _sizes(request):
 
 
 def obstacle(request):
-    """Why the kernels are not for a call, or ``None``; nothing is tried."""
+    """Why the kernels do not support a call, or ``None``, without a self-test."""
     why = runtime.reason(request)
     for size, of in zip(_sizes(request), ("channels", "hidden units"), strict=True):
         if why is None and not 1 <= size <= launch.LARGEST:
@@ -25,18 +25,18 @@ def obstacle(request):
 
 
 def kind(request):
-    """What makes kernels differ: the parameters' dtype, channels, hidden units, and whether there is dropout and
-    backward. Constants, as torch.compile needs them.
+    """The properties that select a kernel: the parameters' dtype, channels, hidden units, and whether there is dropout
+    and a backward pass. All are constants, as torch.compile needs.
     """
     width, hidden = (runtime.fixed(size) for size in _sizes(request))
     training = bool(request.sizes.get("training", True))
     dropout = bool(request.sizes.get("dropout", training))
-    # LayerNorm of one or two values leaves nothing of gradients, or next to nothing: no error could be relative to that
+    # LayerNorm of one or two values cancels gradients (almost) entirely: a relative error would be meaningless
     return runtime.operand_dtype(request, "parameters"), max(width, 3), hidden, dropout, training
 
 
 def supports(request):
-    """Why the kernels cannot run a call, or ``None``; a first call of its kind on a device is tried out."""
+    """Why the kernels cannot run a call, or ``None``; runs the self-test at the first call of a kind on a device."""
     return obstacle(request) or _trial(request.sizes.get("index"), request.dtype, *kind(request))
 
 
@@ -44,11 +44,11 @@ def _trial(index, dtype, *call):
     return runtime.trial("token_mlp", _run, _expected, index, dtype, *call)
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
-# torch.compiler.assume_constant_result sets this, and imports the compiler to do so
+# what torch.compiler.assume_constant_result sets, without its import of the compiler
 _trial._dynamo_marked_constant = True
 
 
