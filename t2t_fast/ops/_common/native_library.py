@@ -78,9 +78,7 @@ def noticed(op: str, request: backends.Request, name: str, chosen: str) -> str:
 def _warn(op: str, device: str) -> None:
     global _warned
     there = {
-        "cpu": torch.backends.cpu.get_cpu_capability().startswith(
-            "AVX"
-        ),  # else auto passes over native layers
+        "cpu": torch.backends.cpu.get_cpu_capability().startswith("AVX"),  # else auto passes over native layers
         "cuda": op in CUDA_KERNELS,
     }
     why = _extension.lacking(device)
