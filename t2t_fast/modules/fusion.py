@@ -67,7 +67,7 @@ def difference(child: Any, kind: type[nn.Module]) -> str | None:
     ):
         return "has hooks"
     if any(name in state for name in _OVERRIDES):
-        return "has a forward of its own"
+        return "overrides forward"
     if state.get("_compiled_call_impl") is not None:
         return "is compiled"
     return None

@@ -52,7 +52,7 @@ def define(
         *values, backend = args
         if backend in OPAQUE:
             if (transform := transforms.active()) is not None:
-                raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} takes no part in {transform}")
+                raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} does not support {transform}")
             if torch._C._len_torch_dispatch_stack():
                 flops.teach()
         return backends.implementation(name, backend).call(*values)
@@ -90,7 +90,7 @@ def opaque_obstacle(request: backends.Request, dtypes: Sequence[torch.dtype], ki
     if request.transform == transforms.TRACING:
         return f"a traced program would need the {kind} kernels where it runs"
     if request.transform is not None:
-        return f"the {kind} kernels take no part in {request.transform}"
+        return f"the {kind} kernels do not support {request.transform}"
     if transforms.is_exporting():
         return f"an exported program would need the {kind} kernels where it runs"
     return None

@@ -52,7 +52,7 @@ active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def plain(request: Request) -> str | None:
     """The ``supports`` of an implementation in PyTorch operations with a hand-written backward."""
     if request.transform in (FUNCTIONAL, FORWARD_MODE):
-        return f"its hand-written backward takes no part in {request.transform}"
+        return f"its hand-written backward does not support {request.transform}"
     if request.transform == TRACING and request.sizes.get("training", True) and not torch.onnx.is_in_onnx_export():
         return f"its hand-written backward cannot be recorded by {TRACING}"
     return None
