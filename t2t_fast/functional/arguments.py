@@ -1,4 +1,4 @@
-"""Checks and choices that several functions share."""
+"""Argument checks and backend selection, shared by the functions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from ..ops._common.pixels import PixelNorm, normalisation, values
 from ..ops._common.spec import Pair, Window
 
 IMAGES = (*FLOATING, torch.uint8)
-"""What an image may hold where its values are made on the way."""
+"""Dtypes of an image for operators that convert uint8 while reading."""
 
 
 def window(kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, *, function: str = "window") -> Window:
@@ -39,7 +39,7 @@ def window(kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, *, function: 
 
 
 def same_dtype(x: torch.Tensor) -> bool:
-    """Whether operands must agree in dtype; under autocast they are brought together."""
+    """Whether operands must have the same dtype; under autocast they are cast."""
     kind = x.device.type
     return not (kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind))
 
@@ -63,10 +63,10 @@ def as_image(
 
 
 def check_pixels(function: str, x: torch.Tensor, pixel_norm: PixelNorm | None) -> list[float]:
-    """What makes values of an image of bytes (``ops/pixels.py``); empty for an image that holds values.
+    """The argument ``pixels`` of the operators (``ops/_common/pixels.py``); empty for a floating image.
 
     Args:
-        x: (B, C, H, W), uint8 or floating; pixel_norm: (mean, std), each with C numbers, for uint8; else ``None``.
+        x: (B, C, H, W), uint8 or floating; pixel_norm: (mean, std), each with C numbers, for uint8, else ``None``.
     """
     if x.dtype != torch.uint8:
         if pixel_norm is not None:
@@ -100,10 +100,10 @@ def check_pixel_norm(function: str, pixel_norm: PixelNorm, channels: int) -> tup
 def check_parameters(
     function: str, x: torch.Tensor, pixels: Sequence[float], parameters: Mapping[str, torch.Tensor | None]
 ) -> torch.Tensor:
-    """The tensor in whose dtype the call runs: ``x``, or the first parameter where ``x`` is an image of bytes.
+    """The tensor whose dtype the call uses: ``x``, or the first parameter if ``x`` is an image of bytes.
 
     Args:
-        pixels: of :func:`check_pixels`; parameters: by name, on x's device and in that dtype, or ``None``.
+        pixels: result of :func:`check_pixels`; parameters: name -> tensor on x's device with that dtype, or ``None``.
     """
     first = next(iter(parameters))
     leader: Any = (first, parameters[first]) if pixels else ("x", x)
@@ -112,7 +112,7 @@ def check_parameters(
 
 
 def image_values(x: torch.Tensor, pixel_norm: PixelNorm | None, dtype: torch.dtype) -> torch.Tensor:
-    """The values of an image of bytes: ``(x / 255 - mean) / std`` in ``dtype``; an image of values as it is.
+    """The values of an image of bytes: ``(x / 255 - mean) / std`` in ``dtype``; a floating image unchanged.
 
     Args:
         x: (B, C, H, W), uint8 or floating; pixel_norm: (mean, std), each with C numbers, for uint8.
@@ -147,10 +147,10 @@ def check_window(function: str, win: Window, shape: Sequence[int]) -> tuple[int,
 
 
 def choose(op: str, x: torch.Tensor, backend: str, *, dtype: torch.dtype | None = None, **sizes: Any) -> str:
-    """The backend that runs ``op`` on ``x``, in its own dtype unless another one is given.
+    """The backend that runs ``op`` on ``x``; ``dtype`` is that of ``x`` by default.
 
     Args:
-        sizes: of the operator's own; ``training``: whether a gradient is wanted, by default of ``x``.
+        sizes: the operator's sizes by name; ``training``: whether a gradient is needed, by default that of ``x``.
     """
     sizes.setdefault("training", wants_gradient(x))
     request = Request(x.device.type, dtype or x.dtype, sizes, transforms.active())
@@ -158,14 +158,14 @@ def choose(op: str, x: torch.Tensor, backend: str, *, dtype: torch.dtype | None 
 
 
 def running_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which an operator with matrix products runs: autocast's, or that of ``x``."""
+    """The dtype of an operator with matrix products: autocast's, or that of ``x``."""
     return x.dtype if same_dtype(x) else torch.get_autocast_dtype(x.device.type)
 
 
 def check_composition(
     function: str, tokens: torch.Tensor, output_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair
 ) -> tuple[tuple[int, int], Window]:
-    """The checked image size and window of tokens that are to be composed."""
+    """Check the arguments of a composition; returns the image size and the window."""
     check_tensor(function, "tokens", tokens, ndim=3)
     check_filled(function, "tokens", tokens, first=1)
     size = check_pair(function, "output_size", output_size, minimum=1)

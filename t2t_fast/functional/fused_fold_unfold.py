@@ -16,21 +16,21 @@ def fused_fold_unfold(
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Fold, normalise by the overlap, unfold: each pixel of a token becomes the mean over all tokens that show it.
+    """Fold, normalise by the overlap, unfold: each pixel of a token becomes the mean over all tokens that contain it.
 
     F3N of FuseFormer (Liu et al., ICCV 2021; its ``FusionFeedForward``, as also in E2FGVI and ProPainter) without
-    folding ones. An orthogonal projection of the tokens, so it is its own gradient.
+    folding ones. It is an orthogonal projection of the tokens, so its gradient is the same operator.
 
     Args:
         tokens: (B, h*w, C*k*k), columns as :func:`soft_split` makes them.
-        output_size: int or (H, W) of the image in between.
+        output_size: int or (H, W) of the intermediate image.
         kernel_size, stride, padding: int or (height, width) pair.
 
     Returns:
-        (B, h*w, C*k*k) contiguous tokens in ``tokens``' dtype; what lies in the padding is 0.
+        (B, h*w, C*k*k) contiguous tokens in ``tokens``' dtype; pixels in the padding are 0.
 
     Numerics:
-        sums and their division in float32 (float64 for float64), rounded once. A second derivative is refused.
+        sums and their division in float32 (float64 for float64), rounded once. A second derivative raises an error.
 
     Raises:
         TypeError, ValueError: as :func:`soft_composition`.

@@ -21,24 +21,24 @@ def performer_attention(
     """Performer attention with positive random features (Choromanski et al., lemma 1; upstream ``token_performer.py``).
 
     With ``phi(x) = exp(w x - |x|^2 / 2) / sqrt(m)``, ``y_t = phi(q_t) S / (phi(q_t) z + eps)`` where
-    ``S = sum_t phi(k_t) v_t^T`` and ``z = sum_t phi(k_t)``. ``eps`` is a gate, not a guard: it closes as the
-    norms of q and k grow, and checkpoints are trained with it, so it is reproduced exactly.
+    ``S = sum_t phi(k_t) v_t^T`` and ``z = sum_t phi(k_t)``. ``eps`` acts as a gate, which closes as the
+    norms of q and k grow; checkpoints are trained with it, so it is reproduced exactly.
 
     Args:
         q, k, v: (B, L, E) or (B, heads, L, E), any strides (views of one packed tensor too); L of q may differ.
         w: (m, E) random features, in q's dtype or float32.
         eps: at least 0.
-        key_mask: (B, L of k) bool, ``True`` where the token takes part, the same for all heads; ``None`` for all.
+        key_mask: (B, L of k) bool, ``True`` for tokens that are attended, the same for all heads; ``None`` for all.
 
     Returns:
-        (B, L, E) or (B, heads, L, E), in q's dtype; 0 in a sample where no token of k takes part.
+        (B, L, E) or (B, heads, L, E), in q's dtype; 0 in a sample whose keys are all masked.
 
     Numerics:
-        float32 inside (float64 for float64), in log space: equal to the defining form where that is finite in exact
-        arithmetic, and finite where it overflows or divides 0 by 0 in floating point. Gradients for q, k, v and w;
-        a second derivative is refused. What k and v hold where ``key_mask`` is ``False`` (NaN and inf too) changes
-        neither the output nor a gradient, and their gradients are exactly 0 there. The "reference" backend, which
-        multiplies by the mask, keeps neither this nor the 0 without tokens at ``eps = 0``.
+        float32 inside (float64 for float64), in log space: equal to the definition where that is finite in exact
+        arithmetic, and finite where the definition overflows or divides 0 by 0 in floating point. Gradients for q, k,
+        v and w; a second derivative raises an error. Masked values of k and v (NaN and inf too) affect neither the
+        output nor a gradient, and their gradients are exactly 0. The "reference" backend multiplies by the mask: it
+        guarantees neither this nor the output 0 without keys at ``eps = 0``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.

@@ -62,19 +62,19 @@ def performer_layer(
 ) -> torch.Tensor:
     """A whole Performer layer on the soft split of ``x``: LayerNorm, ``kqv``, :func:`performer_attention`, the tail.
 
-    Upstream: ``Token_performer.forward`` of the unfolded, transposed image. In one operator, because then neither the
-    unfolded tokens nor the attention's output need be kept for backward, nor k, q and v.
+    Upstream: ``Token_performer.forward`` of the unfolded, transposed image. As one operator, it saves neither the
+    unfolded tokens nor the attention's output for backward, and k, q and v only without ``recompute``.
 
     Args:
         x: (B, C, H, W) image with any strides, or (B, H*W, C) tokens with ``grid=(H, W)``.
         kqv_weight: (3E, C*k*k), rows in upstream's order k, q, v; kqv_bias: (3E) or ``None``.
         w: (m, E) random features; eps: the attention's.
         norm1_weight, norm1_bias, norm1_eps: LayerNorm over the unfolded tokens, parameters (C*k*k) or ``None``.
-        pixel_norm: (mean, std) for an image of uint8, as :func:`soft_split_linear` takes it.
-        recompute: whether backward recomputes k, q and v from ``x`` instead of keeping them: the same numbers for less
-            memory (6E bytes a token in half precision, 12E in float32) and more time. The "native" backend always
-            recomputes, "reference" keeps everything that it computes.
         norm2_weight, norm2_bias, norm2_eps: LayerNorm before the MLP, parameters (E) or ``None``.
+        pixel_norm: (mean, std) for an image of uint8, as in :func:`soft_split_linear`.
+        recompute: whether backward recomputes k, q and v from ``x`` instead of saving them: the same numbers with less
+            memory (by 6E bytes a token in half precision, 12E in float32) in more time. The "native" backend always
+            recomputes, "reference" saves every intermediate.
         others: as :func:`soft_split_linear` and :func:`token_mlp`.
 
     Returns:

@@ -16,7 +16,7 @@ def soft_composition(
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Soft composition: overlapping tokens added up into an image; the adjoint of :func:`soft_split`.
+    """Soft composition: overlapping tokens summed into an image; the adjoint of :func:`soft_split`.
 
     The same numbers as ``F.fold(tokens.transpose(1, 2), output_size, ...)``, summed in a fixed order.
 

@@ -1,4 +1,4 @@
-"""Soft split, LayerNorm and Linear in one; and the folded weights that its Triton kernels cache."""
+"""Soft split, LayerNorm and Linear in one operator; and the cache of folded weights of its Triton kernels."""
 
 import torch
 
@@ -37,9 +37,9 @@ def soft_split_linear(
         weight: (O, C*k*k), upstream's column order; bias: (O) or ``None``.
         kernel_size, stride, padding: int or (height, width) pair.
         norm_weight, norm_bias: (C*k*k) LayerNorm parameters or ``None``; need ``norm_eps``.
-        norm_eps: LayerNorm's eps; ``None`` leaves LayerNorm out.
-        pixel_norm: (mean, std) for an image of uint8, each with C numbers: ``x / 255`` less the mean over the std is
-            what enters; the Triton kernels read the bytes themselves, others make the values first.
+        norm_eps: LayerNorm's eps; ``None`` for no LayerNorm.
+        pixel_norm: (mean, std) for an image of uint8, each with C numbers: the input is
+            ``(x / 255 - mean) / std``; the Triton kernels read the bytes, other backends convert them first.
         grid: the image size of tokens.
 
     Returns:
@@ -47,8 +47,9 @@ def soft_split_linear(
         is uint8.
 
     Numerics:
-        statistics, sums and the normalisation in float32 (float64 for float64), also for half inputs; they survive a
-        large common offset. Gradients for x, weight, bias, norm_weight, norm_bias; a second derivative is refused.
+        statistics, sums and the normalisation in float32 (float64 for float64), also for half inputs; precision
+        does not degrade with a large common offset. Gradients for x, weight, bias, norm_weight, norm_bias; a second
+        derivative raises an error.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
@@ -93,11 +94,11 @@ def soft_split_linear(
 
 
 def clear_weight_cache() -> None:
-    """Drop the folded and packed weights that the Triton kernels cache between calls of inference.
+    """Drop the folded and packed weights that the Triton kernels cache between inference calls.
 
-    A cached weight is recomputed whenever a parameter's version counter changes, which every in-place operation does
-    that autograd sees. A write through ``parameter.data`` does not change the counter. A backward pass drops the cache
-    too, so this function is needed only after such a write without a backward pass between two calls.
+    A cached weight is recomputed when a parameter's version counter changes, which every in-place operation visible to
+    autograd increments. A write through ``parameter.data`` does not. A backward pass drops the cache too, so this
+    function is needed only after such a write without a backward pass.
     """
     FOLDED.clear()
 

@@ -40,15 +40,15 @@ def token_mlp(
             of matching width, each may be ``None``.
         norm_eps: LayerNorm's eps.
         proj_drop, mlp_drop: dropout probabilities after the projection and after the MLP, 0 for none.
-        seed: int64 scalar tensor that decides the dropout masks (see ``ops/philox.py``); drawn from torch's generator
-            if ``None``.
+        seed: int64 scalar tensor that determines the dropout masks (``ops/_common/philox.py``); drawn from torch's
+            generator if ``None``.
 
     Returns:
         (B, L, E) in y's dtype.
 
     Numerics:
         matrix products in y's dtype, LayerNorm and sums in float32 (float64 for float64), GELU by erf. Backward
-        recomputes everything from y and v; masks are regenerated, not stored; a second derivative is refused.
+        recomputes everything from y and v; masks are regenerated, not stored; a second derivative raises an error.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
@@ -110,7 +110,9 @@ def check_token_mlp(
     mlp_drop: float,
     norm: str = "norm",
 ) -> tuple[float, float, float]:
-    """The arguments of ``token_mlp`` that ``performer_layer`` shares; its three numbers as Python numbers."""
+    """Check the arguments that ``token_mlp`` and ``performer_layer`` share; returns the three numbers as Python
+    numbers.
+    """
     for name in ("proj_weight", "fc1_weight", "fc2_weight"):
         check_tensor(function, name, tail[name], ndim=2)
     check_together(function, "the tokens", x, same_dtype=same_dtype(x), **tail)
@@ -138,7 +140,7 @@ def check_token_mlp(
 def seed_for(
     function: str, x: torch.Tensor, seed: torch.Tensor | None, proj_drop: float, mlp_drop: float
 ) -> torch.Tensor | None:
-    """The seed of the dropouts, a fresh one unless it is given; ``None`` without a dropout."""
+    """The seed of the dropouts, a new one unless given; ``None`` without dropout."""
     check_tensor(function, "seed", seed, ndim=0, dtypes=(torch.int64,), optional=True)
     check_together(function, "the tokens", x, same_dtype=False, dtypes=(torch.int64,), seed=seed)
     if not proj_drop and not mlp_drop:

@@ -1,4 +1,4 @@
-"""Drop-in modules: thin owners of parameters that call the functions of :mod:`t2t_fast.functional`."""
+"""Drop-in modules: they hold the parameters and call the functions of :mod:`t2t_fast.functional`."""
 
 from .soft_split import Fold, FusedFoldUnfold, SoftComposition, SoftSplit, Unfold
 from .t2t_module import T2TModule

@@ -1,4 +1,4 @@
-"""Softmax attention as every attention module here computes it."""
+"""Softmax attention, shared by the attention modules."""
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,11 @@ def attend(
 ) -> torch.Tensor:
     """``dropout(softmax(scale q k^T)) v``: (B, heads, N, D) three times -> (B, heads, N, D).
 
-    PyTorch's fused attention, except where the weights themselves are wanted: by a dropout module that somebody watches
-    or has replaced, and by transformations that the fused form has no rule for.
+    PyTorch's fused attention, except where the weights must be materialised: for a dropout module with hooks or of
+    another class, and under transformations without a rule for fused attention.
 
     Args:
-        attn_drop: the module that drops weights, or ``None``.
+        attn_drop: the dropout module of the weights, or ``None``.
     """
     plain = attn_drop is None or (fusion.dropout(attn_drop) is None and not fusion.watched())
     if plain and transforms.active() in (None, transforms.TRACING):
@@ -29,7 +29,7 @@ def attend(
 
 def heads(qkv: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
     """q, k and v of packed (B, T, 3 * number * D), each (B, number, T, D)."""
-    # not unflatten(), which an ONNX file would give the batch size of the trace
+    # not unflatten(), which would fix the batch size in an ONNX file
     batch, tokens, width = qkv.shape
     return qkv.view(batch, tokens, 3, number, width // (3 * number)).permute(2, 0, 3, 1, 4).unbind(0)
 

@@ -9,7 +9,7 @@ from .options import check_options
 class DropPath(nn.Module):
     """In training, zero whole samples of a residual branch with probability ``drop_prob`` and rescale the others.
 
-    Source: Huang et al., "Deep networks with stochastic depth"; the form of timm that upstream uses.
+    Source: Huang et al., "Deep networks with stochastic depth"; timm's form, which upstream uses.
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:

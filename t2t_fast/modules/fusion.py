@@ -1,12 +1,12 @@
-"""The gate before every fusion: a module skips the calls of its children only where nobody can notice.
+"""The check before every fusion: a module skips the calls of its children only if that is not observable.
 
-A fused operator reads the parameters of child modules and calls none of them. That is allowed where each skipped child
-is a plain layer: of the expected class with that class's own ``forward``, without a hook of any kind, and with plain
-dense tensors that the operator can read. Everything else (a hook, a replaced ``forward``, a subclass, an adapter, a
-quantised layer, a wrapper) makes the layer run child by child, as upstream does. Only speed is lost.
+A fused operator reads the parameters of child modules and does not call them. This requires that each skipped child is
+a plain layer: an instance of the expected class with that class's ``forward``, without hooks, and with plain dense
+tensors that the operator can read. Otherwise (a hook, a replaced ``forward``, a subclass, an adapter, a quantised
+layer, a wrapper) the layer runs child by child, as upstream does, which is only slower.
 
-Nothing is remembered between two calls but what belongs to a class, so every change counts at the next call. The check
-takes a few microseconds.
+Only properties of classes are cached between calls, so every change takes effect at the next call. The check takes a
+few microseconds.
 """
 
 import sys
@@ -24,7 +24,7 @@ from ..errors import FLOATING
 from .drop_path import DropPath
 
 Check: TypeAlias = Callable[[Any], str | None]
-"""Function of a child module: why the child cannot be skipped, in words, or ``None``."""
+"""Function of a child module: why the child cannot be skipped, for a message, or ``None``."""
 
 _OVERRIDES = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
@@ -43,12 +43,12 @@ def watched() -> bool:
 
 
 def _name(cls: type, expected: type) -> str:
-    """A class in words: its name, with its module where the name alone would not tell it from the expected class."""
+    """The name of a class for a message; qualified if it equals the name of the expected class."""
     return cls.__name__ if cls.__name__ != expected.__name__ else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def difference(child: Any, kind: type[nn.Module]) -> str | None:
-    """What calling ``child`` does beyond ``kind.forward``, in words, or ``None``."""
+    """How a call of ``child`` differs from ``kind.forward``, for a message, or ``None``."""
     cls = type(child)
     if cls is not kind:
         if child is None or not isinstance(child, kind) or cls.forward is not kind.forward:
@@ -67,7 +67,7 @@ def difference(child: Any, kind: type[nn.Module]) -> str | None:
     ):
         return "has hooks"
     if any(name in state for name in _OVERRIDES):
-        return "has a forward of its own"
+        return "overrides forward"
     if state.get("_compiled_call_impl") is not None:
         return "is compiled"
     return None
@@ -85,7 +85,7 @@ def layer_norm(child: Any) -> str | None:
 
 
 def dropout(child: Any) -> str | None:
-    """A dropout whose probability an operator can take; ``nn.Identity`` is one of 0."""
+    """A dropout that an operator can apply; ``nn.Identity`` is one with probability 0."""
     if type(child) is nn.Identity:
         return difference(child, nn.Identity)
     why = difference(child, nn.Dropout)
@@ -95,13 +95,13 @@ def dropout(child: Any) -> str | None:
 
 
 def no_dropout(child: Any) -> str | None:
-    """A dropout that does nothing now."""
+    """A dropout without effect in the current mode."""
     why = dropout(child)
     return "is active" if why is None and rate(child) > 0 else why
 
 
 def no_drop_path(child: Any) -> str | None:
-    """Stochastic depth that does nothing now."""
+    """Stochastic depth without effect in the current mode."""
     if type(child) is nn.Identity:
         return difference(child, nn.Identity)
     why = difference(child, DropPath)
@@ -109,7 +109,7 @@ def no_drop_path(child: Any) -> str | None:
 
 
 def gelu(child: Any) -> str | None:
-    """GELU in its exact form: ``nn.GELU``, or a class without any state that computes the same."""
+    """Exact GELU: ``nn.GELU``, or a class without state that computes the same."""
     if isinstance(child, nn.GELU):
         why = difference(child, nn.GELU)
         return f"is GELU(approximate={child.approximate!r})" if why is None and child.approximate != "none" else why
@@ -125,7 +125,7 @@ _exact: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
 def _is_exact_gelu(cls: type) -> bool:
-    """Whether modules of a class without state compute GELU; tried once for each class."""
+    """Whether modules of a class without state compute GELU; tested once per class."""
     if cls not in _exact:
         _exact[cls] = _computes_gelu(cls)
     return _exact[cls]
@@ -143,7 +143,7 @@ def _computes_gelu(cls: Any) -> bool:
             for training in (False, True):
                 try:
                     y = module.train(training)(x.clone())
-                except Exception:  # noqa: BLE001 - somebody else's code on an input that it may not expect
+                except Exception:  # noqa: BLE001 - foreign code, on an input that it may not expect
                     return False
                 if not isinstance(y, torch.Tensor) or y.dtype != dtype or y.shape != x.shape:
                     return False
@@ -153,7 +153,7 @@ def _computes_gelu(cls: Any) -> bool:
 
 
 def container(kind: type[nn.Module], *names: str) -> Check:
-    """A child of class ``kind`` with exactly the named children, whose ``forward`` is skipped, too."""
+    """A child of class ``kind`` with exactly the named children; its ``forward`` is skipped as well."""
 
     def check(child: Any) -> str | None:
         why = difference(child, kind)
@@ -165,7 +165,7 @@ def container(kind: type[nn.Module], *names: str) -> Check:
 
 
 def rate(child: Any) -> float:
-    """The probability of a dropout that :func:`dropout` accepts, as it counts now."""
+    """The current probability of a dropout that :func:`dropout` accepts: 0 in eval mode."""
     return child.p if child.training and type(child) is not nn.Identity else 0.0
 
 
@@ -173,7 +173,7 @@ _FAKES = ("torch._subclasses.fake_tensor.FakeTensor", "torch._subclasses.functio
 
 
 def _is_fake(cls: type) -> bool:
-    """Whether tensors of a class stand for plain ones while PyTorch traces a program."""
+    """Whether a tensor class is one of PyTorch's stand-ins for plain tensors during tracing."""
     for path in _FAKES:
         module, _, name = path.rpartition(".")
         if cls is getattr(sys.modules.get(module), name, None):
@@ -182,7 +182,7 @@ def _is_fake(cls: type) -> bool:
 
 
 def _unreadable(tensor: torch.Tensor, first: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why an operator that reads ``first`` cannot read ``tensor`` as well, in words, or ``None``."""
+    """Why an operator that reads ``first`` cannot also read ``tensor``, for a message, or ``None``."""
     cls = type(tensor)
     if cls is not nn.Parameter and cls is not torch.Tensor and not _is_fake(cls):
         return f"is a {cls.__name__}"
@@ -198,11 +198,11 @@ def _unreadable(tensor: torch.Tensor, first: torch.Tensor, dtypes: Sequence[torc
 
 
 def unreadable(module: nn.Module, first: torch.Tensor | None = None, *allowed: torch.dtype) -> str | None:
-    """Why an operator cannot read a module's own parameters, in words, or ``None``.
+    """Why an operator cannot read a module's own parameters, for a message, or ``None``.
 
     Args:
-        first: a parameter whose device and dtype they must have; by default the first of them.
-        allowed: other dtypes that they may have.
+        first: a parameter whose device and dtype they must share; by default the module's first.
+        allowed: other dtypes that are accepted.
     """
     for name, tensor in module._parameters.items():
         if tensor is not None:
@@ -214,11 +214,11 @@ def unreadable(module: nn.Module, first: torch.Tensor | None = None, *allowed: t
 
 
 def obstacle(layer: nn.Module, parts: Mapping[str, Check]) -> str | None:
-    """Why ``layer`` must call its children one by one, in words, or ``None``.
+    """Why ``layer`` must call its children one by one, for a message, or ``None``.
 
     Args:
         layer: a module.
-        parts: dotted path of a child that would be skipped -> function of this module that says what is wrong with it;
+        parts: dotted path of a child that would be skipped -> the check of this module that it must pass;
             a parent comes before its children. Their parameters must have one dtype; the layer's own may be float32.
     """
     if watched():
@@ -240,5 +240,5 @@ def obstacle(layer: nn.Module, parts: Mapping[str, Check]) -> str | None:
 
 
 def values_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype in which a module wants values: that of its first floating parameter, else float32."""
+    """The dtype of a module's input: that of its first floating parameter, else float32."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

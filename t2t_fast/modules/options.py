@@ -1,4 +1,4 @@
-"""The checks of constructors: an option of one name has one check, whatever the class."""
+"""The checks of constructor options: an option has the same check in every class."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -67,10 +67,10 @@ OPTIONS = {
 
 
 def check_options(owner: str, options: Mapping[str, Any]) -> None:
-    """Check those of a constructor's arguments that :data:`OPTIONS` knows.
+    """Check the arguments of a constructor that are in :data:`OPTIONS`.
 
     Args:
-        owner: name of the class, with which the error begins.
+        owner: name of the class, the beginning of an error message.
         options: name -> value, such as ``locals()`` at the beginning of ``__init__``.
 
     Raises:

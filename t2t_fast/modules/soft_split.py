@@ -1,4 +1,4 @@
-"""Soft split and soft composition as modules; they have no parameters."""
+"""Soft split and soft composition as modules without parameters."""
 
 from math import prod
 
@@ -57,14 +57,14 @@ class SoftComposition(nn.Module):
 
 
 class FusedFoldUnfold(nn.Module):
-    """Fold, normalise by the overlap, unfold: F3N of FuseFormer, E2FGVI and ProPainter without its three steps.
+    """Fold, normalise by the overlap, unfold: F3N of FuseFormer, E2FGVI and ProPainter in one operator.
 
-    It stands between the two Linears of their ``FusionFeedForward``, where upstream writes
-    ``unfold(fold(x) / fold(ones))`` with the transposes and views around it.
+    It replaces ``unfold(fold(x) / fold(ones))``, and the transposes and views around it, between the two Linears of
+    their ``FusionFeedForward``.
 
     Args:
         kernel_size, stride, padding: int or (height, width) pair; ``FusedFoldUnfold(**t2t_params)`` works as upstream.
-        output_size: int or (H, W) of the image in between, unless each call gives one.
+        output_size: int or (H, W) of the image in between, unless each call passes one.
     """
 
     def __init__(self, kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, output_size: Pair | None = None) -> None:
@@ -75,7 +75,7 @@ class FusedFoldUnfold(nn.Module):
         )
 
     def forward(self, tokens: torch.Tensor, output_size: Pair | None = None) -> torch.Tensor:
-        """(B, h*w, C*k*k) -> the same shape; also (B, t*h*w, C*k*k), the tokens of t frames one after another."""
+        """(B, h*w, C*k*k) -> the same shape; also (B, t*h*w, C*k*k), the concatenated tokens of t frames."""
         check_tensor("FusedFoldUnfold", "tokens", tokens, ndim=3)
         size = self.output_size if output_size is None else output_size
         if size is None:
@@ -94,9 +94,9 @@ class FusedFoldUnfold(nn.Module):
 
 
 class Unfold(nn.Unfold):
-    """Drop-in for ``nn.Unfold`` (dilation 1) whose transposed output is contiguous tokens.
+    """Drop-in for ``nn.Unfold`` (dilation 1) whose output, transposed, is contiguous tokens.
 
-    Every T2T model transposes what ``nn.Unfold`` returns; here that transpose undoes a view instead of making one.
+    Every T2T model transposes the output of ``nn.Unfold``; here the output is a transposed view of contiguous tokens.
 
     Args:
         kernel_size, dilation, padding, stride: as ``nn.Unfold``; dilation must be 1.
@@ -109,7 +109,7 @@ class Unfold(nn.Unfold):
 
     @classmethod
     def of(cls, win: Window) -> "Unfold":
-        """The module of a :class:`Window`."""
+        """The module for a :class:`Window`."""
         return cls(win.kernel, stride=win.stride, padding=win.padding)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ class Unfold(nn.Unfold):
 
 
 class Fold(nn.Fold):
-    """Drop-in for ``nn.Fold`` (dilation 1); its output is contiguous, as upstream's.
+    """Drop-in for ``nn.Fold`` (dilation 1); its output is contiguous, like upstream's.
 
     Args:
         output_size, kernel_size, dilation, padding, stride: as ``nn.Fold``; dilation must be 1.

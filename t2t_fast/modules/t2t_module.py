@@ -37,18 +37,18 @@ def window_of(split: nn.Module) -> Window | None:
 
 
 def windows_of(splits: Sequence[nn.Module]) -> list[Window]:
-    """The windows of soft splits, each of which must tell its own."""
+    """The windows of soft splits, each of which must have window attributes."""
     windows: list[Any] = [window_of(split) for split in splits]
     if None in windows:
         name = type(splits[windows.index(None)]).__name__
-        raise ValueError(f"T2TModule: the token grid is unknown, since a soft split is {name} and tells no window")
+        raise ValueError(f"T2TModule: the token grid is unknown, since a soft split is {name}, which has no window")
     return windows
 
 
 def stage_obstacle(
     split: nn.Module, layer: nn.Module, names: tuple[str, str] = ("the soft split", "the layer behind it")
 ) -> str | None:
-    """Why a soft split must be called before the layer behind it, in words, or ``None``."""
+    """Why a soft split cannot be fused with the layer behind it, for a message, or ``None``."""
     if fusion.watched():
         return "a hook is registered for all modules"
     why = fusion.difference(split, Unfold if isinstance(split, Unfold) else nn.Unfold)
@@ -71,7 +71,7 @@ def stages_obstacle(module: nn.Module, *layers: str) -> str | None:
 
 
 def _grid_of(split: nn.Module, tokens: torch.Tensor, height: int, width: int) -> tuple[int, int]:
-    """The grid of a soft split's tokens (B, L, C): by its window; where it tells none a square one, as upstream."""
+    """The grid of a soft split's tokens (B, L, C): from its window; without one, a square grid as upstream."""
     window = window_of(split)
     if window is not None:
         return window.grid(height, width)
@@ -91,17 +91,17 @@ def walk(
     project: nn.Module,
     pixel_norm: PixelNorm | None = None,
 ) -> list[Stage]:
-    """Soft split and layer, again and again, then soft split and projection, each pair fused where nothing forbids it.
+    """Alternate soft splits and layers, then soft split and projection; each pair is fused unless there is an obstacle.
 
-    Tokens (B, L, C) with their grid *are* an image in channels-last memory; a soft split gets that image, as upstream.
+    Tokens (B, L, C) with their grid *are* an image in channels-last memory, the input of the next soft split.
 
     Args:
         x: image (B, C, H, W).
-        splits: ``nn.Unfold`` modules; layers: one for each but the last; project: the last one's ``nn.Linear``.
-        pixel_norm: (mean, std) for an image of uint8.
+        splits: ``nn.Unfold`` modules; layers: one for each soft split except the last; project: the last one's
+        ``nn.Linear``. pixel_norm: (mean, std) for an image of uint8.
 
     Returns:
-        a list of (tokens, grid), one a stage.
+        a list of (tokens, grid), one per stage.
     """
     stages: list[Stage] = []
     for split, layer in zip(splits, (*layers, project), strict=True):
@@ -134,10 +134,10 @@ class T2TModule(nn.Module):
     """
 
     pixel_norm = None
-    """(mean, std) of the channels, for images of uint8: they are read as they are and normalised on the way.
+    """(mean, std) of the channels, for images of uint8, which are normalised while they are read.
 
-    As torchvision's ``Normalize`` takes them, of pixels from 0 to 1. May be set at any time, also on a swapped model;
-    images of floating dtype are taken for normalised.
+    The same numbers as for torchvision's ``Normalize``, for pixels from 0 to 1. May be set at any time, also on a
+    swapped model. Floating images must already be normalised.
     """
 
     tokens_type = None
@@ -188,8 +188,8 @@ class T2TModule(nn.Module):
     def recompute(self) -> bool:
         """Whether the two Performer layers recompute k, q and v in backward: less memory, more time.
 
-        May be set at any time, also on a swapped model; see :func:`t2t_fast.functional.performer_layer`. Only ``False``
-        for the other token types, whose attention is PyTorch's.
+        May be set at any time, also on a swapped model; see :func:`t2t_fast.functional.performer_layer`. Always
+        ``False`` for other token types, whose attention is PyTorch's.
         """
         layers = self._performers()
         return layers[0].recompute if layers else False
@@ -209,7 +209,7 @@ class T2TModule(nn.Module):
 
     @property
     def img_size(self) -> tuple[int, int] | None:
-        """(H, W) that :attr:`grid_size` speaks of; of a swapped module by upstream's ``num_patches``, or ``None``."""
+        """(H, W) for :attr:`grid_size`; of a swapped module derived from upstream's ``num_patches``, or ``None``."""
         if "_img_size" in self.__dict__:
             return self._img_size
         patches = self.__dict__.get("num_patches")
@@ -229,7 +229,9 @@ class T2TModule(nn.Module):
 
     @property
     def num_patches(self) -> int | None:
-        """Tokens of an image of ``img_size``. (Upstream's floors where its splits round up; this counts.)"""
+        """Tokens of an image of ``img_size``. (Upstream's attribute rounds down, although its splits round up; this is
+        the actual number.)
+        """
         grid = self.grid_size
         return None if grid is None else prod(grid)
 
@@ -251,9 +253,9 @@ class T2TModule(nn.Module):
         return stages_obstacle(self, "attention1", "attention2", "project")
 
     def forward(self, x: torch.Tensor, stages: bool = False) -> Any:
-        """(B, in_chans, H, W) -> (B, h*w, embed_dim); with ``stages`` what :meth:`forward_stages` returns."""
-        found = self._stages(x)
-        return found if stages else found[-1][0]
+        """(B, in_chans, H, W) -> (B, h*w, embed_dim); with ``stages`` the result of :meth:`forward_stages`."""
+        results = self._stages(x)
+        return results if stages else results[-1][0]
 
     def forward_with_grid(self, x: torch.Tensor) -> Stage:
         """As :meth:`forward`, and the grid (h, w) of the tokens."""

@@ -38,13 +38,13 @@ class TokenPerformer(nn.Module):
     Args:
         dim: width of the incoming tokens.
         in_dim: width of the outgoing tokens, per head.
-        head_cnt: only widens the tokens to ``in_dim * head_cnt``; heads are not split.
+        head_cnt: factor of the token width, ``in_dim * head_cnt``; heads are not split.
         kernel_ratio: random features per channel, ``m = int(in_dim * head_cnt * kernel_ratio)``.
-        dp1, dp2: dropout after the projection and after the MLP in training mode; 0.1 both, as upstream.
+        dp1, dp2: dropout after the projection and after the MLP in training mode; both 0.1 as upstream.
     """
 
     recompute = False
-    """Whether backward recomputes k, q and v (see :func:`performer_layer`); without effect in an unfused layer."""
+    """Whether backward recomputes k, q and v (see :func:`performer_layer`); no effect in an unfused layer."""
 
     memory = deprecated_memory("TokenPerformer")
 
@@ -80,7 +80,7 @@ class TokenPerformer(nn.Module):
     def forward(
         self, x: torch.Tensor, window: Window | None = None, pixel_norm: PixelNorm | None = None
     ) -> torch.Tensor:
-        """The layer on tokens, or on the soft split of an image, which is then never formed.
+        """The layer on tokens, or on the soft split of an image, which is not materialised.
 
         Args:
             x: tokens (B, T, dim); with ``window`` an image (B, C, H, W), any strides, where ``dim = C * k * k``.
@@ -123,7 +123,7 @@ class TokenPerformer(nn.Module):
         )
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:
-        """Child by child, as upstream."""
+        """Call the children one by one, as upstream."""
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         y = performer_attention(q, k, v, self.w, self.epsilon)
         x = v + self.dp(self.proj(y))

@@ -27,7 +27,7 @@ class TokenAttention(nn.Module):
 
     Args:
         dim, in_dim: widths in and out.
-        num_heads: 1; upstream's skip drops the head axis, so more heads have no meaning there.
+        num_heads: must be 1, since upstream's skip through v drops the head axis.
         qkv_bias, qk_scale, attn_drop, proj_drop: as upstream.
     """
 
@@ -57,7 +57,7 @@ class TokenAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def mix(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention on packed (B, T, 3 * in_dim): the mixed values and the values themselves, (B, T, in_dim) each."""
+        """Attention on packed (B, T, 3 * in_dim): its output and the values v, (B, T, in_dim) each."""
         q, k, v = heads(qkv, self.num_heads)
         return merged(attend(q, k, v, self.scale, self.attn_drop)), merged(v)
 
@@ -110,7 +110,7 @@ class TokenTransformer(nn.Module):
     """LayerNorm and attention (no skip around them: the width changes), then LayerNorm and MLP with a skip.
 
     Upstream: ``Token_transformer`` (``models/token_transformer.py``); parameters have its names and shapes, and the
-    arguments its meaning.
+    arguments have the same meaning.
     """
 
     mlp_name = "mlp"
@@ -155,7 +155,7 @@ class TokenTransformer(nn.Module):
     def forward(
         self, x: torch.Tensor, window: Window | None = None, pixel_norm: PixelNorm | None = None
     ) -> torch.Tensor:
-        """The layer on tokens, or on the soft split of an image, which is then never formed.
+        """The layer on tokens, or on the soft split of an image, which is not materialised.
 
         Args:
             x: tokens (B, T, dim); with ``window`` an image (B, C, H, W), any strides, where ``dim = C * k * k``.
@@ -202,6 +202,6 @@ class TokenTransformer(nn.Module):
         return fusion.rate(self.attn.proj_drop)
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:
-        """Child by child, as upstream."""
+        """Call the children one by one, as upstream."""
         x = self.attn(self.norm1(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))

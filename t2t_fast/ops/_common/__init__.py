@@ -1,1 +1,1 @@
-"""What operators share: windows, registration, runtimes, launch tables, tiles of kernels."""
+"""Code shared by the operators: windows, registration, runtimes, launch tables, kernel tiles."""

@@ -1,4 +1,4 @@
-"""What inference makes of parameters once and keeps until one of them changes."""
+"""A cache for values that inference derives from parameters, such as folded weights."""
 
 import threading
 from collections import OrderedDict
@@ -14,15 +14,15 @@ _SIZE = 256
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies and how; no other tensor has the same while a weak reference to its storage is held."""
+    """A tensor's storage and layout, unique as long as a weak reference to the storage is held."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
-    """Why nothing made of some parameters may be kept, or ``None``."""
+    """Why values derived from these tensors must not be cached, or ``None``."""
     if torch.compiler.is_compiling():
-        return "torch.compile folds what is constant itself"
+        return "torch.compile folds constants itself"
     if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or t.dtype not in FLOATING for t in tensors):
         return "a tensor of a subclass may change unseen"
     if any(t.is_inference() for t in tensors):
@@ -35,11 +35,11 @@ def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
 
 
 class Kept:
-    """Values made of tensors, kept while those are the same and unchanged.
+    """A cache of values derived from tensors, valid while the tensors are the same and unchanged.
 
-    Unchanged says a tensor's version counter, which every in-place operation moves but one: a write through ``.data``,
-    as some optimizers and moving averages of weights do it, is hidden from it. Those follow a backward pass, so any
-    backward pass clears everything; who writes so without one calls :func:`functional.clear_weight_cache`.
+    Changes are detected by a tensor's version counter, which every in-place operation increments except a write through
+    ``.data``, as some optimizers and moving averages do. Such writes usually follow a backward pass, so a backward pass
+    clears the cache; after a write without one, call :func:`functional.clear_weight_cache`.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Kept:
         self._lock = threading.Lock()
 
     def get(self, tensors: Sequence[torch.Tensor | None], key: Hashable, make: Callable[[], Any]) -> Any:
-        """``make()``, or what it returned before for the same tensors (some may be ``None``), key and stream."""
+        """The cached value of the same tensors (some may be ``None``), key and stream, or ``make()``."""
         given = [t for t in tensors if t is not None]
         if obstacle(given) is not None:
             return make()

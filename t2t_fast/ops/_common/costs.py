@@ -1,9 +1,9 @@
-"""What each operator must move and compute: bytes and FLOPs of a fused implementation, per image, from its sizes.
+"""The cost of each operator: bytes and FLOPs of a fused implementation, per image, from its sizes.
 
-A cost is a list of kernels, because a floor is the sum over kernels of the slower of their two limits. A Performer
+A cost is a list of kernels: the minimum time is the sum over kernels of the slower of their two limits. A Performer
 layer forward is two of them (soft split + LayerNorm + Linear + keys; queries + tail), activations of ``element`` bytes
-are read and written once each, statistics and key state are in float32. Weights are left out: they do not grow with the
-batch. Letters: L tokens, E width, m random features, P = C*H*W pixels of the image that is split.
+are read and written once each, statistics and key state are in float32. Weights are ignored: they do not grow with the
+batch. Notation: L tokens, E width, m random features, P = C*H*W pixels of the image that is split.
 """
 
 from typing import NamedTuple
@@ -25,9 +25,9 @@ class Kernel(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Kernels of the forward and of the backward pass, and the bytes that must be kept between them.
+    """Kernels of the forward and of the backward pass, and the bytes that must be saved between them.
 
-    ``only``: the kernels of a forward pass that keeps nothing, where they are others.
+    ``only``: the kernels of a forward pass that saves nothing, if they differ.
     """
 
     forward: tuple[Kernel, ...]
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
     @property
     def inference(self) -> tuple[Kernel, ...]:
-        """The kernels of a forward pass that keeps nothing."""
+        """The kernels of a forward pass that saves nothing."""
         return self.forward if self.only is None else self.only
 
     def kernels(self, mode: str) -> tuple[Kernel, ...]:
@@ -51,12 +51,12 @@ class Cost(NamedTuple):
         return sum(kernel.flops for kernel in self.kernels(mode))
 
     def floor(self, mode: str, bandwidth: float, flops: float) -> float:
-        """Seconds that no implementation of this design can beat at so many bytes/s and FLOP/s."""
+        """The minimum time of this design in seconds, at ``bandwidth`` bytes/s and ``flops`` FLOP/s."""
         return sum(max(kernel.bytes / bandwidth, kernel.flops / flops) for kernel in self.kernels(mode))
 
 
 def chain(*costs: Cost) -> Cost:
-    """The cost of one after the other."""
+    """The cost of several steps in sequence."""
     return Cost(
         tuple(kernel for cost in costs for kernel in cost.forward),
         tuple(kernel for cost in reversed(costs) for kernel in cost.backward),
@@ -71,7 +71,7 @@ def _sizes(channels: int, height: int, width: int, window: Window) -> tuple[int,
 
 
 def soft_split(channels: int, height: int, width: int, window: Window, element: int = 2) -> Cost:
-    """Image read once, tokens written once; backward the other way round."""
+    """The image is read once and the tokens are written once; backward reads tokens and writes the image."""
     length, columns, pixels = _sizes(channels, height, width, window)
     kernel = Kernel((pixels + length * columns) * element, 0)
     return Cost((kernel,), (kernel,))
@@ -85,7 +85,7 @@ def soft_composition(channels: int, height: int, width: int, window: Window, ele
 
 
 def fused_fold_unfold(channels: int, height: int, width: int, window: Window, element: int = 2) -> Cost:
-    """Tokens read once and written once, the image in between never; backward is the same pass."""
+    """Tokens are read once and written once, the intermediate image is not; backward is the same pass."""
     length, columns, pixels = _sizes(channels, height, width, window)
     kernel = Kernel(2 * length * columns * element, length * columns + pixels)
     return Cost((kernel,), (kernel,))
@@ -102,14 +102,14 @@ def soft_split_linear(
     norm: bool = True,
     image_gradient: bool = True,
 ) -> Cost:
-    """One implicit GEMM; backward a weight gradient and, where asked for, an image gradient."""
+    """One implicit GEMM; backward: a weight gradient and, with ``image_gradient``, an image gradient."""
     length, columns, pixels = _sizes(channels, height, width, window)
     product = 2 * length * columns * out
     traffic = (pixels + out * length) * element
     statistics = 8 * length if norm else 0
     backward = [Kernel(traffic + statistics, product)]
     if image_gradient:
-        # LayerNorm's share of the gradient needs the image and two scalars a token once more
+        # LayerNorm's part of the gradient reads the image and two scalars a token again
         correction = pixels * element + 16 * length if norm else 0
         backward.append(Kernel(traffic + correction, product))
     return Cost((Kernel(traffic + statistics, product),), tuple(backward), pixels * element + statistics)
@@ -120,7 +120,7 @@ def _state(width: int, features: int) -> int:
 
 
 def performer_attention(length: int, width: int = WIDTH, features: int = FEATURES, element: int = 2) -> Cost:
-    """A pass over the keys and a pass over the queries, each way."""
+    """A pass over the keys and a pass over the queries, forward and backward."""
     row, state, product = width * length * element, _state(width, features), length * width * features
     return Cost(
         (Kernel(2 * row + state, 4 * product), Kernel(2 * row + state, 4 * product)),
@@ -130,7 +130,7 @@ def performer_attention(length: int, width: int = WIDTH, features: int = FEATURE
 
 
 def token_mlp(length: int, width: int = WIDTH, hidden: int = WIDTH, element: int = 2) -> Cost:
-    """Reads y and v, writes the tokens; backward recomputes all but the last product."""
+    """Reads y and v, writes the tokens; backward recomputes everything except the last product."""
     row, square, wide = width * length * element, width * width, width * hidden
     return Cost(
         (Kernel(3 * row, 2 * length * (square + 2 * wide)),),
@@ -151,10 +151,10 @@ def performer_layer(
     features: int = FEATURES,
     hidden: int = WIDTH,
 ) -> Cost:
-    """Soft split, LayerNorm, kqv and the pass over the keys in one kernel; then the queries with the tail in it.
+    """Soft split, LayerNorm, kqv and the pass over the keys in one kernel; then the queries and the tail in one.
 
-    k, q and v are written once and never read for the keys; without a backward pass k and the statistics are not
-    written. The attention's output never reaches memory. Backward: the queries with the tail, the keys, the soft split.
+    k, q and v are written once and not read for the keys; without a backward pass, k and the statistics are not
+    written. The attention's output is never written. Backward: the queries with the tail, the keys, the soft split.
     """
     length, _, pixels = _sizes(channels, height, width, window)
     split = soft_split_linear(channels, height, width, window, 3 * embed, element, image_gradient=image_gradient)

@@ -1,7 +1,7 @@
-"""FLOPs of the operators that PyTorch cannot see into, for ``torch.utils.flop_counter.FlopCounterMode``.
+"""FLOPs of the opaque operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-The numbers are those of the cost table (``ops/costs.py``): the fused form's, what backward computes again included. The
-counter's module imports Triton, so nothing is registered before somebody else has imported it.
+The numbers are those of the cost table (``costs.py``): the fused implementation, including what backward recomputes.
+The counter's module imports Triton, so the formulas are registered only once that module has been imported elsewhere.
 """
 
 import sys
@@ -159,7 +159,7 @@ def _native_layer_backward(
     need_image, need_weight, _ = rest[-3:]
     batch, cost = _layer(x, window, w, fc1[0], image_gradient=need_image)
     queries, keys, product, *image = cost.backward
-    again = cost.forward[0].flops  # kqv and the key state are computed again
+    again = cost.forward[0].flops  # kqv and the key state are recomputed
     return batch * (again + queries.flops + keys.flops + need_weight * product.flops + _flops(image))
 
 
@@ -237,11 +237,11 @@ FORMULAS = {
         "token_mlp_backward": _triton_tail_backward,
     },
 }
-"""Library -> operator -> the FLOPs of one call, from its arguments with shapes for tensors."""
+"""Library -> operator -> function of a call's arguments, with shapes for tensors, that returns its FLOPs."""
 
 
 def teach() -> None:
-    """Give the formulas to PyTorch's table, and to every counter that is counting now."""
+    """Register the formulas in PyTorch's table, and in every active counter."""
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return

@@ -1,8 +1,8 @@
-"""Launch parameters of Triton kernels: committed tables, their defaults, and how a call is cut into programs.
+"""Launch parameters of Triton kernels: committed tables, defaults, and the division of a call into programs.
 
-Nothing is tuned at a user's first call. An operator's folder has a ``launch.json`` (architecture -> pass -> shape class
--> parameters) and a ``launch.py`` with its :class:`Table` and its defaults. Some passes have parameters of their own
-for few tokens, under the architecture's name with ``-few`` behind it (``triton_runtime.section``).
+There is no tuning at the first call. An operator's folder has a ``launch.json`` (architecture -> pass -> shape class
+-> parameters) and a ``launch.py`` with its :class:`Table` and its defaults. Some passes have separate
+parameters for few tokens, under the architecture's name with the suffix ``-few`` (``triton_runtime.section``).
 """
 
 import inspect
@@ -19,11 +19,11 @@ import torch
 Parameters: TypeAlias = dict[str, int]
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-"""Their names in tables."""
+"""Names of dtypes in the tables."""
 
 
 def padded(size: int) -> int:
-    """The power of two, at least 16, that a kernel works with instead of ``size``."""
+    """``size`` rounded up to a power of two, at least 16, as kernels use it."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -35,7 +35,7 @@ class Cut(NamedTuple):
 
 
 def cut(length: int, sequences: int, tokens: int, programs: int) -> Cut:
-    """Divide ``length`` tokens so that about ``programs`` programs run in all; by sizes alone, so always the same."""
+    """Divide ``length`` tokens so that about ``programs`` programs run in total; depends only on sizes."""
     tiles = -(-length // tokens)
     splits = max(1, min(programs // max(sequences, 1), tiles))
     each = max(1, -(-tiles // splits))
@@ -46,11 +46,11 @@ class Table:
     """The launch parameters of an operator's passes.
 
     Args:
-        path: of its ``launch.json``.
-        passes: their names.
-        shape_class: function of (pass, dtype, *sizes): what the parameters depend on, as words.
-        default: function of (pass, dtype, *sizes): all parameters where the table has none.
-        candidates: function of (pass, present parameters): those worth a measurement.
+        path: path of ``launch.json``.
+        passes: names of the passes.
+        shape_class: function of (pass, dtype, *sizes): the key of a row.
+        default: function of (pass, dtype, *sizes): the parameters without a row.
+        candidates: function of (pass, present parameters): the parameters that the tuner measures.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Table:
             raise ValueError(f"{self.path.name} of {self.path.parents[1].name}: {what} must be {expected}, got {got!r}")
 
     def _sizes(self, name: str, shape: str) -> tuple[Any, ...]:
-        """Dtype and sizes that a shape class names."""
+        """Dtype and sizes of a shape class."""
         dtypes = {word: dtype for dtype, word in DTYPES.items()}
         word, *rest = shape.split("-")
         expected = self.shape_class(
@@ -108,7 +108,7 @@ class Table:
             self._check(type(value) is int, f"{key} of {where}", value, "an integer")
 
     def chosen(self, name: str, architecture: str, dtype: torch.dtype, *sizes: int) -> Parameters:
-        """The parameters of a pass: what an override or the table has, the rest by default."""
+        """The parameters of a pass: those of an override, else of the table, else the defaults."""
         key = (name, architecture, dtype, *sizes)
         if key not in self._selected:
             row = self.rows.get(architecture, {}).get(name, {}).get(self.shape_class(name, dtype, *sizes), {})
@@ -121,7 +121,7 @@ class Table:
 
     @contextmanager
     def override(self, name: str, parameters: Parameters) -> Iterator[None]:
-        """Every launch of pass ``name`` inside the block takes ``parameters``; for tuning and tests."""
+        """Every launch of pass ``name`` inside the block uses ``parameters``; for tuning and tests."""
         if name not in self.passes:
             raise ValueError(f"override: name must be one of {', '.join(self.passes)}, got {name!r}")
         before = self._overrides.get(name)

@@ -1,9 +1,9 @@
-"""How an operator of this package becomes a ``torch.library`` operator.
+"""Registration of the package's operators in ``torch.library``.
 
-Each operator ``t2t_fast::<name>`` takes the resolved backend as its last argument. It is a composite operator:
-``torch`` sees through it, so the plain-PyTorch backends get their fake tensors, their autograd (or the hand-written
-``autograd.Function`` inside) and Inductor's fusion for free, and ``torch.export`` can decompose it. A backend made of
-compiled kernels calls opaque operators of its own, with their own fake and autograd, from its ``call``.
+Each operator ``t2t_fast::<name>`` takes the resolved backend as its last argument. It is a composite operator,
+which ``torch`` decomposes: the plain-PyTorch backends need no fake implementation, autograd formula (other than a
+hand-written ``autograd.Function``) or Inductor lowering, and ``torch.export`` can decompose it. The ``call`` of a
+backend with compiled kernels calls separate opaque operators, which register a fake implementation and autograd.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +17,12 @@ from ... import backends
 from . import flops, transforms
 
 OPAQUE = ("triton", "native")
-"""Backends whose kernels PyTorch cannot see into."""
+"""Backends whose kernels are opaque to PyTorch."""
 
 _library = torch.library.Library("t2t_fast", "DEF")
 
 AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
-"""Kinds of device that have autocast; asked once, since torch 2.11 cannot trace the question."""
+"""Device types with autocast; queried once, since torch 2.11 cannot trace the query."""
 
 
 def define(
@@ -38,9 +38,9 @@ def define(
         name: the operator's name.
         signature: its arguments in ``torch.library`` schema language.
         implementations: backend name -> :class:`backends.Implementation`.
-        absent: backend name -> why there is no implementation.
-        autocast: what the operator does under autocast: ``autocast(call, dtype, *args)`` with autocast switched off,
-            where ``call(*args)`` runs the operator.
+        absent: backend name -> why there is no such implementation.
+        autocast: the operator's autocast rule, ``autocast(call, dtype, *args)``, which runs with autocast disabled;
+            ``call(*args)`` runs the operator.
 
     Returns:
         the operator as a function.
@@ -52,7 +52,7 @@ def define(
         *values, backend = args
         if backend in OPAQUE:
             if (transform := transforms.active()) is not None:
-                raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} takes no part in {transform}")
+                raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} does not support {transform}")
             if torch._C._len_torch_dispatch_stack():
                 flops.teach()
         return backends.implementation(name, backend).call(*values)
@@ -73,10 +73,10 @@ def define(
     def run(*args: Any) -> Any:
         if transforms.active() is None:
             return operator(*args)
-        # A transformation has no rule for the operator itself, and a trace would hold it as one opaque node.
+        # Transformations have no rule for the operator itself, and a trace would record it as one opaque node.
         device = args[0].device.type
         autocasts = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-        # an ONNX file is for inference, and has no node for a hand-written backward
+        # ONNX export is for inference, and ONNX has no node for a hand-written backward
         with torch.no_grad() if torch.onnx.is_in_onnx_export() else nullcontext():
             return under_autocast(device, composite, *args) if autocasts else composite(*args)
 
@@ -90,7 +90,7 @@ def opaque_obstacle(request: backends.Request, dtypes: Sequence[torch.dtype], ki
     if request.transform == transforms.TRACING:
         return f"a traced program would need the {kind} kernels where it runs"
     if request.transform is not None:
-        return f"the {kind} kernels take no part in {request.transform}"
+        return f"the {kind} kernels do not support {request.transform}"
     if transforms.is_exporting():
         return f"an exported program would need the {kind} kernels where it runs"
     return None
@@ -102,8 +102,8 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a hand-written backward: it runs as it is written also when it is called inside an autocast region, a
-    second derivative, which it does not have, is an error, and where no gradient comes in, none goes out."""
+    """Decorator for a hand-written backward: disables autocast, raises an error if a second derivative is requested,
+    and returns no gradients if there is no incoming gradient."""
     once = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
@@ -141,19 +141,19 @@ def _convolution_as_matmul() -> Iterator[None]:
 
 
 def matmul_precision(x: torch.Tensor) -> AbstractContextManager[None]:
-    """A context in which a convolution of float32 ``x`` is as exact as torch's setting for matrix products says.
+    """A context that applies torch's precision setting for matrix products to a convolution of float32 ``x``.
 
-    cuDNN convolutions use TF32 unless told otherwise, matrix products do not; here a convolution stands for a Linear.
-    In a graph made by ``torch.compile`` the convolution runs later, under the setting of cuDNN itself.
+    By default cuDNN convolutions use TF32 and matrix products do not; here the convolution implements a Linear. In a
+    graph compiled by ``torch.compile`` the convolution runs later, under cuDNN's own setting.
     """
     return _convolution_as_matmul() if x.is_cuda and x.dtype == torch.float32 else nullcontext()
 
 
 def product(x: torch.Tensor, matrix: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ matrix`` for (..., N, I) and (I, O), written over ``into`` (a dead buffer or a slice) where that fits.
+    """``x @ matrix`` for (..., N, I) and (I, O), written into ``into`` (a dead buffer or a slice) if its shape fits.
 
-    On a CPU the first touch of fresh memory costs more than such a product. A trace, which may be differentiated, takes
-    no such writes.
+    On a CPU, the first access to new memory costs more than such a product. Not under ``torch.jit.trace``, since a
+    traced program may be differentiated.
     """
     if (
         into is None

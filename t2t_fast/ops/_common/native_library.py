@@ -1,6 +1,6 @@
-"""The native operators ``torch.ops.t2t_fast_native``: why one cannot run, and the shapes that fake tensors see.
+"""The native operators ``torch.ops.t2t_fast_native``: their availability, and helpers for fake implementations.
 
-Everything is asked once, when the package is imported, so that ``torch.compile`` traces through plain constants.
+Availability is queried once, at import, so that ``torch.compile`` only sees constants.
 """
 
 import sys
@@ -23,14 +23,14 @@ def _defined(name: str) -> bool:
 
 
 def instruction_set() -> str | None:
-    """The instruction set of the layers' CPU kernels, or ``None`` where the loaded library has none."""
+    """The instruction set of the layers' CPU kernels, or ``None`` if the loaded library has none."""
     if not devices("performer_layer"):
         return None
     return torch.ops.t2t_fast_native.cpu_instruction_set()
 
 
 def devices(name: str) -> tuple[str, ...]:
-    """Kinds of device that the loaded library has a kernel of operator ``name`` for."""
+    """Device types for which the loaded library has a kernel of operator ``name``."""
     if not _defined(name):
         return ()
     operator = f"t2t_fast_native::{name}"
@@ -38,9 +38,9 @@ def devices(name: str) -> tuple[str, ...]:
 
 
 def reason(request: backends.Request, kinds: Sequence[str], dtypes: Sequence[torch.dtype] = FLOATING) -> str | None:
-    """Why a native operator with kernels for ``kinds`` of device and ``dtypes`` cannot run ``request``, or ``None``.
+    """Why a native operator with kernels for device types ``kinds`` and ``dtypes`` cannot run ``request``, or ``None``.
 
-    That it is not built is the last reason: with it, it would run.
+    A missing library is reported last, so that the reason implies that the call would run with it.
     """
     obstacle = opaque_obstacle(request, dtypes, "native")
     if obstacle is not None:
@@ -53,7 +53,7 @@ def reason(request: backends.Request, kinds: Sequence[str], dtypes: Sequence[tor
 
 
 CUDA_KERNELS = ("soft_split", "soft_composition", "fused_fold_unfold")
-"""Operators that the library has for CUDA as well, if it is built for it."""
+"""Operators with CUDA kernels in a library that is built with CUDA."""
 
 _COST = {
     # python -m benchmarks --suite module: aten against native, 2.8 (inference) and 3.6 (training) on two cores
@@ -64,9 +64,9 @@ _warned = False
 
 
 def noticed(op: str, request: backends.Request, name: str, chosen: str) -> str:
-    """``chosen``, the backend of a call of ``op`` that asked for ``name``.
+    """Return ``chosen``, the backend of a call of ``op`` that requested ``name``.
 
-    Warns, once in a process, if ``auto`` took ``aten`` for no other reason than that native code was not built.
+    Warns once per process if ``auto`` selected ``aten`` only because the native code was not built.
     """
     if chosen == "aten" and name == "auto" and backends.automatic(op):
         why = backends.reason(op, "native", request)
@@ -78,7 +78,7 @@ def noticed(op: str, request: backends.Request, name: str, chosen: str) -> str:
 def _warn(op: str, device: str) -> None:
     global _warned
     there = {
-        "cpu": torch.backends.cpu.get_cpu_capability().startswith("AVX"),  # else auto would pass the native layers over
+        "cpu": torch.backends.cpu.get_cpu_capability().startswith("AVX"),  # else auto passes over native layers
         "cuda": op in CUDA_KERNELS,
     }
     why = _extension.lacking(device)
@@ -98,7 +98,7 @@ _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fake(name: str) -> Callable[..., Any]:
-    """Decorator: what the native operator ``name`` returns for fake tensors; nothing where it is not loaded."""
+    """Decorator: registers the fake implementation of native operator ``name``, if the operator is loaded."""
     return torch.library.register_fake(f"t2t_fast_native::{name}") if _defined(name) else lambda function: function
 
 
@@ -108,33 +108,35 @@ if instruction_set() == "baseline":
 
 
 def passed_over(request: backends.Request) -> str | None:
-    """Why ``auto`` leaves a layer on the CPU to another backend although the library has it, or ``None``."""
+    """Why ``auto`` passes over the library's kernel of a layer on the CPU, or ``None``."""
     return _SLOW if request.device == "cpu" else None
 
 
 SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes of the operators that compute in float32 whatever comes in."""
+"""Dtypes of the operators that always compute in float32."""
 
 
 def single(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in float32, as those operators take them; ``None`` stays."""
+    """The tensors in float32, for operators with dtypes :data:`SINGLE`; ``None`` stays ``None``."""
     return [t if t is None else t.to(torch.float32) for t in tensors]
 
 
 def gradient(value: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What a native backward gave for ``tensor``, in its dtype; ``None`` without a tensor, or if it gave nothing."""
+    """A native backward's result ``value`` for ``tensor``, in its dtype; ``None`` without a tensor or result."""
     return None if tensor is None or value.numel() < tensor.numel() else value.to(tensor.dtype)
 
 
 def image_gradient(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-    """The gradient of the float32 image ``x``, from the memory order in which the native backward gives it."""
+    """The gradient of the float32 image ``x``, from the memory order of the native backward's result."""
     if value.dim() == 1:
         return None
     return value.permute(0, 3, 1, 2) if x.stride(1) == 1 else value
 
 
 def fake_image_gradient(x: torch.Tensor, needed: bool) -> torch.Tensor:
-    """What a native backward gives for an image: (B, H, W, C) where its channels are adjacent, empty if not needed."""
+    """The fake result of a native backward for an image: (B, H, W, C) if its channels are adjacent, empty if not
+    needed.
+    """
     batch, channels, height, width = x.shape
     if not needed:
         return x.new_empty(0)

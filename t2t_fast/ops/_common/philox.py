@@ -1,12 +1,12 @@
-"""Counter-based dropout masks: the same (seed, element) gives the same bits everywhere, so none is stored.
+"""Counter-based dropout masks: (seed, element) determines the bits, so masks are recomputed and not stored.
 
 Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One call serves eight
 elements of a contiguous tensor: counter (element // 8 as two words, 0, 0), key = the two halves of the seed, eight
-16-bit lanes, low half of each word first. Masks depend on nothing else: not on tiling, backend, device or launch.
+16-bit lanes, low half of each word first. Masks do not depend on tiling, backend, device or launch.
 
 A layer's two dropouts share the lane u of an element. The first drops [0, a) with ``a = 65536 p1``, the second
-[a - o, a - o + b) with ``b = 65536 p2``: the two intervals overlap by ``o = a b / 65536``, which is what independence
-asks for, so the masks are independent (to the rounding of o, a correlation below 1e-4) at the price of one.
+[a - o, a - o + b) with ``b = 65536 p2``: the two intervals overlap by ``o = a b / 65536``, as for
+independent masks: they are independent up to the rounding of o (a correlation below 1e-4), at the cost of one mask.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 
 ROUNDS = 7
 CPU_CALLS = 2**16
-"""Calls at a time in eager mode on a CPU."""
+"""Calls per batch in eager mode on a CPU."""
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -26,8 +26,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def _multiply(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
     """High and low word of the 64-bit product of a 32-bit word held in int64 and a constant above 2**31.
 
-    The product of two such words overflows int64. With the constant less 2**32 it does not, and the missing
-    ``x * 2**32`` belongs to the high word alone.
+    The product of two such words overflows int64. With 2**32 subtracted from the constant it does not, and
+    the missing ``x * 2**32`` only affects the high word.
     """
     product = x * (constant - 2**32)
     return (product >> 32).add_(x), product.bitwise_and_(_WORD)
@@ -51,10 +51,10 @@ def philox(
 
 def _lanes(first: int, last: int, seed: torch.Tensor) -> list[torch.Tensor]:
     """The lanes of calls ``first`` to ``last``: eight (calls,) int64 tensors."""
-    zero = seed & 0  # made of the seed, which torch.vmap gives every sample for itself
+    zero = seed & 0  # derived from the seed, of which each sample has one under torch.vmap
     calls = torch.arange(first, last, dtype=torch.int64, device=seed.device) + zero
-    # A counter word that is the same for all calls stays a scalar, which makes two of the rounds half as long. The
-    # mask must stay even where it changes nothing: Inductor computes what is linear in an arange in 32 bits.
+    # A counter word that is the same for all calls stays a scalar, which halves the work of two rounds. The mask is
+    # needed even where it has no effect: Inductor computes expressions linear in an arange in 32 bits.
     counter = (calls & _WORD, zero if last <= _WORD else calls >> 32)
     words = philox((*counter, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
     return [half for word in words for half in (word & 0xFFFF, word >> 16)]
@@ -68,11 +68,11 @@ def _outside(lane: torch.Tensor, low: int, high: int) -> torch.Tensor:
 def keep_masks(
     seed: torch.Tensor, shape: Sequence[int], p1: float, p2: float
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which elements two dropouts keep.
+    """The masks of the elements that two dropouts keep.
 
     Args:
         seed: int64 scalar tensor; its device is the result's.
-        shape: of the masks.
+        shape: the masks' shape.
         p1, p2: the dropouts' probabilities in [0, 1), resolved to 1/65536.
 
     Returns:
@@ -85,7 +85,7 @@ def keep_masks(
         return None, None
     count = math.prod(shape)
     calls = (count + 7) // 8
-    # Eagerly on a CPU the words of a whole tensor would leave the cache between any two of the hundred operations.
+    # In eager mode on a CPU, the words of a whole tensor would not stay in the cache between the hundred operations.
     step = calls if torch.compiler.is_compiling() or seed.device.type != "cpu" else CPU_CALLS
     pieces: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for first in range(0, calls, step) if calls else [0]:
@@ -101,10 +101,10 @@ def keep_masks(
 
 
 def dropout_(x: torch.Tensor, p: float, keep: torch.Tensor | None) -> torch.Tensor:
-    """Dropout in place: ``x`` times 0 or ``1 / (1 - p)``; nothing is done where ``keep`` is ``None``. Returns ``x``."""
+    """Dropout in place: multiplies ``x`` by 0 or ``1 / (1 - p)``; a no-op if ``keep`` is ``None``. Returns ``x``."""
     return x if keep is None else x.mul_(keep).mul_(1.0 / (1.0 - p))
 
 
 def fresh_seed(device: torch.device) -> torch.Tensor:
-    """A seed from torch's own generator, so that ``torch.manual_seed`` and checkpointing govern it."""
+    """A seed from torch's generator, so that ``torch.manual_seed`` and checkpointing govern it."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)

@@ -1,7 +1,7 @@
-"""Images of bytes: what each byte stands for, and the values for implementations that do not read bytes themselves.
+"""Images of bytes: their normalisation, and conversion to values for implementations that do not read bytes.
 
-``pixels``, as operators take it, holds the scales of all channels and then their shifts: a byte u of a channel is
-``scale u + shift``. Empty for images that hold values already.
+The operators' argument ``pixels`` holds the scales of all channels, then their shifts: the value of a byte u is
+``scale u + shift``. It is empty for floating images.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ PixelNorm: TypeAlias = Sequence[Sequence[float]]
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> list[float]:
-    """``pixels`` for bytes that are 255 times a value which is then normalised: ``(u / 255 - mean) / std``."""
+    """``pixels`` for the values ``(u / 255 - mean) / std`` of bytes u."""
     return [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std, strict=True)]
 
 
 def values(x: torch.Tensor, pixels: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """(B, C, H, W) bytes as values in ``dtype``; anything else as it is."""
+    """(B, C, H, W) bytes as values in ``dtype``; other images unchanged."""
     if not pixels:
         return x
     channels = x.shape[1]

@@ -1,4 +1,4 @@
-"""Sizes of a sliding window, computed in one place: operators, fakes, checks, tests and benchmarks ask here."""
+"""Sizes of a sliding window, for operators, fakes, checks, tests and benchmarks."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -43,7 +43,7 @@ class Window(NamedTuple):
 
 
 def square(kernel: int, stride: int, padding: int) -> Window:
-    """The window of equal sides."""
+    """A square window."""
     return Window((kernel, kernel), (stride, stride), (padding, padding))
 
 
@@ -52,7 +52,7 @@ T2T_WINDOWS = (square(7, 4, 2), square(3, 2, 1), square(3, 2, 1))
 
 
 def grid_after(windows: Iterable[Window], height: int, width: int) -> tuple[int, int]:
-    """Token grid (h, w) of an image after several soft splits, each on the tokens of the one before."""
+    """Token grid (h, w) of an image after several soft splits in sequence."""
     for window in windows:
         height, width = window.grid(height, width)
     return height, width

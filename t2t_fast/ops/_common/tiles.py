@@ -1,7 +1,7 @@
-"""What the Triton kernels of several operators share: tiles of tokens, small matrices, products.
+"""Triton functions shared by several operators: tiles of tokens, small matrices, products.
 
-A tile is TOKENS rows of WIDTH columns; WIDTH is a row's length rounded up to what a matrix instruction takes. What is
-beyond a tensor's edges is read as zero and never written.
+A tile has TOKENS rows of WIDTH columns; WIDTH is a row's length rounded up to a size that matrix instructions support.
+Elements outside a tensor are read as zero and never written.
 """
 
 import triton
@@ -10,25 +10,25 @@ import triton.language as tl
 from ...config import triton_interpreted
 
 INTERPRETED = tl.constexpr(triton_interpreted())
-"""The interpreter takes the bits of bfloat16 operands for numbers, and cuts bfloat16 off where a GPU rounds."""
+"""The interpreter multiplies the raw bits of bfloat16 operands, and truncates to bfloat16 where a GPU rounds."""
 
 
 @triton.jit
 def _large(x):
-    """The bits of float32 that TF32 has."""
+    """float32 truncated to TF32."""
     bits = x.to(tl.int32, bitcast=True) & -0x2000
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
-    """``acc + a b``; with PRECISION "tf32x3" float32 by three TF32 products, one after the other.
+    """``acc + a b``; with PRECISION "tf32x3", float32 products are three TF32 products in sequence.
 
-    Triton's own three fetch both parts of both operands at once. Here a barrier keeps the parts apart, and with them
-    registers; with APART one parts every product from the next. What is infinite becomes NaN.
+    Triton's own "tf32x3" loads both parts of both operands at once. Here a barrier separates the parts, which saves
+    registers; APART adds one between all products. Infinite values become NaN.
 
-    Matrix units cut off what they add, always towards zero, so that a long sum in them drifts. The three start at zero
-    therefore, and registers, which round, add them to ``acc``.
+    Matrix units truncate their sums towards zero, so that a long accumulation drifts. Therefore the three products
+    start at zero, and their sum is added to ``acc`` in registers, with rounding.
     """
     if PRECISION == "tf32x3" and a.dtype == tl.float32:
         large_a, large_b = _large(a), _large(b)
@@ -54,7 +54,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
 
 @triton.jit
 def widened(x):
-    """``x`` in float32; of a half type two values at a time from the register that holds both, so that it stays one."""
+    """``x`` in float32; a half type is converted two values at a time from the register that holds both."""
     if INTERPRETED or not (x.dtype == tl.bfloat16 or x.dtype == tl.float16):
         x = x.to(tl.float32)
     elif x.dtype == tl.bfloat16:
@@ -75,7 +75,7 @@ def widened(x):
 
 @triton.jit
 def inverse(x):
-    """``1 / x`` in float32, in one instruction, for x of ordinary size: a division checks its range first."""
+    """``1 / x`` in float32, in one instruction without the range checks of a division; for x of moderate size."""
     if INTERPRETED:
         x = 1.0 / x
     else:
@@ -95,7 +95,9 @@ def narrowed(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """``x`` as a matrix product will see it: in ``DTYPE``, for TF32 rounded to its 10 bits (the hardware cuts them)."""
+    """``x`` as the operand of a matrix product: in ``DTYPE``; for TF32 rounded to 10 bits, where the hardware
+    truncates.
+    """
     if tl.float32 == DTYPE and PRECISION == "tf32":
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         x = bits.to(tl.float32, bitcast=True)
@@ -104,13 +106,13 @@ def rounded(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def inside(there, columns, width, EVEN: tl.constexpr):
-    """Mask of a tile; where its rows are full (EVEN), of its tokens alone, so that they are read in whole vectors."""
+    """Mask of a tile; with full rows (EVEN) it depends on tokens only, so that loads are vectorised."""
     return there[:, None] if EVEN else there[:, None] & (columns < width)[None, :]
 
 
 @triton.jit
 def load(x, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
-    """A tile from token ``start`` on, zero where there is none; offsets in it fit 32 bits (triton_runtime.readable)."""
+    """Load a tile from token ``start``, zero outside; its offsets fit into 32 bits (triton_runtime.readable)."""
     x += start.to(tl.int64) * token_stride
     offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
     return tl.load(x + offsets, mask=inside(there, columns, width, EVEN), other=0.0)
@@ -118,7 +120,7 @@ def load(x, start, rows, there, columns, width, token_stride, column_stride, EVE
 
 @triton.jit
 def store(x, value, start, rows, there, columns, width, token_stride, column_stride, EVEN: tl.constexpr):
-    """The tile that :func:`load` would read."""
+    """Store a tile, with the arguments of :func:`load`."""
     x += start.to(tl.int64) * token_stride
     offsets = rows[:, None] * token_stride + columns[None, :] * column_stride
     tl.store(x + offsets, narrowed(value, x.dtype.element_ty), mask=inside(there, columns, width, EVEN))
@@ -126,7 +128,7 @@ def store(x, value, start, rows, there, columns, width, token_stride, column_str
 
 @triton.jit
 def matrix(pointer, height, width, row_stride, column_stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """A small matrix in float32, zero beyond its edges."""
+    """Load a small matrix in float32, zero outside."""
     rows, columns = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
     there = (rows < height)[:, None] & (columns < width)[None, :]
     offsets = rows[:, None] * row_stride + columns[None, :] * column_stride

@@ -1,9 +1,9 @@
-"""Which of PyTorch's program transformations follow the operations of a call.
+"""Detection of PyTorch's program transformations during a call.
 
-A kernel that PyTorch cannot see into has no tangents, no batching rule and no node that another program could run. A
-hand-written ``autograd.Function`` has a backward, but no tangents and no batching rule either. Under a transformation
-that needs them, such an implementation states the name of the transformation as its reason, and ``auto`` goes on to one
-made of plain operations, the "reference" backend at last.
+An opaque kernel has no tangents, no batching rule and no node that another program could run. A hand-written
+``autograd.Function`` has a backward, but neither tangents nor a batching rule. Under a transformation that needs them,
+such an implementation reports the transformation as the reason why it cannot run, and ``auto`` selects one that
+consists of plain operations, in the last resort the "reference" backend.
 """
 
 import warnings
@@ -20,7 +20,7 @@ TRACING = "torch.jit.trace"
 
 
 def active() -> str | None:
-    """The transformation that follows operations now, one of this module's constants, or ``None``."""
+    """The active transformation, one of this module's constants, or ``None``."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return FUNCTIONAL
     if forward_ad._current_level >= 0:
@@ -31,7 +31,7 @@ def active() -> str | None:
 
 
 def constant(size: Any) -> Any:
-    """A size that must not be free, as an int where ``torch.jit.trace`` made a tensor of it."""
+    """A size that must be constant, as an int also under ``torch.jit.trace``, where sizes are tensors."""
     if not isinstance(size, torch.Tensor):
         return size
     with warnings.catch_warnings():
@@ -40,8 +40,8 @@ def constant(size: Any) -> Any:
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` records a program now."""
-    # not torch.compiler.is_exporting(): inside torch.compile, dynamo of torch 2.11 takes that for True
+    """Whether ``torch.export`` is recording a program."""
+    # not torch.compiler.is_exporting(): inside torch.compile, dynamo of torch 2.11 evaluates it to True
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
@@ -50,9 +50,9 @@ active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plain(request: Request) -> str | None:
-    """The ``supports`` of an implementation in PyTorch's operations with a hand-written backward."""
+    """The ``supports`` of an implementation in PyTorch operations with a hand-written backward."""
     if request.transform in (FUNCTIONAL, FORWARD_MODE):
-        return f"its hand-written backward takes no part in {request.transform}"
+        return f"its hand-written backward does not support {request.transform}"
     if request.transform == TRACING and request.sizes.get("training", True) and not torch.onnx.is_in_onnx_export():
         return f"its hand-written backward cannot be recorded by {TRACING}"
     return None

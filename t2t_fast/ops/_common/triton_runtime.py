@@ -1,7 +1,8 @@
-"""What every operator with Triton kernels shares: when they can run, registration, and the first run's self-test.
+"""Runtime shared by the operators with Triton kernels: support checks, registration, and the self-test at the first
+call.
 
-Triton itself is imported where a kernel is first launched, so that importing this package stays light. Under
-``TRITON_INTERPRET=1`` the kernels run on the CPU, in Triton's interpreter; that is for tests.
+Triton is imported when a kernel is first launched, so that importing this package stays fast. With
+``TRITON_INTERPRET=1`` the kernels run on the CPU in Triton's interpreter; this is for tests.
 """
 
 import threading
@@ -20,7 +21,7 @@ from ...backends import Request
 from .library import AUTOCAST_DEVICES, accumulation_dtype, opaque_obstacle
 
 INTERPRETED = config.triton_interpreted()
-"""Whether kernels run on the CPU; Triton decides it when they are defined, so it is asked once."""
+"""Whether kernels run on the CPU; Triton decides this when they are defined, so it is constant."""
 
 _MISSING = None if find_spec("triton") is not None else "Triton is not installed (pip install triton)"
 _DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
@@ -29,29 +30,29 @@ _trials: dict[tuple, str | None] = {}
 _trying = threading.RLock()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Of the kernels' operands."""
+"""Supported dtypes of the kernels' operands."""
 
 FUSION = {"enable_fp_fusion": True}
-"""Multiply and add round once, in every version of Triton."""
+"""Fused multiply-add, independent of the default of the Triton version."""
 
 FEW = 128
-"""Tokens a multiprocessor, up to which a call has few: larger tiles would leave some without work."""
+"""Largest number of tokens per multiprocessor of a call with few tokens: larger tiles would leave some idle."""
 
 LARGEST_TILE = 256
 OFFSET_LIMIT = 2**31
-"""Offsets inside a tile of at most that many tokens are 32 bits wide."""
+"""Offsets inside a tile of at most LARGEST_TILE tokens must be below this limit, to fit into 32 bits."""
 
 TRIAL_TOKENS = 40 if INTERPRETED else 150
-"""Of a sequence in a trial, more than a tile by default; the interpreter takes its time over each."""
+"""Tokens of a sequence in a self-test, more than a default tile; fewer for the slow interpreter."""
 
 ALLOWED = {torch.float32: 2e-5, "tf32": 2e-2, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative errors in a trial; several times what the tests find, and far below what a wrong kernel gives."""
+"""Allowed relative errors in a self-test: several times the errors in the tests, far below those of a wrong kernel."""
 
 
 def operand_dtype(request: Request, name: str) -> torch.dtype:
-    """The dtype of one of a call's operands: ``request.sizes[name]`` where the caller says it.
+    """The dtype of one of a call's operands: ``request.sizes[name]`` if the caller gives it.
 
-    Else what AMP makes of it, which leaves images, parameters and ``w`` in float32, and without AMP the call's.
+    The default is float32 under AMP, which leaves images, parameters and ``w`` in float32, else the call's dtype.
     """
     kind = request.device
     mixed = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
@@ -69,7 +70,7 @@ def reason(request: Request) -> str | None:
 
 
 def passed_over(request: Request) -> str | None:
-    """Why ``auto`` leaves what the interpreter can run to another backend, or ``None``."""
+    """Why ``auto`` passes over the kernels although they can run, or ``None``."""
     return "Triton's interpreter is for tests" if request.device == "cpu" else None
 
 
@@ -90,19 +91,19 @@ def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def fake(name: str) -> Callable[..., Any]:
-    """Decorator: what the operator ``name`` returns for fake tensors."""
+    """Decorator: registers the fake implementation of the operator ``name``."""
     return torch.library.register_fake(f"t2t_fast_triton::{name}", lib=_library)
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side for each that a multiprocessor holds; a few where kernels are interpreted."""
+    """The number of multiprocessors; a small number in the interpreter."""
     return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """``"sm_90"``; ``"cpu"`` where kernels are interpreted."""
+    """The architecture, such as ``"sm_90"``; ``"cpu"`` in the interpreter."""
     if INTERPRETED:
         return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
@@ -114,7 +115,7 @@ _thread = threading.local()
 
 @contextmanager
 def crowded() -> Iterator[None]:
-    """Inside, calls of this thread take the launch parameters that they have with many tokens."""
+    """Inside the block, calls of this thread use the launch parameters for many tokens."""
     before, _thread.crowded = getattr(_thread, "crowded", False), True
     try:
         yield
@@ -123,9 +124,9 @@ def crowded() -> Iterator[None]:
 
 
 def section(device: torch.device, tokens: int) -> str:
-    """The part of a launch table that a call with so many tokens reads: its architecture's, such as ``"sm_90"``.
+    """The section of a launch table for a call with ``tokens`` tokens: the architecture, such as ``"sm_90"``.
 
-    Or that one's for few tokens (:data:`FEW`), ``"sm_90-few"``.
+    With few tokens (:data:`FEW`), ``"sm_90-few"``.
     """
     name = architecture(device)
     few = not (getattr(_thread, "crowded", False) or INTERPRETED) and tokens <= FEW * multiprocessors(device)
@@ -133,17 +134,17 @@ def section(device: torch.device, tokens: int) -> str:
 
 
 def allows_tf32() -> bool:
-    """Whether torch's setting for matrix products of float32 lets them run in TF32."""
+    """Whether torch's setting allows TF32 for float32 matrix products."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def fixed(size: int) -> int:
-    """A size as a constant: ``torch.compile`` compiles anew for another one (a range cannot be symbolic)."""
+    """A size as a constant: ``torch.compile`` recompiles for another one (a range cannot be symbolic)."""
     return len(range(size))
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
-    """A (..., L, E) tensor, or a copy of it where an offset inside a tile would not fit into 32 bits."""
+    """A (..., L, E) tensor, or a copy if an offset inside a tile would not fit into 32 bits."""
     token, column = x.stride()[-2:]
     return x if LARGEST_TILE * token + x.shape[-1] * column < OFFSET_LIMIT else x.contiguous()
 
@@ -151,26 +152,26 @@ def readable(x: torch.Tensor) -> torch.Tensor:
 def trial(
     name: str, run: Callable[..., Any], expected: Callable[..., Any], index: int | None, dtype: torch.dtype, *call: Any
 ) -> str | None:
-    """Why a kernel cannot be used on a device, or ``None``; tried once for each kind of call, then remembered.
+    """The self-test: why a kernel cannot be used on a device, or ``None``. Runs once for each kind of call.
 
     Args:
-        name: the operator's, for the warning.
-        run, expected: functions of (device, dtype, *call) that return tensors: by the kernels that the call runs, and
-            by a form that needs none. They must agree within :data:`ALLOWED` of their norm, or of the norm of another
-            tensor that ``expected`` gives with one, as a pair: of what cancels in it.
-        index: of the CUDA device, ``None`` for the current one (or the CPU, where kernels are interpreted).
-        dtype, call: what makes kernels differ from each other.
+        name: the operator's name, for the warning.
+        run, expected: functions of (device, dtype, *call) that return tensors, with the kernels and without. They must
+            agree within :data:`ALLOWED`, relative to their norm. ``expected`` may return a pair instead of a tensor:
+            the tensor and another one whose norm counts as well, because terms of that size cancel in the tensor.
+        index: index of the CUDA device, ``None`` for the current one (or for the CPU, in the interpreter).
+        dtype, call: the properties that select a kernel.
 
-    A failure is warned of once, in a distributed run with the rank: the verdict is a rank's own, and a collective here
-    would wait for ever where not all ranks come this way. Running out of memory is no verdict: that error is raised,
-    and nothing is remembered; nor is anything while a CUDA graph is captured, when nothing can be tried.
+    A failure is warned about once, with the rank in a distributed run. The verdict is per rank, because a collective
+    would deadlock if not all ranks reach it. An out-of-memory error is raised and not cached as a verdict. While a CUDA
+    graph is captured, no test can run and nothing is cached.
     """
     if not INTERPRETED and index is None:
         if not torch.cuda.is_available():
             return "PyTorch finds no CUDA device"
         index = torch.cuda.current_device()
     key = (name, index, dtype, dtype == torch.float32 and allows_tf32(), *call)
-    with _trying:  # threads of DataParallel ask at the same time
+    with _trying:  # threads of DataParallel call this concurrently
         if key in _trials:
             return _trials[key]
         if not INTERPRETED and torch.cuda.is_current_stream_capturing():
@@ -184,7 +185,7 @@ def trial(
 
 
 def _of_rank() -> str:
-    """Words on a distributed run for a warning; empty outside one."""
+    """The part of a warning about the rank; empty outside a distributed run."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return ""
@@ -196,7 +197,7 @@ def _of_rank() -> str:
 
 @contextmanager
 def _alone(device: torch.device) -> Iterator[None]:
-    """A state for the trial that does not depend on where it is asked for: real tensors, no autocast, that device."""
+    """A context for the self-test that is independent of the caller's: real tensors, no autocast, the given device."""
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.no_grad())
@@ -207,7 +208,7 @@ def _alone(device: torch.device) -> Iterator[None]:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Triton has no type of its own for it; a kernel that asks for too much of a multiprocessor says otherwise."""
+    """Triton has no exception type for it; exceeding a multiprocessor's resources has another message."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
@@ -223,15 +224,15 @@ def _try(
     allowed = ALLOWED["tf32" if dtype == torch.float32 and allows_tf32() else dtype]
     with _alone(device):
         try:
-            found = [t.to(accumulation_dtype(dtype)) for t in run(device, dtype, *call)]
+            results = [t.to(accumulation_dtype(dtype)) for t in run(device, dtype, *call)]
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # a launch returns before its kernel fails
-        except Exception as error:  # a compiler and a driver raise what they like; it becomes the reason
+                torch.cuda.synchronize(device)  # launches are asynchronous
+        except Exception as error:  # compilers and drivers raise various types; the error becomes the reason
             if _out_of_memory(error):
                 raise
             text = str(error).strip().splitlines() or [""]
             return f"its first run failed with {type(error).__name__}: {text[-1][:300]}"
-        for value, exact in zip(found, expected(device, dtype, *call), strict=True):
+        for value, exact in zip(results, expected(device, dtype, *call), strict=True):
             exact, *others = exact if isinstance(exact, tuple) else (exact,)
             difference = (value - exact).norm().item()
             size = max(t.norm().item() for t in (exact, *others))

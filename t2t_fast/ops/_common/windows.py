@@ -1,7 +1,7 @@
 """Window arithmetic in plain PyTorch that several operators share: split, compose, and sums over windows.
 
-A window of kh x kw pixels is walked as kh + kw (separable sums) or kh * kw (composition) strided slices; nothing of
-the unfolded width is built. All loops run over Python integers, so export and Inductor see plain slices.
+A window of kh x kw pixels is processed as kh + kw (separable sums) or kh * kw (composition) strided slices; no tensor
+of the unfolded width is built. All loops run over Python integers, so export and Inductor see plain slices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,24 +13,24 @@ from .spec import Window
 
 
 def in_layout(image: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """(B, C, H, W) of any strides, with exactly those that ``torch.empty`` gives it in one of the two memory formats.
+    """(B, C, H, W) of any strides, with the strides of ``torch.empty`` in one of the two memory formats.
 
-    Gradients of an image are handed back in its own format. Behind another one, or with other strides in a dimension of
-    size 1, which a permuted view may have, some backward formulas of torch read the wrong elements.
+    Gradients of an image are returned in its format. With another format, or other strides in a dimension of size 1
+    (possible for a permuted view), some backward formulas of torch read the wrong elements.
     """
     if channels_last:
         image = image.permute(0, 2, 3, 1)
-    # in one row it has no strides of its own, and torch.vmap takes no memory_format
+    # flattening removes the strides; torch.vmap does not support memory_format
     image = image.contiguous().flatten().view(image.shape)
     return image.permute(0, 3, 1, 2) if channels_last else image
 
 
 def gradient_in_layout(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as a view whose gradient comes in x's own format (:func:`in_layout`), for what torch differentiates."""
+    """A view of ``x`` whose gradient has x's format (:func:`in_layout`), for operations that torch differentiates."""
     if not x.requires_grad or x.is_contiguous():
         return x
     channels_last = x.stride(1) == 1
-    x = torch.ops.aten.alias(x)  # a hook on the caller's own tensor would stay there; view_as has strides of its own
+    x = torch.ops.aten.alias(x)  # a hook on the caller's tensor would persist; view_as changes strides
     x.register_hook(lambda gradient: None if gradient is None else in_layout(gradient, channels_last))
     return x
 
@@ -39,14 +39,14 @@ def taps_along(x: torch.Tensor, dim: int, kernel: int, stride: int) -> Iterator[
     """The ``kernel`` strided slices of ``x`` along ``dim``, one value per window each; ``x`` is padded already."""
     index = [slice(None)] * x.ndim
     for tap in range(kernel):
-        # not tap + stride * (steps - 1) + 1, which export cannot prove to lie within a free size
+        # not tap + stride * (steps - 1) + 1, which export cannot prove to be within a dynamic size
         index[dim] = slice(tap, x.shape[dim] - (kernel - 1 - tap), stride)
         yield x[tuple(index)]
 
 
 def as_image(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Tokens (B, h*w, C) as the image (B, C, h, w) in channels-last memory that they are: a view."""
-    # not unflatten(), which an ONNX file would give the batch size of the trace
+    """Tokens (B, h*w, C) as an image (B, C, h, w) in channels-last memory, which is a view."""
+    # not unflatten(), which would fix the batch size in an ONNX file
     return tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], *grid)
 
 
@@ -55,10 +55,10 @@ def merge_statistics(
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     """Mean and sum of squared deviations of every window, from those of its cells of ``count`` values each.
 
-    Chan, Golub and LeVeque's merge, first along rows, then along columns, with the deviations taken from the merged
-    mean: no difference of large squares is ever formed. A mean is a pair whose sum it is, the value of one cell and
-    the small rest, and only differences of values are added up, so a common offset of the image costs no digits. Zero
-    padding is a cell of mean 0 and deviation 0, and counts (as LayerNorm over an unfolded image counts it).
+    Chan, Golub and LeVeque's merge, first along rows, then along columns, with deviations from the merged mean:
+    no difference of large squares is formed. A mean is represented by two summands, the value of one cell and a small
+    rest, and only differences are summed, so a common offset of the image costs no precision. Zero padding counts as a
+    cell with mean 0 and deviation 0, as in LayerNorm over an unfolded image.
 
     Args:
         count: values per cell (the image's channels).
@@ -66,7 +66,7 @@ def merge_statistics(
         window: a :class:`Window`.
 
     Returns:
-        the pairs of the cells (padded), of rows of kw cells, and of windows (B, h, w); and the windows' m2 (B, h, w).
+        the (mean, rest) pairs of the cells (padded), of rows of kw cells, and of windows (B, h, w); the windows' m2.
     """
     ph, pw = window.padding
     mean, rest, m2 = (F.pad(part, (pw, pw, ph, ph)) for part in (mean, rest, m2))
@@ -77,7 +77,7 @@ def merge_statistics(
         apart = [(cell - mean) + other for cell, other in zip(cells, rests, strict=True)]
         rest = sum(apart[1:], apart[0]) / kernel
         m2 = sum(squares[1:], squares[0]) + count * sum((each - rest).square() for each in apart)
-        count = count * kernel  # not in place: a traced size is a tensor
+        count = count * kernel  # not in place, since a traced size is a tensor
         levels.append((mean, rest))
     return levels, m2
 
@@ -87,17 +87,17 @@ def cover_deviations(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For every cell c of an image of ``size``, ``sum_t alpha_t`` and ``sum_t alpha_t (mean_t - mean_c)``.
 
-    Both over the windows t that cover it, from the differences of the means alone, first along columns, then along
-    rows. Cells that no window covers get 0, whatever they hold.
+    The sums are over the windows t that cover c. They are computed from differences of means, first along columns,
+    then along rows. Cells that no window covers get 0, whatever their value.
 
     Args:
         alpha: (B, h, w).
-        levels: of :func:`merge_statistics`.
+        levels: result of :func:`merge_statistics`.
 
     Returns:
         two (B, H, W).
     """
-    # what is not finite comes by alpha, and only to the cells of those windows
+    # values that are not finite enter through alpha, and only reach the cells of their windows
     levels = [[part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for part in level] for level in levels]
     scale, shift = alpha, torch.zeros_like(alpha)
     for dim, (fine, coarse) in ((1, levels[1:]), (2, levels[:2])):
@@ -114,7 +114,7 @@ def cover_deviations(
 
 
 def overlap(size: tuple[int, int], window: Window, like: torch.Tensor) -> torch.Tensor:
-    """How many windows cover each pixel of an image of ``size``: (H, W) in ``like``'s dtype, 1 where none does."""
+    """How many windows cover each pixel of an image of ``size``: (H, W) in ``like``'s dtype, 1 for uncovered pixels."""
     counts = []
     for n, k, s, p in zip(size, *window, strict=True):
         pixel = torch.arange(n, device=like.device) + p
@@ -136,9 +136,8 @@ def split(x: torch.Tensor, window: Window) -> torch.Tensor:
 def compose(tokens: torch.Tensor, size: tuple[int, int], window: Window) -> torch.Tensor:
     """Adjoint of the soft split: (B, L, C*kh*kw) tokens -> (B, C, H, W) image, in one of the two memory formats.
 
-    Small windows tap by tap in channels-last memory, each tap one strided addition in a fixed order: twice as fast as
-    ``F.fold`` on a CPU for 3x3 taps of 64 channels, no faster for 7x7, where a graph of 49 additions would only
-    cost compile time.
+    Small windows are added tap by tap in channels-last memory, in a fixed order: twice as fast as ``F.fold`` on a CPU
+    for 3x3 taps of 64 channels, but not for 7x7, where a graph of 49 additions would only cost compile time.
     """
     (kh, kw), (sh, sw), (ph, pw) = window
     height, width = size

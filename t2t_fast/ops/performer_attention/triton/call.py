@@ -25,10 +25,10 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(found, dtype, width, features, length, sequences, processors, tf32, backward):
+def _plan(selected, dtype, width, features, length, sequences, processors, tf32, backward):
     from triton import language as tl
 
-    parameters = dict(found)
+    parameters = dict(selected)
     whole = padded(width)
     constants = {
         "WIDTH": whole,
@@ -63,10 +63,10 @@ class Call:
     def plan(self, name, length):
         """The :class:`Plan` of a pass."""
         architecture = runtime.architecture(self.device)
-        found = launch.TABLE.chosen(name, architecture, self.dtype, self.width, self.features)
+        selected = launch.TABLE.chosen(name, architecture, self.dtype, self.width, self.features)
         tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
         return _plan(
-            tuple(found.items()),
+            tuple(selected.items()),
             self.dtype,
             self.width,
             self.features,

@@ -211,7 +211,7 @@ def read_out_tail_kernel(
         lanes = 0
         if seed is not None:
             lanes = random_lanes(seed, sequence * length + start, WIDTH, TOKENS, WIDTH, True).to(tl.uint16)
-        found = tail_of(
+        value = tail_of(
             y,
             scale,
             skip,
@@ -229,7 +229,7 @@ def read_out_tail_kernel(
             LEAN,
             PRECISION,
         )
-        store_tile(out, found, start, rows, there, columns, WIDTH, True)
+        store_tile(out, value, start, rows, there, columns, WIDTH, True)
 
 
 def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
@@ -241,9 +241,9 @@ def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
     features, width = w.shape
     call = Call(x, dtype, window, 3 * width, pixels)
     section = runtime.section(x.device, call.tokens)
-    found = launch.TABLE.chosen("split_keys", section, dtype, width, features, call.layout.channels)
-    wanted = found["programs"] * runtime.multiprocessors(x.device)
-    splits, tiles = cut(call.length, x.shape[0], found["tokens"], wanted)
+    selected = launch.TABLE.chosen("split_keys", section, dtype, width, features, call.layout.channels)
+    wanted = selected["programs"] * runtime.multiprocessors(x.device)
+    splits, tiles = cut(call.length, x.shape[0], selected["tokens"], wanted)
     out = torch.empty(x.shape[0], call.length, (3 if whole else 2) * width, dtype=dtype, device=x.device)
     mean, rstd = (call.singles() if whole else None for _ in range(2))
     sequences = attention.Call(out[..., :width], w)
@@ -266,24 +266,24 @@ def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
             tiles,
             LAYOUT=call.layout,
             SHIFT=x.dtype == torch.float32 or x.dtype != dtype,
-            TOKENS=found["tokens"],
-            BLOCK=call.layout.block(found["block"]),
+            TOKENS=selected["tokens"],
+            BLOCK=call.layout.block(selected["block"]),
             PACKED=folded.weight.shape[1],
             WIDTH=width,
             FEATURES=padded(features),
             HEADROOM=attention.HEADROOM[dtype],
             SPECULATE=dtype != torch.float32,
             WHOLE=whole,
-            **call.products(found),
+            **call.products(selected),
         )
     statistics = (mean, rstd) if whole else (lz.new_empty(0), lz.new_empty(0))
     return out, *statistics, *merged(sequences, lz, state)
 
 
 @lru_cache(maxsize=1024)
-def _plan(found, dtype, width, features, hidden, length, sequences, processors, tf32):
+def _plan(selected, dtype, width, features, hidden, length, sequences, processors, tf32):
     """Splits of a sequence, the kernel arguments after its tensors, and its constants."""
-    parameters = dict(found)
+    parameters = dict(selected)
     splits, tiles = cut(length, sequences, parameters["tokens"], parameters["programs"] * processors)
     constants = {
         "WIDTH": width,
@@ -314,9 +314,9 @@ def launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
         return out
     hidden = parameters.fc1_weight.shape[0]
     section = runtime.section(q.device, call.sequences * length)
-    found = launch.TABLE.chosen("read_out_tail", section, q.dtype, call.width, call.features, hidden)
+    selected = launch.TABLE.chosen("read_out_tail", section, q.dtype, call.width, call.features, hidden)
     splits, sizes, constants = _plan(
-        tuple(found.items()),
+        tuple(selected.items()),
         q.dtype,
         call.width,
         call.features,

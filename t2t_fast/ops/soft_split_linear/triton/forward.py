@@ -16,7 +16,7 @@ import triton.language as tl
 from ..._common.tiles import dot, narrowed, rounded, widened
 from .call import Call, Folded
 from .layout import NARROW
-from .statistics import found_statistics, no_statistics, observed
+from .statistics import final_statistics, no_statistics, observed
 
 VARYING = (
     "height",
@@ -233,7 +233,7 @@ def tile_products(
             products = products + (dot(operand, rounded(second, OPERAND, PRECISION), sums[index], PRECISION),)
         sums = products
     if NORM:
-        off_centre, squares = found_statistics(statistics, LAYOUT.values, OPERAND)
+        off_centre, squares = final_statistics(statistics, LAYOUT.values, OPERAND)
         mean = off_centre + shift
         product_mean = off_centre if SHIFT else mean
         rstd = 1.0 / tl.sqrt(squares / LAYOUT.values + eps)

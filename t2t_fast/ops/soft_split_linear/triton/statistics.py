@@ -60,7 +60,7 @@ def observed(statistics, block, known, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def found_statistics(statistics, VALUES: tl.constexpr, OPERAND: tl.constexpr):
+def final_statistics(statistics, VALUES: tl.constexpr, OPERAND: tl.constexpr):
     """Each window's mean minus the value at its centre, and its sum of squared deviations."""
     mean, squares, _ = statistics
     if tl.float32 != OPERAND:

@@ -50,7 +50,7 @@ def gelu_and_slope_of(h):
 
 @triton.jit
 def _power(value):
-    """The largest power of two not above ``value`` > 0, from its bits; 1 for 0 and infinity, which stay unscaled."""
+    """The largest power of two not above ``value`` > 0, from its bits; 1 for 0 and infinity (no scaling)."""
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((value > 0.0) & (value < float("inf")), power, 1.0)
 
@@ -72,8 +72,8 @@ def _summed(x, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _sum_of(found):
-    return tl.sum(found, 1) / ONES if len(found.shape) == 2 else found
+def _sum_of(total):
+    return tl.sum(total, 1) / ONES if len(total.shape) == 2 else total
 
 
 @triton.jit

@@ -317,7 +317,7 @@ def tail_kernel(
         lanes = 0
         if seed is not None:
             lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
-        found = tail_of(
+        value = tail_of(
             tile,
             None,
             skip,
@@ -335,7 +335,7 @@ def tail_kernel(
             LEAN,
             PRECISION,
         )
-        store_tile(out, found, place, length, width, TOKENS, WIDTH, EVEN)
+        store_tile(out, value, place, length, width, TOKENS, WIDTH, EVEN)
 
 
 def launch_token_mlp(y, v, seed, options, tail):
@@ -344,7 +344,7 @@ def launch_token_mlp(y, v, seed, options, tail):
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not out.numel():
         return out
-    programs, sizes, found, constants = planned("tail", y, tail, math.prod(y.shape[:-2]))
+    programs, sizes, selected, constants = planned("tail", y, tail, math.prod(y.shape[:-2]))
     parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
     operands = [strided(x) for x in (y, v)]
     tail_kernel[(programs,)](
@@ -355,7 +355,7 @@ def launch_token_mlp(y, v, seed, options, tail):
         *dropout(options, seed),
         *sizes,
         STRIDES=inner_strides(operands),
-        LEAN=found["lean"],
+        LEAN=selected["lean"],
         **constants,
     )
     return out

@@ -69,9 +69,9 @@ TABLE = Table(Path(__file__).with_name("launch.json"), PASSES, shape_class, defa
 
 
 @lru_cache(maxsize=1024)
-def _plan(found, dtype, width, hidden, sequences, length, processors, tf32):
+def _plan(selected, dtype, width, hidden, sequences, length, processors, tf32):
     """Grid, the kernel arguments after the tensors, the launch parameters, and the kernels' common constants."""
-    parameters = dict(found)
+    parameters = dict(selected)
     tokens = parameters["tokens"]
     tiles = -(-length // tokens)
     programs, own = cut(sequences * tiles * tokens, 1, tokens, parameters["programs"] * processors)
@@ -96,10 +96,10 @@ def planned(name, y, tail, sequences):
     hidden = tail.fc1_weight.shape[0]
     # forward also depends on the number of tokens
     section = runtime.section(y.device, sequences * length) if name == "tail" else runtime.architecture(y.device)
-    found = TABLE.chosen(name, section, y.dtype, width, hidden)
+    selected = TABLE.chosen(name, section, y.dtype, width, hidden)
     tf32 = y.dtype == torch.float32 and runtime.allows_tf32()
     return _plan(
-        tuple(found.items()),
+        tuple(selected.items()),
         y.dtype,
         width,
         hidden,
