@@ -72,9 +72,8 @@ def run_suites(arguments, out):
     suites = [suite for suite in SUITES if suite in (arguments.suite or SUITES)]
     plan = (suites, arguments.device, arguments.quick, arguments.filter, rows, command_line(arguments))
     while True:
-        limit = arguments.max_seconds
-        if limit is not None:
-            limit = max(0.0, limit - (time.monotonic() - started))
+        most = arguments.max_seconds
+        limit = None if most is None else max(0.0, most - (time.monotonic() - started))
         with tempfile.TemporaryDirectory(prefix="t2t-fast-bench-") as cache:
             process = multiprocessing.get_context("spawn").Process(target=session.work, args=(*plan, limit, cache))
             process.start()

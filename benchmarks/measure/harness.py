@@ -22,7 +22,7 @@ from t2t_fast import memory
 
 from ..suites import operators, subjects
 from ..suites.groups import ContextLost, LeftOut
-from ..suites.providers import BACKENDS, BASELINE, BY_NAME, compiled
+from ..suites.providers import BACKENDS, BASELINE, BY_NAME, COMPILE_MODES
 from ..suites.subjects import Implementation
 from . import clocks
 
@@ -82,7 +82,9 @@ def interleave(participants, clock, least, most=None, seconds=0.0, device="cpu")
 
 def _forward(subject, provider, implementation, device):
     """A function of an input set's index that computes the output."""
-    function = compiled(implementation.function, device) if provider.compiled else implementation.function
+    function = implementation.function
+    if provider.compiled:
+        function = torch.compile(function, mode=COMPILE_MODES[device], dynamic=False)
     if provider.memory == "low":
         implementation.module.memory = "low"
     if provider.captured:

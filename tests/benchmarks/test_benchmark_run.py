@@ -351,7 +351,7 @@ def test_a_real_run_that_is_stopped_half_way_and_resumed(tmp_path):
     assert "--resume" in said
     code, said = _on_a_terminal([*words, "--resume"], environment)
     assert code == 0, said
-    assert re.search(rf"\x1b\[2K.*\[visit 1 of 2: {before.begun}/{before.planned} rows.*\] op-token_mlp", said)
+    assert re.search(rf"\x1b\[2K.*\[visit 2 of 2: 0/{before.planned} rows.*\] op-token_mlp", said)
     after = run_file.read(path)
     assert after.complete and after.planned == before.planned
     for row, whole in zip(before.rows, after.rows, strict=False):
