@@ -141,8 +141,6 @@ def main(argv=None):
     import torch
 
     from .measure import machine, run_file
-    from .report import files as report
-    from .report.goals import judge
 
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,12 +165,18 @@ def main(argv=None):
     if not rows.exists():
         print("python -m benchmarks: no row was measured", file=sys.stderr)
         return code or 1
-    written = report.write(rows, out)
     run = run_file.read(rows)
-    for goal in judge(run.rows):
-        print(f"{goal.verdict:11}  {goal.measured:24}  wanted {goal.wanted:6}  {goal.what}")
-    for path in (rows, *written):
-        print(path)
+    print(rows)
+    try:
+        from .report import files
+        from .report.goals import judge
+
+        for path in files.write(rows, out):
+            print(path)
+        for goal in judge(run.rows):
+            print(f"{goal.verdict:11}  {goal.measured:24}  wanted {goal.wanted:6}  {goal.what}")
+    except ImportError as failure:  # the rows are there, and the report can be made from them on another machine
+        print(f"python -m benchmarks: no report ({failure}); pip install 't2t_fast[bench]'", file=sys.stderr)
     if not run.complete:
         again = f"{command_line(arguments)} --resume --report {out}"
         half_way = f", {run.begun} more half-way" if run.begun else ""

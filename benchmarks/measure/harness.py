@@ -125,8 +125,8 @@ def prepare(subject, provider, device, clock, thorough=True, check=True):
     mode exactly, then in train mode, as it is timed, within dropout's noise. Not ``thorough``: compiled code only the
     second way, because for it the first means to compile once more. Without ``check`` nothing is compared.
     """
-    needed, free = estimated_bytes(subject.group, provider), available_bytes(device)
-    if needed > 0.8 * free:
+    needed = estimated_bytes(subject.group, provider)
+    if needed and needed > 0.8 * (free := available_bytes(device)):
         raise LeftOut(f"needs about {needed / 1e9:.0f} GB, free are {free / 1e9:.0f}")
     implementation = subject.make(provider.source)
     forward = _forward(subject, provider, implementation, device)
