@@ -72,9 +72,8 @@ def run_suites(arguments, out):
     suites = [suite for suite in SUITES if suite in (arguments.suite or SUITES)]
     plan = (suites, arguments.device, arguments.quick, arguments.filter, rows, command_line(arguments))
     while True:
-        limit = arguments.max_seconds
-        if limit is not None:
-            limit = max(0.0, limit - (time.monotonic() - started))
+        most = arguments.max_seconds
+        limit = None if most is None else max(0.0, most - (time.monotonic() - started))
         with tempfile.TemporaryDirectory(prefix="t2t-fast-bench-") as cache:
             process = multiprocessing.get_context("spawn").Process(target=session.work, args=(*plan, limit, cache))
             process.start()
@@ -142,8 +141,6 @@ def main(argv=None):
     import torch
 
     from .measure import machine, run_file
-    from .report import files as report
-    from .report.goals import judge
 
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,12 +165,18 @@ def main(argv=None):
     if not rows.exists():
         print("python -m benchmarks: no row was measured", file=sys.stderr)
         return code or 1
-    written = report.write(rows, out)
     run = run_file.read(rows)
-    for goal in judge(run.rows):
-        print(f"{goal.verdict:11}  {goal.measured:24}  wanted {goal.wanted:6}  {goal.what}")
-    for path in (rows, *written):
-        print(path)
+    print(rows)
+    try:
+        from .report import files
+        from .report.goals import judge
+
+        for path in files.write(rows, out):
+            print(path)
+        for goal in judge(run.rows):
+            print(f"{goal.verdict:11}  {goal.measured:24}  wanted {goal.wanted:6}  {goal.what}")
+    except ImportError as failure:  # the rows are there, and the report can be made from them on another machine
+        print(f"python -m benchmarks: no report ({failure}); pip install 't2t_fast[bench]'", file=sys.stderr)
     if not run.complete:
         again = f"{command_line(arguments)} --resume --report {out}"
         half_way = f", {run.begun} more half-way" if run.begun else ""

@@ -22,7 +22,7 @@ from t2t_fast import memory
 
 from ..suites import operators, subjects
 from ..suites.groups import ContextLost, LeftOut
-from ..suites.providers import BACKENDS, BASELINE, BY_NAME, compiled
+from ..suites.providers import BACKENDS, BASELINE, BY_NAME, COMPILE_MODES
 from ..suites.subjects import Implementation
 from . import clocks
 
@@ -82,7 +82,9 @@ def interleave(participants, clock, least, most=None, seconds=0.0, device="cpu")
 
 def _forward(subject, provider, implementation, device):
     """A function of an input set's index that computes the output."""
-    function = compiled(implementation.function, device) if provider.compiled else implementation.function
+    function = implementation.function
+    if provider.compiled:
+        function = torch.compile(function, mode=COMPILE_MODES[device], dynamic=False)
     if provider.recompute:
         implementation.module.recompute = True
     if provider.captured:
@@ -123,8 +125,8 @@ def prepare(subject, provider, device, clock, thorough=True, check=True):
     mode exactly, then in train mode, as it is timed, within dropout's noise. Not ``thorough``: compiled code only the
     second way, because for it the first means to compile once more. Without ``check`` nothing is compared.
     """
-    needed, free = estimated_bytes(subject.group, provider), available_bytes(device)
-    if needed > 0.8 * free:
+    needed = estimated_bytes(subject.group, provider)
+    if needed and needed > 0.8 * (free := available_bytes(device)):
         raise LeftOut(f"needs about {needed / 1e9:.0f} GB, free are {free / 1e9:.0f}")
     implementation = subject.make(provider.source)
     forward = _forward(subject, provider, implementation, device)

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import t2t_fast
-from t2t_fast import reference
 from t2t_fast.testing import errors, natural_images
 
 from ..suites.providers import BY_NAME, named
+from .fit import Trainer
 from .statistics import summary
 
 ROUNDS, WARM_UP = 8, 2
@@ -40,14 +39,6 @@ def measure(group, name, device, say):
     return {**named(group, name), "threads": 1, "seconds": seconds, "times": times, "images_per_s": images_per_s}
 
 
-def _model(group, name):
-    torch.manual_seed(0)
-    model = getattr(reference, group.subject)(img_size=group.size)
-    if BY_NAME[name].source != "upstream":
-        t2t_fast.swap(model)
-    return model
-
-
 def _gradients(model, images, labels):
     F.cross_entropy(model(images), labels).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).unsqueeze(0)
@@ -58,24 +49,21 @@ def work(group, name, rank, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=group.processes)
     try:
-        model = torch.nn.parallel.DistributedDataParallel(_model(group, name))
+        alone, trainer = (Trainer(group, BY_NAME[name], "cpu") for _ in range(2))
+        trainer.model = torch.nn.parallel.DistributedDataParallel(trainer.model)
         images = natural_images(group.processes * group.batch, 3, group.size, group.size)
-        labels = torch.arange(len(images))
-        mine, targets = (tensor[rank * group.batch :][: group.batch] for tensor in (images, labels))
+        labels, times = torch.arange(len(images)), []
+        mine = [tensor[rank * group.batch :][: group.batch] for tensor in (images, labels)]
         # without dropout; DDP averages the gradients
-        error, _ = errors(
-            _gradients(model.eval(), mine, targets), _gradients(_model(group, name).eval(), images, labels)
-        )
+        error, _ = errors(_gradients(trainer.model.eval(), *mine), _gradients(alone.model.eval(), images, labels))
         if not error <= TOLERANCE:
             raise AssertionError(f"averaged gradients are wrong by {error:.1e}, allowed {TOLERANCE:.0e}")
-        model.train()
-        optimizer, times = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0), []
+        trainer.model.train()
+        trainer.optimizer.zero_grad(set_to_none=True)
         for _ in range(WARM_UP + ROUNDS):
-            optimizer.zero_grad(set_to_none=True)
             dist.barrier()
             start = time.perf_counter()
-            F.cross_entropy(model(mine), targets).backward()
-            optimizer.step()
+            trainer.step(*mine)
             dist.barrier()
             times.append(time.perf_counter() - start)
         return times[WARM_UP:]

@@ -7,6 +7,7 @@ bare convolution, softmax attention.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +42,6 @@ class Operator:
     truths: dict[str, Callable] = field(default_factory=dict)
     load: Callable | None = None
 
-    def function(self, source, mode, device):
-        """The function of a source."""
-        return self.load(source, mode, device) if self.load else self.sources[source]
-
 
 def _generator():
     return torch.Generator().manual_seed(0)
@@ -62,9 +59,8 @@ def _stage(stage, size, channels=128):
 
 def length(stage, size):
     """Tokens that a stage's attention sees."""
-    _, height, width, window = _stage(stage, size)
-    rows, columns = window.grid(height, width)
-    return rows * columns
+    _, *side, window = _stage(stage, size)
+    return prod(window.grid(*side))
 
 
 def _input(stage, size, batch):
@@ -77,8 +73,7 @@ def _input(stage, size, batch):
 
 
 def _tokens(batch, channels, height, width, window):
-    rows, columns = window.grid(height, width)
-    return torch.randn(batch, rows * columns, channels * window.taps, generator=_generator())
+    return torch.randn(batch, prod(window.grid(height, width)), channels * window.taps, generator=_generator())
 
 
 def _as_image(x, grid):

@@ -3,8 +3,6 @@
 import re
 from typing import NamedTuple
 
-import torch
-
 import t2t_fast
 from t2t_fast.testing import DTYPES
 
@@ -106,11 +104,6 @@ def providers(group, device):
         and (graphs or not provider.captured)
         and (keeping or not provider.recompute)
     ]
-
-
-def compiled(function, device):
-    """``function`` under ``torch.compile`` as every compiled provider runs it."""
-    return torch.compile(function, mode=COMPILE_MODES[device], dynamic=False)
 
 
 def named(group, name):

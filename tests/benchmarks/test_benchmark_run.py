@@ -182,6 +182,17 @@ def test_suites_that_are_killed_keep_their_rows_and_say_so(tmp_path, monkeypatch
     assert (tmp_path / "report.html").exists()
 
 
+def test_rows_are_kept_where_what_the_report_needs_is_missing(tmp_path, monkeypatch, capsys):
+    def missing(rows, out):
+        raise ImportError("No module named 'jinja2'")
+
+    monkeypatch.setattr(command, "run_suites", lambda arguments, out: not written(out, [finished_row(FIRST, "aten")]))
+    monkeypatch.setattr(report, "write", missing)
+    assert command.main([*QUICK, "--report", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "no report (No module named 'jinja2')" in said.err and str(tmp_path / "rows.json") in said.out
+
+
 def _exit_code(filter, **more):
     given = {"suites": ["ops"], "device": "cpu", "quick": True, "expression": filter, "path": None, "command": ""}
     with pytest.raises(SystemExit) as end:
@@ -351,7 +362,7 @@ def test_a_real_run_that_is_stopped_half_way_and_resumed(tmp_path):
     assert "--resume" in said
     code, said = _on_a_terminal([*words, "--resume"], environment)
     assert code == 0, said
-    assert re.search(rf"\x1b\[2K.*\[visit 1 of 2: {before.begun}/{before.planned} rows.*\] op-token_mlp", said)
+    assert re.search(rf"\x1b\[2K.*\[visit 2 of 2: 0/{before.planned} rows.*\] op-token_mlp", said)
     after = run_file.read(path)
     assert after.complete and after.planned == before.planned
     for row, whole in zip(before.rows, after.rows, strict=False):

@@ -1,5 +1,6 @@
 """Visits to the groups of a run: in turn, rounds taken together, failures, limits, and a stop between them."""
 
+import gc
 import re
 import weakref
 from copy import copy
@@ -54,6 +55,15 @@ class MadeMeasurements:
 
 COST = costs.t2t_vit("t2t_vit_7", 224, 4)
 MODEL = Group("model", "t2t_vit_7", 224, 8, "fp32", "training", False, "training")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_objects():
+    """A run collects garbage often; what the imports made takes longest to look through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
