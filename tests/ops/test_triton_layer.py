@@ -271,7 +271,7 @@ def test_what_does_not_fit_takes_two_launches(name, size, monkeypatch):
 def test_few_tokens_may_have_other_launches(monkeypatch):
     """The section of the table for few tokens decides whether there is one launch: here of 6 tokens two, of 40 one."""
     monkeypatch.setattr(TABLE, "rows", {"few": {"split_keys": {"fp32-E16-m16-C16": {"fused": 0}}}})
-    monkeypatch.setattr(TABLE, "_found", {})
+    monkeypatch.setattr(TABLE, "_selected", {})
     monkeypatch.setattr(triton_runtime, "section", lambda device, tokens: "few" if tokens <= 10 else "many")
     widths = [
         triton_impl._project(*projection_of(shape, 3, 2, 1), False, False)[0].shape[1:]

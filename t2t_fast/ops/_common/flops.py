@@ -231,7 +231,7 @@ FORMULAS = {
         "performer_attention_backward": _attention_backward,
         "performer_read_out": _read_out,
         "performer_project": _project,
-        "performer_finish": _finish,
+        "performer_output": _finish,
         "performer_kqv_backward": _kqv_backward,
         "token_mlp": _triton_tail,
         "token_mlp_backward": _triton_tail_backward,

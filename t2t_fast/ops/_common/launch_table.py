@@ -102,7 +102,9 @@ class Table:
         return dtypes[word], *(int(re.sub(r"\D", "", size)) for size in rest)
 
     def _check_parameters(self, where: str, name: str, sizes: Any, parameters: Parameters) -> None:
-        known = self.default(name, *sizes)
+        self._check_keys(where, self.default(name, *sizes), parameters)
+
+    def _check_keys(self, where: str, known: Parameters, parameters: Parameters) -> None:
         for key, value in parameters.items():
             self._check(key in known, f"a parameter of {where}", key, f"one of {', '.join(known)}")
             self._check(type(value) is int, f"{key} of {where}", value, "an integer")
@@ -116,7 +118,9 @@ class Table:
         selected = self._selected[key]
         if name not in self._overrides:
             return selected
-        self._check_parameters(f"override, {name}", name, (dtype, *sizes), self._overrides[name])
+        # one override may serve several passes, whose parameters differ
+        known = {key: value for each in self.passes for key, value in self.default(each, dtype, *sizes).items()}
+        self._check_keys(f"override, {name}", known, self._overrides[name])
         return {**selected, **self._overrides[name]}
 
     @contextmanager
