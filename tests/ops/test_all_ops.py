@@ -119,11 +119,27 @@ def test_parity_with_the_float64_reference(case, backend, dtype):
         assert_close(gradient, expected_gradients[name], case.op, "backward", dtype, f"{case.name}: {name}")
 
 
-# Tracing with symbolic sizes takes seconds a case: one case for each shape of the graph.
+# Tracing with symbolic sizes takes seconds a case: one case for each shape of the graph, of each operator one quick.
 TRACED = {"stage2", "stage1, LayerNorm", "stage2, Linear", "heads", "dropout", "odd sizes"}
+SLOWLY_TRACED = {
+    ("performer_layer", "dropout"),
+    ("performer_layer", "odd sizes"),
+    ("soft_split_linear", "stage2, Linear"),
+}
 
 
-@pytest.mark.parametrize(("case", "backend"), with_backends(ALL_CASES))
+def slow(params, where):
+    """The parameters, those slow for which ``where`` of their values is true."""
+    return [
+        pytest.param(*p.values, id=p.id, marks=[*p.marks, *([pytest.mark.slow] if where(*p.values) else [])])
+        for p in params
+    ]
+
+
+CHECKED = slow(with_backends(ALL_CASES), lambda case, backend: (case.op, case.name) in SLOWLY_TRACED)
+
+
+@pytest.mark.parametrize(("case", "backend"), CHECKED)
 def test_opcheck(case, backend):
     """torch.library's own checks: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
     tensors = {
@@ -225,7 +241,11 @@ def test_any_strides(case, backend):
         assert_close(gradient, expected_gradients[name], case.op, "backward", torch.float32, name)
 
 
-@pytest.mark.parametrize(("op", "backend"), OP_AND_FUSED)
+# each parameter of a layer is one more run in the interpreter
+ALONE = slow(OP_AND_FUSED, lambda op, backend: backend == "triton" and op in ("performer_layer", "token_mlp"))
+
+
+@pytest.mark.parametrize(("op", "backend"), ALONE)
 def test_only_the_gradients_asked_for(op, backend):
     """Each input alone: its gradient is the same as among all, and the others get none."""
     case = CASES[op]()[1]
