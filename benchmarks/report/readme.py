@@ -219,7 +219,8 @@ def _goals(rows, root):
     """How many goals were reached, and which were not; ``root``: the path from the page to the repository."""
     goals = judge(rows)
     missed = [f"{goal.what} ({goal.measured}, wanted {goal.wanted})" for goal in goals if goal.verdict != "reached"]
-    words = f"{len(goals) - len(missed)} of the {len(goals)} [goals]({root}benchmarks/report/goals.py) with numbers here are "
+    link = f"[goals]({root}benchmarks/report/goals.py)"
+    words = f"{len(goals) - len(missed)} of the {len(goals)} {link} with numbers here are "
     return f"{words}reached{', not: ' if missed else ''}{'; '.join(missed)}." if goals else ""
 
 
