@@ -144,6 +144,16 @@ def test_paths_in_backquotes_exist(path):
             assert any((root / code).exists() for root in (ROOT, ROOT / "t2t_fast", path.parent)), code
 
 
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "swap.md"], ids=name)
+def test_messages_in_tables_are_those_of_the_code(path):
+    """The first cell of a table of messages is a text of the package, with ``...`` for what differs."""
+    code = "".join(file.read_text() for file in (ROOT / "t2t_fast").rglob("*.py"))
+    cells = re.findall(r"^\| `([^`|]*\.\.\.[^`|]*)` \|", TEXT[path], flags=re.MULTILINE)
+    assert cells
+    for part in (part.strip(" '") for cell in cells for part in cell.split("...")):
+        assert len(part) < 15 or part in code, part
+
+
 def test_variables_are_those_of_the_code():
     files = [ROOT / "setup.py", *(ROOT / "t2t_fast").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     code = "".join(path.read_text() for path in files)
