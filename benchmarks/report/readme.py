@@ -1,8 +1,9 @@
-"""The README's numbers from committed runs: ``python -m benchmarks.report.readme [--check] [--readme README.md]``.
+"""The numbers of README.md and docs/performance.md: ``python -m benchmarks.report.readme [--check] [--readme FILE]``.
 
 Replaces the text between ``<!-- numbers: FOLDER[, FOLDER...] -->`` and ``<!-- /numbers -->`` by tables made from the
-folders' run files. Folders are named relative to the README. A case that several folders measured is taken from the
-first. Each device has a part of its own, and no ratio is taken across two runs.
+folders' run files; between ``<!-- headline: ... -->`` and ``<!-- /headline -->`` by the headline rows alone. Folders
+are named relative to the page. A case that several folders measured is taken from the first. Each device has a part of
+its own, and no ratio is taken across two runs.
 """
 
 import argparse
@@ -19,7 +20,11 @@ from .goals import judge
 from .tables import template
 from .words import number
 
-MARKED = re.compile(r"(?<=^<!-- numbers: )(?P<folders>[^\n]*) -->\n(?P<text>.*?)(?=^<!-- /numbers -->$)", re.M | re.S)
+MARKED = re.compile(
+    r"^<!-- (?P<part>headline|numbers): (?P<folders>[^\n]*) -->\n(?P<text>.*?)(?=^<!-- /(?P=part) -->$)", re.M | re.S
+)
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 COLUMNS = {
     "upstream": "upstream",
@@ -33,7 +38,7 @@ EMPTY, MODES, CASE = "–", ("inference", "training"), ["subject", "size", "batc
 
 
 class Folder(NamedTuple):
-    """A folder of results: its name in the README, its path, and its run."""
+    """A folder of results: its name in the page, its path, and its run."""
 
     name: str
     path: Path
@@ -75,9 +80,11 @@ def _dtype(cases):
     return DTYPES[next(iter(next(iter(cases.values())).values())).dtype]
 
 
-def _models(found):
-    """Whole models, the lite ones first."""
+def _models(found, headline=False):
+    """Whole models, the lite ones first; for the headline at the first size and batch only."""
     cases, lines = _cases(timed(found, "models", "training").sort_values("lite", kind="stable")), []
+    if headline:
+        cases = {key: case for key, case in cases.items() if key[1:] == next(iter(cases))[1:]}
     for (subject, size, batch), case in cases.items():
         cells, limits = [f"`{subject}`, {size:.0f} px, batch {batch:.0f}"], []
         for mode in MODES:
@@ -98,8 +105,8 @@ def _module_cell(row):
     return _seconds(row.median_s) + ("" if row.provider == BASELINE else f", {_speedup(row)}")
 
 
-def _module(found):
-    """The T2T module of the headline with its floor, then every module, size and batch."""
+def _module(found, headline=False):
+    """The T2T module of the headline; else also its floor, and every module, size and batch."""
     cases = _cases(timed(found, "module"))
     if not cases:
         return []
@@ -113,6 +120,8 @@ def _module(found):
     kept = [EMPTY if row is None or pd.isna(row.saved_mb) else f"{number(row.saved_mb)} MB" for row in kept]
     head = f"T2T module ({subject.capitalize()}), {size:.0f} px, batch {batch:.0f}, {_dtype(cases)}"
     blocks = _table([head, *(COLUMNS[name] for name in names)], [*lines, ["kept for backward, per image", *kept]])
+    if headline:
+        return blocks
     ours = [row for row in (case.get((mode, OURS)) for mode in MODES) if _share(row) != EMPTY]
     if ours:
         floors = " and ".join(f"{_share(row)} % of the {_seconds(row.median_s)}" for row in ours)
@@ -206,11 +215,12 @@ def _losses(found):
     return words
 
 
-def _goals(rows):
-    """How many goals were reached, and which were not."""
+def _goals(rows, root):
+    """How many goals were reached, and which were not; ``root``: the path from the page to the repository."""
     goals = judge(rows)
     missed = [f"{goal.what} ({goal.measured}, wanted {goal.wanted})" for goal in goals if goal.verdict != "reached"]
-    words = f"{len(goals) - len(missed)} of the {len(goals)} [goals](benchmarks/report/goals.py) with numbers here are "
+    link = f"[goals]({root}benchmarks/report/goals.py)"
+    words = f"{len(goals) - len(missed)} of the {len(goals)} {link} with numbers here are "
     return f"{words}reached{', not: ' if missed else ''}{'; '.join(missed)}." if goals else ""
 
 
@@ -236,7 +246,7 @@ def _where(folders):
     return f"Measured on {environments[0]['device']} ({'; '.join(versions)})."
 
 
-def _machine(folders):
+def _machine(folders, root):
     """The blocks of one device; of a group only the first folder's rows."""
     runs, known, rows, fits = [folder.run for folder in folders], set(), [], []
     for run in runs:
@@ -248,8 +258,9 @@ def _machine(folders):
     return {
         "where": _where(folders),
         "losses": _losses(found),
-        "goals": _goals(rows),
+        "goals": _goals(rows, root),
         "links": _links(folders),
+        "headline": [*_models(found, headline=True), *_module(found, headline=True)],
         **tables,
     }
 
@@ -265,15 +276,21 @@ def _wrapped(text):
     return "\n\n".join(blocks)
 
 
-def numbers(folders):
-    """The text between the markers; ``folders``: of :class:`Folder`, the most important first."""
+def numbers(folders, part="numbers"):
+    """The text between the markers.
+
+    Args:
+        folders: of :class:`Folder`, the most important first.
+        part: the template's name, "headline" or "numbers".
+    """
     devices = {}
     for folder in folders:
         devices.setdefault(folder.run.environment["device"], []).append(folder)
     chart = folders[0].name if (folders[0].path / "chart.png").exists() else ""
     gpu = any(folder.run.environment.get("gpu") for folder in folders)
-    machines = [_machine(members) for members in devices.values()]
-    return _wrapped(template("numbers.md").render(chart=chart, machines=machines, gpu=gpu))
+    root = re.match(r"(\.\./)*", folders[0].name)[0]
+    machines = [_machine(members, root) for members in devices.values()]
+    return _wrapped(template(f"{part}.md").render(chart=chart, machines=machines, gpu=gpu, root=root))
 
 
 def _read(root, name):
@@ -284,10 +301,10 @@ def _read(root, name):
 
 
 def generated(readme):
-    """The README with its numbers made anew.
+    """A page with its numbers made anew.
 
     Args:
-        readme: path of the README; the marker's folders are relative to its own.
+        readme: path of the page; the marker's folders are relative to its own.
 
     Returns:
         (the text as it is, the text as it should be).
@@ -298,34 +315,35 @@ def generated(readme):
     text = readme.read_text()
     marked = list(MARKED.finditer(text))
     if len(marked) != 1:
-        pair = "<!-- numbers: FOLDER[, FOLDER...] --> and <!-- /numbers -->"
+        pair = "<!-- numbers: FOLDER[, FOLDER...] --> and <!-- /numbers --> (or headline)"
         raise ValueError(f"{readme}: expected {pair} once, each on a line, got {len(marked)} pairs")
     (found,) = marked
-    body = numbers([_read(readme.parent, name.strip()) for name in found["folders"].split(",")])
+    body = numbers([_read(readme.parent, name.strip()) for name in found["folders"].split(",")], found["part"])
     return text, f"{text[: found.start('text')]}\n{body}\n\n{text[found.end('text') :]}"
 
 
 def main(argv=None):
-    """Write the README's numbers, or check them. Returns 0; 1 if they differ; 2 if they cannot be made."""
+    """Write the numbers of the pages, or check them. Returns 0; 1 if they differ; 2 if they cannot be made."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; show what differs")
-    default = Path(__file__).resolve().parents[2] / "README.md"
-    parser.add_argument("--readme", type=Path, default=default, help="by default the project's own")
+    parser.add_argument("--readme", type=Path, help="one page; by default README.md and docs/performance.md")
     arguments = parser.parse_args(argv)
-    try:
-        text, wanted = generated(arguments.readme)
-    except (OSError, ValueError) as failure:
-        print(f"{parser.prog}: {failure}", file=sys.stderr)
-        return 2
-    if not arguments.check:
-        arguments.readme.write_text(wanted)
-        print(arguments.readme)
-        return 0
-    name = arguments.readme.name
-    lines = text.splitlines(), wanted.splitlines()
-    difference = list(difflib.unified_diff(*lines, name, f"{name}, generated", "", "", 1, ""))
-    print("\n".join(difference) if difference else f"{name}: the numbers are those of the runs")
-    return 1 if difference else 0
+    differs = False
+    for page in [arguments.readme] if arguments.readme else PAGES:
+        try:
+            text, wanted = generated(page)
+        except (OSError, ValueError) as failure:
+            print(f"{parser.prog}: {failure}", file=sys.stderr)
+            return 2
+        if not arguments.check:
+            page.write_text(wanted)
+            print(page)
+            continue
+        lines = text.splitlines(), wanted.splitlines()
+        difference = list(difflib.unified_diff(*lines, page.name, f"{page.name}, generated", "", "", 1, ""))
+        print("\n".join(difference) if difference else f"{page.name}: the numbers are those of the runs")
+        differs |= bool(difference)
+    return 1 if differs else 0
 
 
 if __name__ == "__main__":
