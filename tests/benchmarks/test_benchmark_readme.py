@@ -118,6 +118,19 @@ def test_module_batches_latency_operators_fits(tmp_path):
     assert "| `t2t_vit_7`, float32, 224 / 384 px, 2.00 GB | 37 / – | 73 / 20 |" in lines
 
 
+def test_the_headline_has_the_first_size_alone(tmp_path):
+    rows = [
+        *case("model-t2t_vit_7-224px-b8-fp32-inference", 0.12, 0.1, amdahl_limit=1.5, front_end_share=1 / 3),
+        *case("model-t2t_vit_7-384px-b8-fp32-inference", 0.4, 0.3, amdahl_limit=1.5, front_end_share=1 / 3),
+        *case("module-performer-224px-b8-fp32-inference", 0.1, 0.05, floor_share=0.4),
+        *case("op-token_mlp-stage1-224px-b8-fp32-training", 0.1, 0.2),
+    ]
+    text = "<!-- headline: {} -->\nold\n<!-- /headline -->\n"
+    found = "\n".join(section(written(tmp_path, {"a": made(rows)}, text)))
+    assert "| `t2t_vit_7`, 224 px, batch 8 |" in found and "| inference | 100 ms | 50.0 ms, 2.00×" in found
+    assert "384 px" not in found and "token_mlp" not in found and "floor" not in found and "old" not in found
+
+
 def test_losses_and_missed_goals_are_named(tmp_path):
     group = "module-performer-224px-b8-fp32-training"
     rows = case(group, 0.1, 0.125) + case("module-performer-224px-b32-fp32-training", 0.1, 0.05)
