@@ -1,4 +1,4 @@
-"""Which module may import which: the layers of CONTRIBUTING.md, held by parsing every import."""
+"""Which module may import which: the layers of docs/development.md, held by parsing every import."""
 
 import ast
 from fnmatch import fnmatchcase
@@ -102,7 +102,7 @@ EMPTY = {name for name, path in MODULES.items() if not path.read_text()}
 @pytest.mark.parametrize("name", [n for n in MODULES if n not in EMPTY and n not in ORACLE])
 def test_imports_go_down(name):
     rank = layer(name)
-    assert rank is not None, f"{name} has no layer; give it one in this test and in CONTRIBUTING.md"
+    assert rank is not None, f"{name} has no layer; give it one in this test and in docs/development.md"
     for target in imports(name):
         if target.split(".")[0] not in ("t2t_fast", "benchmarks") or target == "t2t_fast.__version__":
             continue
