@@ -5,11 +5,11 @@
 
 #define T2T_FAST_WINDOW "int[] kernel, int[] stride, int[] padding"
 #define T2T_FAST_LINEAR "Tensor weight, Tensor? bias, Tensor? norm1_weight, Tensor? norm1_bias, float? norm1_eps, "
-#define T2T_FAST_TAIL                                                                                           \
+#define T2T_FAST_MLP                                                                                            \
   "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "             \
   "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, float proj_drop, float mlp_drop, " \
   "Tensor? seed"
-#define T2T_FAST_LAYER "Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW ", Tensor w, float eps, " T2T_FAST_TAIL
+#define T2T_FAST_LAYER "Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW ", Tensor w, float eps, " T2T_FAST_MLP
 
 STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
   library.def("soft_split(Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor");
@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
   library.def(
       "performer_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor w, float eps, Tensor lz, "
       "Tensor state, bool need_w) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("token_mlp(Tensor y, Tensor v, " T2T_FAST_TAIL ") -> Tensor");
-  library.def("token_mlp_backward(Tensor grad, Tensor y, Tensor v, " T2T_FAST_TAIL
+  library.def("token_mlp(Tensor y, Tensor v, " T2T_FAST_MLP ") -> Tensor");
+  library.def("token_mlp_backward(Tensor grad, Tensor y, Tensor v, " T2T_FAST_MLP
               ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("performer_layer(" T2T_FAST_LAYER ") -> (Tensor, Tensor, Tensor)");
   library.def("performer_layer_backward(Tensor grad, " T2T_FAST_LAYER

@@ -37,22 +37,24 @@ def deprecated_alias(old: str, new: str, function: Callable[P, R]) -> Callable[P
     return alias
 
 
-def renamed_arguments(**names: tuple[str, Callable[[Any], Any]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def renamed_arguments(**names: str | tuple[str, Callable[[Any], Any]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: keyword arguments under old names warn and are handed on under the new ones.
 
     Args:
-        names: old name -> (new name, function of the old value that gives the new one).
+        names: old name -> the new one, or (new name, function of the old value that gives the new one).
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in names.keys() & kwargs.keys():
-                new, convert = names[old]
+                renamed = names[old]
+                new, convert = (renamed, None) if isinstance(renamed, str) else renamed
                 warn_deprecated(f"{function.__qualname__}: the argument {old}", new)
                 if new in kwargs:
                     raise TypeError(f"{function.__qualname__}: got both {new} and its old name {old}")
-                kwargs[new] = convert(kwargs.pop(old))
+                value = kwargs.pop(old)
+                kwargs[new] = value if convert is None else convert(value)
             return function(*args, **kwargs)
 
         return call

@@ -162,7 +162,7 @@ def _normal(generator: torch.Generator, *shape: int, std: float = 1.0, mean: flo
     return mean + std * torch.randn(*shape, generator=generator)
 
 
-def tail_parameters(
+def token_mlp_parameters(
     generator: torch.Generator, width: int, hidden: int | None = None, gain: float = 1.0, norm: str = "norm"
 ) -> dict[str, torch.Tensor]:
     """Random parameters of ``token_mlp``; every term contributes. ``norm``: how those of its LayerNorm are named."""
@@ -334,7 +334,7 @@ def token_mlp_cases() -> list[Case]:
     ]:
         generator = torch.Generator().manual_seed(len(cases))
         tensors = {"y": _normal(generator, *shape), "v": _normal(generator, *shape)}
-        tensors.update(tail_parameters(generator, shape[-1], hidden))
+        tensors.update(token_mlp_parameters(generator, shape[-1], hidden))
         wants = tuple(tensors)
         tensors["seed"] = torch.tensor(1234567890123)
         options = {"proj_drop": drop, "mlp_drop": drop}
@@ -366,7 +366,7 @@ def performer_layer_cases() -> list[Case]:
             "norm1_bias": _normal(generator, columns, std=0.1),
             "w": features(generator, m, width),
         }
-        tensors.update(tail_parameters(generator, width, norm="norm2"))
+        tensors.update(token_mlp_parameters(generator, width, norm="norm2"))
         wants = tuple(tensors)
         tensors["seed"] = torch.tensor(1234567890123)
         options = {"kernel_size": kernel, "stride": stride, "padding": padding}

@@ -27,7 +27,7 @@ from t2t_fast.ops.performer_attention.triton import operators as attention
 from t2t_fast.ops.soft_split_linear.triton import operators as split
 from t2t_fast.ops.soft_split_linear.triton.layout import layout
 from t2t_fast.ops.soft_split_linear.triton.operands import operands, packed, packed_taps, pixel_columns
-from t2t_fast.ops.token_mlp.autograd import Options, Tail
+from t2t_fast.ops.token_mlp.autograd import MlpParameters, Options
 from t2t_fast.ops.token_mlp.triton import operators as token_mlp
 
 from . import machine_code
@@ -142,8 +142,8 @@ def _image(channels, dtype):
     return x if channels == 3 else x.to(memory_format=torch.channels_last)
 
 
-def _tail(width, hidden):
-    """The parameters of the tail."""
+def _mlp(width, hidden):
+    """The parameters of token_mlp."""
     shapes = (width, width), (width,), (width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)
     return [_meta(*shape) for shape in shapes]
 
@@ -192,10 +192,10 @@ def _token_mlp(case):
     """Forward and backward on a view of a packed v, parameters in float32, every gradient; dropout unless 0."""
     width, hidden, dropout = case.sizes
     kqv, y, grad = (_meta(BATCH, LENGTH, n, dtype=DTYPES[case.dtype]) for n in (3 * width, width, width))
-    v, tail = kqv[..., 2 * width :], _tail(width, hidden)
+    v, mlp = kqv[..., 2 * width :], _mlp(width, hidden)
     drop, seed = _dropout(dropout)
-    token_mlp._forward(y, v, seed, [1e-5, drop, drop], tail)
-    token_mlp._backward(grad, y, v, seed, [1e-5, drop, drop], tail, True)
+    token_mlp._forward(y, v, seed, [1e-5, drop, drop], mlp)
+    token_mlp._backward(grad, y, v, seed, [1e-5, drop, drop], mlp, True)
 
 
 def _performer_layer(case):
@@ -204,13 +204,13 @@ def _performer_layer(case):
     window, dtype = T2T_WINDOWS[0 if channels == 3 else 1], DTYPES[case.dtype]
     x, columns = _image(channels, dtype), channels * window.taps
     weight, bias, gamma, beta = _meta(3 * width, columns), _meta(3 * width), _meta(columns), _meta(columns)
-    w, tail = _meta(features, width), Tail(*_tail(width, hidden))
+    w, mlp = _meta(features, width), MlpParameters(*_mlp(width, hidden))
     drop, seed = _dropout(dropout)
     folded, _ = operands(x, weight, bias, gamma, beta, 1e-5, window, dtype, (), False)
-    from t2t_fast.ops.performer_layer.triton.forward import launch_read_out_tail, launch_split_keys
+    from t2t_fast.ops.performer_layer.triton.forward import launch_read_out_mlp, launch_split_keys
 
     kqv, _, _, lz, state = launch_split_keys(x, folded, w, 1e-5, window, dtype, None, bool(dropout))
-    launch_read_out_tail(kqv, w, 1e-8, lz, state, tail, Options(1e-5, drop, drop), seed)
+    launch_read_out_mlp(kqv, w, 1e-8, lz, state, mlp, Options(1e-5, drop, drop), seed)
 
 
 def _rounds(name, case, arguments):

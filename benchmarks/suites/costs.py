@@ -34,9 +34,9 @@ def t2t_stages(tokens_type, size=224, embed_dim=384, element=2):
         else:
             length = prod(window.grid(height, height))
             first = soft_split_linear(*shape, 3 * WIDTH, element, image_gradient=image_gradient)
-            # the tail keeps y and v, which the attention has kept already
-            tail = token_mlp(length, element=element)._replace(saved=0)
-            stages.append(chain(first, softmax_attention(length, element=element), tail))
+            # token_mlp keeps y and v, which the attention has kept already
+            mlp = token_mlp(length, element=element)._replace(saved=0)
+            stages.append(chain(first, softmax_attention(length, element=element), mlp))
         channels, height = WIDTH, window.grid(height, height)[0]
     return stages
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from t2t_fast import functional
 from t2t_fast.ops._common import costs
 from t2t_fast.ops._common.spec import T2T_WINDOWS, square
-from t2t_fast.testing import features, natural_images, tail_parameters
+from t2t_fast.testing import features, natural_images, token_mlp_parameters
 
 from . import attention
 
@@ -196,7 +196,7 @@ def performer_attention(stage, size, batch, tokens=None):
     )
 
 
-def _tail(y, v, **p):
+def _mlp(y, v, **p):
     """Upstream's ``v + proj(y)``, then ``x + mlp(norm2(x))``."""
     t = v + F.linear(y, p["proj_weight"], p["proj_bias"])
     n = F.layer_norm(t, t.shape[-1:], p["norm_weight"], p["norm_bias"], NORM_EPS)
@@ -210,8 +210,8 @@ def token_mlp(stage, size, batch):
     return Operator(
         "token_mlp",
         {"y": y, "v": v},
-        tail_parameters(generator, costs.WIDTH),
-        {"upstream": _tail, "t2t_fast": functional.token_mlp},
+        token_mlp_parameters(generator, costs.WIDTH),
+        {"upstream": _mlp, "t2t_fast": functional.token_mlp},
         lambda element: costs.token_mlp(tokens, element=element),
     )
 
@@ -225,11 +225,11 @@ def performer_layer(stage, size, batch):
     first = {renamed.get(name, name.replace("norm_", "norm1_")): value for name, value in linear.parameters.items()}
     first["kqv_weight"] = 2 * costs.WIDTH**-0.5 * first["kqv_weight"]  # k and q of norm 2
 
-    def upstream(x, w, kqv_weight, kqv_bias, norm1_weight, norm1_bias, **tail):
+    def upstream(x, w, kqv_weight, kqv_bias, norm1_weight, norm1_bias, **mlp):
         kqv = split(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias)
         k, q, v = torch.split(kqv, costs.WIDTH, dim=-1)
-        tail = {name.replace("norm2_", "norm_"): value for name, value in tail.items()}
-        return _tail(attention.upstream(q, k, v, w), v, **tail)
+        mlp = {name.replace("norm2_", "norm_"): value for name, value in mlp.items()}
+        return _mlp(attention.upstream(q, k, v, w), v, **mlp)
 
     def layer(x, **parameters):
         kernel, step, pad = window
@@ -241,7 +241,7 @@ def performer_layer(stage, size, batch):
         {
             **first,
             "w": features(generator, costs.FEATURES, costs.WIDTH),
-            **tail_parameters(generator, costs.WIDTH, norm="norm2"),
+            **token_mlp_parameters(generator, costs.WIDTH, norm="norm2"),
         },
         {"upstream": upstream, "t2t_fast": layer},
         lambda element: costs.performer_layer(*shape, element, image_gradient=stage > 1),

@@ -20,15 +20,11 @@ def recompute_of(memory: object, function: str = "performer_layer") -> bool:
     return memory == "low"
 
 
-def _same(value: object) -> object:
-    return value
-
-
 @renamed_arguments(
     memory=("recompute", recompute_of),
-    norm_weight=("norm2_weight", _same),
-    norm_bias=("norm2_bias", _same),
-    norm_eps=("norm2_eps", _same),
+    norm_weight="norm2_weight",
+    norm_bias="norm2_bias",
+    norm_eps="norm2_eps",
 )
 def performer_layer(
     x: torch.Tensor,
@@ -60,7 +56,7 @@ def performer_layer(
     recompute: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """A whole Performer layer on the soft split of ``x``: LayerNorm, ``kqv``, :func:`performer_attention`, the tail.
+    """A whole Performer layer on the soft split of ``x``: LayerNorm, ``kqv``, :func:`performer_attention`, token_mlp.
 
     Upstream: ``Token_performer.forward`` of the unfolded, transposed image. As one operator, it saves neither the
     unfolded tokens nor the attention's output for backward, and k, q and v only without ``recompute``.
@@ -92,7 +88,7 @@ def performer_layer(
     check_filled(function, "kqv_weight", kqv_weight)
     check_tensor(function, "w", w, ndim=2)
     width, columns = w.shape[1], x.shape[1] * win.taps
-    tail = {
+    mlp = {
         "proj_weight": proj_weight,
         "proj_bias": proj_bias,
         "norm2_weight": norm2_weight,
@@ -118,7 +114,7 @@ def performer_layer(
     check_features(function, w, width, leader.dtype)
     eps = check_number(function, "eps", eps, minimum=0)
     norm2_eps, proj_drop, mlp_drop = check_token_mlp(
-        function, leader, width, tail, norm2_eps, proj_drop, mlp_drop, "norm2"
+        function, leader, width, mlp, norm2_eps, proj_drop, mlp_drop, "norm2"
     )
     check_bool(function, "recompute", recompute)
     seed = seed_for(function, x, seed, proj_drop, mlp_drop)
@@ -134,7 +130,7 @@ def performer_layer(
         width=width,
         features=w.shape[0],
         hidden=fc1_weight.shape[0],
-        training=wants_gradient(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *tail.values()),
+        training=wants_gradient(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *mlp.values()),
         index=x.device.index,
     )
     return _performer_layer(

@@ -30,7 +30,7 @@ def token_mlp(
     seed: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """The tail of a token layer: ``t = v + drop(proj(y))``, then ``t + drop(fc2(gelu(fc1(LayerNorm(t)))))``.
+    """token_mlp: ``t = v + drop(proj(y))``, then ``t + drop(fc2(gelu(fc1(LayerNorm(t)))))``.
 
     Upstream: ``Token_performer.single_attn``'s last line and ``forward``'s last; ``Token_transformer`` likewise.
 
@@ -59,7 +59,7 @@ def token_mlp(
     check_tensor(function, "v", v, ndim=3)
     check_shape(function, "v", v, y.shape, "the shape of y")
     check_together(function, "y", y, same_dtype=same_dtype(y), v=v)
-    tail = {
+    mlp = {
         "proj_weight": proj_weight,
         "proj_bias": proj_bias,
         "norm_weight": norm_weight,
@@ -69,7 +69,7 @@ def token_mlp(
         "fc2_weight": fc2_weight,
         "fc2_bias": fc2_bias,
     }
-    norm_eps, proj_drop, mlp_drop = check_token_mlp(function, y, y.shape[-1], tail, norm_eps, proj_drop, mlp_drop)
+    norm_eps, proj_drop, mlp_drop = check_token_mlp(function, y, y.shape[-1], mlp, norm_eps, proj_drop, mlp_drop)
     seed = seed_for(function, y, seed, proj_drop, mlp_drop)
     chosen = choose(
         function,
@@ -78,7 +78,7 @@ def token_mlp(
         dtype=running_dtype(y),
         width=y.shape[-1],
         hidden=fc1_weight.shape[0],
-        training=wants_gradient(y, v, *tail.values()),
+        training=wants_gradient(y, v, *mlp.values()),
         index=y.device.index,
     )
     return _token_mlp(
@@ -104,7 +104,7 @@ def check_token_mlp(
     function: str,
     x: torch.Tensor,
     width: int,
-    tail: Mapping[str, Any],
+    mlp: Mapping[str, Any],
     norm_eps: float,
     proj_drop: float,
     mlp_drop: float,
@@ -114,9 +114,9 @@ def check_token_mlp(
     numbers.
     """
     for name in ("proj_weight", "fc1_weight", "fc2_weight"):
-        check_tensor(function, name, tail[name], ndim=2)
-    check_together(function, "the tokens", x, same_dtype=same_dtype(x), **tail)
-    hidden = tail["fc1_weight"].shape[0]
+        check_tensor(function, name, mlp[name], ndim=2)
+    check_together(function, "the tokens", x, same_dtype=same_dtype(x), **mlp)
+    hidden = mlp["fc1_weight"].shape[0]
     shapes = {
         "proj_weight": ((width, width), "(E, E)"),
         "proj_bias": ((width,), "E"),
@@ -128,8 +128,8 @@ def check_token_mlp(
         "fc2_bias": ((width,), "E"),
     }
     for name, (shape, meaning) in shapes.items():
-        if tail[name] is not None:
-            check_shape(function, name, tail[name], shape, meaning)
+        if mlp[name] is not None:
+            check_shape(function, name, mlp[name], shape, meaning)
     return (
         check_number(function, f"{norm}_eps", norm_eps, above=0),
         check_probability(function, "proj_drop", proj_drop),

@@ -18,9 +18,9 @@ pytestmark = [
 ]
 
 # Which launches do the work of which kernel of benchmarks/suites/costs.py, in its order
-FORWARD = [("split_keys_kernel",), ("read_out_tail_kernel",)]
+FORWARD = [("split_keys_kernel",), ("read_out_mlp_kernel",)]
 BACKWARD = [
-    ("queries_kernel", "tail_backward_kernel", "queries_backward_kernel"),
+    ("queries_kernel", "token_mlp_backward_kernel", "queries_backward_kernel"),
     ("keys_backward_kernel",),
     ("split_linear_weight_kernel",),
     ("token_scalars_kernel", "split_linear_image_kernel"),

@@ -27,14 +27,14 @@ EVERYWHERE = 99 * KIB
 
 ATTENTION = {"keys_kernel", "queries_kernel", "queries_backward_kernel", "keys_backward_kernel"}
 SPLIT = {"split_linear_kernel", "split_linear_weight_kernel", "split_linear_image_kernel"}
-TAIL = {"tail_kernel", "tail_backward_kernel", "read_out_tail_kernel"}
-WITH_PRODUCTS = ATTENTION | SPLIT | TAIL | {"split_keys_kernel"}
+TOKEN_MLP = {"token_mlp_kernel", "token_mlp_backward_kernel", "read_out_mlp_kernel"}
+WITH_PRODUCTS = ATTENTION | SPLIT | TOKEN_MLP | {"split_keys_kernel"}
 FORWARD = {"split_linear_kernel", "split_keys_kernel"}
-CROWDED = {("tail_backward_kernel", "fp32", "sm_120")}
+CROWDED = {("token_mlp_backward_kernel", "fp32", "sm_120")}
 STORING = ATTENTION - {"keys_kernel"}
 MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}, "sm_120": {"HMMA"}}
 
-# a token (an image's gradient: pixel), by the first of the call's sizes: channels, of the attention and the tail E
+# a token (an image's gradient: pixel), by the first of the call's sizes: channels, of the attention and token_mlp E
 INSTRUCTIONS = {
     ("keys_kernel", 64): 26,
     ("queries_kernel", 64): 31,
@@ -48,12 +48,12 @@ INSTRUCTIONS = {
     ("token_scalars_kernel", 64): 69,
     ("split_linear_image_kernel", 3): 111,
     ("split_linear_image_kernel", 64): 54,
-    ("tail_kernel", 64): 117,
-    ("tail_backward_kernel", 64): 205,
+    ("token_mlp_kernel", 64): 117,
+    ("token_mlp_backward_kernel", 64): 205,
     ("split_keys_kernel", 3): 149,
     ("split_keys_kernel", 64): 291,
-    ("read_out_tail_kernel", 3): 138,
-    ("read_out_tail_kernel", 64): 138,
+    ("read_out_mlp_kernel", 3): 138,
+    ("read_out_mlp_kernel", 64): 138,
 }
 
 
@@ -76,19 +76,19 @@ def check_completeness(rows, cases):
     found = Counter((row["architecture"], row["dtype"], row["name"]) for row in rows)
     times = {
         "merge_kernel": 1,
-        **dict.fromkeys(ATTENTION | TAIL, 1),
+        **dict.fromkeys(ATTENTION | TOKEN_MLP, 1),
         **dict.fromkeys(SPLIT, 4),
         "split_linear_image_kernel": 3,  # not of bytes
         "token_scalars_kernel": 2,  # nor without LayerNorm
         "cells_kernel": 4,  # of two images, forward and backward
         "split_keys_kernel": 2,  # of both stages, like
-        "read_out_tail_kernel": 2,
+        "read_out_mlp_kernel": 2,
     }
     assert found == {(*case, name): count for case in cases for name, count in times.items()}
 
 
 def check_registers(rows, cases):
-    """None spills but the tail backward in float32: 15 accesses of 2,800 on sm_120, 18 by Triton 3.9, 2 by 3.6.
+    """None spills but token_mlp backward in float32: 15 accesses of 2,800 on sm_120, 18 by Triton 3.9, 2 by 3.6.
 
     There ptxas fills all 255 registers whatever the sums, the order of the products, barriers or rounds ask for.
     """
@@ -119,7 +119,7 @@ def check_accesses(rows, cases):
     """Tokens are read and written 16 bytes at a time; float32 operands are partly fetched 4 bytes at a time."""
     for row in rows:
         loads, stores = ({int(width) for width in row["loop"][kind]} for kind in ("loads", "stores"))
-        if row["name"] in TAIL:  # a tile of 16 tokens has 8 bytes for each thread of 8 warps
+        if row["name"] in TOKEN_MLP:  # a tile of 16 tokens has 8 bytes for each thread of 8 warps
             assert min(loads) >= 8 or row["dtype"] in ("fp32", "tf32"), (where(row), loads)
         if row["name"] in ATTENTION:
             allowed = {16} if row["dtype"] in HALF else {4, 16}
@@ -202,9 +202,9 @@ def test_machine_code_for_few_tokens(tmp_path):
     found, reason = report(sys.executable, tmp_path, "--few", "--architecture", "sm_90")
     if reason is not None:
         pytest.skip(reason)
-    forward = [row for row in found if row["name"] in FORWARD | {"tail_kernel", "read_out_tail_kernel"}]
+    forward = [row for row in found if row["name"] in FORWARD | {"token_mlp_kernel", "read_out_mlp_kernel"}]
     assert Counter(row["name"] for row in forward) == Counter(
-        split_linear_kernel=16, split_keys_kernel=8, tail_kernel=4, read_out_tail_kernel=8
+        split_linear_kernel=16, split_keys_kernel=8, token_mlp_kernel=4, read_out_mlp_kernel=8
     )
     assert all(row["few"] and row["tokens"] <= 32 for row in forward)
     assert not [f"{where(row)}: {row['faults']}" for row in forward if row["faults"]]

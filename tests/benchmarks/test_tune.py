@@ -241,8 +241,8 @@ def test_the_passes_of_a_problem():
 TUNED = {
     "performer_attention": "queries",
     "soft_split_linear": "weight",
-    "token_mlp": "tail",
-    "performer_layer": "read_out_tail",
+    "token_mlp": "token_mlp",
+    "performer_layer": "read_out_mlp",
 }
 
 

@@ -1,4 +1,4 @@
-"""Soft split with Linear, the tail, Performer layer and T2T module by Triton on a GPU: streams, graphs, compilers.
+"""Soft split with Linear, token_mlp, Performer layer and T2T module by Triton on a GPU: streams, graphs, compilers.
 
 What needs no GPU in a test's body also runs on the CPU, in Triton's interpreter.
 """
@@ -19,12 +19,12 @@ OPERATORS = ("soft_split_linear", "performer_attention", "token_mlp", "performer
 MODULE = "t2t_module"
 
 # (operator, case); of the module: whether its dropout is on
-TAIL, LAYER = ("token_mlp", "dropout"), ("performer_layer", "dropout")
+TOKEN_MLP, LAYER = ("token_mlp", "dropout"), ("performer_layer", "dropout")
 EVAL, TRAINING = (MODULE, "eval"), (MODULE, "training")
 IMAGE, LINEAR, PROJECTION = (
     ("soft_split_linear", name) for name in ("stage1, LayerNorm", "stage2, LayerNorm", "stage2, Linear")
 )
-SUBJECTS = [IMAGE, LINEAR, PROJECTION, TAIL, LAYER, EVAL, TRAINING]
+SUBJECTS = [IMAGE, LINEAR, PROJECTION, TOKEN_MLP, LAYER, EVAL, TRAINING]
 
 interpreted = [
     pytest.mark.interpret,
@@ -168,7 +168,7 @@ def test_results_repeat_bit_by_bit(subject, device, dtype):
     other.synchronize()
 
 
-@each(SUBJECTS, [TAIL])
+@each(SUBJECTS, [TOKEN_MLP])
 def test_the_current_stream_is_used(subject, device, dtype):
     """Input that a slow stream is still to write: correct only for launches on that stream."""
     problem = Problem(subject, dtype, device)
@@ -189,7 +189,7 @@ def test_the_current_stream_is_used(subject, device, dtype):
 GRAPHED = [subject for subject in SUBJECTS if subject != TRAINING]
 
 
-@each(GRAPHED, [TAIL])
+@each(GRAPHED, [TOKEN_MLP])
 def test_graphs(subject, device, dtype):
     """Forward and backward captured once, replayed on other numbers."""
     problem = Problem(subject, dtype, device)
@@ -232,7 +232,7 @@ def test_activation_checkpointing(subject, device, dtype):
 
 
 @pytest.mark.slow
-@each(SUBJECTS, [LINEAR, TAIL, LAYER])
+@each(SUBJECTS, [LINEAR, TOKEN_MLP, LAYER])
 def test_one_graph_under_compile(subject, device, dtype):
     """On the CPU, which interprets the kernels, without Inductor's code."""
     problem = Problem(subject, dtype, device)

@@ -14,7 +14,7 @@ from t2t_fast.modules import T2TModule, TokenPerformer
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
 from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
-from t2t_fast.ops.token_mlp.triton.launch import TABLE as TAIL
+from t2t_fast.ops.token_mlp.triton.launch import TABLE as TOKEN_MLP
 from t2t_fast.testing import CASES, Case
 
 TINY = dict(img_size=32, num_classes=4, embed_dim=24, depth=1, num_heads=2, mlp_ratio=2.0, token_dim=16)
@@ -35,7 +35,7 @@ def by(request, monkeypatch):
     if request.param == "triton":
         _round_products_once(monkeypatch)
     with ExitStack() as stack:
-        for table in (ATTENTION, SPLIT, TAIL):
+        for table in (ATTENTION, SPLIT, TOKEN_MLP):
             for name in table.passes:
                 stack.enter_context(table.override(name, {"tokens": 256}))
         yield request.param

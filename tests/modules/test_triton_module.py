@@ -69,7 +69,7 @@ def test_performer_module_in_training(dtype, recompute):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_transformer_module_in_training(dtype):
-    """Its attention is PyTorch's, with upstream's scale; soft split and tail by the kernels."""
+    """Its attention is PyTorch's, with upstream's scale; soft split and mlp by the kernels."""
     x = natural_images(2, 3, 40, 36, seed=3).to(DTYPES[dtype])
     check("transformer", DTYPES[dtype], x, x.double())
 

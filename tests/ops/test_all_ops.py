@@ -14,7 +14,7 @@ from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
 from t2t_fast.ops.performer_layer.triton.launch import TABLE as LAYER
 from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
-from t2t_fast.ops.token_mlp.triton.launch import TABLE as TAIL
+from t2t_fast.ops.token_mlp.triton.launch import TABLE as TOKEN_MLP
 from t2t_fast.testing import CASES, DTYPES, assert_close
 
 OPS = list(CASES)
@@ -27,7 +27,7 @@ def large_tiles(monkeypatch):
     the self-tests, which would double the time here."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
     with ExitStack() as stack:
-        for table in (ATTENTION, LAYER, SPLIT, TAIL):
+        for table in (ATTENTION, LAYER, SPLIT, TOKEN_MLP):
             for name in table.passes:
                 stack.enter_context(table.override(name, {"tokens": 256}))
         yield

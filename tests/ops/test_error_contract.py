@@ -25,7 +25,7 @@ from t2t_fast.modules import (
     TokenTransformer,
     Unfold,
 )
-from t2t_fast.testing import tail_parameters
+from t2t_fast.testing import token_mlp_parameters
 
 GENERATOR = torch.Generator().manual_seed(0)
 WINDOW = {"kernel_size": 3, "stride": 2, "padding": 1}
@@ -36,11 +36,11 @@ PIXEL_NORM = ((0.5,) * 3, (0.2,) * 3)
 TOKENS = torch.randn(2, 16, 27)
 QKV = {name: torch.randn(2, 5, 8) for name in ("q", "k", "v")}
 DROP = {"proj_drop": 0.1, "mlp_drop": 0.1, "seed": torch.tensor(1)}
-TAIL = {**tail_parameters(GENERATOR, 8, 12), "norm_eps": 1e-5, **DROP}
+TOKEN_MLP = {**token_mlp_parameters(GENERATOR, 8, 12), "norm_eps": 1e-5, **DROP}
 LAYER = {
     "kqv_weight": torch.randn(24, 27), "kqv_bias": torch.randn(24), "w": torch.randn(4, 8), **WINDOW, "eps": 1e-8,
     **{name.replace("norm", "norm1"): value for name, value in NORM.items()}, "norm1_eps": 1e-5,
-    **{name.replace("norm", "norm2"): value for name, value in TAIL.items()},
+    **{name.replace("norm", "norm2"): value for name, value in TOKEN_MLP.items()},
 }  # fmt: skip
 CALLS = {
     "window": WINDOW,
@@ -56,7 +56,7 @@ CALLS = {
         "x": BYTES, "weight": torch.randn(5, 27), **WINDOW, "pixel_norm": PIXEL_NORM,
     },
     "performer_attention": {**QKV, "w": torch.randn(4, 8), "eps": 1e-8, "key_mask": torch.ones(2, 5, dtype=torch.bool)},
-    "token_mlp": {"y": QKV["q"], "v": QKV["v"], **TAIL},
+    "token_mlp": {"y": QKV["q"], "v": QKV["v"], **TOKEN_MLP},
     "performer_layer": {"x": IMAGE, **LAYER, "recompute": False},
     "performer_layer of bytes": {"x": BYTES, **LAYER, "pixel_norm": PIXEL_NORM},
 }  # fmt: skip

@@ -28,7 +28,7 @@ KEEP = torch.ones(2, 5, dtype=torch.bool)
 HEADS = QKV.unsqueeze(1)
 
 
-def tail(**changes):
+def mlp(**changes):
     parameters = {
         "proj_weight": torch.randn(8, 8),
         "proj_bias": torch.randn(8),
@@ -45,7 +45,7 @@ def tail(**changes):
 def layer(**changes):
     """``performer_layer`` of stage 1's window on tokens of width 8."""
     given = {"kqv_weight": torch.randn(24, 147), "kqv_bias": None, "w": W, "kernel_size": 7, "stride": 4, "padding": 2}
-    end = {name.replace("norm", "norm2"): value for name, value in tail().items()}
+    end = {name.replace("norm", "norm2"): value for name, value in mlp().items()}
     return performer_layer(IMAGE, **{**given, **end, **changes})
 
 
@@ -178,21 +178,21 @@ BAD = {
         lambda: performer_attention(QKV, QKV, QKV, W, key_mask=KEEP.to("meta")), ValueError,
         "key_mask must be on the device of q (cpu), got meta",
     ),
-    "token_mlp: v shape": (lambda: token_mlp(QKV, QKV[:1], **tail()), ValueError, "v must have shape (2, 5, 8) (the shape of y)"),
+    "token_mlp: v shape": (lambda: token_mlp(QKV, QKV[:1], **mlp()), ValueError, "v must have shape (2, 5, 8) (the shape of y)"),
     "token_mlp: fc2 shape": (
-        lambda: token_mlp(QKV, QKV, **tail(fc2_weight=torch.randn(8, 11))), ValueError, "fc2_weight must have shape (8, 12)",
+        lambda: token_mlp(QKV, QKV, **mlp(fc2_weight=torch.randn(8, 11))), ValueError, "fc2_weight must have shape (8, 12)",
     ),
     "token_mlp: missing weight": (
-        lambda: token_mlp(QKV, QKV, **tail(fc1_weight=None)), TypeError, "fc1_weight must be a torch.Tensor, got NoneType",
+        lambda: token_mlp(QKV, QKV, **mlp(fc1_weight=None)), TypeError, "fc1_weight must be a torch.Tensor, got NoneType",
     ),
     "token_mlp: probability": (
-        lambda: token_mlp(QKV, QKV, **tail(), mlp_drop=1.0), ValueError, "mlp_drop must be at least 0 and below 1, got 1.0",
+        lambda: token_mlp(QKV, QKV, **mlp(), mlp_drop=1.0), ValueError, "mlp_drop must be at least 0 and below 1, got 1.0",
     ),
     "token_mlp: seed": (
-        lambda: token_mlp(QKV, QKV, **tail(), mlp_drop=0.1, seed=torch.tensor(1.0)), ValueError, "seed must be one of int64",
+        lambda: token_mlp(QKV, QKV, **mlp(), mlp_drop=0.1, seed=torch.tensor(1.0)), ValueError, "seed must be one of int64",
     ),
     "token_mlp: device of the seed": (
-        lambda: token_mlp(QKV, QKV, **tail(), mlp_drop=0.1, seed=torch.empty((), dtype=torch.int64, device="meta")), ValueError,
+        lambda: token_mlp(QKV, QKV, **mlp(), mlp_drop=0.1, seed=torch.empty((), dtype=torch.int64, device="meta")), ValueError,
         "seed must be on the device of the tokens (cpu), got meta",
     ),
     "performer_layer: kqv width": (
@@ -203,7 +203,7 @@ BAD = {
         lambda: layer(norm1_weight=torch.ones(9)), ValueError, "norm1_weight must have shape (147,)",
     ),
     "performer_layer: norm1 eps": (lambda: layer(norm1_eps=0.0), ValueError, "norm1_eps must be above 0, got 0.0"),
-    "performer_layer: tail": (
+    "performer_layer: mlp": (
         lambda: layer(proj_weight=torch.randn(8, 9)), ValueError, "performer_layer: proj_weight must have shape (8, 8)",
     ),
     "SoftSplit: stride": (lambda: SoftSplit(3, 0), ValueError, "SoftSplit: stride must be at least 1, got 0"),

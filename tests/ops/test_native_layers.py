@@ -6,7 +6,7 @@ import torch
 from t2t_fast import backends
 from t2t_fast.functional import performer_attention, performer_layer, soft_split_linear, token_mlp
 from t2t_fast.ops._common import native_library as native
-from t2t_fast.testing import CASES, Case, assert_close, errors, features, tail_parameters
+from t2t_fast.testing import CASES, Case, assert_close, errors, features, token_mlp_parameters
 
 OPS = ["soft_split_linear", "performer_attention", "token_mlp", "performer_layer"]
 INSTRUCTION_SETS = ["avx512", "avx2", "baseline"]
@@ -61,7 +61,7 @@ def layer_case(batch, height, width, channels=5, drop=0.1, embed=16):
         "norm1_weight": torch.rand(columns, generator=generator) + 0.5,
         "norm1_bias": torch.randn(columns, generator=generator) * 0.1,
         "w": features(generator, 8, embed),
-        **tail_parameters(generator, embed, norm="norm2"),
+        **token_mlp_parameters(generator, embed, norm="norm2"),
     }
     options = {"kernel_size": 3, "stride": 2, "padding": 1, "proj_drop": drop, "mlp_drop": drop}
     return Case("performer_layer", "layer", {**tensors, "seed": torch.tensor(5)}, options, tuple(tensors))
@@ -126,11 +126,11 @@ def test_tokens_with_gaps_between_rows():
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(2, 70, 3, 24, generator=generator)
     y, v = wide[:, ::2, 0], wide[:, ::2, 2]
-    tail = tail_parameters(generator, 24)
-    expected = token_mlp(y.contiguous(), v.contiguous(), **tail, backend="native")
-    assert torch.equal(token_mlp(y, v, **tail, backend="native"), expected)
+    mlp = token_mlp_parameters(generator, 24)
+    expected = token_mlp(y.contiguous(), v.contiguous(), **mlp, backend="native")
+    assert torch.equal(token_mlp(y, v, **mlp, backend="native"), expected)
     across = y.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(token_mlp(across, v, **tail, backend="native"), expected)
+    assert torch.equal(token_mlp(across, v, **mlp, backend="native"), expected)
 
 
 def test_attention_of_many_tokens_and_of_few(threads):

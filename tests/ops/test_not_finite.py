@@ -18,7 +18,7 @@ from t2t_fast.functional import (
 )
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
-from t2t_fast.testing import errors, features, tail_parameters, tolerance
+from t2t_fast.testing import errors, features, token_mlp_parameters, tolerance
 
 # numpy, as the interpreter of Triton's kernels uses it
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in reduce:RuntimeWarning")
@@ -149,7 +149,7 @@ def test_the_keys_of_a_layer_vanish(backend):
         "x": torch.randn(2, 16, 7, 6, generator=generator),
         "kqv_weight": torch.randn(48, 144, generator=generator) / 12,
         "w": features(generator, 8, 16),
-        **tail_parameters(generator, 16, norm="norm2"),
+        **token_mlp_parameters(generator, 16, norm="norm2"),
     }
     tensors["kqv_weight"][:16] *= 1e20
 
@@ -257,7 +257,7 @@ def test_pixels_that_no_window_of_a_layer_covers(backend):
         "x": torch.randn(1, 3, 13, 14, generator=generator),
         "kqv_weight": torch.randn(48, 147, generator=generator) / 12,
         "w": features(generator, 8, 16),
-        **tail_parameters(generator, 16, norm="norm2"),
+        **token_mlp_parameters(generator, 16, norm="norm2"),
     }
     window = dict(kernel_size=7, stride=4, padding=0)
     there = covered((13, 14), **window).expand_as(tensors["x"])
@@ -310,7 +310,7 @@ def test_dropout_hides_nothing(where, backend, dtype, value):
     skip_unless_available("token_mlp", backend, dtype)
     generator = torch.Generator().manual_seed(0)
     y, v = torch.randn(2, 1, 60, 16, generator=generator)
-    tensors = {name: t.to(dtype) for name, t in {"y": y, "v": v, **tail_parameters(generator, 16)}.items()}
+    tensors = {name: t.to(dtype) for name, t in {"y": y, "v": v, **token_mlp_parameters(generator, 16)}.items()}
     tensors[where].view(-1)[5] = value
     drops = dict(proj_drop=0.4, mlp_drop=0.4, seed=torch.tensor(3))
 
@@ -331,7 +331,7 @@ def test_dropout_hides_no_gradient(backend, dtype):
     skip_unless_available("token_mlp", backend, dtype)
     generator = torch.Generator().manual_seed(0)
     y, v = torch.randn(2, 1, 60, 16, generator=generator)
-    tensors = {name: t.to(dtype) for name, t in {"y": y, "v": v, **tail_parameters(generator, 16)}.items()}
+    tensors = {name: t.to(dtype) for name, t in {"y": y, "v": v, **token_mlp_parameters(generator, 16)}.items()}
     upstream = torch.randn(1, 60, 16, generator=generator).to(dtype)
     upstream[0, torch.arange(0, 60, 3), torch.arange(0, 60, 3) % 16] = NAN
     drops = dict(proj_drop=0.4, mlp_drop=0.4, seed=torch.tensor(3))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from support.calls import skip_unless_available, with_gradients
 from t2t_fast.functional import soft_split_linear, token_mlp
 from t2t_fast.ops._common import triton_runtime
-from t2t_fast.testing import errors, tail_parameters, tolerance
+from t2t_fast.testing import errors, token_mlp_parameters, tolerance
 
 OFFSETS = [0.0, 1e2, 1e4, 1e6]
 FUSED = ["aten", "native", "triton"]
@@ -114,7 +114,7 @@ def check_token_mlp(backend, offset, dtype, allowed):
     generator = torch.Generator().manual_seed(0)
     width = 32
     y, v = torch.randn(2, 2, 40, width, generator=generator, dtype=torch.float64)
-    tensors = {"y": y, "v": v + offset, **tail_parameters(generator, width)}
+    tensors = {"y": y, "v": v + offset, **token_mlp_parameters(generator, width)}
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
 
     def exact(y, v, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias):

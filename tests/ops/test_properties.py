@@ -19,7 +19,7 @@ from t2t_fast.testing import (
     assert_close,
     errors,
     features,
-    tail_parameters,
+    token_mlp_parameters,
     tolerance,
 )
 
@@ -147,8 +147,8 @@ class Maker:
         """With one key or one feature all gradients but v's go through the gate, which must be half open."""
         return self.draw(st.sampled_from([1e-8, 1e-3, 0.1] if choices > 1 else [0.1]))
 
-    def _tail(self, width, norm="norm"):
-        parameters = tail_parameters(self.generator, width, self.draw(sizes), norm=norm)
+    def _mlp(self, width, norm="norm"):
+        parameters = token_mlp_parameters(self.generator, width, self.draw(sizes), norm=norm)
         parameters = {
             name: None if value.ndim == 1 and self.draw(st.booleans()) else value for name, value in parameters.items()
         }
@@ -157,14 +157,14 @@ class Maker:
 
     def token_mlp(self):
         shape = self.batch(), self.draw(st.integers(1, 150)), self.draw(sizes)
-        tail, options = self._tail(shape[-1])
-        return {"y": self.normal(*shape), "v": self.normal(*shape), **tail}, options
+        mlp, options = self._mlp(shape[-1])
+        return {"y": self.normal(*shape), "v": self.normal(*shape), **mlp}, options
 
     def performer_layer(self):
         width, m = self.draw(sizes), self.draw(st.integers(1, 12))
         linear, options, columns, tokens = self._linear("kqv_", 3 * width, 2.0 / width**0.5)
-        tail, drops = self._tail(width, "norm2")
-        tensors = {**linear, "kqv_bias": linear.get("kqv_bias"), "w": features(self.generator, m, width), **tail}
+        mlp, drops = self._mlp(width, "norm2")
+        tensors = {**linear, "kqv_bias": linear.get("kqv_bias"), "w": features(self.generator, m, width), **mlp}
         options |= {"eps": self._eps(min(m, tokens)), "recompute": self.draw(st.booleans())}
         return tensors | self._norm("norm1", columns), options | drops
 

@@ -22,7 +22,7 @@ from t2t_fast.functional import (
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops._common.windows import in_layout
 from t2t_fast.ops.performer_layer.triton.launch import TABLE as LAYER
-from t2t_fast.testing import errors, features, tail_parameters
+from t2t_fast.testing import errors, features, token_mlp_parameters
 
 OPAQUE = {"native": "t2t_fast_native", "triton": "t2t_fast_triton"}
 NO_TENSORS = {"cpu_instruction_set", "scratch_bytes"}
@@ -88,7 +88,7 @@ def layer_tensors(channels, width, kernel):
         "norm1_weight": 1 + torch.randn(channels * kernel**2, generator=generator) / 9,
         "norm1_bias": torch.randn(channels * kernel**2, generator=generator),
         "w": features(generator, 6, width),
-        **tail_parameters(generator, width, norm="norm2"),
+        **token_mlp_parameters(generator, width, norm="norm2"),
     }
 
 
@@ -137,12 +137,12 @@ def every_call(backend, dtype):
         tensors = {"q": q, "k": k, "v": v, "w": features(torch.Generator().manual_seed(0), 6, width).to(dtype)}
         for frozen in ((), ("w",)):
             backward(lambda **t: performer_attention(**t, backend=backend), tensors, frozen)
-        tail = {name: t.to(dtype) for name, t in tail_parameters(torch.Generator().manual_seed(0), width).items()}
+        mlp = {name: t.to(dtype) for name, t in token_mlp_parameters(torch.Generator().manual_seed(0), width).items()}
         y, v = packed[:, :, 0, :width], packed[:, :, 2, :width]
         for drop in (0.0, 0.3):
             drops = dict(proj_drop=drop, mlp_drop=drop, seed=torch.tensor(1))
-            backward(lambda drops=drops, **t: token_mlp(**t, **drops, backend=backend), {"y": y, "v": v, **tail})
-        backward(lambda **t: token_mlp(**t, backend=backend), {"y": y, "v": v, **tail}, tuple(tail))
+            backward(lambda drops=drops, **t: token_mlp(**t, **drops, backend=backend), {"y": y, "v": v, **mlp})
+        backward(lambda **t: token_mlp(**t, backend=backend), {"y": y, "v": v, **mlp}, tuple(mlp))
     for shape, width, kernel in (
         ((1, 3, 9, 8), 16, 7),
         ((2, 16, 6, 5), 16, 3),
@@ -152,7 +152,7 @@ def every_call(backend, dtype):
         tensors = {"x": image(*shape, "tokens"), **layer_tensors(shape[1], width, kernel)}
         tensors = {name: t if name == "w" else t.to(dtype) for name, t in tensors.items()}
         for fused in (0, 1):
-            with LAYER.override("split_keys", {"fused": fused}), LAYER.override("read_out_tail", {"fused": fused}):
+            with LAYER.override("split_keys", {"fused": fused}), LAYER.override("read_out_mlp", {"fused": fused}):
                 for recompute in (False, True):
                     options = dict(
                         kernel_size=kernel, stride=1, padding=kernel // 2, recompute=recompute, backend=backend

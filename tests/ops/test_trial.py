@@ -13,7 +13,7 @@ from t2t_fast.ops._common.spec import Window, square
 from t2t_fast.ops.performer_attention.triton import support as attention
 from t2t_fast.ops.performer_layer.triton import support as layer
 from t2t_fast.ops.soft_split_linear.triton import support as split
-from t2t_fast.ops.token_mlp.triton import support as tail
+from t2t_fast.ops.token_mlp.triton import support as mlp
 
 REASON = triton_runtime.reason(Request("cpu", torch.float32, {}))
 pytest.importorskip("triton", reason="triton is not installed")
@@ -76,7 +76,7 @@ def layer_request(dtype, **sizes):
 def test_inference_of_a_layer_tries_two_launches(launches):
     """Of a fused layer in inference neither the single passes nor anything of backward; of an image, its cells."""
     assert layer.supports(layer_request(torch.float16, **IMAGE, **AMP)) is None
-    expected = {"cells_kernel", "split_keys_kernel", "read_out_tail_kernel", "merge_kernel"}
+    expected = {"cells_kernel", "split_keys_kernel", "read_out_mlp_kernel", "merge_kernel"}
     assert {name for name, _ in launches} == expected
     projections = [found for name, found in launches if name == "split_keys_kernel"]
     assert not any(found["WHOLE"] for found in projections)
@@ -90,7 +90,7 @@ def test_training_of_a_layer_tries_its_backward(launches, image_gradient):
     sizes = {**TOKENS, **AMP, "image": torch.bfloat16}
     assert layer.supports(layer_request(torch.bfloat16, training=True, image_gradient=image_gradient, **sizes)) is None
     names = {name for name, _ in launches}
-    assert {"tail_backward_kernel", "queries_backward_kernel", "keys_backward_kernel"} < names
+    assert {"token_mlp_backward_kernel", "queries_backward_kernel", "keys_backward_kernel"} < names
     assert "split_linear_weight_kernel" in names and "split_linear_kernel" not in names
     assert ("split_linear_image_kernel" in names) == image_gradient
     assert all(found["WHOLE"] for name, found in launches if name == "split_keys_kernel")
@@ -126,14 +126,14 @@ def test_one_feature_passes(width, dtype):
 
 
 @pytest.mark.parametrize(("training", "dropout"), [(False, False), (False, True), (True, False), (True, True)])
-def test_the_tail_is_tried_as_it_runs(launches, training, dropout):
+def test_the_mlp_is_tried_as_it_runs(launches, training, dropout):
     sizes = {"width": 16, "hidden": 16, "training": training, "dropout": dropout, "parameters": torch.float32}
-    assert tail.supports(Request("cpu", torch.bfloat16, sizes)) is None
+    assert mlp.supports(Request("cpu", torch.bfloat16, sizes)) is None
     names = {name for name, _ in launches}
-    assert names == ({"tail_kernel", "tail_backward_kernel"} if training else {"tail_kernel"})
+    assert names == ({"token_mlp_kernel", "token_mlp_backward_kernel"} if training else {"token_mlp_kernel"})
     found = launches[0][1]
     assert (found["seed"] is not None) == dropout
-    assert found["tail"].proj_weight.dtype == torch.float32 and found["y"][0].dtype == torch.bfloat16
+    assert found["token_mlp"].proj_weight.dtype == torch.float32 and found["y"][0].dtype == torch.bfloat16
 
 
 def test_bytes_are_tried_as_bytes(launches):
@@ -145,9 +145,9 @@ def test_bytes_are_tried_as_bytes(launches):
 def test_what_nobody_says_follows_autocast():
     """Without the callers' word: AMP leaves images, parameters and w in float32."""
     request = Request("cpu", torch.bfloat16, {"width": 16})
-    assert [module.kind(request)[0] for module in (attention, split, tail)] == 3 * [torch.bfloat16]
+    assert [module.kind(request)[0] for module in (attention, split, mlp)] == 3 * [torch.bfloat16]
     with torch.autocast("cpu", torch.bfloat16):
-        assert [module.kind(request)[0] for module in (attention, split, tail)] == 3 * [torch.float32]
+        assert [module.kind(request)[0] for module in (attention, split, mlp)] == 3 * [torch.float32]
         told = Request("cpu", torch.bfloat16, {"width": 16, "w": torch.bfloat16})
         assert attention.kind(told)[0] == torch.bfloat16
 

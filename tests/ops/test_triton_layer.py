@@ -1,6 +1,6 @@
 """A whole Performer layer of Triton kernels, interpreted: its gradients, and two steps in one launch.
 
-Those are the soft split and the pass over the keys, and the pass over the queries and the tail.
+Those are the soft split and the pass over the keys, and the pass over the queries and token_mlp.
 """
 
 import warnings
@@ -19,9 +19,9 @@ from t2t_fast.ops.performer_layer.autograd import Layer
 from t2t_fast.ops.performer_layer.triton import fusion, launch
 from t2t_fast.ops.performer_layer.triton import operators as triton_impl
 from t2t_fast.ops.performer_layer.triton.launch import TABLE
-from t2t_fast.ops.token_mlp import aten as aten_tail
-from t2t_fast.ops.token_mlp.autograd import Options, Tail
-from t2t_fast.testing import DTYPES, Case, assert_close, errors, features, natural_images, tail_parameters
+from t2t_fast.ops.token_mlp import aten as aten_mlp
+from t2t_fast.ops.token_mlp.autograd import MlpParameters, Options
+from t2t_fast.testing import DTYPES, Case, assert_close, errors, features, natural_images, token_mlp_parameters
 
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 kernels = pytest.importorskip("t2t_fast.ops.performer_layer.triton.forward", reason="triton is not installed")
@@ -39,7 +39,7 @@ def case_of(shape=(2, 8, 9, 7), kernel=3, stride=2, padding=1, width=16, m=8, hi
         "norm1_weight": 1 + 0.1 * torch.randn(columns, generator=generator),
         "norm1_bias": 0.1 * torch.randn(columns, generator=generator),
         "w": features(generator, m, width),
-        **tail_parameters(generator, width, hidden, norm="norm2"),
+        **token_mlp_parameters(generator, width, hidden, norm="norm2"),
     }
     wants = tuple(tensors)
     options = {"kernel_size": kernel, "stride": stride, "padding": padding, "eps": eps}
@@ -71,7 +71,7 @@ SMALL_SPLIT = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "block": 16
 def launches(fused):
     """Every pair of steps by one launch (fused 1) or by two (0), in tiles of 16 tokens."""
     with (
-        TABLE.override("read_out_tail", {**SMALL, "fused": fused}),
+        TABLE.override("read_out_mlp", {**SMALL, "fused": fused}),
         TABLE.override("split_keys", {**SMALL_SPLIT, "fused": fused}),
     ):
         yield
@@ -148,15 +148,15 @@ def block_of(length, width=16, m=8, hidden=16, drops=(0.3, 0.2), batch=2, dtype=
     generator = torch.Generator().manual_seed(length)
     kqv = torch.randn(batch, length, 3 * width, generator=generator)
     kqv[..., : 2 * width] *= 2 * width**-0.5
-    w, tail = features(generator, m, width), Tail(**tail_parameters(generator, width, hidden))
-    return kqv.to(dtype), w, 1e-8, tail, Options(1e-5, *drops), torch.tensor(2**40 + 7)
+    w, mlp = features(generator, m, width), MlpParameters(**token_mlp_parameters(generator, width, hidden))
+    return kqv.to(dtype), w, 1e-8, mlp, Options(1e-5, *drops), torch.tensor(2**40 + 7)
 
 
 def run(arguments, fused, **parameters):
     kqv, w, eps, *rest = arguments
     k, q, v = kqv.chunk(3, dim=-1)
     lz, state = kernels.launch_key_state(Call(q, w), k, v, None)
-    with TABLE.override("read_out_tail", {**SMALL, "fused": fused, **parameters}):
+    with TABLE.override("read_out_mlp", {**SMALL, "fused": fused, **parameters}):
         return triton_impl._output(kqv, w, eps, lz, state, *rest)
 
 
@@ -184,7 +184,7 @@ def test_one_launch_is_two(length, sizes, parameters, dtype, monkeypatch):
     """The same numbers within the rounding of one result, and nothing of the other launches."""
     arguments = block_of(length, dtype=DTYPES[dtype], **sizes)
     expected = run(arguments, fused=0)
-    for module, name in ((kernels, "launch_read_out"), (kernels.tail, "run")):
+    for module, name in ((kernels, "launch_read_out"), (kernels.mlp, "run")):
         monkeypatch.setattr(module, name, None)
     out = run(arguments, fused=1, **parameters)
     assert errors(out, expected)[0] <= same(out.dtype)
@@ -261,7 +261,7 @@ def test_keys_that_outgrow_the_speculated_shift(dtype):
 
 @pytest.mark.parametrize(("name", "size"), [("width", 128), ("width", 24), ("m", 65), ("hidden", 65)])
 def test_what_does_not_fit_takes_two_launches(name, size, monkeypatch):
-    monkeypatch.setattr(kernels, "read_out_tail_kernel", None)
+    monkeypatch.setattr(kernels, "read_out_mlp_kernel", None)
     sizes = {"width": 16, "m": 8, "hidden": 16}
     assert launch.fits(*sizes.values()) and not launch.fits(*(sizes | {name: size}).values())
     out = run(block_of(5, **sizes | {name: size}), fused=1)
@@ -289,7 +289,7 @@ def test_a_projection_that_does_not_fit_takes_two_launches(sizes, monkeypatch):
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), [("sm_90", "bf16"), ("cpu", "fp32")])
-@pytest.mark.parametrize(("name", "small", "last"), [("read_out_tail", SMALL, 64), ("split_keys", SMALL_SPLIT, 96)])
+@pytest.mark.parametrize(("name", "small", "last"), [("read_out_mlp", SMALL, 64), ("split_keys", SMALL_SPLIT, 96)])
 def test_the_table_decides(architecture, dtype, name, small, last):
     found = TABLE.chosen(name, architecture, DTYPES[dtype], 64, 32, last)
     assert set(found) == {*small, "fused"}
@@ -343,10 +343,10 @@ def test_float32_in_three_tf32_products(matrix_units):
 def test_tf32_where_torch_allows_it(matrix_units, monkeypatch):
     """y is rounded before it is multiplied, rather than cut: within the error analysis' 2e-3, far above 1e-5."""
     arguments = block_of(40, width=64, m=32, hidden=64)
-    kqv, w, eps, tail, options, seed = arguments
+    kqv, w, eps, mlp, options, seed = arguments
     k, q, v = kqv.double().chunk(3, dim=-1)
     y, _, _ = aten_attention.attend(q, k, v, w.double(), eps, None)
-    exact = aten_tail.run(y, v, Tail(*(t.double() for t in tail)), options, seed)
+    exact = aten_mlp.run(y, v, MlpParameters(*(t.double() for t in mlp)), options, seed)
     monkeypatch.setattr(triton_runtime, "allows_tf32", lambda: True)
     out = run(arguments, fused=1)
     assert matrix_units == {"tf32"} and 1e-5 < errors(out, exact)[0] <= 2e-3

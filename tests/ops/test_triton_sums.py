@@ -11,10 +11,10 @@ from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
 from t2t_fast.ops.soft_split_linear.triton import operators as split
 from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
 from t2t_fast.ops.token_mlp import aten as aten_impl
-from t2t_fast.ops.token_mlp.autograd import Options, Tail
+from t2t_fast.ops.token_mlp.autograd import MlpParameters, Options
 from t2t_fast.ops.token_mlp.triton import operators as triton_impl
-from t2t_fast.ops.token_mlp.triton.launch import TABLE as TAIL
-from t2t_fast.testing import errors, tail_parameters, tolerance
+from t2t_fast.ops.token_mlp.triton.launch import TABLE as TOKEN_MLP
+from t2t_fast.testing import errors, token_mlp_parameters, tolerance
 
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -48,17 +48,17 @@ def weights_of_a_linear():
     return {"weight": (found, grad[0].double().T @ x.permute(0, 2, 3, 1).reshape(TOKENS, 16).double())}
 
 
-def parameters_of_a_tail():
+def parameters_of_a_mlp():
     generator = torch.Generator().manual_seed(0)
-    tail = Tail(**tail_parameters(generator, 16))
-    tail = tail._replace(norm_bias=tail.norm_bias + 2, fc1_weight=tail.fc1_weight.abs())  # hidden units far above 0
+    mlp = MlpParameters(**token_mlp_parameters(generator, 16))
+    mlp = mlp._replace(norm_bias=mlp.norm_bias + 2, fc1_weight=mlp.fc1_weight.abs())  # hidden units far above 0
     y, v, grad = torch.rand(3, 1, TOKENS, 16, generator=generator)
     rest = Options(1e-5, 0.0, 0.0), None
-    with TAIL.override("tail_backward", {"tokens": 32, "warps": 4, "stages": 1, "programs": 0}):
-        *_, found = triton_impl.run_backward(grad, y, v, tail, *rest, [True] * 8)
-    wide = Tail(*(t.double() for t in tail))
+    with TOKEN_MLP.override("token_mlp_backward", {"tokens": 32, "warps": 4, "stages": 1, "programs": 0}):
+        *_, found = triton_impl.run_backward(grad, y, v, mlp, *rest, [True] * 8)
+    wide = MlpParameters(*(t.double() for t in mlp))
     *_, exact = aten_impl.run_backward(grad.double(), y.double(), v.double(), wide, *rest, [True] * 8)
-    pairs = dict(zip(Tail._fields, zip(found, exact, strict=True), strict=True))
+    pairs = dict(zip(MlpParameters._fields, zip(found, exact, strict=True), strict=True))
     return {name: pairs[name] for name in ("proj_weight", "fc1_weight", "fc2_weight")}
 
 
@@ -74,8 +74,8 @@ def state_of_keys():
 
 SUMS = {
     "weights of a Linear": (weights_of_a_linear, "soft_split_linear", ["soft_split_linear.triton.weight_gradient"]),
-    "parameters of a tail": (
-        parameters_of_a_tail,
+    "parameters token_mlp": (
+        parameters_of_a_mlp,
         "token_mlp",
         ["token_mlp.triton.forward", "token_mlp.triton.backward"],
     ),

@@ -192,7 +192,7 @@ class Draw:
         state = self.tensor(batch, features), self.tensor(batch, features, width)
         return [self.tensor(*q.shape), q, k, v, w, eps, *state, self.random.random() < 0.5]
 
-    def _tail(self, width):
+    def _mlp(self, width):
         hidden = self.size(40)
         drops = self.probability(), self.probability()
         seed = self.torch.tensor(self.random.randint(-(2**63), 2**63 - 1)) if any(drops) else None
@@ -204,7 +204,7 @@ class Draw:
 
     def token_mlp(self):
         shape = self.random.randint(0, 4), self.size(200), self.size(40)
-        return [self.tensor(*shape), self.tensor(*shape), *self._tail(shape[-1])]
+        return [self.tensor(*shape), self.tensor(*shape), *self._mlp(shape[-1])]
 
     def token_mlp_backward(self):
         y, *rest = self.token_mlp()
@@ -217,7 +217,7 @@ class Draw:
         width, features = self.size(20), self.size(12)
         linear, tokens = self._linear(3 * width)
         eps = self.random.choice([0.0, 1e-8, 0.1])
-        return [*linear, self.tensor(features, width), eps, *self._tail(width)], (*tokens, width), features
+        return [*linear, self.tensor(features, width), eps, *self._mlp(width)], (*tokens, width), features
 
     def performer_layer_backward(self):
         arguments, (batch, length, width), features = self._layer()

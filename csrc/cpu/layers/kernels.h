@@ -47,9 +47,9 @@ struct KeyState {
   float *lz, *state;
 };
 
-// The tail of a token layer: projection, skip, LayerNorm, Linear, GELU, Linear, skip; dropout after the first and the
+// token_mlp: projection, skip, LayerNorm, Linear, GELU, Linear, skip; dropout after the first and the
 // last Linear. Missing parameters are null.
-struct Tail {
+struct MlpParameters {
   int64_t width, hidden;
   const float *proj_weight, *proj_bias, *norm_weight, *norm_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
   float norm_eps;
@@ -57,8 +57,8 @@ struct Tail {
   uint64_t seed;
 };
 
-// Where the gradients of a Tail's parameters go, each null unless it is wanted.
-struct TailGradient {
+// Where the gradients of a MlpParameters's parameters go, each null unless it is wanted.
+struct MlpGradient {
   float *proj_weight, *proj_bias, *norm_weight, *norm_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
 };
 
@@ -100,27 +100,27 @@ struct AttentionGradient {
 };
 
 struct TokenMlp {
-  Tail tail;
+  MlpParameters mlp;
   int64_t batch, length;
   Tokens y, v;
 };
 
 struct TokenMlpGradient {
   TokensOut y, v;
-  TailGradient tail;
+  MlpGradient mlp;
 };
 
 struct PerformerLayer {
   SplitLinear kqv;
   Performer performer;
-  Tail tail;
+  MlpParameters mlp;
   KeyState state;
 };
 
 struct PerformerLayerGradient {
   SplitLinearGradient kqv;
   float* w;  // null unless it is wanted
-  TailGradient tail;
+  MlpGradient mlp;
 };
 
 struct Kernels {

@@ -103,12 +103,12 @@ std::array<Tensor, 4> linear_gradients(const NormLinear& linear, bool weights, c
           gradient(linear.norm_bias, {linear.inputs}, like)};
 }
 
-std::array<Tensor, 8> tail_gradients(const Tail& tail, const Tensor& like) {
-  const int64_t width = tail.width, hidden = tail.hidden;
-  return {gradient(true, {width, width}, like),      gradient(tail.proj_bias, {width}, like),
-          gradient(tail.norm_weight, {width}, like), gradient(tail.norm_bias, {width}, like),
-          gradient(true, {hidden, width}, like),     gradient(tail.fc1_bias, {hidden}, like),
-          gradient(true, {width, hidden}, like),     gradient(tail.fc2_bias, {width}, like)};
+std::array<Tensor, 8> mlp_gradients(const MlpParameters& mlp, const Tensor& like) {
+  const int64_t width = mlp.width, hidden = mlp.hidden;
+  return {gradient(true, {width, width}, like),     gradient(mlp.proj_bias, {width}, like),
+          gradient(mlp.norm_weight, {width}, like), gradient(mlp.norm_bias, {width}, like),
+          gradient(true, {hidden, width}, like),    gradient(mlp.fc1_bias, {hidden}, like),
+          gradient(true, {width, hidden}, like),    gradient(mlp.fc2_bias, {width}, like)};
 }
 
 // ---- arguments that several operators share, in the order of their schemas (../../operators.cpp)
@@ -119,12 +119,12 @@ std::array<Tensor, 8> tail_gradients(const Tail& tail, const Tensor& like) {
       const Sizes &padding
 #define SPLIT_LINEAR_ARGUMENTS x, weight, bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding
 
-#define TAIL_PARAMETERS                                                                                           \
+#define MLP_PARAMETERS                                                                                            \
   const Tensor &proj_weight, const OptionalTensor &proj_bias, const OptionalTensor &norm_weight,                  \
       const OptionalTensor &norm_bias, double norm_eps, const Tensor &fc1_weight, const OptionalTensor &fc1_bias, \
       const Tensor &fc2_weight, const OptionalTensor &fc2_bias, double proj_drop, double mlp_drop,                \
       const OptionalTensor &seed
-#define TAIL_ARGUMENTS                                                                                             \
+#define MLP_ARGUMENTS                                                                                              \
   proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, proj_drop, \
       mlp_drop, seed
 
@@ -156,30 +156,30 @@ KeyState saved_state(Call& call, const Performer& performer, int64_t batch, cons
           const_cast<float*>(call.parameter(state, {batch, performer.features, performer.width}))};
 }
 
-Tail tail_of(Call& call, int64_t width, TAIL_PARAMETERS) {
+MlpParameters mlp_of(Call& call, int64_t width, MLP_PARAMETERS) {
   call.check(proj_drop >= 0 && proj_drop < 1 && mlp_drop >= 0 && mlp_drop < 1,
              "dropout probabilities must be at least 0 and below 1");
   call.check(fc1_weight.dim() == 2, "fc1_weight must be 2-D");
   const int64_t hidden = fc1_weight.size(0);
-  Tail tail = {width, hidden};
+  MlpParameters mlp = {width, hidden};
   if (proj_drop > 0 || mlp_drop > 0) {
     call.check(
         seed && seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long && seed->is_cpu(),
         "dropout needs an int64 seed on the CPU");
-    tail.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    mlp.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
   }
-  tail.proj_weight = call.parameter(proj_weight, {width, width});
-  tail.proj_bias = call.parameter(proj_bias, {width});
-  tail.norm_weight = call.parameter(norm_weight, {width});
-  tail.norm_bias = call.parameter(norm_bias, {width});
-  tail.fc1_weight = call.parameter(fc1_weight, {hidden, width});
-  tail.fc1_bias = call.parameter(fc1_bias, {hidden});
-  tail.fc2_weight = call.parameter(fc2_weight, {width, hidden});
-  tail.fc2_bias = call.parameter(fc2_bias, {width});
-  tail.norm_eps = static_cast<float>(norm_eps);
-  tail.proj_drop = proj_drop;
-  tail.mlp_drop = mlp_drop;
-  return tail;
+  mlp.proj_weight = call.parameter(proj_weight, {width, width});
+  mlp.proj_bias = call.parameter(proj_bias, {width});
+  mlp.norm_weight = call.parameter(norm_weight, {width});
+  mlp.norm_bias = call.parameter(norm_bias, {width});
+  mlp.fc1_weight = call.parameter(fc1_weight, {hidden, width});
+  mlp.fc1_bias = call.parameter(fc1_bias, {hidden});
+  mlp.fc2_weight = call.parameter(fc2_weight, {width, hidden});
+  mlp.fc2_bias = call.parameter(fc2_bias, {width});
+  mlp.norm_eps = static_cast<float>(norm_eps);
+  mlp.proj_drop = proj_drop;
+  mlp.mlp_drop = mlp_drop;
+  return mlp;
 }
 
 Attention attention_of(Call& call, const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -198,12 +198,12 @@ TokenMlp token_mlp_of(Call& call, const Tensor& y, const Tensor& v) {
   return {{}, y.size(0), length, call.tokens(y, y, length), call.tokens(v, y, length)};
 }
 
-PerformerLayer layer_of(Call& call, SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps, TAIL_PARAMETERS) {
+PerformerLayer layer_of(Call& call, SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps, MLP_PARAMETERS) {
   PerformerLayer layer = {split_linear_of(call, SPLIT_LINEAR_ARGUMENTS)};
   const int64_t width = w.size(1);
   layer.performer = performer_of(call, w, width, eps);
   call.check(layer.kqv.linear.outputs == 3 * width, "the Linear must give k, q and v of w's width");
-  layer.tail = tail_of(call, width, TAIL_ARGUMENTS);
+  layer.mlp = mlp_of(call, width, MLP_ARGUMENTS);
   return layer;
 }
 
@@ -262,33 +262,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention_backward(const Te
   return {d_q, d_k, d_v, d_w};
 }
 
-Tensor token_mlp(const Tensor& y, const Tensor& v, TAIL_PARAMETERS) {
+Tensor token_mlp(const Tensor& y, const Tensor& v, MLP_PARAMETERS) {
   Call call("token_mlp");
   TokenMlp arguments = token_mlp_of(call, y, v);
   const int64_t batch = arguments.batch, length = arguments.length, width = y.size(2);
-  arguments.tail = tail_of(call, width, TAIL_ARGUMENTS);
+  arguments.mlp = mlp_of(call, width, MLP_ARGUMENTS);
   Tensor out = empty({batch, length, width}, y);
   kernels().token_mlp(workers_for(batch * length), arguments, out_of(out));
   return out;
 }
 
-auto token_mlp_backward(const Tensor& grad, const Tensor& y, const Tensor& v, TAIL_PARAMETERS) {
+auto token_mlp_backward(const Tensor& grad, const Tensor& y, const Tensor& v, MLP_PARAMETERS) {
   Call call("token_mlp_backward");
   TokenMlp arguments = token_mlp_of(call, y, v);
   const int64_t batch = arguments.batch, length = arguments.length, width = y.size(2);
   const Tokens gradients = call.tokens(grad, y, length);
-  arguments.tail = tail_of(call, width, TAIL_ARGUMENTS);
+  arguments.mlp = mlp_of(call, width, MLP_ARGUMENTS);
   const std::array d_tokens = {empty({batch, length, width}, y), empty({batch, length, width}, y)};
-  const auto d_tail = tail_gradients(arguments.tail, y);
+  const auto d_mlp = mlp_gradients(arguments.mlp, y);
   kernels().token_mlp_backward(workers_for(batch * length), arguments, gradients,
-                               {out_of(d_tokens[0]), out_of(d_tokens[1]), pointers_of<TailGradient>(d_tail)});
-  return std::tuple_cat(d_tokens, d_tail);
+                               {out_of(d_tokens[0]), out_of(d_tokens[1]), pointers_of<MlpGradient>(d_mlp)});
+  return std::tuple_cat(d_tokens, d_mlp);
 }
 
 std::tuple<Tensor, Tensor, Tensor> performer_layer(SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps,
-                                                   TAIL_PARAMETERS) {
+                                                   MLP_PARAMETERS) {
   Call call("performer_layer");
-  PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, TAIL_ARGUMENTS);
+  PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, MLP_ARGUMENTS);
   const int64_t batch = layer.kqv.split.batch, length = layer.kqv.split.tokens();
   const int64_t features = layer.performer.features, width = layer.performer.width;
   Tensor out = empty({batch, length, width}, x);
@@ -298,23 +298,23 @@ std::tuple<Tensor, Tensor, Tensor> performer_layer(SPLIT_LINEAR_PARAMETERS, cons
   return {out, lz, state};
 }
 
-auto performer_layer_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps, TAIL_PARAMETERS,
+auto performer_layer_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps, MLP_PARAMETERS,
                               const Tensor& lz, const Tensor& state, bool need_image, bool need_weight, bool need_w) {
   Call call("performer_layer_backward");
-  PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, TAIL_ARGUMENTS);
+  PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, MLP_ARGUMENTS);
   const int64_t batch = layer.kqv.split.batch, length = layer.kqv.split.tokens(), width = layer.performer.width;
   layer.state = saved_state(call, layer.performer, batch, lz, state);
   call.check(grad.dim() == 3 && grad.size(0) == batch && grad.size(2) == width,
              "the gradient must have the output's shape");
   const Tokens gradients = call.tokens(grad, grad, length);
   const auto d_linear = linear_gradients(layer.kqv.linear, need_weight, x);
-  const auto d_tail = tail_gradients(layer.tail, x);
+  const auto d_mlp = mlp_gradients(layer.mlp, x);
   const std::array d_w = {gradient(need_w, {layer.performer.features, width}, x)};
   PerformerLayerGradient out = {
-      {{}, pointers_of<NormLinearGradient>(d_linear)}, wanted(d_w[0]), pointers_of<TailGradient>(d_tail)};
+      {{}, pointers_of<NormLinearGradient>(d_linear)}, wanted(d_w[0]), pointers_of<MlpGradient>(d_mlp)};
   const std::array d_image = {image_gradient(need_image, layer.kqv.split, x, out.kqv.image)};
   kernels().performer_layer_backward(workers_for(batch * length), layer, gradients, out);
-  return std::tuple_cat(d_image, d_linear, d_w, d_tail);
+  return std::tuple_cat(d_image, d_linear, d_w, d_mlp);
 }
 
 int64_t scratch_bytes(bool restart) { return static_cast<int64_t>(Scratch::most_in_use(restart)); }

@@ -1,4 +1,4 @@
-// A whole Performer layer: soft split, LayerNorm, kqv, attention, tail. Part of kernels.inl.
+// A whole Performer layer: soft split, LayerNorm, kqv, attention, mlp. Part of kernels.inl.
 //
 // kqv of one image at a time lies in a worker's scratch; it never reaches the memory of tensors. Backward computes it
 // again, overwrites it with its own gradient, and hands that to linear_backward.
@@ -6,7 +6,7 @@
 inline void performer_layer(const Workers& workers, const PerformerLayer& arguments, TokensOut out) {
   const FoldedLinear folded(workers, arguments.kqv);
   const Features f(arguments.performer);
-  const TailWeights w(arguments.tail, false);
+  const MlpWeights w(arguments.mlp, false);
   const int64_t batch = folded.split.batch, length = folded.split.tokens(), row = folded.outputs, width = f.width;
   auto sums = several<KeySums>(workers.count, f);
   const auto kqv = several<Floats>(images_at_a_time(workers, batch), length * row);
@@ -25,20 +25,20 @@ inline void performer_layer(const Workers& workers, const PerformerLayer& argume
   const auto on_queries = [&](const Span& span) {
     const KeyView view(f, sums, span);
     if (span.slot == span.first_slot) view.write(f, arguments.state, span.image);
-    // The tail's projection of a sum over features is the sum of their projections: once an image, not once a token.
+    // token_mlp's projection of a sum over features is the sum of their projections: once an image, not once a token.
     const Floats projected(f.count * f.wide);
     gemm(f.count, width, width, {view.state, f.wide, 1}, panels_of(w.proj, width), projected, f.wide);
     QueryScratch scratch(f);
-    TailScratch tail_scratch(w);
+    MlpScratch mlp_scratch(w);
     const RowReader q_rows(width), v_rows(width);
     const Floats spare(TILE * f.wide);
     for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
       const float* k = kqv[span.first_slot] + first * row;
       weigh_features(f, view, q_rows.read(k + width, row, count), count, scratch);
-      read_state(f, projected, count, scratch, tail_scratch.t, w.proj_bias);
-      const TailTile tile = {v_rows.read(k + 2 * width, row, count), (span.image * length + first) * width, count};
+      read_state(f, projected, count, scratch, mlp_scratch.t, w.proj_bias);
+      const MlpTile tile = {v_rows.read(k + 2 * width, row, count), (span.image * length + first) * width, count};
       into_rows(out.at(span.image, first), out.row, width, count, spare,
-                [&](float* to, int64_t to_row) { tail_forward(w, tile, tail_scratch, to, to_row); });
+                [&](float* to, int64_t to_row) { mlp_forward(w, tile, mlp_scratch, to, to_row); });
     });
   };
   for_images(workers, batch, length, on_keys, on_queries);
@@ -48,18 +48,18 @@ inline void performer_layer_backward(const Workers& workers, const PerformerLaye
                                      const PerformerLayerGradient& out) {
   const FoldedLinear folded(workers, arguments.kqv);
   const Features f(arguments.performer);
-  const TailWeights w(arguments.tail, true);
+  const MlpWeights w(arguments.mlp, true);
   const int64_t batch = folded.split.batch, length = folded.split.tokens(), row = folded.outputs, width = f.width;
   auto linear_sums = several<LinearSums>(workers.count, folded);
   auto sums = several<QuerySums>(workers.count, f, out.w != nullptr);
-  auto tail_sums = several<TailSums>(workers.count, w);
+  auto mlp_sums = several<MlpSums>(workers.count, w);
   const auto kqv = several<Floats>(images_at_a_time(workers, batch), length * row);
   const auto skip = several<Floats>(images_at_a_time(workers, batch), length * f.wide);  // the skip's share of d_v
   const auto on_queries = [&](const Span& span) {
     const Floats tile(TILE * folded.wide_inputs), spare(TILE * padded(row));
     const KeyView view(f, arguments.state, span.image);
     QueryScratch scratch(f);
-    TailBackwardScratch tail_scratch(w);
+    MlpBackwardScratch mlp_scratch(w);
     QuerySums& part = sums[span.slot];
     part.reset(f);
     const RowReader q_rows(width), v_rows(width), grad_rows(width);
@@ -70,10 +70,10 @@ inline void performer_layer_backward(const Workers& workers, const PerformerLaye
       float* k = own + first * row;
       const Rows q = q_rows.read(k + width, row, count);
       const Rows grad_tile = grad_rows.read(grad.at(span.image, first), grad.row, count);
-      const TailTile tail = {v_rows.read(k + 2 * width, row, count), (span.image * length + first) * width, count};
+      const MlpTile mlp = {v_rows.read(k + 2 * width, row, count), (span.image * length + first) * width, count};
       attend(f, view, q, count, scratch);
-      tail_backward(w, tail, scratch.y, grad_tile, tail_scratch, tail_sums[span.slot], d_y,
-                    skip[span.first_slot] + first * f.wide);
+      mlp_backward(w, mlp, scratch.y, grad_tile, mlp_scratch, mlp_sums[span.slot], d_y,
+                   skip[span.first_slot] + first * f.wide);
       attend_backward(f, view, q, count, d_y, scratch, part, d_q);
       copy_rows(k + width, row, d_q, f.wide, width, count);
     });
@@ -99,6 +99,6 @@ inline void performer_layer_backward(const Workers& workers, const PerformerLaye
   };
   for_images(workers, batch, length, on_queries, on_keys, on_image);
   linear_gradients(workers, folded, linear_sums, out.kqv.linear);
-  tail_gradients(workers, w, tail_sums, out.tail);
+  mlp_gradients(workers, w, mlp_sums, out.mlp);
   write_sums(workers, sums, &QuerySums::d_w, out.w, f.count, f.width);
 }

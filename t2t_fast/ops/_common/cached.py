@@ -34,7 +34,7 @@ def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
     return None
 
 
-class Kept:
+class WeightCache:
     """A cache of values derived from tensors, valid while the tensors are the same and unchanged.
 
     Changes are detected by a tensor's version counter, which every in-place operation increments except a write through
@@ -78,5 +78,5 @@ class Kept:
         return len(self._entries)
 
 
-FOLDED = Kept()
+FOLDED = WeightCache()
 """Folded and packed weights."""

@@ -1,9 +1,9 @@
 """The cost of each operator: bytes and FLOPs of a fused implementation, per image, from its sizes.
 
 A cost is a list of kernels: the minimum time is the sum over kernels of the slower of their two limits. A Performer
-layer forward is two of them (soft split + LayerNorm + Linear + keys; queries + tail), activations of ``element`` bytes
-are read and written once each, statistics and key state are in float32. Weights are ignored: they do not grow with the
-batch. Notation: L tokens, E width, m random features, P = C*H*W pixels of the image that is split.
+layer forward is two of them (soft split + LayerNorm + Linear + keys; queries + token_mlp), activations of ``element``
+bytes are read and written once each, statistics and key state are in float32. Weights are ignored: they do not grow
+with the batch. Notation: L tokens, E width, m random features, P = C*H*W pixels of the image that is split.
 """
 
 from typing import NamedTuple
@@ -151,22 +151,22 @@ def performer_layer(
     features: int = FEATURES,
     hidden: int = WIDTH,
 ) -> Cost:
-    """Soft split, LayerNorm, kqv and the pass over the keys in one kernel; then the queries and the tail in one.
+    """Soft split, LayerNorm, kqv and the pass over the keys in one kernel; then the queries and token_mlp in one.
 
     k, q and v are written once and not read for the keys; without a backward pass, k and the statistics are not
-    written. The attention's output is never written. Backward: the queries with the tail, the keys, the soft split.
+    written. The attention's output is never written. Backward: the queries with token_mlp, the keys, the soft split.
     """
     length, _, pixels = _sizes(channels, height, width, window)
     split = soft_split_linear(channels, height, width, window, 3 * embed, element, image_gradient=image_gradient)
-    tail, row = token_mlp(length, embed, hidden, element), embed * length * element
+    mlp, row = token_mlp(length, embed, hidden, element), embed * length * element
     state, product = _state(embed, features), length * embed * features
     (first,) = split.forward
     flops = first.flops + 4 * product
-    queries = Kernel(3 * row + state, 4 * product + tail.forward[0].flops)
+    queries = Kernel(3 * row + state, 4 * product + mlp.forward[0].flops)
     return Cost(
         (Kernel(first.bytes + state, flops), queries),
         (
-            Kernel(5 * row + 8 * length + 2 * state, 10 * product + tail.backward[0].flops),
+            Kernel(5 * row + 8 * length + 2 * state, 10 * product + mlp.backward[0].flops),
             Kernel(5 * row + 16 * length + 2 * state, 8 * product),
             *split.backward,
         ),

@@ -102,7 +102,7 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, w: Any, *_: Any, out_
     return _attention(q, k[-2], w, "backward")
 
 
-def _tail(y: Any, hidden: int) -> costs.Cost:
+def _mlp(y: Any, hidden: int) -> costs.Cost:
     *batch, length, width = y
     tokens = length
     for size in batch:
@@ -110,22 +110,22 @@ def _tail(y: Any, hidden: int) -> costs.Cost:
     return costs.token_mlp(tokens, width, hidden)
 
 
-def _native_tail(y: Any, v: Any, *tail: Any, out_shape: Any) -> float:
-    return _flops(_tail(y, tail[5][0]).forward)
+def _native_mlp(y: Any, v: Any, *mlp: Any, out_shape: Any) -> float:
+    return _flops(_mlp(y, mlp[5][0]).forward)
 
 
-def _native_tail_backward(grad: Any, y: Any, v: Any, *tail: Any, out_shape: Any) -> float:
-    return _flops(_tail(y, tail[5][0]).backward)
+def _native_mlp_backward(grad: Any, y: Any, v: Any, *mlp: Any, out_shape: Any) -> float:
+    return _flops(_mlp(y, mlp[5][0]).backward)
 
 
-def _triton_tail(y: Any, v: Any, seed: Any, options: Any, tail: Any, *_: Any, out_shape: Any) -> float:
-    return _flops(_tail(y, tail[4][0]).forward)
+def _triton_mlp(y: Any, v: Any, seed: Any, options: Any, mlp: Any, *_: Any, out_shape: Any) -> float:
+    return _flops(_mlp(y, mlp[4][0]).forward)
 
 
-def _triton_tail_backward(
-    grad: Any, y: Any, v: Any, seed: Any, options: Any, tail: Any, *_: Any, out_shape: Any
+def _triton_mlp_backward(
+    grad: Any, y: Any, v: Any, seed: Any, options: Any, mlp: Any, *_: Any, out_shape: Any
 ) -> float:
-    return _flops(_tail(y, tail[4][0]).backward)
+    return _flops(_mlp(y, mlp[4][0]).backward)
 
 
 def _layer(x: Any, window: Any, w: Any, hidden: int, *, image_gradient: bool = False) -> tuple[int, costs.Cost]:
@@ -182,12 +182,12 @@ def _project(
 
 
 def _finish(
-    kqv: Any, w: Any, eps: Any, lz: Any, state: Any, seed: Any, options: Any, tail: Any, out_shape: Any
+    kqv: Any, w: Any, eps: Any, lz: Any, state: Any, seed: Any, options: Any, mlp: Any, out_shape: Any
 ) -> float:
     batch, length, _ = kqv
     features, width = w
-    (tail_kernel,) = _tail((batch, length, width), tail[4][0]).forward
-    return batch * costs.performer_attention(length, width, features).forward[1].flops + tail_kernel.flops
+    (token_mlp_kernel,) = _mlp((batch, length, width), mlp[4][0]).forward
+    return batch * costs.performer_attention(length, width, features).forward[1].flops + token_mlp_kernel.flops
 
 
 def _read_out(q: Any, w: Any, *_: Any, out_shape: Any) -> float:
@@ -218,8 +218,8 @@ FORMULAS = {
         "soft_split_linear_backward": _native_split_linear_backward,
         "performer_attention": _attention_forward,
         "performer_attention_backward": _attention_backward,
-        "token_mlp": _native_tail,
-        "token_mlp_backward": _native_tail_backward,
+        "token_mlp": _native_mlp,
+        "token_mlp_backward": _native_mlp_backward,
         "performer_layer": _native_layer,
         "performer_layer_backward": _native_layer_backward,
     },
@@ -233,8 +233,8 @@ FORMULAS = {
         "performer_project": _project,
         "performer_output": _finish,
         "performer_kqv_backward": _kqv_backward,
-        "token_mlp": _triton_tail,
-        "token_mlp_backward": _triton_tail_backward,
+        "token_mlp": _triton_mlp,
+        "token_mlp_backward": _triton_mlp_backward,
     },
 }
 """Library -> operator -> function of a call's arguments, with shapes for tensors, that returns its FLOPs."""

@@ -1,4 +1,4 @@
-"""A Performer layer in PyTorch operations; backward makes one pass over the queries for the tail and the attention.
+"""A Performer layer in PyTorch operations; backward makes one pass over the queries for token_mlp and the attention.
 
 The gradients of k, q and v are written side by side into one tensor.
 """
@@ -8,7 +8,7 @@ import torch
 from .._common.library import accumulation_dtype
 from ..performer_attention import aten as attention
 from ..soft_split_linear import aten as split
-from ..token_mlp import aten as tail
+from ..token_mlp import aten as mlp
 from .autograd import compose
 
 
@@ -27,7 +27,7 @@ def _output(kqv, w, eps, lz, state, parameters, options, seed):
     wide = lz.dtype
     _, q, v = _parts(kqv, wide)
     y, _, _ = attention.read_out(q, lz, state, w.to(wide), eps)
-    return tail.run(y.to(kqv.dtype), v, parameters, options, seed)
+    return mlp.run(y.to(kqv.dtype), v, parameters, options, seed)
 
 
 def _recompute_attention(kqv, w, eps, lz, state):
@@ -49,4 +49,4 @@ def _recompute_attention(kqv, w, eps, lz, state):
     return y.to(kqv.dtype), v, attention_backward
 
 
-forward, run, run_backward = compose(split, _project, _output, _recompute_attention, tail.run_backward)
+forward, run, run_backward = compose(split, _project, _output, _recompute_attention, mlp.run_backward)

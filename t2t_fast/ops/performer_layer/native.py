@@ -28,13 +28,13 @@ class Options(NamedTuple):
     norm_eps: float
     drops: tuple
 
-    def arguments(self, x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *tail_and_seed):
+    def arguments(self, x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *mlp_and_seed):
         """The native operator's arguments, with tensors in float32."""
-        *tail, seed = tail_and_seed
+        *mlp, seed = mlp_and_seed
         linear = single(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias)
-        w, proj_weight, proj_bias, norm_weight, norm_bias, *mlp = single(w, *tail)
+        w, proj_weight, proj_bias, norm_weight, norm_bias, *fc = single(w, *mlp)
         head = (proj_weight, proj_bias, norm_weight, norm_bias, self.norm_eps)
-        return (*linear, self.norm1_eps, *self.window, w, self.eps, *head, *mlp, *self.drops, seed)
+        return (*linear, self.norm1_eps, *self.window, w, self.eps, *head, *fc, *self.drops, seed)
 
 
 def supports(request):
@@ -52,11 +52,11 @@ def _fake(x, weight, bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, 
 
 @native_library.fake("performer_layer_backward")
 def _fake_backward(grad, x, weight, bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding, w, eps, *rest):
-    proj_weight, proj_bias, norm_weight, norm_bias, _, *mlp, _, _, _, _, _, need_image, need_weight, need_w = rest
+    proj_weight, proj_bias, norm_weight, norm_bias, _, *fc, _, _, _, _, _, need_image, need_weight, need_w = rest
     return (
         native_library.fake_image_gradient(x, need_image),
         *fake_gradients(x, weight if need_weight else None, bias, norm1_weight if need_weight else None, norm1_bias),
-        *fake_gradients(x, w if need_w else None, proj_weight, proj_bias, norm_weight, norm_bias, *mlp),
+        *fake_gradients(x, w if need_w else None, proj_weight, proj_bias, norm_weight, norm_bias, *fc),
     )
 
 
@@ -104,13 +104,13 @@ def forward(
     eps,
     *arguments,
 ):
-    *tail_arguments, _ = arguments
+    *mlp_arguments, _ = arguments
     x = values(x, pixels, torch.float32)
-    tail, (norm_eps, *drops), seed = unpack(*tail_arguments)
+    mlp, (norm_eps, *drops), seed = unpack(*mlp_arguments)
     options = Options(norm1_eps, (kernel, stride, padding), eps, norm_eps, tuple(drops))
     linear = (kqv_weight, kqv_bias, norm1_weight, norm1_bias)
-    if wants_gradient(x, *linear, w, *tail):
-        out, _, _ = PerformerLayer.apply(options, x, *linear, w, *tail, seed)
+    if wants_gradient(x, *linear, w, *mlp):
+        out, _, _ = PerformerLayer.apply(options, x, *linear, w, *mlp, seed)
     else:
-        out, _, _ = torch.ops.t2t_fast_native.performer_layer(*options.arguments(x, *linear, w, *tail, seed))
+        out, _, _ = torch.ops.t2t_fast_native.performer_layer(*options.arguments(x, *linear, w, *mlp, seed))
     return out.to(dtype)

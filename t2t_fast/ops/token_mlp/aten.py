@@ -1,4 +1,4 @@
-"""The tail of a token layer; backward recomputes everything from (y, v) and the dropout seed.
+"""token_mlp; backward recomputes everything from (y, v) and the dropout seed.
 
     t = v + m1 (y Wp^T + bp)     n = LN(t)     h = n W1^T + b1     out = t + m2 (gelu(h) W2^T + b2)
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .._common.library import accumulation_dtype, product
 from .._common.philox import dropout_, keep_masks
 from .._common.transforms import constant
-from .autograd import Tail, differentiable
+from .autograd import MlpParameters, differentiable
 
 
 def _linear(x, weight, bias, into=None):
@@ -24,21 +24,21 @@ def _linear(x, weight, bias, into=None):
     return found if bias is None else found.add_(bias)
 
 
-def _skip(v, y, tail, options, keep):
+def _skip(v, y, mlp, options, keep):
     """``t``: a new tensor in the accumulation dtype."""
-    t = _linear(y, tail.proj_weight, tail.proj_bias).to(accumulation_dtype(y.dtype))
+    t = _linear(y, mlp.proj_weight, mlp.proj_bias).to(accumulation_dtype(y.dtype))
     return dropout_(t, options.proj_drop, keep).add_(v)
 
 
-def run(y, v, tail, options, seed):
+def run(y, v, mlp, options, seed):
     """Forward without autograd."""
     keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
-    t = _skip(v, y, tail, options, keep_proj)
-    gamma, beta = (None if p is None else p.to(t.dtype) for p in (tail.norm_weight, tail.norm_bias))
+    t = _skip(v, y, mlp, options, keep_proj)
+    gamma, beta = (None if p is None else p.to(t.dtype) for p in (mlp.norm_weight, mlp.norm_bias))
     centred = t - t.mean(-1, keepdim=True)  # else layer_norm subtracts the mean last, where an offset costs precision
     n = F.layer_norm(centred, (constant(t.shape[-1]),), gamma, beta, options.norm_eps).to(y.dtype)
-    a = torch.ops.aten.gelu_(_linear(n, tail.fc1_weight, tail.fc1_bias, into=centred))
-    f = _linear(a, tail.fc2_weight, tail.fc2_bias, into=n).to(t.dtype)
+    a = torch.ops.aten.gelu_(_linear(n, mlp.fc1_weight, mlp.fc1_bias, into=centred))
+    f = _linear(a, mlp.fc2_weight, mlp.fc2_bias, into=n).to(t.dtype)
     return t.add_(dropout_(f, options.mlp_drop, keep_mlp)).to(y.dtype)
 
 
@@ -47,36 +47,36 @@ def _weight_gradient(grad, x):
     return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
 
-def run_backward(grad, y, v, tail, options, seed, needed):
+def run_backward(grad, y, v, mlp, options, seed, needed):
     """All gradients; d_v is a new tensor in the accumulation dtype."""
     dtype, wide = y.dtype, accumulation_dtype(y.dtype)
     width = y.shape[-1]
-    gradients = Tail(*[None] * 8)._asdict()
+    gradients = MlpParameters(*[None] * 8)._asdict()
 
     def want(name):
-        return needed[Tail._fields.index(name)] and getattr(tail, name) is not None
+        return needed[MlpParameters._fields.index(name)] and getattr(mlp, name) is not None
 
     def give(name, value):
-        gradients[name] = value.to(getattr(tail, name).dtype)
+        gradients[name] = value.to(getattr(mlp, name).dtype)
 
     def give_bias(name, value):
         if want(name):
             give(name, value.flatten(0, -2).sum(0, dtype=wide))
 
-    gamma = y.new_ones(width, dtype=wide) if tail.norm_weight is None else tail.norm_weight.to(wide)
+    gamma = y.new_ones(width, dtype=wide) if mlp.norm_weight is None else mlp.norm_weight.to(wide)
     keep_proj, keep_mlp = keep_masks(seed, y.shape, options.proj_drop, options.mlp_drop)
-    xhat = _skip(v, y, tail, options, keep_proj)
+    xhat = _skip(v, y, mlp, options, keep_proj)
     for _ in range(2):  # the second pass removes the rounding error of the mean
         xhat.sub_(xhat.mean(-1, keepdim=True))
     rstd = torch.rsqrt(torch.linalg.vecdot(xhat, xhat).unsqueeze(-1) / width + options.norm_eps)
     xhat.mul_(rstd)
     n = xhat * gamma
-    n = (n if tail.norm_bias is None else n.add_(tail.norm_bias.to(wide))).to(dtype)
-    h = _linear(n, tail.fc1_weight, tail.fc1_bias)
+    n = (n if mlp.norm_bias is None else n.add_(mlp.norm_bias.to(wide))).to(dtype)
+    h = _linear(n, mlp.fc1_weight, mlp.fc1_bias)
 
     grad = grad.to(wide)
     d_f = (grad if keep_mlp is None else dropout_(grad.clone(), options.mlp_drop, keep_mlp)).to(dtype)
-    d_h = d_f @ tail.fc2_weight.to(dtype)
+    d_h = d_f @ mlp.fc2_weight.to(dtype)
     torch.ops.aten.gelu_backward.grad_input(d_h, h, grad_input=d_h)
     if want("fc2_weight"):
         give("fc2_weight", _weight_gradient(d_f, torch.ops.aten.gelu_(h)))
@@ -85,7 +85,7 @@ def run_backward(grad, y, v, tail, options, seed, needed):
         give("fc1_weight", _weight_gradient(d_h, n))
     give_bias("fc1_bias", d_h)
 
-    d_n = product(d_h, tail.fc1_weight.to(dtype), into=h).to(wide)
+    d_n = product(d_h, mlp.fc1_weight.to(dtype), into=h).to(wide)
     give_bias("norm_bias", d_n)
     products = torch.mul(d_n, xhat, out=n) if n.dtype == wide else d_n * xhat
     give_bias("norm_weight", products)
@@ -96,7 +96,7 @@ def run_backward(grad, y, v, tail, options, seed, needed):
     if want("proj_weight"):
         give("proj_weight", _weight_gradient(d_p, y))
     give_bias("proj_bias", d_p)
-    return product(d_p, tail.proj_weight.to(dtype), into=xhat), d_t, list(gradients.values())
+    return product(d_p, mlp.proj_weight.to(dtype), into=xhat), d_t, list(gradients.values())
 
 
 forward = differentiable(run, run_backward)

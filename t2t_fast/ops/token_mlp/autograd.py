@@ -1,4 +1,4 @@
-"""The arguments of the tail of a token layer, shared by all operators that end with it, and its autograd function."""
+"""The arguments of token_mlp, shared by all operators that end with it, and its autograd function."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ import torch
 from .._common.library import first_order, wants_gradient
 
 
-class Tail(NamedTuple):
-    """The parameters of the tail; biases and LayerNorm's two may be ``None``."""
+class MlpParameters(NamedTuple):
+    """The parameters of token_mlp; biases and LayerNorm's two may be ``None``."""
 
     proj_weight: torch.Tensor
     proj_bias: torch.Tensor | None
@@ -42,9 +42,9 @@ def unpack(
     mlp_drop,
     seed,
 ):
-    """The operators' last arguments (op.SIGNATURE), in their order: a :class:`Tail`, :class:`Options` and the seed."""
-    tail = Tail(proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return tail, Options(norm_eps, proj_drop, mlp_drop), seed
+    """The operators' last arguments, as :class:`MlpParameters`, :class:`Options` and the seed."""
+    mlp = MlpParameters(proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return mlp, Options(norm_eps, proj_drop, mlp_drop), seed
 
 
 def differentiable(run, run_backward):
@@ -52,9 +52,9 @@ def differentiable(run, run_backward):
     parameters.
 
     Args:
-        run: (y, v, tail, options, seed) -> the output; without autograd.
-        run_backward: (grad, y, v, tail, options, seed, needed) -> d_y, d_v (of the skip, in v's dtype or a wider one),
-            and a list of gradients in the order of ``tail``: ``None`` for an absent parameter, ``None`` or any value
+        run: (y, v, mlp, options, seed) -> the output; without autograd.
+        run_backward: (grad, y, v, mlp, options, seed, needed) -> d_y, d_v (of the skip, in v's dtype or a wider one),
+            and a list of gradients in the order of ``mlp``: ``None`` for an absent parameter, ``None`` or any value
             for one that is not ``needed``. Recomputes everything from y, v and the seed; grad: (..., L, E).
     """
 
@@ -62,26 +62,26 @@ def differentiable(run, run_backward):
         """Gradients for y, v and every parameter."""
 
         @staticmethod
-        def forward(y, v, seed, options, *tail):
-            return run(y, v, Tail(*tail), options, seed)
+        def forward(y, v, seed, options, *mlp):
+            return run(y, v, MlpParameters(*mlp), options, seed)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            y, v, seed, ctx.options, *tail = inputs
-            ctx.save_for_backward(y, v, seed, *tail)
+            y, v, seed, ctx.options, *mlp = inputs
+            ctx.save_for_backward(y, v, seed, *mlp)
 
         @staticmethod
         @first_order
         def backward(ctx, grad):
-            y, v, seed, *tail = ctx.saved_tensors
+            y, v, seed, *mlp = ctx.saved_tensors
             needed = ctx.needs_input_grad[4:]
-            d_y, d_v, gradients = run_backward(grad, y, v, Tail(*tail), ctx.options, seed, needed)
+            d_y, d_v, gradients = run_backward(grad, y, v, MlpParameters(*mlp), ctx.options, seed, needed)
             return d_y, d_v.to(v.dtype), None, None, *gradients
 
     def forward(y, v, *arguments):
-        tail, options, seed = unpack(*arguments)
-        if wants_gradient(y, v, *tail):
-            return TokenMlp.apply(y, v, seed, options, *tail)
-        return run(y, v, tail, options, seed)
+        mlp, options, seed = unpack(*arguments)
+        if wants_gradient(y, v, *mlp):
+            return TokenMlp.apply(y, v, seed, options, *mlp)
+        return run(y, v, mlp, options, seed)
 
     return forward

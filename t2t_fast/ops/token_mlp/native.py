@@ -1,4 +1,4 @@
-"""The tail of a token layer as a native operator (``csrc/cpu``), in float32, a tile of tokens at a time.
+"""token_mlp as a native operator (``csrc/cpu``), in float32, a tile of tokens at a time.
 
 Saved for backward: y, v, the dropout seed and the parameters; everything else is recomputed.
 """
@@ -26,23 +26,23 @@ def _fake_backward(grad, y, v, proj_weight, proj_bias, norm_weight, norm_bias, n
     return fake_gradients(y, y, y, proj_weight, proj_bias, norm_weight, norm_bias, *rest[:4])
 
 
-def _arguments(y, v, tail, options, seed):
+def _arguments(y, v, mlp, options, seed):
     """The native operator's arguments, with tensors in float32; ``options`` are norm_eps, proj_drop and mlp_drop."""
     norm_eps, *drops = options
-    y, v, proj_weight, proj_bias, norm_weight, norm_bias, *mlp = single(y, v, *tail)
-    return y, v, proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, *mlp, *drops, seed
+    y, v, proj_weight, proj_bias, norm_weight, norm_bias, *fc = single(y, v, *mlp)
+    return y, v, proj_weight, proj_bias, norm_weight, norm_bias, norm_eps, *fc, *drops, seed
 
 
-def run(y, v, tail, options, seed):
+def run(y, v, mlp, options, seed):
     """Forward without autograd."""
-    return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, tail, options, seed)).to(y.dtype)
+    return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, mlp, options, seed)).to(y.dtype)
 
 
-def run_backward(grad, y, v, tail, options, seed, needed):
+def run_backward(grad, y, v, mlp, options, seed, needed):
     """All gradients, needed or not, each in the dtype of its tensor."""
-    arguments = _arguments(y, v, tail, options, seed)
+    arguments = _arguments(y, v, mlp, options, seed)
     found = torch.ops.t2t_fast_native.token_mlp_backward(grad.to(torch.float32), *arguments)
-    d_y, d_v, *gradients = (gradient(value, tensor) for value, tensor in zip(found, (y, v, *tail), strict=True))
+    d_y, d_v, *gradients = (gradient(value, tensor) for value, tensor in zip(found, (y, v, *mlp), strict=True))
     return d_y, d_v, gradients
 
 

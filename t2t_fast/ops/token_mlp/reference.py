@@ -1,4 +1,4 @@
-"""The tail of a token layer as upstream computes it: projection, skip through v, LayerNorm, MLP, skip."""
+"""token_mlp as upstream computes it: projection, skip through v, LayerNorm, MLP, skip."""
 
 import torch.nn.functional as F
 

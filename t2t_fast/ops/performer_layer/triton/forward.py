@@ -1,5 +1,5 @@
 """Triton kernels of a Performer layer. Each fuses two steps: the soft split with Linear and the attention's pass over
-the keys; the pass over the queries and the tail.
+the keys; the pass over the queries and token_mlp.
 
 Notation, padding and precision are those of the kernels of the single operators.
 """
@@ -33,9 +33,9 @@ from ...performer_attention.triton.forward import (
 )
 from ...soft_split_linear.triton.call import Call, Folded
 from ...soft_split_linear.triton.forward import launch_split_linear, normalised, places_of, tile_products
-from ...token_mlp.autograd import Options, Tail
-from ...token_mlp.triton import operators as tail
-from ...token_mlp.triton.forward import kept_weights, random_lanes, tail_of
+from ...token_mlp.autograd import MlpParameters, Options
+from ...token_mlp.triton import operators as mlp
+from ...token_mlp.triton.forward import kept_weights, mlp_of, random_lanes
 from ...token_mlp.triton.launch import dropout
 from . import launch
 from .fusion import queries_fused
@@ -153,7 +153,7 @@ def split_keys_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def read_out_tail_kernel(
+def read_out_mlp_kernel(
     q,
     v,
     w,
@@ -161,7 +161,7 @@ def read_out_tail_kernel(
     state,
     log_eps,
     out,
-    tail,
+    mlp,
     norm_eps,
     seed,
     drop_proj,
@@ -179,11 +179,11 @@ def read_out_tail_kernel(
     LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``out = tail(y, v)`` with y as in ``queries_kernel``; y is never written to memory.
+    """``out = mlp(y, v)`` with y as in ``queries_kernel``; y is never written to memory.
 
     Grid (sequences, splits). A program owns the tokens of one split: it reads q and v once and writes out once; nothing
-    is saved. The arguments are those of ``queries_kernel`` and ``tail_kernel``; STRIDES are those of q and v. One head;
-    the token width is exactly WIDTH.
+    is saved. The arguments are those of ``queries_kernel`` and ``token_mlp_kernel``; STRIDES are those of q and v. One
+    head; the token width is exactly WIDTH.
     """
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -195,7 +195,7 @@ def read_out_tail_kernel(
     lz, state = lz + sequence * features, state + sequence * features * WIDTH
     logs, values = state_of(lz, state, 0, features, WIDTH, float("-inf"), WIDTH, FEATURES)
     values = rounded(values, DTYPE, PRECISION)
-    kept = kept_weights(tail, WIDTH, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
+    kept = kept_weights(mlp, WIDTH, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
     if seed is not None:
         seed = tl.load(seed)
     first, last = own_tiles(split, tiles_per_split, length, TOKENS)
@@ -211,12 +211,12 @@ def read_out_tail_kernel(
         lanes = 0
         if seed is not None:
             lanes = random_lanes(seed, sequence * length + start, WIDTH, TOKENS, WIDTH, True).to(tl.uint16)
-        value = tail_of(
+        value = mlp_of(
             y,
             scale,
             skip,
             lanes,
-            tail,
+            mlp,
             kept,
             norm_eps,
             drop_proj,
@@ -305,7 +305,7 @@ def queries_and_values(kqv, width):
     return kqv[..., -2 * width : -width], kqv[..., -width:]
 
 
-def launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
+def launch_read_out_mlp(kqv, w, eps, lz, state, parameters, options, seed):
     """The layer's output from the key state, q and v, in one launch, for the sizes that launch.py accepts."""
     q, v = queries_and_values(kqv, w.shape[1])
     call, length = attention.Call(q, w), q.shape[1]
@@ -314,7 +314,7 @@ def launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
         return out
     hidden = parameters.fc1_weight.shape[0]
     section = runtime.section(q.device, call.sequences * length)
-    selected = launch.TABLE.chosen("read_out_tail", section, q.dtype, call.width, call.features, hidden)
+    selected = launch.TABLE.chosen("read_out_mlp", section, q.dtype, call.width, call.features, hidden)
     splits, sizes, constants = _plan(
         tuple(selected.items()),
         q.dtype,
@@ -327,7 +327,7 @@ def launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
         q.dtype == torch.float32 and runtime.allows_tf32(),
     )
     q, v = attention.readable(q), attention.readable(v)
-    read_out_tail_kernel[call.sequences, splits](
+    read_out_mlp_kernel[call.sequences, splits](
         q,
         v,
         call.directions,
@@ -335,7 +335,7 @@ def launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed):
         state,
         call.log_eps(eps),
         out,
-        Tail(*(None if t is None else t.contiguous() for t in parameters)),
+        MlpParameters(*(None if t is None else t.contiguous() for t in parameters)),
         options.norm_eps,
         *dropout(options, seed),
         *sizes,
@@ -359,8 +359,8 @@ def launch_project(
 
 def launch_output(kqv, w, eps, lz, state, seed, options, parameters):
     """The layer's output from the key state, q and v, in one launch or in two."""
-    parameters, options = Tail(*parameters), Options(*options)
+    parameters, options = MlpParameters(*parameters), Options(*options)
     q, v = queries_and_values(kqv, w.shape[1])
     if queries_fused(q, w, parameters, seed is not None):
-        return launch_read_out_tail(kqv, w, eps, lz, state, parameters, options, seed)
-    return tail.run(launch_read_out(q, w, eps, lz, state), v, parameters, options, seed)
+        return launch_read_out_mlp(kqv, w, eps, lz, state, parameters, options, seed)
+    return mlp.run(launch_read_out(q, w, eps, lz, state), v, parameters, options, seed)

@@ -10,9 +10,9 @@ from ...soft_split_linear import aten as plain_split
 from ...soft_split_linear.triton import support as split
 from ...soft_split_linear.triton.layout import layout
 from ...soft_split_linear.triton.operands import operands
-from ...token_mlp import aten as plain_tail
-from ...token_mlp.autograd import Tail
-from ...token_mlp.triton import support as tail
+from ...token_mlp import aten as plain_mlp
+from ...token_mlp.autograd import MlpParameters
+from ...token_mlp.triton import support as mlp
 from . import launch
 
 
@@ -67,39 +67,39 @@ def _queries_trial(index, dtype, *call):
     return runtime.trial("performer_layer", _tried_queries, _expected_queries, index, dtype, *call)
 
 
-def _queries_problem(device, dtype, w_dtype, width, features, *of_tail):
+def _queries_problem(device, dtype, w_dtype, width, features, *of_mlp):
     """Two sequences longer than a tile, whose keys and queries have norm 2."""
-    *_, parameters, options, seed = tail.problem(device, dtype, *of_tail)
+    *_, parameters, options, seed = mlp.problem(device, dtype, *of_mlp)
     q, k, v, w, _ = attention.problem(device, dtype, w_dtype, width, features)
     return torch.cat([k, q, v], dim=-1), w, 1e-8, parameters, options, seed
 
 
 def _tried_queries(device, dtype, *call):
-    from .forward import launch_read_out_tail
+    from .forward import launch_read_out_mlp
 
     kqv, w, eps, *rest = _queries_problem(device, dtype, *call)
     k, _, v = kqv.float().chunk(3, dim=-1)
     lz, state = plain_attention.key_state(k, v, w.float())
     arguments = kqv, w, eps, lz.squeeze(-1), state, *rest
     with runtime.crowded():
-        again = launch_read_out_tail(*arguments)
-    return launch_read_out_tail(*arguments), again
+        again = launch_read_out_mlp(*arguments)
+    return launch_read_out_mlp(*arguments), again
 
 
 def _expected_queries(device, dtype, *call):
     kqv, w, eps, parameters, *rest = _queries_problem(device, dtype, *call)
     k, q, v = kqv.float().chunk(3, dim=-1)
     y, _, _ = plain_attention.attend(q, k, v, w.float(), eps, None)
-    return 2 * [plain_tail.run(y, v, Tail(*(t.float() for t in parameters)), *rest)]
+    return 2 * [plain_mlp.run(y, v, MlpParameters(*(t.float() for t in parameters)), *rest)]
 
 
 def queries_fused(q, w, parameters, dropout):
-    """Whether the pass over the queries and the tail are fused: by sizes, launch table and self-test."""
+    """Whether the pass over the queries and token_mlp are fused: by sizes, launch table and self-test."""
     (features, width), hidden = w.shape, parameters.fc1_weight.shape[0]
     if not launch.fits(width, features, hidden):
         return False
     section = runtime.section(q.device, q.shape[0] * q.shape[1])
-    if not launch.TABLE.chosen("read_out_tail", section, q.dtype, width, features, hidden)["fused"]:
+    if not launch.TABLE.chosen("read_out_mlp", section, q.dtype, width, features, hidden)["fused"]:
         return False
     call = w.dtype, width, features, parameters.proj_weight.dtype, width, hidden, dropout
     return _queries_trial(q.device.index, q.dtype, *call) is None

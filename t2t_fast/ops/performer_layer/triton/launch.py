@@ -9,7 +9,7 @@ from ..._common.launch_table import DTYPES, Table, padded
 LARGEST = 64
 """Channels, features and hidden units that one program holds at once."""
 
-PASSES = ("split_keys", "read_out_tail")
+PASSES = ("split_keys", "read_out_mlp")
 
 
 def fits(width, *others):
@@ -34,8 +34,8 @@ def candidates(name, present):
 
     fused: 1 for one launch, 0 for two, where the others have no effect; tokens: tokens per tile; warps: warps per
     program; stages: pipeline stages; programs: target per multiprocessor; block: maximum columns of a product; keep: 1
-    if a program holds the tail's weights, 0 if it reads them again for every tile; lean: 1 if the tail saves registers
-    (token_mlp/forward.py).
+    if a program holds token_mlp's weights, 0 if it reads them again for every tile; lean: 1 if token_mlp saves
+    registers (token_mlp/triton/forward.py).
     """
     if name == "split_keys":
         special = [{"block": block} for block in (32, 64)]
@@ -56,8 +56,8 @@ def candidates(name, present):
 def default(name, dtype, width, features, other):
     """Parameters that compile without spills for T2T's shape on every architecture.
 
-    The fused queries and tail take 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
-    multiprocessors; holding the tail's weights in float32 would take more.
+    The fused queries and mlp take 45 KiB of shared memory, so that two programs fit into the 100 KiB of the smallest
+    multiprocessors; holding token_mlp's weights in float32 would take more.
     """
     single = dtype == torch.float32
     if name == "split_keys":

@@ -12,7 +12,7 @@ from ..._common.spec import Window
 from ..._common.triton_runtime import fake, operator
 from ...soft_split_linear.triton import operators as split
 from ...soft_split_linear.triton.operands import operands
-from ...token_mlp.triton import operators as tail
+from ...token_mlp.triton import operators as mlp
 from ..autograd import compose
 from .fusion import keys_fused
 
@@ -69,7 +69,7 @@ def _project(x, linear, w, layer, whole, keep):
 
 @operator(
     "performer_output(Tensor kqv, Tensor w, float eps, Tensor lz, Tensor state, Tensor? seed, float[] options, "
-    "Tensor?[] tail) -> Tensor"
+    "Tensor?[] mlp) -> Tensor"
 )
 def _output_op(*arguments):
     from .forward import launch_output
@@ -96,4 +96,4 @@ def _recompute_attention(kqv, w, eps, lz, state):
     return torch.ops.t2t_fast_triton.performer_read_out(q, w, eps, lz, state), v, attention_backward
 
 
-forward, run, run_backward = compose(split, _project, _output, _recompute_attention, tail.run_backward)
+forward, run, run_backward = compose(split, _project, _output, _recompute_attention, mlp.run_backward)

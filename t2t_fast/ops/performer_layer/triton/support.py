@@ -8,7 +8,7 @@ import torch
 from ..._common import triton_runtime as runtime
 from ...performer_attention.triton import support as attention
 from ...soft_split_linear.triton import support as split
-from ...token_mlp.triton import support as tail
+from ...token_mlp.triton import support as mlp
 from .. import aten
 from ..autograd import Layer
 from .operators import run, run_backward
@@ -16,12 +16,12 @@ from .operators import run, run_backward
 
 def supports(request):
     """Why the kernels cannot run a call, or ``None``; runs the self-test at the first call of a kind on a device."""
-    for each in (attention, split, tail):
+    for each in (attention, split, mlp):
         why = each.obstacle(request)
         if why is not None:
             return why
-    (w_dtype, _, *of_attention), of_tail = attention.kind(request), tail.kind(request)
-    call = w_dtype, of_tail[1], *of_attention, *split.kind(request), *of_tail
+    (w_dtype, _, *of_attention), of_mlp = attention.kind(request), mlp.kind(request)
+    call = w_dtype, of_mlp[1], *of_attention, *split.kind(request), *of_mlp
     recompute = bool(request.sizes.get("recompute", False))
     return _trial(request.sizes.get("index"), request.dtype, recompute, *call)
 
@@ -52,14 +52,14 @@ class _Problem(NamedTuple):
 
 
 def _problem(device, dtype, recompute, *call):
-    of_attention, of_split, of_tail = call[:6], call[6:-5], call[-5:]
+    of_attention, of_split, of_mlp = call[:6], call[6:-5], call[-5:]
     w_dtype, width, features, _, training, w_gradient = of_attention
     (image, channels, window, _, _), needed = split.called(*of_split)
     sizes = channels, window, 3 * width, True, runtime.TRIAL_TOKENS
     x_and_linear, pixels, _ = split.problem(device, dtype, image, *sizes)
     x_and_linear[1][: 2 * width] *= 2 * width**-0.5
     *_, w, _ = attention.problem(device, dtype, w_dtype, width, features)
-    _, y, _, parameters, options, seed = tail.problem(device, dtype, *of_tail[:-1])
+    _, y, _, parameters, options, seed = mlp.problem(device, dtype, *of_mlp[:-1])
     length = math.prod(window.grid(*x_and_linear[0].shape[2:]))
     grad = y[:, :1].expand(-1, length, -1).contiguous()
     # inference saves as little as training with recompute

@@ -1,4 +1,4 @@
-"""Triton kernel of the tail of a token layer, backward: one pass over the tokens that recomputes all else.
+"""Triton kernel of token_mlp, backward: one pass over the tokens that recomputes all else.
 
 Notation, padding and precision as in ``forward.py``.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..._common.tiles import dot, matrix, narrowed, rounded, widened
-from ..autograd import Options, Tail
+from ..autograd import MlpParameters, Options
 from .forward import (
     VARYING,
     dropped,
@@ -92,7 +92,7 @@ def _store_row(pointer, value, size, SIZE: tl.constexpr):
 
 @triton.jit
 def _store_shares(
-    pointer, tail, sums, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, PROJ: tl.constexpr, MLP: tl.constexpr
+    pointer, mlp, sums, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, PROJ: tl.constexpr, MLP: tl.constexpr
 ):
     """Store the gradients of Wp, bp (PROJ), W1, gamma, beta, b1, W2, b2 (MLP) consecutively, in the program's row.
 
@@ -105,12 +105,12 @@ def _store_shares(
         _store_matrix(pointer, d_proj, width, width, WIDTH, WIDTH)
         _store_row(pointer + width * width, d_proj_bias, width, WIDTH)
     if MLP:
-        gamma, beta = row_of(tail.norm_weight, width, WIDTH, 1.0), row_of(tail.norm_bias, width, WIDTH, 0.0)
+        gamma, beta = row_of(mlp.norm_weight, width, WIDTH, 1.0), row_of(mlp.norm_bias, width, WIDTH, 0.0)
         pointer += (width + 1) * width
         outer = d_fc1_bias[:, None] * beta[None, :]
         _store_matrix(pointer, d_fc1 * gamma[None, :] + outer, hidden, width, HIDDEN, WIDTH)
         pointer += area
-        fc1 = matrix(tail.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
+        fc1 = matrix(mlp.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
         _store_row(pointer, tl.sum(fc1 * d_fc1, 0), width, WIDTH)
         _store_row(pointer + width, tl.sum(fc1 * d_fc1_bias[:, None], 0), width, WIDTH)
         _store_row(pointer + 2 * width, d_fc1_bias, hidden, HIDDEN)
@@ -120,14 +120,14 @@ def _store_shares(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def tail_backward_kernel(
+def token_mlp_backward_kernel(
     grad,
     y,
     v,
     d_y,
     d_v,
     shares,
-    tail,
+    mlp,
     norm_eps,
     seed,
     drop_proj,
@@ -158,7 +158,7 @@ def tail_backward_kernel(
 
     Grid (programs); a program owns ``own_tiles`` of ``all_tiles`` tiles. It reads y and v once, and G once, again with
     SCALED and with LEAN 2. It writes d_y and d_v once, and at the end its row of ``shares``, which until then holds the
-    vectors that are added to rows. Arguments as in forward.tail_kernel; STRIDES: of token and column of G, y and v.
+    vectors that are added to rows. Arguments as in ``token_mlp_kernel``; STRIDES: of token and column of G, y and v.
 
     Inside the kernel, d_f and d_p exclude dropout's scale, which is applied once to the values linear in them.
 
@@ -176,7 +176,7 @@ def tail_backward_kernel(
     grad = grad[0], grad[1], STRIDES[0], STRIDES[1]
     y = y[0], y[1], STRIDES[2], STRIDES[3]
     v = v[0], v[1], STRIDES[4], STRIDES[5]
-    kept, proj_bias, shift, _ = kept_weights(tail, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
+    kept, proj_bias, shift, _ = kept_weights(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
     proj_scale, mlp_scale = scale_of(drop_proj), scale_of(drop_mlp)
     # rows are held in memory, in the place of bp's and b1's gradients: a thread would hold 16 values of each
     rows = shares + tl.program_id(0).to(tl.int64) * ((width + 4) * width + 2 * width * hidden + hidden)
@@ -217,14 +217,14 @@ def tail_backward_kernel(
         d_f = rounded(spared(d_f, lanes, drop_mlp), DTYPE, PRECISION)
         if NEED_MLP:
             d_fc2_bias = _summed(d_f, d_fc2_bias, PRECISION)
-        proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
+        proj = kept[0] if KEEP else proj_of(mlp, width, WIDTH, DTYPE, PRECISION)
         if NEED_PROJ:
             proj_bias = row_of(proj_bias_at, width, WIDTH, 0.0)
         t = dot(tile, tl.trans(proj), None, PRECISION, LEAN == 3) + proj_bias[None, :]
         t = dropped(t, lanes, drop_proj) + widened(skip)
         n, scale = normalised(t, width, norm_eps, WIDTH, EVEN)
         n = rounded(n, DTYPE, PRECISION)
-        fc1 = kept[1] if KEEP else fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
+        fc1 = kept[1] if KEEP else fc1_of(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
         if NEED_MLP:
             shift = row_of(shift_at, hidden, HIDDEN, 0.0)
         a, slope = gelu_and_slope_of(dot(n, tl.trans(fc1), None, PRECISION, LEAN == 3) + shift[None, :])
@@ -233,7 +233,7 @@ def tail_backward_kernel(
             d_fc2 = dot(tl.trans(d_f), a, d_fc2, PRECISION, LEAN == 3)
         if not (KEEP or NEED_INPUTS):
             tl.debug_barrier()  # without a write in the loop the compiler hoists the weights' loads
-        fc2 = kept[2] if KEEP else fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
+        fc2 = kept[2] if KEEP else fc2_of(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
         d_h = rounded(dot(d_f, fc2, None, PRECISION, LEAN == 3) * slope, DTYPE, PRECISION)
         if NEED_MLP and not THREE:
             a = rounded(a, DTYPE, PRECISION)
@@ -246,7 +246,7 @@ def tail_backward_kernel(
                 # fewer live values: fewer spills in float32, 76 KiB of shared memory, not 108, at E = F = 128;
                 # without a barrier the compiler merges the two reads
                 tl.debug_barrier()
-                fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
+                fc1 = fc1_of(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
             f = dot(d_h, fc1, None, PRECISION, LEAN == 3)
             xhat = widened(n)
             along = tl.sum(f * xhat, 1) / width
@@ -268,7 +268,7 @@ def tail_backward_kernel(
             if NEED_PROJ:
                 d_proj = dot(tl.trans(d_t), tile, d_proj, PRECISION, LEAN == 3)
                 d_proj_bias = _summed(d_t, d_proj_bias, PRECISION)
-            proj = kept[0] if KEEP else proj_of(tail, width, WIDTH, DTYPE, PRECISION)
+            proj = kept[0] if KEEP else proj_of(mlp, width, WIDTH, DTYPE, PRECISION)
             d_p = dot(d_t, proj, None, PRECISION, LEAN == 3) * (up * proj_scale)
             store_tile(d_y, d_p, place, length, width, TOKENS, WIDTH, EVEN)
     proj_up, mlp_up = up * proj_scale, up * mlp_scale
@@ -280,38 +280,38 @@ def tail_backward_kernel(
         d_fc2 * mlp_up,
         _sum_of(d_fc2_bias) * mlp_up,
     )
-    _store_shares(shares, tail, sums, width, hidden, WIDTH, HIDDEN, NEED_PROJ, NEED_MLP)
+    _store_shares(shares, mlp, sums, width, hidden, WIDTH, HIDDEN, NEED_PROJ, NEED_MLP)
 
 
-def launch_token_mlp_backward(grad, y, v, seed, options, tail, need_tail):
+def launch_token_mlp_backward(grad, y, v, seed, options, mlp, need_parameters):
     """d_y and d_v in y's dtype, and the gradients of the parameters, concatenated, in float32."""
-    tail, options = Tail(*tail), Options(*options)
+    mlp, options = MlpParameters(*mlp), Options(*options)
     d_y, d_v = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for _ in range(2))
-    length = sum(lengths(tail)) if need_tail else 0
+    length = sum(lengths(mlp)) if need_parameters else 0
     if not y.numel():
         return d_y, d_v, torch.zeros(length, dtype=torch.float32, device=y.device)
-    programs, sizes, parameters, constants = planned("tail_backward", y, tail, math.prod(y.shape[:-2]))
+    programs, sizes, parameters, constants = planned("token_mlp_backward", y, mlp, math.prod(y.shape[:-2]))
     shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
     operands = [strided(x) for x in (grad, y, v)]
-    tail = Tail(*(None if t is None else t.contiguous() for t in tail))
+    mlp = MlpParameters(*(None if t is None else t.contiguous() for t in mlp))
     # what a launch computes: d_y and d_v, the projection's gradients, the others
-    parts = [(True, need_tail, need_tail)]
-    if parameters["split"] and need_tail:
+    parts = [(True, need_parameters, need_parameters)]
+    if parameters["split"] and need_parameters:
         parts = [(True, True, False), (False, False, True)]
-    for need_inputs, need_proj, need_mlp in parts:
-        tail_backward_kernel[(programs,)](
+    for need_inputs, need_proj, need_parameters in parts:
+        token_mlp_backward_kernel[(programs,)](
             *operands,
             d_y,
             d_v,
             shares,
-            tail,
+            mlp,
             options.norm_eps,
             *dropout(options, seed),
             *sizes,
             STRIDES=inner_strides(operands),
             NEED_INPUTS=need_inputs,
             NEED_PROJ=need_proj,
-            NEED_MLP=need_mlp,
+            NEED_MLP=need_parameters,
             SCALED=y.dtype == torch.float16,
             LEAN=parameters["lean"],
             **constants,

@@ -1,4 +1,4 @@
-"""Triton kernel of the tail of a token layer, forward: one pass over the tokens; and functions shared with backward.
+"""Triton kernel of token_mlp, forward: one pass over the tokens; and functions shared with backward.
 
 Notation: L tokens, E token width, F hidden width. The tiles of TOKENS tokens of all sequences are numbered
 consecutively; a program owns consecutive tiles, which may belong to several sequences, and holds the weight matrices.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..._common.tiles import INTERPRETED, dot, inverse, load, matrix, narrowed, rounded, store, widened
-from ..autograd import Options, Tail
+from ..autograd import MlpParameters, Options
 from .launch import dropout, inner_strides, planned, strided
 
 ROUNDS = tl.constexpr(7)
@@ -35,37 +35,33 @@ def row_of(pointer, size, SIZE: tl.constexpr, NONE: tl.constexpr):
 
 
 @triton.jit
-def proj_of(tail, width, WIDTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def proj_of(mlp, width, WIDTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """``Wp`` as an operand."""
-    return rounded(matrix(tail.proj_weight, width, width, width, 1, WIDTH, WIDTH), DTYPE, PRECISION)
+    return rounded(matrix(mlp.proj_weight, width, width, width, 1, WIDTH, WIDTH), DTYPE, PRECISION)
 
 
 @triton.jit
-def fc1_of(
-    tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):
+def fc1_of(mlp, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """``W1 diag(gamma)`` as an operand: fc1 with the affine part of LayerNorm folded in."""
-    weight = matrix(tail.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
-    if tail.norm_weight is not None:
-        weight *= row_of(tail.norm_weight, width, WIDTH, 1.0)[None, :]
+    weight = matrix(mlp.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
+    if mlp.norm_weight is not None:
+        weight *= row_of(mlp.norm_weight, width, WIDTH, 1.0)[None, :]
     return rounded(weight, DTYPE, PRECISION)
 
 
 @triton.jit
-def fc2_of(
-    tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):
+def fc2_of(mlp, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """``W2`` as an operand."""
-    return rounded(matrix(tail.fc2_weight, width, hidden, hidden, 1, WIDTH, HIDDEN), DTYPE, PRECISION)
+    return rounded(matrix(mlp.fc2_weight, width, hidden, hidden, 1, WIDTH, HIDDEN), DTYPE, PRECISION)
 
 
 @triton.jit
-def _shift(tail, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def _shift(mlp, width, hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
     """``W1 beta + b1``: the bias of fc1 with LayerNorm's affine part folded in."""
-    shift = row_of(tail.fc1_bias, hidden, HIDDEN, 0.0)
-    if tail.norm_bias is not None:
-        fc1 = matrix(tail.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
-        shift += tl.sum(fc1 * row_of(tail.norm_bias, width, WIDTH, 0.0)[None, :], 1)
+    shift = row_of(mlp.fc1_bias, hidden, HIDDEN, 0.0)
+    if mlp.norm_bias is not None:
+        fc1 = matrix(mlp.fc1_weight, hidden, width, width, 1, HIDDEN, WIDTH)
+        shift += tl.sum(fc1 * row_of(mlp.norm_bias, width, WIDTH, 0.0)[None, :], 1)
     return shift
 
 
@@ -203,7 +199,7 @@ def gelu_of(h):
 
 @triton.jit
 def kept_weights(
-    tail,
+    mlp,
     width,
     hidden,
     WIDTH: tl.constexpr,
@@ -215,20 +211,20 @@ def kept_weights(
     """The parameters that a program holds: with KEEP the weights as operands, and always the vectors added to rows."""
     weights = ()
     if KEEP:
-        fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
-        proj = proj_of(tail, width, WIDTH, DTYPE, PRECISION)
-        weights = proj, fc1, fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
-    proj_bias, fc2_bias = row_of(tail.proj_bias, width, WIDTH, 0.0), row_of(tail.fc2_bias, width, WIDTH, 0.0)
-    return weights, proj_bias, _shift(tail, width, hidden, WIDTH, HIDDEN), fc2_bias
+        fc1 = fc1_of(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
+        proj = proj_of(mlp, width, WIDTH, DTYPE, PRECISION)
+        weights = proj, fc1, fc2_of(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION)
+    proj_bias, fc2_bias = row_of(mlp.proj_bias, width, WIDTH, 0.0), row_of(mlp.fc2_bias, width, WIDTH, 0.0)
+    return weights, proj_bias, _shift(mlp, width, hidden, WIDTH, HIDDEN), fc2_bias
 
 
 @triton.jit
-def tail_of(
+def mlp_of(
     y,
     y_scale,
     v,
     lanes,
-    tail,
+    mlp,
     kept,
     norm_eps,
     drop_proj,
@@ -241,25 +237,25 @@ def tail_of(
     LEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tail of one tile in float32. y_scale: a pending scale of the rows of y, or ``None``; lanes:
+    """token_mlp of one tile in float32. y_scale: a pending scale of the rows of y, or ``None``; lanes:
     :func:`random_lanes`; kept: :func:`kept_weights`.
 
     A row's scale is applied after the product, by the multiply-add that also adds the bias.
     """
     DTYPE: tl.constexpr = y.dtype
     weights, proj_bias, shift, fc2_bias = kept
-    proj = proj_of(tail, width, WIDTH, DTYPE, PRECISION) if len(weights) == 0 else weights[0]
+    proj = proj_of(mlp, width, WIDTH, DTYPE, PRECISION) if len(weights) == 0 else weights[0]
     if LEAN:
-        proj_bias, fc2_bias = row_of(tail.proj_bias, width, WIDTH, 0.0), row_of(tail.fc2_bias, width, WIDTH, 0.0)
+        proj_bias, fc2_bias = row_of(mlp.proj_bias, width, WIDTH, 0.0), row_of(mlp.fc2_bias, width, WIDTH, 0.0)
     t = dot(y, tl.trans(proj), None, PRECISION)
     if y_scale is not None:
         t *= y_scale[:, None]
     t = dropped(t + proj_bias[None, :], lanes, drop_proj) + widened(v)
     centred, scale = centred_half(t, width, norm_eps, WIDTH, EVEN)
-    fc1 = fc1_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[1]
+    fc1 = fc1_of(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[1]
     h = dot(rounded(centred, DTYPE, PRECISION), tl.trans(fc1), None, PRECISION) * scale[:, None] + shift[None, :]
     a = rounded(gelu_of(h), DTYPE, PRECISION)
-    fc2 = fc2_of(tail, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[2]
+    fc2 = fc2_of(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, PRECISION) if len(weights) == 0 else weights[2]
     if drop_mlp[1] is None and tl.float32 != DTYPE:
         # in float32, accumulating onto t would be less exact: matrix units truncate their sums
         t = dot(a, tl.trans(fc2), t + fc2_bias[None, :], PRECISION)
@@ -270,11 +266,11 @@ def tail_of(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def tail_kernel(
+def token_mlp_kernel(
     y,
     v,
     out,
-    tail,
+    mlp,
     norm_eps,
     seed,
     drop_proj,
@@ -298,7 +294,7 @@ def tail_kernel(
 
     Grid (programs); a program owns ``own_tiles`` of ``all_tiles`` tiles. It reads y and v once and writes out once;
     nothing else is saved. y, v: :func:`load_tile`; STRIDES: of token and column of y and v; drop_proj, drop_mlp:
-    :func:`spared`; tail: autograd.Tail of pointers.
+    :func:`spared`; mlp: autograd.MlpParameters of pointers.
 
     KEEP: the weights are held, not read again for every tile. LEAN: addresses are recomputed and the vectors added to
     rows are read in every iteration, to save registers.
@@ -306,7 +302,7 @@ def tail_kernel(
     DTYPE: tl.constexpr = y[0].dtype.element_ty
     y = y[0], y[1], STRIDES[0], STRIDES[1]
     v = v[0], v[1], STRIDES[2], STRIDES[3]
-    kept = kept_weights(tail, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
+    kept = kept_weights(mlp, width, hidden, WIDTH, HIDDEN, DTYPE, KEEP, PRECISION)
     if seed is not None:
         seed = tl.load(seed)
     first = tl.program_id(0) * own_tiles
@@ -317,12 +313,12 @@ def tail_kernel(
         lanes = 0
         if seed is not None:
             lanes = random_lanes(seed, place[0] * length + place[1], width, TOKENS, WIDTH, OCTETS).to(tl.uint16)
-        value = tail_of(
+        value = mlp_of(
             tile,
             None,
             skip,
             lanes,
-            tail,
+            mlp,
             kept,
             norm_eps,
             drop_proj,
@@ -338,16 +334,16 @@ def tail_kernel(
         store_tile(out, value, place, length, width, TOKENS, WIDTH, EVEN)
 
 
-def launch_token_mlp(y, v, seed, options, tail):
-    """Launch :func:`tail_kernel`; returns the output in y's dtype, contiguous."""
-    tail, options = Tail(*tail), Options(*options)
+def launch_token_mlp(y, v, seed, options, mlp):
+    """Launch :func:`token_mlp_kernel`; returns the output in y's dtype, contiguous."""
+    mlp, options = MlpParameters(*mlp), Options(*options)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not out.numel():
         return out
-    programs, sizes, selected, constants = planned("tail", y, tail, math.prod(y.shape[:-2]))
-    parameters = Tail(*(None if t is None else t.contiguous() for t in tail))
+    programs, sizes, selected, constants = planned("token_mlp", y, mlp, math.prod(y.shape[:-2]))
+    parameters = MlpParameters(*(None if t is None else t.contiguous() for t in mlp))
     operands = [strided(x) for x in (y, v)]
-    tail_kernel[(programs,)](
+    token_mlp_kernel[(programs,)](
         *operands,
         out,
         parameters,

@@ -1,4 +1,4 @@
-"""Launch parameters of the tail's Triton kernels: defaults, and candidates for a measurement."""
+"""Launch parameters of token_mlp's Triton kernels: defaults, and candidates for a measurement."""
 
 import math
 from functools import lru_cache
@@ -12,7 +12,7 @@ from ..._common.launch_table import DTYPES, Table, cut, padded
 LARGEST = 128
 """Largest number of channels and of hidden units that the kernels support."""
 
-PASSES = ("tail", "tail_backward")
+PASSES = ("token_mlp", "token_mlp_backward")
 
 
 def shape_class(name, dtype, width, hidden):
@@ -27,7 +27,7 @@ def candidates(name, present):
     keep: 1 if a program holds the weights, 0 if it reads them again for every tile; split: 1 if backward is two
     launches; lean: how registers are saved by recomputation (see LEAN of the kernels).
     """
-    backward = name == "tail_backward"
+    backward = name == "token_mlp_backward"
     return [
         {
             "tokens": tokens,
@@ -51,7 +51,7 @@ def default(name, dtype, width, hidden):
 
     Weights in float32, and large ones, do not fit into the 99 KiB of shared memory that every card has.
     """
-    single, backward = dtype == torch.float32, name == "tail_backward"
+    single, backward = dtype == torch.float32, name == "token_mlp_backward"
     large = max(padded(width), padded(hidden)) > 64
     tokens = 16 if backward or (single and large) else 32
     return {
@@ -91,11 +91,11 @@ def _plan(selected, dtype, width, hidden, sequences, length, processors, tf32):
     return programs, sizes, parameters, constants
 
 
-def planned(name, y, tail, sequences):
+def planned(name, y, mlp, sequences):
     length, width = y.shape[-2:]
-    hidden = tail.fc1_weight.shape[0]
+    hidden = mlp.fc1_weight.shape[0]
     # forward also depends on the number of tokens
-    section = runtime.section(y.device, sequences * length) if name == "tail" else runtime.architecture(y.device)
+    section = runtime.section(y.device, sequences * length) if name == "token_mlp" else runtime.architecture(y.device)
     selected = TABLE.chosen(name, section, y.dtype, width, hidden)
     tf32 = y.dtype == torch.float32 and runtime.allows_tf32()
     return _plan(
@@ -126,6 +126,6 @@ def dropout(options, seed):
     p1, p2 = options.proj_drop, options.mlp_drop
     a, b = round(65536 * p1), round(65536 * p2)
     begin = a - round(a * b / 65536)
-    proj = None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)
-    mlp = float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2)
-    return seed if p1 > 0 or p2 > 0 else None, proj, mlp
+    proj_mask = None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)
+    mlp_mask = float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2)
+    return seed if p1 > 0 or p2 > 0 else None, proj_mask, mlp_mask

@@ -7,7 +7,7 @@ length that the kernels write are the results. Triton is imported at the first l
 import torch
 
 from ..._common.triton_runtime import fake, operator
-from ..autograd import Tail, differentiable
+from ..autograd import MlpParameters, differentiable
 
 _ORDER = (
     "proj_weight",
@@ -22,7 +22,7 @@ _ORDER = (
 """The order in which the backward kernel concatenates the parameters' gradients."""
 
 
-@operator("token_mlp(Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] tail) -> Tensor")
+@operator("token_mlp(Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] mlp) -> Tensor")
 def _forward(*arguments):
     from .forward import launch_token_mlp
 
@@ -30,19 +30,19 @@ def _forward(*arguments):
 
 
 @fake("token_mlp")
-def _fake(y, v, seed, options, tail):
+def _fake(y, v, seed, options, mlp):
     return y.new_empty(y.shape)
 
 
-def lengths(tail):
+def lengths(mlp):
     """The number of values of each gradient in :data:`_ORDER`, also for absent parameters."""
-    hidden, width = tail.fc1_weight.shape
+    hidden, width = mlp.fc1_weight.shape
     return width * width, width, width * hidden, width, width, hidden, width * hidden, width
 
 
 @operator(
-    "token_mlp_backward(Tensor grad, Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] tail, "
-    "bool need_tail) -> (Tensor, Tensor, Tensor)"
+    "token_mlp_backward(Tensor grad, Tensor y, Tensor v, Tensor? seed, float[] options, Tensor?[] mlp, "
+    "bool need_parameters) -> (Tensor, Tensor, Tensor)"
 )
 def _backward(*arguments):
     from .backward import launch_token_mlp_backward
@@ -51,27 +51,27 @@ def _backward(*arguments):
 
 
 @fake("token_mlp_backward")
-def _fake_backward(grad, y, v, seed, options, tail, need_tail):
-    length = sum(lengths(Tail(*tail))) if need_tail else 0
+def _fake_backward(grad, y, v, seed, options, mlp, need_parameters):
+    length = sum(lengths(MlpParameters(*mlp))) if need_parameters else 0
     return y.new_empty(y.shape), y.new_empty(y.shape), y.new_empty(length, dtype=torch.float32)
 
 
-def run(y, v, tail, options, seed):
+def run(y, v, mlp, options, seed):
     """Forward without autograd."""
-    return torch.ops.t2t_fast_triton.token_mlp(y, v, seed, list(options), list(tail))
+    return torch.ops.t2t_fast_triton.token_mlp(y, v, seed, list(options), list(mlp))
 
 
-def run_backward(grad, y, v, tail, options, seed, needed):
+def run_backward(grad, y, v, mlp, options, seed, needed):
     """All gradients, those of y and v in y's dtype."""
     d_y, d_v, flat = torch.ops.t2t_fast_triton.token_mlp_backward(
-        grad, y, v, seed, list(options), list(tail), any(needed)
+        grad, y, v, seed, list(options), list(mlp), any(needed)
     )
     if not any(needed):
-        return d_y, d_v, [None] * len(tail)
-    found = dict(zip(_ORDER, flat.split(lengths(tail)), strict=True))
+        return d_y, d_v, [None] * len(mlp)
+    found = dict(zip(_ORDER, flat.split(lengths(mlp)), strict=True))
     gradients = [
         found[name].view(parameter.shape).to(parameter.dtype) if wanted and parameter is not None else None
-        for name, parameter, wanted in zip(Tail._fields, tail, needed, strict=True)
+        for name, parameter, wanted in zip(MlpParameters._fields, mlp, needed, strict=True)
     ]
     return d_y, d_v, gradients
 

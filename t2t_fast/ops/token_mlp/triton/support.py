@@ -4,7 +4,7 @@ import torch
 
 from ..._common import triton_runtime as runtime
 from .. import aten
-from ..autograd import Options, Tail
+from ..autograd import MlpParameters, Options
 from . import launch
 from .operators import run, run_backward
 
@@ -20,7 +20,7 @@ def obstacle(request):
     why = runtime.reason(request)
     for size, of in zip(_sizes(request), ("channels", "hidden units"), strict=True):
         if why is None and not 1 <= size <= launch.LARGEST:
-            why = f"the Triton kernels of the tail take 1 to {launch.LARGEST} {of}, got {size}"
+            why = f"the Triton kernels of token_mlp take 1 to {launch.LARGEST} {of}, got {size}"
     return why
 
 
@@ -59,21 +59,21 @@ def problem(device, dtype, parameters, width, hidden, dropout):
     grad, y, packed = (
         torch.randn(*shape, size, generator=generator).to(device, dtype) for size in (width, width, 3 * width)
     )
-    shapes = Tail((width, width), width, width, width, (hidden, width), hidden, (width, hidden), width)
+    shapes = MlpParameters((width, width), width, width, width, (hidden, width), hidden, (width, hidden), width)
     drawn = [torch.randn(shape, generator=generator) * width**-0.5 for shape in shapes]
-    drawn[Tail._fields.index("norm_weight")] += 1
-    tail = Tail(*(t.to(device, parameters) for t in drawn))
+    drawn[MlpParameters._fields.index("norm_weight")] += 1
+    mlp = MlpParameters(*(t.to(device, parameters) for t in drawn))
     drops, seed = (0.0, 0.0), None
     if dropout:
         drops, seed = (0.1, 0.2), torch.tensor(-(2**40) - 1, device=device)
-    return grad, y, packed[..., -width:], tail, Options(1e-5, *drops), seed
+    return grad, y, packed[..., -width:], mlp, Options(1e-5, *drops), seed
 
 
 def _both(forward, backward, grad, arguments, training):
     out = forward(*arguments)
     if not training:
         return (out,)
-    d_y, d_v, gradients = backward(grad, *arguments, [True] * len(Tail._fields))
+    d_y, d_v, gradients = backward(grad, *arguments, [True] * len(MlpParameters._fields))
     return out, d_y, d_v, *gradients
 
 
@@ -87,7 +87,7 @@ def _run(device, dtype, *call):
 
 def _expected(device, dtype, *call):
     *sizes, training = call
-    grad, y, v, tail, *rest = problem(device, dtype, *sizes)
-    arguments = [y.float(), v.float(), Tail(*(t.float() for t in tail)), *rest]
+    grad, y, v, mlp, *rest = problem(device, dtype, *sizes)
+    arguments = [y.float(), v.float(), MlpParameters(*(t.float() for t in mlp)), *rest]
     out, *gradients = _both(aten.run, aten.run_backward, grad.float(), arguments, training)
     return [out, out, *gradients]

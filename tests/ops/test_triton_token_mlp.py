@@ -1,4 +1,4 @@
-"""The Triton kernels of the tail of a token layer, interpreted: tiles, cuts, masks, scales, self-test, compilation."""
+"""The Triton kernels of token_mlp, interpreted: tiles, cuts, masks, scales, self-test, compilation."""
 
 import warnings
 from contextlib import ExitStack
@@ -13,11 +13,11 @@ from t2t_fast.functional import token_mlp
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops._common.philox import _lanes, keep_masks
 from t2t_fast.ops.token_mlp import aten as aten_impl
-from t2t_fast.ops.token_mlp.autograd import Options, Tail
+from t2t_fast.ops.token_mlp.autograd import MlpParameters, Options
 from t2t_fast.ops.token_mlp.triton import launch, support
 from t2t_fast.ops.token_mlp.triton import operators as triton_impl
 from t2t_fast.ops.token_mlp.triton.launch import TABLE
-from t2t_fast.testing import CASES, DTYPES, ROW_FACTOR, Case, errors, tail_parameters, tolerance
+from t2t_fast.testing import CASES, DTYPES, ROW_FACTOR, Case, errors, token_mlp_parameters, tolerance
 
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -32,7 +32,7 @@ def case_of(length, width=16, hidden=16, batch=1, drops=(0.0, 0.0), missing=()):
     """Every tensor wanting a gradient."""
     generator = torch.Generator().manual_seed(length)
     tensors = {name: torch.randn(batch, length, width, generator=generator) for name in ("y", "v")}
-    tensors |= tail_parameters(generator, width, hidden)
+    tensors |= token_mlp_parameters(generator, width, hidden)
     wants = tuple(name for name in tensors if name not in missing)
     tensors |= dict.fromkeys(missing)
     seed = {"seed": torch.tensor(-1234567890123)}
@@ -140,8 +140,8 @@ def test_masks_are_those_of_every_backend(width):
     zero, one = torch.zeros(width, width), torch.ones(width)
     tokens = torch.zeros(shape)
     first, second = keep_masks(seed, shape, p, q)
-    tail = Tail(zero, one, None, None, zero, None, zero, 16 * one)
-    out = token_mlp(tokens, tokens, *tail, proj_drop=p, mlp_drop=q, seed=seed, backend="triton")
+    mlp = MlpParameters(zero, one, None, None, zero, None, zero, 16 * one)
+    out = token_mlp(tokens, tokens, *mlp, proj_drop=p, mlp_drop=q, seed=seed, backend="triton")
     assert torch.equal(out > 10, second)
     assert torch.equal(out - second * 16 / (1 - q) > 1, first)
 
@@ -166,13 +166,13 @@ def lanes_kernel(seed, token, out, OCTETS: tl.constexpr):
 def test_gradients_of_any_size_in_float16(size):
     """A loss scale too large or too small by far: what is representable in the end is right."""
     case = case_of(70, 64, 64, batch=2, drops=(0.1, 0.1)).cast(torch.float16)
-    y, v, *tail, seed = case.tensors.values()
-    tail, options = Tail(*(t.float() for t in tail)), Options(1e-5, 0.1, 0.1)
+    y, v, *mlp, seed = case.tensors.values()
+    mlp, options = MlpParameters(*(t.float() for t in mlp)), Options(1e-5, 0.1, 0.1)
     grad = (size * torch.randn(y.shape)).clamp(-6e4, 6e4).half()
-    *_, found = triton_impl.run_backward(grad, y, v, tail, options, seed, [True] * 8)
-    wide = Tail(*(t.double() for t in tail))
+    *_, found = triton_impl.run_backward(grad, y, v, mlp, options, seed, [True] * 8)
+    wide = MlpParameters(*(t.double() for t in mlp))
     *_, wanted = aten_impl.run_backward(grad.double(), y.double(), v.double(), wide, options, seed, [True] * 8)
-    for name, value, expected in zip(Tail._fields, found, wanted, strict=True):
+    for name, value, expected in zip(MlpParameters._fields, found, wanted, strict=True):
         assert errors(value, expected)[0] <= tolerance("token_mlp", "backward", torch.float16), name
 
 
@@ -210,16 +210,16 @@ def test_only_what_is_needed():
     frozen = Case(DROPOUT.op, DROPOUT.name, DROPOUT.tensors, DROPOUT.options, ("y", "v"))
     _, fewer = frozen.run_backward("triton")
     assert set(fewer) == {"y", "v"} and all(torch.equal(every[name], fewer[name]) for name in fewer)
-    y, v, *tail, seed = DROPOUT.tensors.values()
-    *_, flat = triton_impl._backward(torch.ones_like(y), y, v, seed, [1e-5, 0.1, 0.1], tail, False)
+    y, v, *mlp, seed = DROPOUT.tensors.values()
+    *_, flat = triton_impl._backward(torch.ones_like(y), y, v, seed, [1e-5, 0.1, 0.1], mlp, False)
     assert flat.numel() == 0
 
 
 def test_autocast_runs_the_kernels_in_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         out = DROPOUT.run("triton")
-    y, v, *tail, seed = DROPOUT.tensors.values()
-    expected = triton_impl.run(y.bfloat16(), v.bfloat16(), Tail(*tail), Options(1e-5, 0.1, 0.1), seed)
+    y, v, *mlp, seed = DROPOUT.tensors.values()
+    expected = triton_impl.run(y.bfloat16(), v.bfloat16(), MlpParameters(*mlp), Options(1e-5, 0.1, 0.1), seed)
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
 
 
@@ -314,11 +314,11 @@ def test_an_infinite_gradient_stays_in_its_token():
     """As a loss scale that is too large makes them in float16: what the other tokens get is as without it."""
     case = cast(case_of(20, width=16, hidden=16, batch=2), torch.float16)
     y, v = case.tensors["y"], case.tensors["v"]
-    tail, grad = Tail(*(case.tensors[name] for name in Tail._fields)), torch.randn(2, 20, 16).half()
-    needed = [False] * len(tail)
-    expected = triton_impl.run_backward(grad, y, v, tail, Options(1e-5, 0.0, 0.0), None, needed)
+    mlp, grad = MlpParameters(*(case.tensors[name] for name in MlpParameters._fields)), torch.randn(2, 20, 16).half()
+    needed = [False] * len(mlp)
+    expected = triton_impl.run_backward(grad, y, v, mlp, Options(1e-5, 0.0, 0.0), None, needed)
     grad[0, 3, 5] = torch.inf
-    found = triton_impl.run_backward(grad, y, v, tail, Options(1e-5, 0.0, 0.0), None, needed)
+    found = triton_impl.run_backward(grad, y, v, mlp, Options(1e-5, 0.0, 0.0), None, needed)
     others = torch.ones(2, 20, dtype=torch.bool)
     others[0, 3] = False
     for value, wanted in zip(found[:2], expected[:2], strict=True):

@@ -33,7 +33,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_a_change_is_seen(change):
-    parameter, store = torch.nn.Parameter(torch.ones(3)), kept.Kept()
+    parameter, store = torch.nn.Parameter(torch.ones(3)), kept.WeightCache()
     make = Counted(parameter)
     first = store.get((parameter, None), "key", make)
     assert store.get((parameter, None), "key", make) is first and make.calls == 1
@@ -42,7 +42,7 @@ def test_a_change_is_seen(change):
 
 
 def test_other_keys_tensors_and_views_are_others():
-    parameter, store = torch.randn(2, 3), kept.Kept()
+    parameter, store = torch.randn(2, 3), kept.WeightCache()
     makes = [Counted(t) for t in (parameter, parameter, parameter[0], parameter[1], parameter.t())]
     for make, key in zip(makes, "abaaa", strict=True):
         assert torch.equal(store.get((make.tensor,), key, make), make.tensor)
@@ -51,7 +51,7 @@ def test_other_keys_tensors_and_views_are_others():
 
 def test_nothing_outlives_its_tensor():
     """Neither a tensor that took the old one's place in memory gets the old value, nor is memory kept."""
-    store = kept.Kept()
+    store = kept.WeightCache()
     for value in range(20):
         parameter = torch.full((1000,), float(value))
         assert store.get((parameter,), "key", parameter.clone)[0] == value
@@ -61,7 +61,7 @@ def test_nothing_outlives_its_tensor():
 
 def test_the_oldest_goes_first(monkeypatch):
     monkeypatch.setattr(kept, "_SIZE", 2)
-    store, tensors = kept.Kept(), [torch.ones(1) for _ in range(3)]
+    store, tensors = kept.WeightCache(), [torch.ones(1) for _ in range(3)]
     makes = [Counted(t) for t in tensors]
     for index in (0, 1, 0, 2, 0, 1):
         store.get((tensors[index],), "key", makes[index])
@@ -82,7 +82,7 @@ def _inference(tensor):
 
 @pytest.mark.parametrize("made", [_subclass, _inference], ids=["subclass", "inference tensor"])
 def test_what_counts_no_changes_is_not_kept(made):
-    tensor, store = made(torch.ones(3)), kept.Kept()
+    tensor, store = made(torch.ones(3)), kept.WeightCache()
     make = Counted(tensor)
     for _ in range(2):
         store.get((tensor,), "key", make)
@@ -96,7 +96,7 @@ def test_nothing_is_kept_where_parameters_are_gathered(monkeypatch):
 
 def test_a_hidden_write_needs_clear():
     """``.data`` hides a write from the version counter: the documented exception."""
-    parameter, store = torch.nn.Parameter(torch.ones(3)), kept.Kept()
+    parameter, store = torch.nn.Parameter(torch.ones(3)), kept.WeightCache()
     make = Counted(parameter)
     store.get((parameter,), "key", make)
     parameter.data.mul_(2)
