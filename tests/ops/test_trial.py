@@ -133,7 +133,7 @@ def test_the_mlp_is_tried_as_it_runs(launches, training, dropout):
     assert names == ({"token_mlp_kernel", "token_mlp_backward_kernel"} if training else {"token_mlp_kernel"})
     found = launches[0][1]
     assert (found["seed"] is not None) == dropout
-    assert found["token_mlp"].proj_weight.dtype == torch.float32 and found["y"][0].dtype == torch.bfloat16
+    assert found["mlp"].proj_weight.dtype == torch.float32 and found["y"][0].dtype == torch.bfloat16
 
 
 def test_bytes_are_tried_as_bytes(launches):
