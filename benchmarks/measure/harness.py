@@ -1,10 +1,10 @@
-"""Check, then time the providers of a group interleaved.
+"""Check the providers of a group, then time them interleaved.
 
-Everything is made before the clock runs: inputs, upstream gradient, truth in float64. Each provider is then called
-once (compilation, autotuning), checked against the truth (:func:`prepare`) and warmed up, apart from its timings. The
-timed part goes round by round: in each round every provider has one turn, and the order rotates. A machine whose
-speed drifts thus slows down everyone alike, and a ratio is taken inside a round: it is the median of the rounds'
-ratios, with its 20th and 80th percentile.
+Inputs, upstream gradient and the float64 result are made before timing. Each provider is called once (compilation,
+autotuning), checked against the float64 result (:func:`prepare`) and warmed up, apart from its timings. Timing runs in
+rounds: in each round every provider is timed once, and the order rotates. A drift of the machine's speed then affects
+all providers equally. Ratios are taken within a round; the median of the rounds' ratios is reported, with its 20th and
+80th percentile.
 """
 
 import gc
@@ -28,7 +28,7 @@ from . import clocks
 
 FRONT_END = "front end"
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
-# least and most rounds where a suite wants others: a distribution, or a curve of which each point takes long
+# minimum and maximum of rounds of other suites: a distribution needs more, a curve of slow points fewer
 ROUNDS = {"latency": (30, 300), "scaling": (5, 60)}
 WARM_UP_CALLS = 2
 LONG = 2.0  # Seconds after which a first call has warmed up enough

@@ -1,8 +1,8 @@
 """One run of the suites: the visits to its groups, progress, and the file that grows as they end.
 
-A machine that other work shares is slow for seconds or minutes at a time, and a tensor keeps its pages, good or bad, as
-long as it lives. Rounds that follow each other share such luck. So each timed group is visited several times, all other
-groups in between and everything in it made anew, and the rounds of its visits are taken together.
+A shared machine can be slow for seconds or minutes, and a tensor keeps its memory pages for its lifetime; consecutive
+rounds share these effects. Each timed group is therefore visited several times, with all other groups in between. Every
+visit builds its inputs and models again, and the rounds of all visits are pooled.
 """
 
 import gc
@@ -24,9 +24,8 @@ from . import fit, harness, machine, processes, rows, run_file
 VISITS = {"cpu": (3, 2), "cuda": (1, 1)}
 # seconds of interleaved rounds in a group, all visits together, in a full and a quick run; by suite, or by level
 BUDGETS = {"op": (6, 2), "module": (20, 12), "model": (20, 10), "latency": (10, 4), "scaling": (8, 4)}
-# about how long the rest of a row's visit takes on two idle cores: for the time that is left, and so that a test can
-# hold the promise of --quick; a compiled row at its first visit and at later ones, with compiled code on disk, in
-# addition; imports, the machine's limits, the report
+# Estimated seconds on two idle cores, for the remaining time and for the test of --quick's duration: the set-up of a
+# row per visit; compilation at the first visit, and at later ones with the code on disk; imports, limits and the report
 SECONDS = {"op": 0.13, "module": 0.7, "model": 1.3, "latency": 0.4, "scaling": 0.9, "memory": 15.0, "processes": 10.0}
 COMPILE_SECONDS, COMPILE_AGAIN_SECONDS, START_SECONDS = 18.0, 1.2, 30.0
 # What a resumed run must have in common with its first part
@@ -41,7 +40,7 @@ TIME_LIMIT, FAILED = TRY_AGAIN = ("the time limit of", "failed:")  # reasons tha
 
 
 def _own(table, group):
-    """What a table says of a group's suite, or else of its level."""
+    """The entry of a table for a group's suite, or else for its level."""
     return table.get(group.suite, table[group.level])
 
 
@@ -51,7 +50,7 @@ def visits(group, device, quick):
 
 
 def estimate(group, names, name, device, quick, visit):
-    """About how many seconds a row takes at a visit (0 is the first) beside the others of its group."""
+    """Estimated seconds of one row at a visit (0 is the first); ``names``: all rows of its group."""
     rounds = _own(BUDGETS, group)[quick] / len(names) / visits(group, device, quick) if group.suite in TIMED else 0.0
     return (
         rounds + _own(SECONDS, group) + BY_NAME[name].compiled * (COMPILE_AGAIN_SECONDS if visit else COMPILE_SECONDS)
@@ -59,25 +58,25 @@ def estimate(group, names, name, device, quick, visit):
 
 
 def describe(device, quick, command):
-    """What is noted of the machine before anything is measured."""
+    """The environment record: machine, versions, settings and command."""
     return {**machine.describe(device), "quick": quick, "visits": VISITS[device][quick], "command": command}
 
 
 def differences(before, now):
-    """Why a run in the environment ``now`` cannot go on with one from ``before``: a list of words, empty if it can."""
+    """The settings in which ``now`` differs from ``before``, so that a run cannot be resumed; empty if it can."""
     return [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in SAME_RUN if before.get(key) != now.get(key)
     ]
 
 
 def _whole(kept, group, names):
-    """Whether all of a group's rows are there, with as many visits each."""
+    """Whether all rows of a group exist and have the same number of visits."""
     found = [kept.get((group.id, name)) for name in names]
     return None not in found and len({len(entry["visits"]) for kind, entry in found if kind == "rows"}) <= 1
 
 
 class Run:
-    """A run, or the next part of one: what the file at ``path`` holds already is not measured again.
+    """A run, or the continuation of one: rows in the file at ``path`` are not measured again.
 
     Args:
         planned: :func:`providers.plan`; path: of the run file, or ``None``; command: that started the run; limit:
@@ -104,7 +103,7 @@ class Run:
             for entry in getattr(before, kind)
             if kind != "left_out" or not entry["reason"].startswith(TRY_AGAIN)
         }
-        # providers of a group are compared round by round: rows of other rounds must not stand beside new ones
+        # ratios are taken within a round, so the rows of a group must come from the same rounds
         parts = {
             group.id for group, names in self.plan.items() if group.suite in TIMED and not _whole(kept, group, names)
         }
@@ -118,12 +117,12 @@ class Run:
         return visits(group, self.device, self.quick)
 
     def visited(self, group, name):
-        """How many visits a row has behind it. One that was left out needs none."""
+        """The number of visits that a row has completed; all of them if it was left out."""
         kind, entry = self.found.get((group.id, name), (None, None))
         return len(entry["visits"]) if kind == "rows" else 0 if kind is None else self._visits(group)
 
     def _left(self):
-        """Estimated seconds of what is to be measured."""
+        """Estimated seconds of the remaining measurements."""
         return sum(
             estimate(group, self.plan[group], name, self.device, self.quick, visit)
             for group, name in self.cells
@@ -138,10 +137,10 @@ class Run:
         self.write(f"{visit}{done}/{len(self.cells)} rows", passed, self._at_start - left, left, f"{group.id}: {text}")
 
     def run(self):
-        """Measure what is missing, the headline dtype of every suite first.
+        """Measure the missing rows, starting with the headline dtype of every suite.
 
         Raises:
-            ContextLost: nothing else can be measured in this process; the row that is to blame is left out.
+            ContextLost: the CUDA context is lost and this process cannot continue; the row that caused it is left out.
         """
         for dtype in DTYPES[self.device]:
             groups = [group for group in self.plan if group.dtype == dtype]
@@ -158,7 +157,7 @@ class Run:
                 self._leave_out(group, name, LeftOut(f"{TIME_LIMIT} {self.limit:.0f} s had passed"))
 
     def _may_start(self, group):
-        """Whether there is time for a group; the first one has the machine described and its limits measured."""
+        """Whether the time limit allows another group; the first call records the environment and its limits."""
         if self.limit is not None and time.monotonic() - self.started > self.limit:
             return False
         if self.environment is None:
@@ -168,7 +167,7 @@ class Run:
         return True
 
     def _measure_together(self, group):
-        """Visit a group, unless it has been visited this time or no time is left."""
+        """Measure the rows of a group that lack this visit, if the time limit allows it."""
         names = [name for name in self.plan[group] if self.visited(group, name) == self.visit]
         if not names or not self._may_start(group):
             return
@@ -185,18 +184,18 @@ class Run:
                 rounds=next((row["visits"][0] for row in earlier.values()), None),
             )
         except ContextLost as failure:
-            # the front end's turns run upstream's code
+            # the front end is part of upstream's model
             self._leave_out(group, failure.provider if failure.provider in names else BASELINE, LeftOut(failure))
             raise
         except Exception as failure:  # noqa: BLE001
-            # without its inputs or truth no row of the group can be measured
+            # without inputs or the float64 result no row of the group can be measured
             results = dict.fromkeys(names, failure)
         good = {name: each for name, each in results.items() if not isinstance(each, Exception)}
         for name in names:
             if name not in good:
                 self._leave_out(group, name, results[name])
         self.add("rows", *rows.rows(group, good, self.environment["limits"], self.device, earlier).values())
-        # models and inputs would take memory from what comes next
+        # free the memory of models and inputs before the next group
         del results, good
         gc.collect()
 
@@ -216,7 +215,7 @@ class Run:
                 self._leave_out(group, name, failure)
 
     def _leave_out(self, group, name, failure):
-        """Note why a planned row has no numbers."""
+        """Record why a planned row was not measured."""
         reason = str(failure)
         if not isinstance(failure, LeftOut):
             self.failed = True
@@ -237,13 +236,13 @@ class Run:
         """Everything so far, as a :class:`run_file.RunFile`."""
         lists = {kind: [entry for of, entry in self.found.values() if of == kind] for kind in KINDS}
         planned = len({(group.id, name) for group, name in self.cells} | self.found.keys())
-        # what an earlier part of the run did not measure is still missing, whether this part plans it or not
+        # rows that an earlier part of the run did not measure are still missing, even if they are not planned now
         before = 0 if self._before is None else self._before.planned or 0
         return run_file.RunFile(self.environment, **lists, planned=max(planned, before))
 
 
 def show(rows, passed, done, left, text):
-    """Progress as a line, or on a terminal as a bar that is rewritten; without tqdm, without the time that is left."""
+    """Print progress: a line, or on a terminal a bar in place. The remaining time needs tqdm."""
     live, line = sys.stdout.isatty(), f"[{rows}]"
     with suppress(ImportError):
         from tqdm import tqdm
@@ -270,7 +269,7 @@ def work(suites, device, quick, expression, path, command, limit, cache):
         run = Run(planned, device, quick, path, command, limit, show)
         if any(BY_NAME[name].compiled for _, name in run.cells):
             import_module("torch._inductor.compile_fx")  # so that its import is not part of the first compilation
-        # garbage is collected before each group: to look through all that the imports made takes longer than some
+        # garbage is collected before each group; objects of the imports are excluded, since scanning them is slow
         gc.collect()
         gc.freeze()
         run.run()
