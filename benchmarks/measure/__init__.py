@@ -1,1 +1,1 @@
-"""How it is measured: clocks, rounds, a run and its file."""
+"""How it is measured: clocks, interleaved rounds, a run and its file."""

@@ -1,4 +1,4 @@
-"""How long one call takes: wall clock on a CPU, events on a GPU, and on both the wait for a single result."""
+"""The duration of a call: wall clock on a CPU, CUDA events on a GPU; for latency, wall clock until the result."""
 
 import time
 from math import ceil
@@ -7,9 +7,9 @@ import torch
 
 
 class CpuClock:
-    """Wall clock around single calls, not around clearing gradients; ``single``: a turn is one call, for latency."""
+    """Wall clock around single calls, without clearing gradients; ``single``: a turn is one call, for latency."""
 
-    # seconds of a turn: it has as many calls as fit, so that short calls are not lost in the change of provider
+    # minimum seconds of a turn: several short calls in a row reduce the effect of switching between providers
     long_enough = 0.01
 
     def __init__(self, single=False, timer=time.perf_counter):
@@ -46,7 +46,7 @@ class CudaClock:
         self.single = single
 
     def calls(self, seconds):
-        """``do_bench`` counts by itself."""
+        """One: ``do_bench`` repeats the call itself."""
         return 1
 
     def turn(self, step, implementation, calls):

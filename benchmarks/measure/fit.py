@@ -1,8 +1,8 @@
 """The largest batch whose training step fits into a given amount of memory, found by running steps.
 
-On CUDA the allocator is held to the limit, and a batch fits if no allocation fails: what a user's card would say. On a
-CPU a batch fits if the most bytes in use at a time (parameters, optimizer, images, and what :func:`memory.peak_bytes`
-counts of a step) stay below it. The limit is the same everywhere, so that runs on different machines can be compared.
+On CUDA the allocator gets the limit, and a batch fits if no allocation fails, as on a card of that size. On a CPU a
+batch fits if the peak of the bytes in use (parameters, optimizer, images, and :func:`memory.peak_bytes` of a step) is
+below the limit. All machines of one kind have the same limit, so that their runs can be compared.
 """
 
 import gc
@@ -19,8 +19,8 @@ from t2t_fast.testing import DTYPES
 from ..suites.providers import BACKENDS, BY_NAME, named
 
 LIMIT_BYTES = {"cpu": 2e9, "cuda": 16e9}  # a tenth of a server's memory, and a small card's
-PROBES = (1, 3)  # Batches whose peaks, which grow along a line, tell where to look
-MOST = 2**16  # The largest batch that is tried
+PROBES = (1, 3)  # first batches: their peaks give the line along which memory grows
+MOST = 2**16  # the largest batch that is tried
 
 
 class Trainer:
@@ -38,7 +38,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
     def step(self, images, labels):
-        """One step; gradients are gone when it ends."""
+        """One step, which also deletes the gradients."""
         dtype, source = DTYPES[self.group.dtype], self.provider.source
         autocast = torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
         with autocast, t2t_fast.backend(source) if source in BACKENDS else nullcontext():
@@ -53,7 +53,7 @@ class Trainer:
         return sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers(), *state))
 
     def used(self, batch, limit):
-        """Most bytes in use at a time by a step of ``batch`` images, or ``None`` where CUDA refused to allocate."""
+        """Peak bytes in use by a step of ``batch`` images, or ``None`` if an allocation failed on CUDA."""
         gc.collect()
         make = partial(torch.randn, batch, 3, self.group.size, self.group.size, device=self.device)
         if self.device == "cpu":
@@ -79,7 +79,7 @@ def largest(used, limit, say=lambda text: None):
     """The largest batch that fits: probes, then where the line through them meets the limit, else bisection.
 
     Args:
-        used: batch -> bytes in use, or ``None`` where there were too many to say; limit: bytes.
+        used: batch -> bytes in use, or ``None`` if an allocation failed; limit: bytes.
 
     Returns:
         (batch, bytes it uses, bytes of one more image or ``None``); batch 0 uses 0 bytes.
@@ -92,7 +92,7 @@ def largest(used, limit, say=lambda text: None):
         if high < max(PROBES) < bad:
             batch = next(probe for probe in PROBES if probe > high)
         else:
-            # a line through small batches may lead far astray
+            # extrapolation from small batches may be far off
             batch = min(max(line, good + 1) if good <= line < bad else (good + bad) // 2, 64 * max(good, 1))
         say(f"a step of {batch} image{'s' if batch > 1 else ''}")
         tried[batch] = used(batch)
@@ -101,7 +101,7 @@ def largest(used, limit, say=lambda text: None):
 
 
 def measure(group, name, device, say):
-    """An entry of the run file: the largest batch of a provider; ``say`` is called with what is tried."""
+    """An entry of the run file: the largest batch of a provider; ``say`` is called with progress."""
     limit = LIMIT_BYTES[device]
     trainer = Trainer(group, BY_NAME[name], device)
     trainer.used(1, limit)  # makes the optimizer's state, compiles kernels

@@ -1,10 +1,10 @@
 """Check the providers of a group, then time them interleaved.
 
 Inputs, upstream gradient and the float64 result are made before timing. Each provider is called once (compilation,
-autotuning), checked against the float64 result (:func:`prepare`) and warmed up, apart from its timings. Timing runs in
-rounds: in each round every provider is timed once, and the order rotates. A drift of the machine's speed then affects
-all providers equally. Ratios are taken within a round; the median of the rounds' ratios is reported, with its 20th and
-80th percentile.
+autotuning), checked against the float64 result (:func:`prepare`) and warmed up; none of this is in its times. Timing
+runs in rounds: in each round every provider is timed once, and the order rotates, so that a drift of the machine's
+speed affects all providers equally. Ratios are taken within a round; their median is reported, with the 20th and 80th
+percentile.
 """
 
 import gc
@@ -31,12 +31,12 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 60
 # minimum and maximum of rounds of other suites: a distribution needs more, a curve of slow points fewer
 ROUNDS = {"latency": (30, 300), "scaling": (5, 60)}
 WARM_UP_CALLS = 2
-LONG = 2.0  # Seconds after which a first call has warmed up enough
+LONG = 2.0  # seconds; after a first call of this length one more warm-up call is enough
 
 
 @dataclass
 class Participant:
-    """A provider in a group: how to call it, and what is known about it."""
+    """A provider in a group: its timed call, times and further measurements."""
 
     name: str
     implementation: Implementation
@@ -121,9 +121,9 @@ def _step(subject, implementation, forward, backward):
 def prepare(subject, provider, device, clock, thorough=True, check=True):
     """Build, check, compile and warm up one provider.
 
-    With dropout active nothing can be compared exactly, so a module's or model's training is checked twice: in eval
-    mode exactly, then in train mode, as it is timed, within dropout's noise. Not ``thorough``: compiled code only the
-    second way, because for it the first means to compile once more. Without ``check`` nothing is compared.
+    Dropout prevents an exact comparison, so the training of a module or model is checked twice: exactly in eval mode,
+    then in train mode, as it is timed, within dropout's noise. Unless ``thorough``, compiled code is checked only the
+    second way, which saves one compilation. Without ``check`` nothing is compared.
     """
     needed = estimated_bytes(subject.group, provider)
     if needed and needed > 0.8 * (free := available_bytes(device)):
@@ -134,7 +134,7 @@ def prepare(subject, provider, device, clock, thorough=True, check=True):
     errors, backward = (None, None), None
 
     def first_call(noisy):
-        """Seconds and errors of a first call."""
+        """Duration and errors of a first call."""
         nonlocal backward
         start = time.perf_counter()
         out = forward(0)
@@ -163,7 +163,7 @@ def prepare(subject, provider, device, clock, thorough=True, check=True):
 
 
 def front_end(subject, implementation, clock):
-    """The part of upstream's model that the package replaces, timed along with the model for Amdahl's limit."""
+    """The part of upstream's model that this package replaces, timed with the model for Amdahl's limit."""
     module = implementation.module.tokens_to_token
     part = Implementation(module, implementation.inputs, implementation.leaves, module=module)
     forward = _forward(subject, BY_NAME[BASELINE], part, subject.device)
@@ -180,7 +180,7 @@ def front_end(subject, implementation, clock):
 
 
 def measure_memory(subject, provider, participant, device):
-    """Saved and peak bytes of one call; ``None`` where there is nothing or no honest number."""
+    """Saved and peak bytes of one call; ``None`` if they do not apply or cannot be measured."""
     implementation = participant.implementation
     implementation.clear()
     saved = peak = None
@@ -196,32 +196,32 @@ def measure_memory(subject, provider, participant, device):
     return {"saved_bytes": saved, "peak_bytes": peak}
 
 
-# Peak of upstream's T2T module (Performer) an image of 224 px in float32, measured
+# Measured peak of upstream's T2T module (Performer) for an image of 224 px in float32
 UPSTREAM_BYTES = {"inference": 9.4e6, "training": 23.2e6}
 
 
 def estimated_bytes(group, provider):
-    """Memory that a call of an unfused module or model takes in its first stages; 0 where it does not matter."""
+    """Memory that the first stages of an unfused module or model need in a call; 0 if it is small."""
     if group.level == "op" or provider.source not in ("upstream", "vit-pytorch"):
         return 0
     if group.subject == "transformer" or "_t_" in group.subject or provider.source == "vit-pytorch":
         length = operators.length(1, group.size)
-        # 3.2 times the attention weights are alive at the peak of forward and backward (counted from the eager graph)
+        # at the peak of forward and backward 3.2 times the attention weights are alive (counted from the eager graph)
         return 3.5 * 4 * length * length * group.batch
     return UPSTREAM_BYTES[group.mode] * (group.size / 224) ** 2 * group.batch
 
 
 def available_bytes(device):
-    """Bytes that a device can still give: "cuda" those that are free, "cpu" also those that hold files."""
+    """Bytes that can be allocated: on "cuda" the free ones, on "cpu" also those of the file cache."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    import psutil  # the one package of the extra "bench" that measuring on a CPU needs
+    import psutil  # the only package of the extra "bench" that measurements on a CPU need
 
     return psutil.virtual_memory().available
 
 
 def _attempt(call, name, device):
-    """The result of a call, or the exception that it raised: the provider's peers are measured even if it fails."""
+    """The result of a call, or the exception that it raised; the other providers of the group are still measured."""
     try:
         with blaming(name, device):
             return call()
@@ -236,13 +236,15 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
     """Measure some providers of a group.
 
     Args:
-        budget: seconds for the interleaved rounds of all ``visits``, of which this is one; say: called with a line of
-            progress; thorough: see :func:`prepare`; rounds: of the first visit, if this is a later one: it has as many
-            rounds, and neither results nor memory are checked and measured again.
+        budget: seconds for the interleaved rounds of all ``visits`` together; say: called with a line of progress;
+            thorough: see :func:`prepare`; rounds: at a later visit the number of rounds of the first one; results are
+            then not checked and memory is not measured again.
 
     Returns:
-        name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that it raised. A
-        :class:`ContextLost` is raised itself: nothing else can be measured in this process.
+        name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that it raised.
+
+    Raises:
+        ContextLost: nothing else can be measured in this process.
     """
     torch._dynamo.reset()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Where a number was measured: versions, device, settings, and what the machine can do at best."""
+"""The environment of a run: versions, device, settings, and measured limits of the machine."""
 
 import os
 import platform
@@ -19,13 +19,13 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 SIDE = {"cpu": 1536, "cuda": 8192}
 REPEATS = 7
 
-# Whose versions a run notes, ``None`` for one that is not installed
+# Packages whose versions are recorded, ``None`` if not installed
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "performer-pytorch", "flash-linear-attention")
 PACKAGES += ("fla-core", "vit-pytorch", "timm", "torchvision")
 
 
 def describe(device):
-    """Everything a number needs beside it, as plain data."""
+    """The environment of a run, as plain data."""
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -57,7 +57,7 @@ def run_name(device):
 
 
 def _seconds(call, device):
-    """The fastest of several calls: a limit is what the machine reaches when nothing disturbs it."""
+    """Seconds of the fastest of several calls, since a limit is reached when nothing disturbs the machine."""
     call()
     if device == "cuda":
         from triton.testing import do_bench

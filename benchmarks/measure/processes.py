@@ -19,8 +19,8 @@ from .fit import Trainer
 from .statistics import summary
 
 ROUNDS, WARM_UP = 8, 2
-SECONDS = 300  # after which a group of processes is taken to hang
-TOLERANCE = 1e-4  # Relative error of an averaged gradient in float32, over all parameters
+SECONDS = 300  # time limit of a group of processes, which may hang
+TOLERANCE = 1e-4  # relative error of the averaged gradients in float32, over all parameters
 
 
 def measure(group, name, device, say):
@@ -45,7 +45,7 @@ def _gradients(model, images, labels):
 
 
 def work(group, name, rank, store):
-    """What one process does. Returns the seconds of each round."""
+    """Check and time one process. Returns the seconds of each round."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=group.processes)
     try:

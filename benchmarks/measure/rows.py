@@ -5,18 +5,21 @@ from ..suites.providers import BASELINE, BY_NAME, backends, named
 from .harness import FRONT_END
 from .statistics import percentile, ratios, summary
 
-AGAINST_COST = ("copy_share", "gb_per_s", "tflop_per_s", "floor_s", "times_floor", "floor_share")
-
 
 def _against_cost(group, median, cost, limits):
-    """A row's time against what a fused implementation moves and computes, and against its floor here."""
+    """A row's time relative to a fused implementation's bytes and FLOPs, and to its floor on this machine."""
     moved, computed = group.batch * cost.bytes(group.mode), group.batch * cost.flops(group.mode)
     floor = group.batch * cost.floor(group.mode, limits["bytes_per_s"], limits["flop_per_s"][group.dtype])
-    found = (moved / median / limits["bytes_per_s"], moved / median / 1e9, computed / median / 1e12)
-    return dict(zip(AGAINST_COST, (*found, floor, median / floor, floor / median), strict=True))
+    return {
+        "copy_share": moved / median / limits["bytes_per_s"],
+        "gb_per_s": moved / median / 1e9,
+        "tflop_per_s": computed / median / 1e12,
+        "floor_s": floor,
+        "floor_share": floor / median,
+    }
 
 
-# What :func:`harness.measure` finds out besides the times, at a first visit only
+# Measurements of :func:`harness.measure` besides times, at a first visit only
 FACTS = ("error", "gradient_error", "first_call_s", "warm_up_s", "calls_per_round", "saved_bytes", "peak_bytes")
 
 
@@ -41,7 +44,7 @@ def rows(group, results, limits, device, earlier):
 
 
 def _row(group, name, times, visits, facts, cost, limits, device):
-    """The row of a provider. Args: times: of all providers; visits: how many of its rounds are of each visit."""
+    """The row of a provider. Args: times: of all providers; visits: number of its rounds in each visit."""
     seconds, baseline, part = summary(times[name]), times.get(BASELINE), times.get(FRONT_END)
     # the front end is timed beside upstream's model
     share = None if part is None else ratios(part, baseline)["median"]
@@ -56,12 +59,8 @@ def _row(group, name, times, visits, facts, cost, limits, device):
         "images_per_s": group.batch / seconds["median"],
         "p95_s": percentile(times[name], 0.95) if group.suite == "latency" else None,
         # a model of another package has other costs
-        **(
-            dict.fromkeys(AGAINST_COST)
-            if name in packages.MODELS
-            else _against_cost(group, seconds["median"], cost, limits)
-        ),
-        # the bytes that must be kept for backward over those that were
+        **({} if name in packages.MODELS else _against_cost(group, seconds["median"], cost, limits)),
+        # the bytes that must be kept for backward, over those that were kept
         "saved_share": group.batch * cost.saved / saved if saved and cost.saved else None,
         "speedup": None if baseline is None else ratios(baseline, times[name]),
         "front_end_times": part if name == BASELINE else None,

@@ -20,32 +20,32 @@ from ..suites.groups import DTYPES, LOST, TIMED, ContextLost, LeftOut
 from ..suites.providers import BASELINE, BY_NAME, matching, plan
 from . import fit, harness, machine, processes, rows, run_file
 
-# to each timed group, in a full and a quick run; a GPU is exclusive, so one visit suffices
+# visits to each timed group in a full and a quick run; GPUs are exclusive, so one visit suffices
 VISITS = {"cpu": (3, 2), "cuda": (1, 1)}
-# seconds of interleaved rounds in a group, all visits together, in a full and a quick run; by suite, or by level
+# seconds of interleaved rounds in a group, of all visits together, in a full and a quick run; by suite, or by level
 BUDGETS = {"op": (6, 2), "module": (20, 12), "model": (20, 10), "latency": (10, 4), "scaling": (8, 4)}
 # Estimated seconds on two idle cores, for the remaining time and for the test of --quick's duration: the set-up of a
 # row per visit; compilation at the first visit, and at later ones with the code on disk; imports, limits and the report
 SECONDS = {"op": 0.13, "module": 0.7, "model": 1.3, "latency": 0.4, "scaling": 0.9, "memory": 15.0, "processes": 10.0}
 COMPILE_SECONDS, COMPILE_AGAIN_SECONDS, START_SECONDS = 18.0, 1.2, 30.0
-# What a resumed run must have in common with its first part
+# settings that must not change when a run is resumed
 SAME_RUN = ("device", "threads", "malloc", "t2t_fast", "torch", "compile_mode", "float32_matmul_precision", "quick")
 SAME_RUN += ("visits",)
 # suites whose rows are measured one by one: list of the run file, and the module that measures one
 ALONE = {"memory": ("fits", fit), "processes": ("processes", processes)}
 KINDS = ("rows", "fits", "processes", "left_out")  # the lists of the run file
-# exit codes of :func:`work`; a new process can go on when one has lost its CUDA context
+# exit codes of :func:`work`; after CONTEXT_LOST a new process continues the run
 FAILED_ROW, NO_ROW, CONTEXT_LOST, INTERRUPTED = 1, 5, 75, 130
-TIME_LIMIT, FAILED = TRY_AGAIN = ("the time limit of", "failed:")  # reasons that may be gone when a run is resumed
+TIME_LIMIT, FAILED = TRY_AGAIN = ("the time limit of", "failed:")  # rows with these reasons are retried on resumption
 
 
 def _own(table, group):
-    """The entry of a table for a group's suite, or else for its level."""
+    """The entry of a table for a group's suite, otherwise for its level."""
     return table.get(group.suite, table[group.level])
 
 
 def visits(group, device, quick):
-    """How many times a group is measured."""
+    """The number of visits to a group."""
     return VISITS[device][quick] if group.suite in TIMED else 1
 
 
@@ -237,7 +237,7 @@ class Run:
         lists = {kind: [entry for of, entry in self.found.values() if of == kind] for kind in KINDS}
         planned = len({(group.id, name) for group, name in self.cells} | self.found.keys())
         # rows that an earlier part of the run did not measure are still missing, even if they are not planned now
-        before = 0 if self._before is None else self._before.planned or 0
+        before = 0 if self._before is None else self._before.planned
         return run_file.RunFile(self.environment, **lists, planned=max(planned, before))
 
 
@@ -258,8 +258,8 @@ def show(rows, passed, done, left, text):
 def work(suites, device, quick, expression, path, command, limit, cache):
     """Run the suites in a process of their own, which ends with an exit code.
 
-    ``expression`` is for :func:`providers.matching`; ``cache`` is an empty folder for Inductor, so that "first call"
-    means what it says; the others are those of :class:`Run`.
+    ``expression``: for :func:`providers.matching`; ``cache``: an empty folder for Inductor, so that "first call"
+    includes compilation; the others are those of :class:`Run`.
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     try:
@@ -268,8 +268,8 @@ def work(suites, device, quick, expression, path, command, limit, cache):
             sys.exit(NO_ROW)
         run = Run(planned, device, quick, path, command, limit, show)
         if any(BY_NAME[name].compiled for _, name in run.cells):
-            import_module("torch._inductor.compile_fx")  # so that its import is not part of the first compilation
-        # garbage is collected before each group; objects of the imports are excluded, since scanning them is slow
+            import_module("torch._inductor.compile_fx")  # keeps the import out of the first compilation's time
+        # garbage is collected before each group; imported objects are excluded, because scanning them is slow
         gc.collect()
         gc.freeze()
         run.run()

@@ -1,1 +1,1 @@
-"""What is measured: the rows, who competes in them, their inputs and their costs."""
+"""What is measured: groups of rows, their providers, inputs and costs."""

@@ -1,7 +1,7 @@
-"""Performer attention and everything that competes with it, from short sequences to a million tokens.
+"""Performer attention and its peers, from short sequences to a million tokens.
 
-Softmax attention computes another function, and so does causal attention; they are there for orientation. The packages
-are those a user would reach for, given the same positive features. One that is missing is left out with that reason.
+Softmax attention and causal attention compute other functions and are measured for orientation. Other packages get the
+same positive features; a missing package is left out with that reason.
 """
 
 import math
@@ -21,10 +21,10 @@ from .groups import LeftOut
 
 EPS = 1e-8
 NORM = 2.0  # of q and k, as in a freshly initialised stage 1: eps does not matter there (docs/math.md, section 2)
-# A call of softmax attention with more than these would take more than some seconds
+# Limit for a call of softmax attention: more FLOPs take longer than a few seconds
 SOFTMAX_FLOPS = {"cpu": 2e11, "cuda": 5e13}
-BLOCK = 2**26  # Attention weights of the float64 truth that are in memory at a time
-CHUNK = 64  # Tokens that the truth of causal attention takes at a time
+BLOCK = 2**26  # attention weights of the float64 result in memory at a time
+CHUNK = 64  # tokens that the float64 result of causal attention processes at a time
 
 
 def inputs(tokens, batch, generator):
@@ -50,7 +50,7 @@ def upstream(q, k, v, w):
 
 
 def sdpa(q, k, v, w):
-    """Softmax attention, which has no use for the features."""
+    """Softmax attention; it ignores the features."""
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
@@ -59,8 +59,8 @@ def _half_square(x):
 
 
 def two_sdpa(q, k, v, w):
-    """The log-space form (docs/math.md, section 2b) by two fused attentions: features attend to tokens, tokens to
-    features; what the mask adds to the second is shifted by its maximum, so that a half type rounds it less."""
+    """The log-space form (docs/math.md, section 2b) by two fused attentions: features attend to tokens, then tokens to
+    features. The mask of the second is shifted by its maximum, which reduces rounding in half types."""
     scores = F.linear(k, w) - _half_square(k)
     lz = scores.logsumexp(1)  # (B, m)
     landmarks = w.to(q.dtype).expand(q.shape[0], 1, *w.shape)
@@ -77,18 +77,18 @@ def two_sdpa(q, k, v, w):
 
 
 def positive_features(x, w):
-    """``exp(w x - |x|^2 / 2) / sqrt(m)``, which the packages take as their queries and keys."""
+    """``exp(w x - |x|^2 / 2) / sqrt(m)``: the queries and keys of other packages."""
     return torch.exp(F.linear(at_least_float32(x), w) - _half_square(x)) / math.sqrt(w.shape[0])
 
 
 def _performer_pytorch(device):
-    """Its non-causal attention: a division without eps."""
+    """Its non-causal attention, which divides without eps."""
     linear_attention = packages.load("performer-pytorch", "performer_pytorch.performer_pytorch").linear_attention
     return lambda q, k, v, w: linear_attention(positive_features(q, w), positive_features(k, w), v)
 
 
 def _flash_linear_attention(device):
-    """Its chunked form, the one its layers train with; all its kernels are causal."""
+    """The chunked form with which its layers train; all its kernels are causal."""
     chunk_linear_attn = packages.load("flash-linear-attention", "fla.ops.linear_attn").chunk_linear_attn
     if device != "cuda":
         raise LeftOut("flash-linear-attention's kernels need a GPU")
@@ -101,29 +101,29 @@ def _flash_linear_attention(device):
 
 
 def causal(q, k, v, w):
-    """What a causal linear attention of the same features computes, without eps; memory grows with L, not with L^2."""
+    """Causal linear attention with the same features, without eps; its memory grows with L, not L^2."""
     length = q.shape[1]
     missing = -length % CHUNK
-    # queries of 1 in the missing rows divide by something other than 0
+    # queries of 1 in the padding avoid a division by 0
     qp = F.pad(positive_features(q, w), (0, 0, 0, missing), value=1.0).unflatten(1, (-1, CHUNK))
     kp, values = (F.pad(x, (0, 0, 0, missing)).unflatten(1, (-1, CHUNK)) for x in (positive_features(k, w), v))
     ones = torch.ones_like(values[..., :1])
-    values = torch.cat([values, ones], -1)  # the last column sums the weights
+    values = torch.cat([values, ones], -1)  # the last column accumulates the denominator
     states = kp.mT @ values
     sums = qp @ (states.cumsum(1) - states) + (qp @ kp.mT).tril() @ values
     return (sums[..., :-1] / sums[..., -1:]).flatten(1, 2)[:, :length]
 
 
 def softmax_in_blocks(q, k, v, w):
-    """:func:`sdpa` for long sequences in any dtype: some queries at a time, recomputed for the backward pass."""
+    """:func:`sdpa` for long sequences in any dtype: a block of queries at a time, recomputed for the backward pass."""
     rows = max(1, BLOCK // (k.shape[0] * k.shape[1]))
     blocks = q.split(rows, dim=1)
     return torch.cat([checkpoint(sdpa, block, k, v, w, use_reentrant=False) for block in blocks], dim=1)
 
 
-# What the sources that compute something else are checked against, in float64
+# The float64 functions against which sources of another function are checked
 TRUTHS = {"sdpa": softmax_in_blocks, "flash-linear-attention": causal}
-# The sources that are always there
+# The sources that need no other package
 FUNCTIONS = {"upstream": upstream, "t2t_fast": functional.performer_attention, "two-sdpa": two_sdpa, "sdpa": sdpa}
 PACKAGES = {"performer-pytorch": _performer_pytorch, "flash-linear-attention": _flash_linear_attention}
 
@@ -131,10 +131,10 @@ SOURCES = (*FUNCTIONS, *PACKAGES)
 
 
 def load(source, tokens, batch, mode, device):
-    """The function of a source for a call of this size; :class:`LeftOut` says why there is none."""
+    """The function of a source for a call of this size; raises :class:`LeftOut` if it cannot be measured."""
     if source in PACKAGES:
         return PACKAGES[source](device)
     flops, limit = batch * softmax_attention(tokens).flops(mode), SOFTMAX_FLOPS[device]
     if source == "sdpa" and flops > limit:
-        raise LeftOut(f"its cost is quadratic: {flops:.1e} FLOPs a call, and {limit:.0e} take some seconds")
+        raise LeftOut(f"its cost is quadratic: {flops:.1e} FLOPs a call, more than the limit of {limit:.0e}")
     return FUNCTIONS[source]

@@ -5,7 +5,7 @@ from math import prod
 from t2t_fast.ops._common.costs import WIDTH, Cost, Kernel, chain, performer_layer, soft_split_linear, token_mlp
 from t2t_fast.ops._common.spec import T2T_WINDOWS
 
-# Tokens-type, width, depth and MLP ratio of the measured models; heads have 64 columns
+# (tokens_type, width, depth, MLP ratio) of the measured models; heads have 64 columns
 MODELS = {
     "t2t_vit_7": ("performer", 256, 7, 2),
     "t2t_vit_10": ("performer", 256, 10, 2),
@@ -47,7 +47,7 @@ def t2t_module(tokens_type, size=224, embed_dim=384, element=2):
 
 
 def backbone(tokens, dim, depth, mlp_ratio, element=2):
-    """Plain transformer blocks with LayerNorm fused into the product that follows and flash attention."""
+    """Plain transformer blocks with flash attention, and LayerNorm fused into the following product."""
     row, hidden, attention = tokens * dim * element, dim * mlp_ratio, 4 * tokens * tokens * dim
 
     def product(columns_in, columns_out):

@@ -1,9 +1,9 @@
-"""Which rows there are: a group is one measurement, and each of its providers is a row.
+"""The groups of every suite. A group is one measurement; each of its providers is a row.
 
-A suite answers one question: how fast are the T2T module, whole models, their training steps, a single image, the
-operators; how does time grow; what fits into memory. Modes: "inference" is a forward pass without autograd in eval
-mode. "training" is, for an operator, forward and backward; for a T2T module, forward and backward in train mode
-(dropout active); for a model, a whole step with cross-entropy and AdamW.
+Suites: speed of T2T modules, whole models, their training steps, single images and operators; scaling; largest batch.
+Modes: "inference" is a forward pass without autograd in eval mode. "training" is, for an operator, forward and
+backward; for a T2T module, forward and backward in train mode (dropout active); for a model, a whole step with
+cross-entropy and AdamW.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ MIDDLE = {"cpu": 8, "cuda": 32}  # the batch for operators and for 384 px
 DTYPES = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
 MODES = ("inference", "training")
 MODULES = ("performer", "transformer")
-# measured models; the lite ones first: their front end is the largest share
+# measured models; the lite ones first, whose front end has the largest share
 LITE, LARGER = ("t2t_vit_7", "t2t_vit_10", "t2t_vit_12"), ("t2t_vit_14", "t2t_vit_t_14")
 
 _STAGES = ("stage1", "stage2", "stage3")
@@ -29,16 +29,16 @@ _WHERE = {
 }
 OPERATORS = tuple(f"{operator}-{where}" for operator, places in _WHERE.items() for where in places)
 _COPIES = [f"{operator}-{stage}" for operator in ("soft_split", "soft_composition") for stage in _STAGES[1:]]
-# stage 1 of the attention is measured as the headline length
+# the headline length measures the attention of stage 1
 LEFT_OUT_OF_QUICK = ("performer_attention-stage1", "performer_attention-stage2", *_COPIES)
 
-# lengths at which Performer attention is measured, to find where it overtakes softmax attention, and the batch at each:
-# the same number of tokens where that makes sense
+# lengths at which Performer attention is measured, to find where it becomes faster than softmax attention, and the
+# batch at each, for about the same number of tokens
 LENGTHS = {
     "cpu": {196: 128, 784: 32, 3136: 8, 9216: 2, 12544: 2, 50176: 1, 200704: 1, 1_000_000: 1},
     "cuda": {196: 256, 784: 256, 3136: 64, 9216: 64, 12544: 16, 50176: 4, 200704: 1, 1_000_000: 1},
 }
-HEADLINE_LENGTH = 3136  # stage 1 at 224 px: the only length of a quick run, and the only one in every dtype
+HEADLINE_LENGTH = 3136  # stage 1 at 224 px; quick runs and further dtypes measure this length only
 CROSSOVER = "crossover"  # in the name of every group of :data:`LENGTHS`, for ``--filter``
 
 SCALED_BATCHES = (1, 4, 16, 64, 256, 1024)  # at 224 px
@@ -48,23 +48,23 @@ QUICK_SCALED = ((224, 1), (224, 16), (512, 1))  # image side and batch
 FIT_SIZES = (224, 384, 512)  # image sides at which the largest batch is searched
 
 TIMED = ("module", "models", "training", "latency", "ops", "scaling")
-# in the order in which they run: what matters most first, for runs with a time limit
+# in the order in which they run: the most important first, for runs with a time limit
 SUITES = (*TIMED, "memory", "processes")
-# suites that a group is named after; the others' groups differ by level or mode
+# suites whose name is part of a group's id; groups of the others differ by level or mode
 OWN_NAMES = ("latency", "scaling", "memory", "processes")
 # suites with one mode; the others have both
 _MODES = {"models": MODES[:1], "latency": MODES[:1], **dict.fromkeys(("training", "memory", "processes"), MODES[1:])}
 
 
 class LeftOut(RuntimeError):
-    """Why a provider of a group has no numbers here; the report shows the reason."""
+    """A provider of a group is not measured; the report shows the reason."""
 
 
-LOST = "its call ended the process's CUDA context"  # in the reason of a row that no later part of a run measures
+LOST = "its call ended the process's CUDA context"  # rows with this reason are not measured again
 
 
 class ContextLost(RuntimeError):
-    """A call of ``provider`` ended the CUDA context of this process: every later call fails, whatever it is."""
+    """A call of ``provider`` ended the CUDA context of this process, so every later call fails."""
 
     def __init__(self, provider, failure):
         text = next(iter(str(failure).strip().splitlines()), "")
@@ -73,12 +73,12 @@ class ContextLost(RuntimeError):
 
 
 class Group(NamedTuple):
-    """What is measured; its providers are measured interleaved.
+    """One measurement, whose providers are measured interleaved.
 
-    ``level``, of the subject: "op", "module" or "model"; ``size``: pixels of the image's side, ``None`` where the
-    subject says how many tokens there are; ``batch``: images a call, ``None`` where the largest is searched;
-    ``compiled``: whether it has ``torch.compile`` rows, in a quick run for T2T modules only, since they cost most time;
-    ``processes``: that train side by side, each with ``batch`` images.
+    ``level``, of the subject: "op", "module" or "model"; ``size``: image side in pixels, ``None`` if the subject gives
+    the number of tokens; ``batch``: images per call, ``None`` if the largest is searched; ``compiled``: whether it has
+    ``torch.compile`` rows (in a quick run for T2T modules only, because compilation takes most of the time);
+    ``processes``: number of training processes, each with ``batch`` images.
     """
 
     level: str
@@ -121,7 +121,7 @@ def _cells(suite, device, quick):
         return cells[:1] if quick else cells
     if suite in ("models", "training"):
         cells = [(subject, 224, batches[0]) for subject in (*LITE, *LARGER)]
-        # the larger models tell nothing new at the other batch
+        # only the first model is measured at the other batch
         cells += [(LITE[0], 224, batches[1]), *((subject, 384, middle) for subject in (LITE[0], *LARGER))]
         return [("model", *cell) for cell in (cells[:1] if quick else cells)]
     if suite == "latency":

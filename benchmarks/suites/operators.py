@@ -1,6 +1,6 @@
-"""The operators at the sizes they have in T2T-ViT, each with every way to compute it that competes.
+"""The operators at T2T-ViT's sizes, each with its competing implementations.
 
-"upstream" is written as upstream's modules compute it, including the change from tokens to an image; "t2t_fast" is the
+"upstream" computes what upstream's modules compute, including the change from tokens to an image; "t2t_fast" is the
 function of :mod:`t2t_fast.functional`. The others are the usual alternatives: ``F.unfold`` and ``F.fold`` alone, the
 bare convolution, softmax attention.
 """
@@ -26,11 +26,11 @@ NORM_EPS = 1e-5
 class Operator:
     """One operator at one size; ``name`` is its function and its line in the tolerance table.
 
-    ``moving`` are tensors that scale with the batch (they rotate between calls), ``image`` if among them is an image
-    that stays float32 under autocast and gets no gradient, as the first stage's; ``parameters`` are the other tensors.
-    ``sources``: name -> function of keyword tensors; ``cost``: bytes and FLOPs for an element size; ``truths``: for a
-    source that computes something else, the function that it is checked against in float64; ``load``: (source, mode,
-    device) -> function, if not simply from ``sources``; it may raise :class:`groups.LeftOut`.
+    ``moving``: tensors that scale with the batch, which rotate between calls; ``image``: whether they are an image that
+    stays float32 under autocast and gets no gradient, as in the first stage; ``parameters``: the other tensors.
+    ``sources``: name -> function of keyword tensors; ``cost``: element size -> bytes and FLOPs; ``truths``: the float64
+    function of each source that computes another function than upstream; ``load``: (source, mode, device) -> function,
+    if not from ``sources``; it may raise :class:`groups.LeftOut`.
     """
 
     name: str
@@ -58,7 +58,7 @@ def _stage(stage, size, channels=128):
 
 
 def length(stage, size):
-    """Tokens that a stage's attention sees."""
+    """Number of tokens of a stage's attention."""
     _, *side, window = _stage(stage, size)
     return prod(window.grid(*side))
 
@@ -182,7 +182,7 @@ def soft_split_linear(stage, size, batch):
 
 
 def performer_attention(stage, size, batch, tokens=None):
-    """A stage's attention, or that of so many ``tokens``."""
+    """A stage's attention, or attention with a given number of tokens."""
     tokens = tokens or length(stage, size)
     moving, parameters = attention.inputs(tokens, batch, _generator())
     return Operator(
@@ -250,7 +250,7 @@ def performer_layer(stage, size, batch):
 
 
 BOTH = ("upstream", "t2t_fast")
-# By name: what builds an operator, and its sources, known before anything is built
+# Operator -> its builder, and its sources, which are known before anything is built
 OPERATORS = {
     "soft_split": (soft_split, (*BOTH, "unfold")),
     "soft_composition": (soft_composition, BOTH),

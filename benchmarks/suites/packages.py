@@ -1,7 +1,7 @@
-"""Other people's packages: how they are loaded, and their models of about a T2T-ViT's size.
+"""Peers from other packages, and their models of about a T2T-ViT's size.
 
-The models compute other functions with weights of their own: they show a T2T-ViT's speed beside what else one might
-train. A package that is missing leaves its row out, with the reason.
+These models compute other functions with weights of their own: they show the speed of alternatives to a T2T-ViT. If a
+package is missing, its row is left out with that reason.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def load(package, module):
 
 
 class Model(NamedTuple):
-    """``beside``: names of the T2T-ViTs that it is compared with; ``build``: (name of one, image side) -> module."""
+    """A peer model; ``beside``: T2T-ViTs that it is compared with; ``build``: (name of one, image side) -> module."""
 
     label: str
     beside: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The one table of providers: what competes, under which name, compiled or not; and the plan of a run."""
+"""The table of providers (the competing implementations), and the plan of a run."""
 
 import re
 from typing import NamedTuple
@@ -13,11 +13,11 @@ COMPILE_MODES = {"cuda": "max-autotune", "cpu": "default"}  # Mode of ``torch.co
 
 
 class Provider(NamedTuple):
-    """A competitor.
+    """One implementation.
 
-    ``source``: which implementation of a subject it runs (see ``subjects.py``); ``another``: it computes another
-    function, for orientation only; ``package``: it is somebody else's optional package, whose failure leaves its row
-    out and fails no run; ``captured``: it replays a CUDA graph; ``memory``: the mode of its Performer layers.
+    ``source``: the implementation of a subject that it runs (see ``subjects.py``); ``another``: it computes another
+    function, for orientation only; ``package``: it is from an optional package, whose failure leaves out its row and
+    does not fail the run; ``captured``: it replays a CUDA graph; ``recompute``: of its Performer layers.
     """
 
     name: str
@@ -58,11 +58,11 @@ PROVIDERS = (
 BASELINE = PROVIDERS[0].name
 OURS = "t2t_fast"
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
-BACKENDS = ("aten", "native", "triton")  # Sources that are the package with a backend of one's own choice
+BACKENDS = ("aten", "native", "triton")  # sources that are this package with an explicit backend
 
 
 def backends(device, dtype):
-    """The backend that each operator resolves to by itself."""
+    """The backend that each operator selects with "auto"."""
     explanation = t2t_fast.explain(device=device, dtype=DTYPES[dtype])
     return {op: explanation.chosen(op) for op in dict.fromkeys(op for op, _, _ in explanation.rows)}
 
@@ -73,7 +73,7 @@ def _sources(group, device):
         ops = (group.subject.partition("-")[0],)
         sources = operators.OPERATORS[ops[0]][1]
     if group.suite in ("memory", "processes"):
-        return sources  # no other backend is what one would train with
+        return sources  # nobody would train with another backend
     if group.level == "model":
         sources = (*sources, *(name for name, model in packages.MODELS.items() if group.subject in model.beside))
     verdicts = {
@@ -81,7 +81,7 @@ def _sources(group, device):
         for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[group.dtype]).rows
         if ops is None or op in ops
     }
-    # "t2t_fast" is what the package chooses by itself; another backend is a row where it could do the same work
+    # "t2t_fast" runs the selected backend; every other backend that supports all of the work is a row of its own
     return sources + tuple(
         backend
         for backend in BACKENDS
@@ -93,7 +93,7 @@ def providers(group, device):
     """The providers of a group, in the table's order."""
     sources = _sources(group, device)
     graphs = device == "cuda" and group.suite == "latency"
-    # on a CPU the native layers keep little by themselves
+    # on a CPU the native layers keep little without recompute
     performer = group.level != "op" and group.subject != "transformer" and "_t_" not in group.subject
     keeping = device == "cuda" and performer and group.mode == "training" and group.suite in ("module", "memory")
     return [
@@ -107,14 +107,14 @@ def providers(group, device):
 
 
 def named(group, name):
-    """The keys that say which row an entry of the run file is."""
+    """The keys that identify a row in the run file."""
     provider = BY_NAME[name]
     own = {"provider": name, "label": provider.label, "another_function": provider.another}
     return {"group": group.id, **group._asdict(), **own}
 
 
 def matching(expression):
-    """Whether a name fits an expression as pytest's ``-k`` takes it, as a function; ``ValueError`` if it is none."""
+    """A predicate of names for an expression in the syntax of pytest's ``-k``; ``ValueError`` for bad syntax."""
 
     def word(match):
         return match[0] if match[0] in ("and", "or", "not") else f"{match[0].lower()!r} in name"
@@ -127,7 +127,7 @@ def matching(expression):
 
 
 def plan(suites, device, quick, wanted=lambda name: True):
-    """What a run measures: group -> names of its providers; ``wanted`` decides by "<suite> <group>-<provider>"."""
+    """The rows of a run: group -> names of its providers; ``wanted``: predicate of "<suite> <group>-<provider>"."""
     found = {
         group: [
             provider.name

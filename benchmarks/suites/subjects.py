@@ -1,6 +1,6 @@
-"""What a group measures, made once for all its providers: inputs, upstream gradient, truth in float64, competitors.
+"""The subject of a group, shared by its providers: inputs, upstream gradient, float64 result, implementations.
 
-Rotating inputs: every call gets the same checked values in another place in memory, so that caches do not flatter.
+Inputs rotate: successive calls get the same values in different places in memory, so that no cache holds them.
 """
 
 from collections.abc import Callable
@@ -20,27 +20,27 @@ from t2t_fast.testing import DTYPES, ROW_FACTOR, errors, natural_images, toleran
 from . import costs, operators, packages
 from .providers import BACKENDS, OURS
 
-COPIES = 3  # places in memory that the inputs rotate through
-UNCACHED = 2**28  # Bytes of inputs that no cache holds, so that they need not rotate
-CHUNK = 4  # Samples whose truth is computed at a time
-# The tolerance table's cases are small, and it binds this package only. Here sums are over a hundred times as many
-# tokens, flat windows among them, and upstream's half-precision gradients must pass too, or there is no baseline.
+COPIES = 3  # places in memory between which the inputs rotate
+UNCACHED = 2**28  # bytes; inputs of this size fit into no cache and need not rotate
+CHUNK = 4  # samples whose float64 result is computed at a time
+# Factor on the tolerance table, whose cases are small and whose limits apply to this package only. Here sums have a
+# hundred times as many tokens, some windows are flat, and upstream's half-precision gradients must pass too.
 SLACK = 10
-FLAT_ROW = 1e-3  # A row of a flat, saturated window may be this wrong: LayerNorm magnifies its rounding up to 316 times
-# logits and worst parameter gradient of a whole model; wide, since errors grow through the blocks for everyone
+FLAT_ROW = 1e-3  # allowed error of the row of a flat window, where LayerNorm magnifies rounding up to 316 times
+# (logits, worst parameter gradient) of a whole model; wide, because errors grow from block to block
 MODEL_TOLERANCES = {"fp32": (2e-5, 1e-3), "fp16": (2e-2, 2e-1), "bf16": (1e-1, 5e-1)}
-# how far dropout may carry output and gradients away; upstream's is 0.05 and 0.4 for a T2T module's first images
+# allowed effect of dropout on (output, gradients); upstream's is 0.05 and 0.4 for a T2T module's first images
 NOISE = (0.2, 0.8)
-MODULE_WIDTH = 384  # Outgoing width of the T2T modules: T2T-ViT-14's
+MODULE_WIDTH = 384  # output width of the T2T modules, as in T2T-ViT-14
 
 
 @dataclass
 class Implementation:
     """One way to compute a subject.
 
-    ``function`` is called with the tensors of an input set; ``inputs`` are the rotating sets; ``leaves`` by name the
-    parameters that get a gradient; ``module`` is switched between eval and train mode; ``truth`` is output and
-    gradients, where they are not the subject's; ``optimizer`` is for a model's training step.
+    ``function``: takes the tensors of an input set; ``inputs``: the rotating sets; ``leaves``: name -> parameter with a
+    gradient; ``module``: is switched between eval and train mode; ``truth``: float64 output and gradients, if they
+    differ from the subject's; ``optimizer``: for a model's training step.
     """
 
     function: Callable
@@ -51,12 +51,12 @@ class Implementation:
     optimizer: torch.optim.Optimizer | None = None
 
     def gradients(self, index):
-        """Gradients by name after a backward pass on input set ``index``."""
+        """Name -> gradient, after a backward pass on input set ``index``."""
         tensors = {**self.leaves, **{name: t for name, t in self.inputs[index].items() if t.requires_grad}}
         return {name: tensor.grad for name, tensor in tensors.items()}
 
     def clear(self):
-        """Forget every gradient."""
+        """Delete every gradient."""
         for tensor in self.all_leaves():
             tensor.grad = None
 
@@ -67,11 +67,11 @@ class Implementation:
 
 @dataclass
 class Subject:
-    """Everything about a group but the providers.
+    """Everything about a group except its providers.
 
-    ``make_truth`` computes :attr:`truth` when it is first asked for: what was checked before needs none; ``tolerance``
-    is a line of the tolerance table, ``None`` for a model; ``make``: source -> :class:`Implementation`; ``cost`` is per
-    image; ``gradient`` is the upstream gradient, ``None`` for a model, whose step makes a loss from ``labels``.
+    ``make_truth``: computes :attr:`truth` at its first use, since later visits need none; ``tolerance``: line of the
+    tolerance table, ``None`` for a model; ``make``: source -> :class:`Implementation`; ``cost``: per image;
+    ``gradient``: the upstream gradient, ``None`` for a model, whose step computes a loss from ``labels``.
     """
 
     group: object
@@ -85,7 +85,7 @@ class Subject:
 
     @cached_property
     def truth(self):
-        """Output and gradients by name, float64 on the CPU; gradients only in training."""
+        """Output and name -> gradient, in float64 on the CPU; gradients only in training."""
         return self.make_truth()
 
     @property
@@ -100,7 +100,7 @@ class Subject:
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def backward(self, out):
-        """What a training call does with an output like this: a function of it, the upstream gradient made ahead."""
+        """The backward pass of a training call, as a function of an output like ``out``."""
         if self.gradient is None:
             return lambda out: F.cross_entropy(out.float(), self.labels).backward()
         gradient = torch.empty_like(out.detach()).copy_(self.gradient)  # in the output's own layout
@@ -109,12 +109,12 @@ class Subject:
     def check(self, out, gradients, implementation, noisy=False):
         """The relative errors of the output and of the worst gradient (``None`` without a backward pass).
 
-        Raises ``AssertionError`` unless they are small enough; ``noisy``: except for dropout.
+        Raises ``AssertionError`` if they exceed the tolerances; ``noisy``: dropout is active.
         """
         expected, expected_gradients = implementation.truth or self.truth
         limits = MODEL_TOLERANCES[self.group.dtype] if self.tolerance is None else None
         if noisy:
-            # batch norm in train mode computes another function, so its results must only be finite
+            # batch norm computes another function in train mode, so the results only have to be finite
             normed = any(isinstance(each, _BatchNorm) for each in implementation.module.modules())
             limits = 2 * (torch.finfo(torch.float64).max,) if normed else NOISE
         error = self._within("output", out, expected, limits)
@@ -122,7 +122,7 @@ class Subject:
         return error, max(found, default=None)
 
     def _within(self, name, value, expected, limits):
-        """The relative error of the output or of a named gradient, after the check of it and of its worst row."""
+        """The relative error of the output or of a named gradient; both it and that of the worst row are checked."""
         whole, row = errors(value.cpu(), expected)
         if limits is not None:
             allowed, allowed_row = limits[name != "output"], float("inf")
@@ -143,7 +143,7 @@ def build(group, device):
 
 
 def copies(tensors):
-    """How many places in memory inputs like these rotate through."""
+    """The number of places in memory between which such inputs rotate."""
     return COPIES if sum(t.numel() * t.element_size() for t in tensors) < UNCACHED else 1
 
 
@@ -151,7 +151,7 @@ def _operator(group, device):
     op = operators.build(group.subject, group.size, group.batch)
     dtype, training = DTYPES[group.dtype], group.mode == "training"
     activation = torch.float32 if op.image else dtype
-    # the parameters hold values of the half type, so that their rounding is part of no error
+    # parameters have values of the half type, so that errors do not include their rounding
     parameters = {name: t.to(dtype).float() for name, t in op.parameters.items()}
     moving = {name: t.to(activation) for name, t in op.moving.items()}
     wants = [name for name in parameters if name != "w"] + ([] if op.image else list(moving))
@@ -160,7 +160,7 @@ def _operator(group, device):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
     def truth(function):
-        """Output and gradients in float64, a few samples at a time: nothing mixes samples."""
+        """Output and gradients in float64, a few samples at a time, since samples are independent."""
         fixed = {name: t.to(device).double().requires_grad_(name in wants) for name, t in parameters.items()}
         outs, found = [], {name: [] for name in moving}
         for start in range(0, group.batch, CHUNK):
@@ -205,7 +205,7 @@ def _trained(module):
 
 
 def _network(group, device):
-    """A T2T module or a whole model. All sources are upstream's weights, those of other packages apart."""
+    """A T2T module or a whole model. All sources have the same weights, except those of other packages."""
     training, whole = group.mode == "training", group.level == "model"
     gradient = labels = None
     if whole:
@@ -219,13 +219,13 @@ def _network(group, device):
     with torch.no_grad():
         for parameter in _trained(original).values():
             if parameter.ndim == 1:
-                # upstream initialises biases to 0 and gains to 1; other values make the check see them
+                # biases of 0 and gains of 1, as upstream initialises them, would hide errors
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
     images = natural_images(group.batch, 3, group.size, group.size)
     inputs = [{"x": images.to(device, copy=True)} for _ in range(copies([images]))]
 
     def truth(module):
-        """Output and parameter gradients of a float64 copy in eval mode, image by image: nothing mixes images."""
+        """Output and parameter gradients of a float64 copy in eval mode, one image at a time."""
         module, outs = deepcopy(module).to(device).double().eval(), []
         for index, image in enumerate(images.to(device).double().split(1)):
             with torch.set_grad_enabled(training):
@@ -249,12 +249,12 @@ def _network(group, device):
         module = module.to(device).eval()
         leaves = _trained(module) if training else {}
         return Implementation(
-            (lambda x: module(x)) if foreign else module,  # a package may name its image otherwise
+            (lambda x: module(x)) if foreign else module,  # other packages may name this argument differently
             inputs,
             leaves,
             module=module,
             truth=truth(module) if foreign else None,
-            # a learning rate of 0 does all the work and leaves the parameters what was checked
+            # with a learning rate of 0 the optimizer does all its work and the parameters stay as checked
             optimizer=torch.optim.AdamW(list(leaves.values()), lr=0.0) if training and whole else None,
         )
 

@@ -49,8 +49,8 @@ def test_a_model_of_another_package_has_no_floor_of_ours():
     }
     found = rows.rows(group, results, limits, "cpu", {})
     ours = found["t2t_fast"]
-    assert ours["floor_share"] == pytest.approx(ours["floor_s"]) == pytest.approx(1 / ours["times_floor"])
-    assert all(found["timm-resnet50"][key] is None for key in rows.AGAINST_COST)
+    assert 0 < ours["floor_share"] == pytest.approx(ours["floor_s"])
+    assert not {"floor_s", "floor_share", "gb_per_s", "tflop_per_s"} & found["timm-resnet50"].keys()
     assert found["timm-resnet50"]["images_per_s"] == 2
 
 
