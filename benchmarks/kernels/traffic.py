@@ -2,9 +2,9 @@
 
 The operators run at T2T-ViT's sizes on a few images in Triton's interpreter (no GPU is needed), which reports the
 addresses of every load and store and the sizes of every product. "Requested" is the sum of all accesses; "touched"
-counts every byte of a tensor once per launch and direction; a cache should serve the difference. Arguments are classified
-by their names as tokens or pixels, small states of the passes, or parameters. PyTorch's operations on such tensors between
-the launches are counted by their inputs and outputs.
+counts every byte of a tensor once per launch and direction; a cache should serve the difference. Arguments are
+classified by their names as tokens or pixels, small states of the passes, or parameters. PyTorch's operations on such
+tensors between the launches are counted by their inputs and outputs.
 
 The number of splits of a sequence follows the number of multiprocessors; here each image has as many as in a batch of
 64 on 128.

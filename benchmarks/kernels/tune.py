@@ -2,9 +2,9 @@
 
 For each operator with a launch table, stage of T2T-ViT, dtype and pass, every candidate is checked against float64 and
 timed: the operator's whole forward or backward, varying only that pass's parameters, candidates interleaved in rounds.
-A candidate that fails is skipped with its reason. The best of many measurements is partly chance, so the best candidate is
-measured again against the present parameters alone. If it is faster in four of five rounds there, it is written to the table
-of this architecture, and later passes use it.
+A candidate that fails is skipped with its reason. The best of many measurements is partly chance, so the best candidate
+is measured again against the present parameters alone. If it is faster in four of five rounds there, it is written to
+the table of this architecture, and later passes use it.
 """
 
 import argparse

@@ -237,7 +237,8 @@ def work(suites, device, quick, expression, path, command, limit, cache):
         path.touch()
         time.sleep(60)
     assert os.path.isdir(cache) and not os.listdir(cache)
-    found = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": [], "fits": [], "processes": [], "left_out": [], "planned": 9}
+    found = {"environment": {}, "rows": [], "fits": [], "processes": [], "left_out": [], "planned": 9}
+    found = json.loads(path.read_text()) if path.exists() else found
     if len(found["left_out"]) < 2:
         reason = "its call ended the process's CUDA context: RuntimeError: CUDA error"
         found["left_out"].append({"group": "g", "provider": str(len(found["left_out"])), "reason": reason})
