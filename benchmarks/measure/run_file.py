@@ -15,28 +15,27 @@ class RunFile(NamedTuple):
 
     Attributes:
         environment: of :func:`machine.describe`, with the command line, the suites' ``quick`` and the measured limits.
-        rows: timed rows (:mod:`rows`), some with fewer visits than planned if the run was stopped.
-        fits: largest batches (:func:`fit.measure`); processes: several processes (:func:`processes.measure`).
+        rows: timed rows (:mod:`rows`), some with fewer visits than planned if the run was stopped; of the suite
+            "memory" largest batches (:func:`fit.measure`), of "processes" :func:`processes.measure`.
         left_out: {"group", "provider", "reason"} of each planned row without numbers.
-        planned: number of rows, fits and processes that the run is to measure.
+        planned: number of rows that the run is to measure.
     """
 
     environment: dict[str, Any]
     rows: list[dict]
-    fits: list[dict]
-    processes: list[dict]
     left_out: list[dict]
     planned: int = 0
 
     @property
     def begun(self):
         """Number of timed rows that have fewer visits than planned."""
-        return sum(len(row.get("visits", [])) < self.environment.get("visits", 0) for row in self.rows)
+        planned = self.environment.get("visits", 0)
+        return sum("visits" in row and len(row["visits"]) < planned for row in self.rows)
 
     @property
     def finished(self):
         """Number of planned rows that have the numbers of all visits, or a reason why there are none."""
-        return len(self.rows) + len(self.fits) + len(self.processes) + len(self.left_out) - self.begun
+        return len(self.rows) + len(self.left_out) - self.begun
 
     @property
     def complete(self):

@@ -31,9 +31,8 @@ COMPILE_SECONDS, COMPILE_AGAIN_SECONDS, START_SECONDS = 18.0, 1.2, 30.0
 # settings that must not change when a run is resumed
 SAME_RUN = ("device", "threads", "malloc", "t2t_fast", "torch", "compile_mode", "float32_matmul_precision", "quick")
 SAME_RUN += ("visits",)
-# suites whose rows are measured one by one: list of the run file, and the module that measures one
-ALONE = {"memory": ("fits", fit), "processes": ("processes", processes)}
-KINDS = ("rows", "fits", "processes", "left_out")  # the lists of the run file
+# suites whose rows are measured one by one, and the module that measures one
+ALONE = {"memory": fit, "processes": processes}
 # exit codes of :func:`work`; after CONTEXT_LOST a new process continues the run
 FAILED_ROW, NO_ROW, CONTEXT_LOST, INTERRUPTED = 1, 5, 75, 130
 TIME_LIMIT, FAILED = TRY_AGAIN = ("the time limit of", "failed:")  # rows with these reasons are retried on resumption
@@ -72,7 +71,7 @@ def differences(before, now):
 def _whole(kept, group, names):
     """Whether all rows of a group exist and have the same number of visits."""
     found = [kept.get((group.id, name)) for name in names]
-    return None not in found and len({len(entry["visits"]) for kind, entry in found if kind == "rows"}) <= 1
+    return None not in found and len({len(entry["visits"]) for entry in found if "reason" not in entry}) <= 1
 
 
 class Run:
@@ -88,7 +87,7 @@ class Run:
         self.command, self.limit, self.write = command, limit, write
         self.started, self.environment, self.visit, self.failed = time.monotonic(), None, 0, False
         self.cells = [(group, name) for group, names in planned.items() for name in names]
-        self.found = {}  # (group id, provider) -> (kind, entry), kind being one of KINDS
+        self.found = {}  # (group id, provider) -> row, or entry with the reason why it was left out
         self._before = run_file.read(path) if path is not None and path.exists() else None
         if self._before is not None:
             self._take_over(self._before)
@@ -98,19 +97,16 @@ class Run:
         commands = [*before.environment.get("command", "").splitlines(), self.command]
         self.environment = {**before.environment, "command": "\n".join(dict.fromkeys(commands))}
         kept = {
-            (entry["group"], entry["provider"]): (kind, entry)
-            for kind in KINDS
-            for entry in getattr(before, kind)
-            if kind != "left_out" or not entry["reason"].startswith(TRY_AGAIN)
+            (entry["group"], entry["provider"]): entry
+            for entry in (*before.rows, *before.left_out)
+            if not entry.get("reason", "").startswith(TRY_AGAIN)
         }
         # ratios are taken within a round, so the rows of a group must come from the same rounds
         parts = {
             group.id for group, names in self.plan.items() if group.suite in TIMED and not _whole(kept, group, names)
         }
         self.found = {
-            key: (kind, entry)
-            for key, (kind, entry) in kept.items()
-            if key[0] not in parts or LOST in entry.get("reason", "")
+            key: entry for key, entry in kept.items() if key[0] not in parts or LOST in entry.get("reason", "")
         }
 
     def _visits(self, group):
@@ -118,8 +114,8 @@ class Run:
 
     def visited(self, group, name):
         """The number of visits that a row has completed; all of them if it was left out."""
-        kind, entry = self.found.get((group.id, name), (None, None))
-        return len(entry["visits"]) if kind == "rows" else 0 if kind is None else self._visits(group)
+        entry = self.found.get((group.id, name), {"visits": []})
+        return len(entry["visits"]) if "visits" in entry else self._visits(group)
 
     def _left(self):
         """Estimated seconds of the remaining measurements."""
@@ -171,7 +167,7 @@ class Run:
         names = [name for name in self.plan[group] if self.visited(group, name) == self.visit]
         if not names or not self._may_start(group):
             return
-        earlier = {name: self.found[group.id, name][1] for name in names if self.visit}
+        earlier = {name: self.found[group.id, name] for name in names if self.visit}
         try:
             results = harness.measure(
                 group,
@@ -194,20 +190,20 @@ class Run:
         for name in names:
             if name not in good:
                 self._leave_out(group, name, results[name])
-        self.add("rows", *rows.rows(group, good, self.environment["limits"], self.device, earlier).values())
+        self.add(*rows.rows(group, good, self.environment["limits"], self.device, earlier).values())
         # free the memory of models and inputs before the next group
         del results, good
         gc.collect()
 
     def _measure_alone(self, group):
         """Measure the providers of a group one after the other."""
-        kind, module = ALONE[group.suite]
+        measure = ALONE[group.suite].measure
         for name in self.plan[group]:
             if self.visited(group, name) or not self._may_start(group):
                 continue
             try:
                 with harness.blaming(name, self.device):
-                    self.add(kind, module.measure(group, name, self.device, lambda text: self.say(group, text)))
+                    self.add(measure(group, name, self.device, lambda text: self.say(group, text)))
             except ContextLost as failure:
                 self._leave_out(group, name, LeftOut(failure))
                 raise
@@ -221,24 +217,25 @@ class Run:
             self.failed = True
             reason = f"{FAILED} {type(failure).__name__}: {failure}"
             print(f"\n{group.id}, {name}:", *traceback.format_exception(failure), file=sys.stderr, flush=True)
-        self.add("left_out", {"group": group.id, "provider": name, "reason": reason})
+        self.add({"group": group.id, "provider": name, "reason": reason})
 
-    def add(self, kind, *entries):
-        """Put entries at the end of one of the file's lists, and write the file."""
+    def add(self, *entries):
+        """Add rows, or entries with the reason of a row that was left out, and write the file."""
         for entry in entries:
             key = entry["group"], entry["provider"]
             self.found.pop(key, None)
-            self.found[key] = (kind, entry)
+            self.found[key] = entry
         if self.path is not None and self.environment is not None:
             run_file.write(self.path, self.content())
 
     def content(self):
         """Everything so far, as a :class:`run_file.RunFile`."""
-        lists = {kind: [entry for of, entry in self.found.values() if of == kind] for kind in KINDS}
+        left_out = [entry for entry in self.found.values() if "reason" in entry]
+        measured = [entry for entry in self.found.values() if "reason" not in entry]
         planned = len({(group.id, name) for group, name in self.cells} | self.found.keys())
         # rows that an earlier part of the run did not measure are still missing, even if they are not planned now
         before = 0 if self._before is None else self._before.planned
-        return run_file.RunFile(self.environment, **lists, planned=max(planned, before))
+        return run_file.RunFile(self.environment, measured, left_out, max(planned, before))
 
 
 def show(rows, passed, done, left, text):
