@@ -62,7 +62,7 @@ def pytest_configure(config):
     fail. The folder's name is new in each run, so nothing that is left over is ever read.
     """
     if hasattr(config, "workerinput"):
-        # the caches are those of the controller; threads beyond the cores would spend their time waiting for each other
+        # workers inherit the controller's caches; more threads than cores would only wait for each other
         threads = max(1, cores() // config.workerinput["workercount"])
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -155,13 +155,13 @@ def _running(request):
 
 @pytest.fixture(params=["aten", "native"])
 def fused(request):
-    """A fused backend that has every operator, on this CPU."""
+    """Each fused backend that implements every operator, on this CPU."""
     return _running(request)
 
 
 @pytest.fixture(params=["aten", "native", "triton"])
 def attending(request):
-    """A fused backend that has the attention, on this CPU (Triton interpreted)."""
+    """Each fused backend that implements the attention, on this CPU (Triton interpreted)."""
     return _running(request)
 
 
@@ -214,7 +214,7 @@ def matrix_units(monkeypatch):
 def _fail_if_required(report, config, parameters=()):
     """Turn a skip into a failure if it concerns a backend that ``--require-backend`` names.
 
-    That is so if the test is parametrized with the backend's name, or the reason for the skip mentions it.
+    A skip concerns a backend if the test is parametrized with its name or the reason for the skip mentions it.
     """
     reason = report.longrepr[2]
     for name in config.getoption("--require-backend"):

@@ -1,4 +1,4 @@
-"""Which module may import which: the layers of docs/development.md, held by parsing every import."""
+"""The import layers of docs/development.md, checked by parsing every import."""
 
 import ast
 from fnmatch import fnmatchcase
@@ -34,11 +34,11 @@ LAYERS = [
     ["benchmarks.gpu*"],
     ["benchmarks*"],
 ]
-# An operator never imports another one, but for the one that is made of three others.
+# Operators do not import each other, except this one, which is composed of three others.
 COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
-# Heavy or optional packages may only be imported where they are used, inside functions.
-# imported by the command after a check that the extra is installed
+# Modules that import optional packages at the top: the command imports them after checking that the extra is installed.
 DRAWING = {f"t2t_fast.demo.{name}" for name in ("charts", "page", "pictures", "run", "style")}
+# Heavy or optional packages, which other modules import only inside the functions that use them.
 LAZY = {
     "timm",
     "torchvision",
@@ -90,8 +90,9 @@ def layer(name):
     return max(found)[1] if found else None
 
 
-# Upstream's T2T module defines what the fused operators must compute. It imports nothing of ours: a shared part could
-# be wrong in both. Whole reference models may use `models`, since golden numbers of upstream's code hold the backbones.
+# The reference T2T module defines what the fused operators must compute. It imports none of the package's other code:
+# an error in shared code would go unnoticed. Whole reference models may use `models`, whose backbones are checked by
+# golden numbers of upstream's code.
 ORACLE = [
     *(f"t2t_fast.reference.{name}" for name in ("layers", "t2t_module", "token_performer", "token_transformer")),
     "t2t_fast.reference.lanl.tokens",
@@ -127,13 +128,13 @@ def test_operators_do_not_import_each_other(name):
 
 
 @pytest.mark.parametrize("name", ORACLE)
-def test_the_oracle_stands_alone(name):
+def test_the_oracle_imports_only_itself_and_torch(name):
     for target in imports(name):
         assert target in ORACLE or target.split(".")[0] in ("torch", "math"), f"{name} imports {target}"
 
 
-def test_only_its_own_package_knows_lanl():
-    """A family of models declares what others need of it; the rest is general."""
+def test_only_its_own_package_imports_lanl():
+    """A model family registers what other modules need; they do not import it by name."""
     for name in PACKAGE:
         if ".lanl" not in name and name not in ("t2t_fast.models", "t2t_fast.reference"):
             text = MODULES[name].read_text()

@@ -1,4 +1,4 @@
-"""The suite's own rules: filled memory, seeds, division among processes, skips, ``--require-backend``."""
+"""Tests of conftest.py: filled memory, seeds, caches, scheduling, skips, ``--require-backend``."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def test_expected_failure():
 
 @pytest.fixture
 def suite(pytester):
-    """A folder with this suite's conftest, to run other tests under it."""
+    """A folder with this suite's conftest, in which generated tests run."""
     pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
     pytester.makeini("[pytest]\nmarkers = gpu: needs a CUDA device")
     return pytester
@@ -87,12 +87,12 @@ def test_require_backend_holds_for_a_module_that_skips_itself(suite):
     result.stdout.fnmatch_lines(["*--require-backend triton, but *would be skipped: *triton is missing*"])
 
 
-def test_require_backend_knows_the_names(suite):
+def test_require_backend_rejects_an_unknown_name(suite):
     result = suite.runpytest("--require-backend=cuda")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so nothing is skipped for want of one")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device, no gpu test is skipped")
 def test_gpu_tests_say_why_they_are_skipped(suite):
     suite.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_device(): raise AssertionError")
     result = suite.runpytest("-rs")
@@ -125,7 +125,7 @@ def test_caches(turn):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["one process", "workers"])
 def test_compile_caches_are_new_in_each_run_and_removed_after_it(suite, monkeypatch, workers):
-    """They are shared by workers and child processes, and the caller's variables return after a run in this process."""
+    """Workers and child processes share the caches; after a run in this process the caller's variables are restored."""
     before = [os.environ[name] for name in conftest.CACHES]
     users = suite.mkdir("users")
     for name in conftest.CACHES:
@@ -159,7 +159,7 @@ def test_compile():
 
 @pytest.mark.slow
 def test_a_broken_library_in_the_users_cache_does_not_matter(suite, monkeypatch):
-    """What a killed run leaves behind: it breaks a process that uses that cache, but not the tests."""
+    """An empty library, as a killed run leaves it, breaks a process that uses that cache, but not the tests."""
     users = suite.mkdir("users")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(users))
     path = suite.makepyfile(COMPILES)
@@ -179,11 +179,11 @@ def test_a_broken_library_in_the_users_cache_does_not_matter(suite, monkeypatch)
     suite.runpytest_subprocess().assert_outcomes(passed=1)
 
 
-def test_a_command_does_not_learn_that_it_was_started_by_one_worker_of_several():
+def test_commands_do_not_inherit_xdist_variables():
     assert not [name for name in os.environ if name.startswith("PYTEST_XDIST_")]
 
 
-def test_tests_that_share_what_takes_long_stay_together():
+def test_scope_is_the_file_if_it_has_a_module_fixture():
     checks = [
         f"tests/benchmarks/test_triton_report.py::test_machine_code[{name}]" for name in ("registers", "completeness")
     ]
@@ -192,7 +192,7 @@ def test_tests_that_share_what_takes_long_stay_together():
     assert [scope(nodeid) for nodeid in alone] == alone
 
 
-def test_workers_get_files_that_share_as_a_whole(pytester, monkeypatch):
+def test_a_file_with_a_module_fixture_runs_in_one_worker(pytester, monkeypatch):
     pytest.importorskip("xdist")
     own = Path(conftest.__file__)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(own.parents[1]), str(own.parent)]))
@@ -229,8 +229,8 @@ def test_workers_get_files_that_share_as_a_whole(pytester, monkeypatch):
 
 @pytest.mark.interpret
 @pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="not under TRITON_INTERPRET=1")
-def test_the_interpreter_prepares_its_language_once_a_launch(monkeypatch):
-    """For each module whose functions the launch runs; and takes all of it back at the end."""
+def test_the_interpreter_patches_its_language_once_per_launch(monkeypatch):
+    """Once for each module whose functions the launch runs; the patches are removed at the end."""
     from triton import language
     from triton.runtime import interpreter
 

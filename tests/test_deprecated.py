@@ -1,4 +1,4 @@
-"""Deprecated names: they warn, name their successor, and do what it does."""
+"""Deprecated names warn, name their replacement, and behave like it."""
 
 import inspect
 
@@ -32,7 +32,7 @@ def test_a_deprecated_option_warns_at_the_callers_line():
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_a_renamed_argument_is_handed_on_under_its_new_name():
+def test_a_renamed_argument_is_passed_under_its_new_name():
     @renamed_arguments(memory=("recompute", lambda memory: memory == "low"))
     def layer(x, recompute=False):
         return x, recompute

@@ -39,7 +39,7 @@ def inline(text):
 
 
 def words(text):
-    """Number of words beside tables, code blocks, comments and the targets of links."""
+    """Number of words outside tables, code blocks, comments and link targets."""
     text = re.sub(r"<!--.*?-->", "", FENCED.sub("", text), flags=re.DOTALL)
     text = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
     return sum(bool(re.search(r"\w", word)) for word in re.sub(r"\]\([^)]*\)", "]", text).split())
@@ -76,7 +76,7 @@ def test_the_readme_is_short():
 
 
 def test_the_claim_is_in_the_results():
-    """Speed-ups of the first paragraph are those of the generated tables, and the status of GPUs follows."""
+    """The speed-ups in the first paragraph are in the generated tables, and the status of GPUs follows."""
     claim, results = TEXT[README].partition("![")[0], TEXT[README].partition("<!-- headline")[2]
     figures = re.findall(r"\d\.\d\d×", claim)
     assert figures and all(f", {figure} (" in results for figure in figures)
@@ -90,7 +90,7 @@ def test_the_claim_is_in_the_results():
 def test_the_readmes_code_prints_its_table(tmp_path, monkeypatch):
     _, printed = run_blocks(README, tmp_path, monkeypatch)
     if (reason := native.reason(backends.Request("cpu", torch.float32, {}), ("cpu",))) is not None:
-        pytest.skip(f"the README's table has the native backend: {reason}")
+        pytest.skip(f"the README's table shows the native backend: {reason}")
     table = next(block for language, block in BLOCKS[README] if language == "text").splitlines()
     assert printed.splitlines()[0].rstrip() == table[0].rstrip()
     assert {line.rstrip() for line in table} <= {line.rstrip() for line in printed.splitlines()}
@@ -126,7 +126,7 @@ def test_commands_exist(command):
 
 
 @pytest.mark.parametrize("path", LINKED, ids=name)
-def test_links_lead_somewhere(path):
+def test_link_targets_exist(path):
     for link in re.findall(r"\]\(([^)]+)\)", FENCED.sub("", TEXT[path])):
         if link.startswith("https://"):
             continue
@@ -140,13 +140,13 @@ def test_links_lead_somewhere(path):
 def test_paths_in_backquotes_exist(path):
     """Files of the package and of csrc that a page names from the root or from ``t2t_fast/``."""
     for code in re.findall(r"`((?:t2t_fast|csrc|ops|modules|models|interop|functional)/[\w/.]+\.\w+)`", TEXT[path]):
-        if code not in ("t2t_fast/_ops.so", "t2t_fast/_build.json"):  # where it was built
+        if code not in ("t2t_fast/_ops.so", "t2t_fast/_build.json"):  # exist only after a build
             assert any((root / code).exists() for root in (ROOT, ROOT / "t2t_fast", path.parent)), code
 
 
 @pytest.mark.parametrize("path", [README, ROOT / "docs" / "swap.md"], ids=name)
 def test_messages_in_tables_are_those_of_the_code(path):
-    """The first cell of a table of messages is a text of the package, with ``...`` for what differs."""
+    """The first cell of each row is a message of the package, with ``...`` for the variable parts."""
     code = "".join(file.read_text() for file in (ROOT / "t2t_fast").rglob("*.py"))
     cells = re.findall(r"^\| `([^`|]*\.\.\.[^`|]*)` \|", TEXT[path], flags=re.MULTILINE)
     assert cells

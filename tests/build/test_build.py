@@ -1,4 +1,4 @@
-"""Building in place: every mode of ``T2T_FAST_BUILD``, what is built where something is missing, and what it says."""
+"""Builds in place: every mode of ``T2T_FAST_BUILD``, missing requirements, and the message of the build."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ def project(tmp_path):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A project, without kernels, built in place at second 0 of 1970, and what the build printed."""
+    """A project without kernels, built in place with the date 1970-01-01, and the result of the build."""
     folder = copy_project(tmp_path_factory.mktemp("built") / "project", kernels=False)
     return folder, build_in_place(folder, T2T_FAST_BUILD="cpu", SOURCE_DATE_EPOCH="0")
 
@@ -66,7 +66,7 @@ def native(built):
 
 
 def test_this_installation_has_all_that_this_machine_can_build():
-    """``make test`` installs with ``auto``; in its environment, native code that is missing is a failure."""
+    """``make test`` installs with ``auto``; missing native code in its environment is a failure."""
     info = _extension.build_info()
     if info is None and (Path(sys.prefix) != ROOT / ".venv" or os.environ.get("T2T_FAST_BUILD") == "none"):
         pytest.skip(f"t2t_fast runs here without its native code: {_extension.load_error()}")
@@ -83,7 +83,7 @@ def test_this_installation_has_all_that_this_machine_can_build():
 
 @needs_operators
 class TestBuilt:
-    def test_one_line_says_it(self, built):
+    def test_the_message_is_one_line(self, built):
         folder, result = built
         assert result.returncode == 0, result.stdout
         what = f"t2t_fast._C and the operators for the CPU with PyTorch {torch.__version__}"
@@ -118,7 +118,7 @@ class TestBuilt:
         assert features == {name: name in flags for name in features}
 
     @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed here")
-    def test_the_library_needs_libtorch_and_no_folder_and_no_python(self, built):
+    def test_the_library_needs_libtorch_but_no_rpath_and_no_python(self, built):
         library = built[0] / "t2t_fast" / LIBRARY
         dynamic = run("/", "readelf", "--wide", "--dynamic", library).stdout
         needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
@@ -129,7 +129,7 @@ class TestBuilt:
         assert re.search(r" UND aoti_torch_\w+", symbols)
         assert not re.search(r" UND _?Py", symbols)
 
-    def test_no_file_tells_where_it_was_built(self, built):
+    def test_no_file_contains_the_build_path(self, built):
         for name in BOTH:
             content = (built[0] / "t2t_fast" / name).read_bytes()
             for folder in (built[0], Path(torch.__file__).parent):
@@ -146,7 +146,7 @@ class TestBuilt:
 @needs_operators
 @pytest.mark.parametrize("with_ninja", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["ninja", "no-ninja"])
 def test_only_what_has_changed_is_compiled_again(project, monkeypatch, with_ninja):
-    """With ninja; without it everything is, and the library is as good."""
+    """With ninja. Without it, every file is compiled again."""
     if not with_ninja:
         monkeypatch.setattr(compiling, "find_ninja", lambda: None)
     elif compiling.find_ninja() is None:
@@ -157,7 +157,7 @@ def test_only_what_has_changed_is_compiled_again(project, monkeypatch, with_ninj
     (kernels / "kernel.cpp").write_text('#include "number.h"\nint kernel() { return number(); }')
 
     def build():
-        """When each object file was made."""
+        """The modification time of each object file."""
         found = operators.build(project, with_cuda=False)
         assert found.library.is_file()
         assert (found.torch.version, found.cuda, found.architectures) == (torch.__version__, None, [])
@@ -221,11 +221,11 @@ def test_auto_without_anything_to_build_with(project, tmp_path, case):
 
 @needs_operators
 class TestAuto:
-    """Each part that can be built is, and one line says why the others are not."""
+    """Every part that can be built is built, and one line gives the reasons for the others."""
 
     @staticmethod
     def build(project, files, **variables):
-        """What the build says after ``t2t_fast: built``; the binaries of an earlier build must not stay."""
+        """The build's message after ``t2t_fast: built``. Binaries of an earlier build must be gone."""
         for name in BOTH - files:
             (project / "t2t_fast" / name).write_text("of an earlier build")
         result = build_in_place(project, **variables)
@@ -305,7 +305,7 @@ OPERATORS_CANNOT = "the operators cannot be built"
         "module",
     ],
 )
-def test_what_was_asked_for_and_cannot_be_built_is_an_error(project, tmp_path, case):
+def test_a_requested_part_that_cannot_be_built_is_an_error(project, tmp_path, case):
     if case in ("no-torch", "cpu-only", "no-toolkit", "source", "module") and NO_OPERATORS:
         pytest.skip(NO_OPERATORS)
     cpu = {"T2T_FAST_BUILD": "cpu", "PYTHONPATH": stand_in_torch(tmp_path / "torch")}

@@ -1,4 +1,4 @@
-"""Loading native code: binaries of every kind beside ``_extension.py``, and what it says of them in words."""
+"""Loading native code: good, missing, damaged and foreign binaries, and the reasons that are reported."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ NOT_BINARIES = {"empty": b"", "text": b"no ELF file", "windows": b"MZ" + bytes(5
 
 @pytest.fixture
 def package(tmp_path, monkeypatch, request):
-    """The folder of an empty package with ``_extension.py``; its name is that of no other test."""
+    """The folder of an empty package with ``_extension.py``; each test has a package name of its own."""
     folder = tmp_path / f"package_{abs(hash(request.node.nodeid))}"
     folder.mkdir()
     (folder / "__init__.py").touch()
@@ -40,7 +40,7 @@ def load(package):
 
 
 def record(package, mode, **missing):
-    """What ``setup.py`` writes down."""
+    """Write the record of a build as ``setup.py`` does."""
     (package / "_build.json").write_text(json.dumps({"mode": mode, "missing": missing}))
 
 
@@ -54,7 +54,7 @@ def library(path, text, *flags):
 
 
 def damaged(content, kind):
-    """A binary's bytes as a wrong copy or another machine's build has them."""
+    """A binary's bytes, cut off by an incomplete copy or altered to those of another machine's build."""
     content = bytearray(content)
     if kind == "cut":
         return content[: len(content) // 2]
@@ -99,7 +99,7 @@ class TestModule:
         folder = sysconfig.get_config_var("DESTSHARED")
         others = sorted(Path(folder).glob(f"*{EXTENSION_SUFFIXES[0]}")) if folder else []
         if not others:
-            pytest.skip("this Python has no extension module of its own to borrow")
+            pytest.skip("this Python has no extension module to copy")
         return others[0]
 
     def test_another_modules_binary(self, package, borrowed):
@@ -109,7 +109,7 @@ class TestModule:
     @ON_LINUX
     @pytest.mark.parametrize("kind", ["cut", "processor"])
     def test_damaged(self, package, borrowed, kind):
-        """A loader that trusts a file which is cut off kills the process."""
+        """Loading a file that is cut off would crash the process."""
         (package / MODULE).write_bytes(damaged(borrowed.read_bytes(), kind))
         words = {"cut": "broken: {} is cut off; ", "processor": "foreign: {} is built for another kind of processor; "}
         assert self.refused(load(package)).startswith(words[kind].format(package / MODULE))
@@ -118,7 +118,7 @@ class TestModule:
         (package / "_C.py").touch()
         assert self.refused(load(package)).startswith(f"foreign: {package / '_C.py'} is not the native module")
 
-    @pytest.mark.skipif(_extension.load() is None, reason=f"t2t_fast has none here: {_extension.load_error()}")
+    @pytest.mark.skipif(_extension.load() is None, reason=f"t2t_fast._C is not loaded here: {_extension.load_error()}")
     def test_good(self):
         assert _extension.load_error() is None
         assert _extension.build_info() == _extension.load().build_info()
@@ -135,7 +135,7 @@ class TestOperators:
         assert self.refused(load(package)).startswith("not built (T2T_FAST_BUILD=cpu at installation builds it, ")
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '"auto"', '{"mode": 1}', '{"missing": {}}'])
-    def test_a_record_of_the_build_that_says_nothing(self, package, content):
+    def test_a_record_without_information(self, package, content):
         (package / "_build.json").write_text(content)
         assert self.refused(load(package)).startswith("not built (T2T_FAST_BUILD=cpu at installation builds it, ")
 
@@ -147,7 +147,7 @@ class TestOperators:
             ("none", {}, "not built, as T2T_FAST_BUILD=none asked for at installation", ()),
         ],
     )
-    def test_not_built_as_the_record_of_the_build_says(self, package, mode, missing, words, lacking):
+    def test_not_built_for_the_reason_in_the_record(self, package, mode, missing, words, lacking):
         record(package, mode, **missing)
         extension = load(package)
         assert self.refused(extension) == words
@@ -199,7 +199,8 @@ class TestOperators:
     @needs_compiler
     def test_a_library_without_operators(self, package, monkeypatch):
         library(package / LIBRARY, "int nothing;")
-        monkeypatch.setattr(torch.ops, "t2t_fast_native", object(), raising=False)  # this process may have loaded ours
+        # this process may have loaded the real operators
+        monkeypatch.setattr(torch.ops, "t2t_fast_native", object(), raising=False)
         words = f"foreign: {package / LIBRARY} has no operators of t2t_fast; remove it"
         assert self.refused(load(package)) == words
 
@@ -209,7 +210,9 @@ class TestOperators:
         (package / LIBRARY).write_text("came later")
         assert self.refused(extension) == first
 
-    @pytest.mark.skipif(not _extension.operators(), reason=f"t2t_fast has none here: {_extension.operators_error()}")
+    @pytest.mark.skipif(
+        not _extension.operators(), reason=f"t2t_fast._ops is not loaded here: {_extension.operators_error()}"
+    )
     def test_good(self):
         assert _extension.operators_error() is None
         assert torch.ops.t2t_fast_native.soft_split.default._schema.name == "t2t_fast_native::soft_split"
@@ -241,18 +244,18 @@ call(torch.cat([x, x]))
 
 @pytest.fixture(scope="module")
 def without_native_code(tmp_path_factory):
-    """A PYTHONPATH with the package as an installation without native code has it."""
+    """A PYTHONPATH with a copy of the package without native code."""
     folder = tmp_path_factory.mktemp("pure")
     shutil.copytree(ROOT / "t2t_fast", folder / "t2t_fast", ignore=shutil.ignore_patterns("*.so", "_build.json"))
     return folder
 
 
 class TestWarning:
-    """That ``auto`` takes plain operations only because native code was not built is said once, at the first call."""
+    """``auto`` warns once, at the first call, if it selects plain operations only because native code was not built."""
 
     @pytest.fixture
     def missing(self, monkeypatch):
-        """In this process the operators are not built, and nothing was said of it yet."""
+        """Simulate a process without native operators that has not warned yet."""
         monkeypatch.setattr(native, "_MISSING", "not built (for a test)")
         monkeypatch.setattr(native, "_warned", False)
         monkeypatch.setattr(_extension, "lacking", lambda device: "not built (for a test)")
@@ -274,7 +277,7 @@ class TestWarning:
     )
     def test_an_installation_without_native_code(self, without_native_code, how, mode):
         if mode == "auto" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            pytest.skip("auto would not take the native layers on this CPU")
+            pytest.skip("auto would not select the native layers on this CPU")
         record(without_native_code / "t2t_fast", mode, cpu="there is no C++ compiler: c++ is not found")
         path = str(without_native_code)
         result = python("/", "-c", WITHOUT_NATIVE_CODE, how, PYTHONPATH=path, OMP_NUM_THREADS="1")
@@ -321,15 +324,15 @@ class TestWarning:
             t2t_fast.explain(dtype=torch.float64)  # no Triton kernels, whose self-test takes long in the interpreter
         assert [str(each.message) for each in recwarn if "t2t_fast" in str(each.message)] == []
 
-    def test_an_error_that_a_user_made_of_it_comes_once(self, missing):
+    def test_a_warning_turned_into_an_error_is_raised_once(self, missing):
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
             with pytest.raises(RuntimeWarning, match="T2T_FAST_BUILD=cpu pip install"):
                 self.call()
             self.call()
 
-    def test_on_cuda_only_what_would_have_a_kernel_there(self, missing):
-        """By the choice alone, which needs no device."""
+    def test_on_cuda_only_for_operators_with_a_cuda_kernel(self, missing):
+        """Tests the choice of the backend alone, which needs no device."""
         for op in backends.operators():
             native._warned = False
             request = backends.Request("cuda", torch.float32, {})
@@ -349,7 +352,7 @@ class TestWarning:
 @ON_LINUX
 @needs_compiler
 def test_broken_binaries_break_neither_the_import_nor_env(tmp_path):
-    """Every command works without native code, and ``env`` says of both files what is wrong with them."""
+    """The package works without native code, and ``env`` reports the fault of both files."""
     project = copy_project(tmp_path / "project")
     (project / "t2t_fast" / MODULE).write_text("no binary")
     path = library(project / "t2t_fast" / LIBRARY, "int nothing;")

@@ -1,4 +1,4 @@
-"""`import t2t_fast` is as light as importing torch, and starts nothing."""
+"""`import t2t_fast` adds little to the import of torch, loads no optional package, and starts no device context."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ print(json.dumps(dict(ratio=(end - middle) / (middle - start), heavy=heavy, cuda
 
 
 def imported():
-    """What a new process that imports the package says of it."""
+    """Time, optional packages and CUDA state after an import in a new process."""
     return json.loads(subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout)
 
 
@@ -29,8 +29,8 @@ def first():
     return imported()
 
 
-def test_import_costs_less_than_half_of_torch_more(first):
-    """In CPU time, the best of up to three turns."""
+def test_import_adds_less_than_half_the_time_of_torch(first):
+    """In CPU time, the best of up to three runs."""
     assert first["ratio"] < 0.5 or min(imported()["ratio"] for _ in range(2)) < 0.5
 
 

@@ -1,4 +1,4 @@
-"""Archives, wheels and installations of every kind, and what runs from them; the Makefile."""
+"""Source archives, wheels and installations of every kind, and the Makefile."""
 
 import json
 import os
@@ -59,7 +59,7 @@ OWN = ("*.py", "*.json", "*.html", "py.typed")
 """The package's own files."""
 NOT_ISOLATED = "--no-build-isolation"
 NO_HOME = "/dev/null/home"
-"""Nobody can write below it, not even root."""
+"""No user can write below it, not even root."""
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_pure_python_wheel(project, tmp_path):
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """The source archive of all there is."""
+    """The source archive of the whole project."""
     folder = tmp_path_factory.mktemp("archive")
     project = copy_project(folder / "project")
     result = python(project, "setup.py", "--quiet", "sdist", "--dist-dir", folder)
@@ -132,7 +132,7 @@ def wheel(archive):
 
 @pytest.fixture(scope="module")
 def unpacked(wheel):
-    """The folder with what the wheel installs."""
+    """The folder with the contents of the wheel."""
     folder = wheel.parent / "unpacked"
     zipfile.ZipFile(wheel).extractall(folder)
     return folder
@@ -177,7 +177,7 @@ class TestArchiveAndItsWheel:
 
     @pytest.mark.slow
     def test_it_runs_under_another_pytorch(self, unpacked):
-        """One build for all: the operators load under any Python too, the module ``_C`` only under this one's like."""
+        """One build serves all: the operators load under any Python, ``_C`` only under the version it was built for."""
         others = [path for path in os.environ.get("T2T_FAST_TEST_PYTHON", "").split(os.pathsep) if path]
         if not others:
             pytest.skip("T2T_FAST_TEST_PYTHON names no Python with another PyTorch (several: separated as in PATH)")
@@ -188,7 +188,7 @@ class TestArchiveAndItsWheel:
 
     @pytest.mark.slow
     def test_it_loads_where_pytorch_has_no_cuda(self, unpacked, tmp_path):
-        """Such a PyTorch, here made up of a libtorch.so that leads to libtorch_cpu.so alone, lacks libtorch_cuda.so."""
+        """Such a PyTorch lacks libtorch_cuda.so. The stand-in is a libtorch.so that links only libtorch_cpu.so."""
         real = os.path.join(torch.__path__[0], "lib")
         source = tmp_path / "empty.cpp"
         source.touch()
@@ -242,7 +242,7 @@ class TestInstall:
 
 
 def installed(interpreter):
-    """The folder of the package that an environment has, and what the record of its build says."""
+    """The folder of the package in an environment, and the record of its build."""
     find = "import sysconfig; print(sysconfig.get_path('platlib'))"
     folder = Path(run("/", interpreter, "-c", find).stdout.strip(), "t2t_fast")
     return folder, json.loads((folder / "_build.json").read_text())
@@ -250,7 +250,7 @@ def installed(interpreter):
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    """Variables by which front ends find what the build requires, without network."""
+    """Environment variables that let front ends find the requirements of the build without network."""
     folder = make_wheelhouse(tmp_path_factory.mktemp("offline") / "wheels", "setuptools", "pybind11")
     return {"PIP_FIND_LINKS": folder, "UV_FIND_LINKS": folder, "UV_NO_INDEX": "1", "UV_OFFLINE": "1"}
 
@@ -261,7 +261,7 @@ UV = shutil.which("uv") or shutil.which("uv", path=sysconfig.get_path("scripts")
 @needs_pip
 @needs_operators
 class TestIsolation:
-    """A front end hides the environment's packages from the build, which finds PyTorch all the same."""
+    """A front end hides the environment's packages from the build, which must still find PyTorch."""
 
     @pytest.fixture
     def small(self, tmp_path):
@@ -278,7 +278,7 @@ class TestIsolation:
         assert record == json.loads(json.dumps(self.WITHOUT_CUDA).replace("{}", place))
 
     def test_pip(self, small, fresh_venv, offline):
-        """Into an environment that sees this one's PyTorch; nowhere does the user have a home that can be written."""
+        """Into an environment that sees this one's PyTorch; the user has no writable home."""
         result = pip_install(fresh_venv, small, "-v", T2T_FAST_BUILD="cpu", HOME=NO_HOME, **offline)
         place = f"PyTorch {torch.__version__} of the environment it installs into"
         what = f"t2t_fast._C and the operators for the CPU with {place}"
@@ -300,7 +300,7 @@ class TestIsolation:
     @pytest.mark.slow
     @needs_no_torch
     def test_pip_without_pytorch(self, small, tmp_path, offline):
-        """It installs, and the first call says what is missing, what that costs, and what mends it."""
+        """It installs, and the first call warns what is missing, what that costs, and how to fix it."""
         bare = make_venv(tmp_path)
         result = pip_install(bare, small, "-v", **offline)
         missing = "no PyTorch is found; install it first, and activate its environment"
@@ -321,7 +321,7 @@ class TestIsolation:
     @pytest.mark.slow
     @pytest.mark.skipif(not any(metadata.distributions(name="build")), reason="build is not installed here")
     def test_build_in_the_active_environment(self, small, user, offline, tmp_path):
-        """It makes an environment of its own and leaves VIRTUAL_ENV as it is."""
+        """``build`` makes an environment of its own and leaves VIRTUAL_ENV as it is."""
         command = ["-m", "build", "--wheel", "--outdir", tmp_path / "wheels", small]
         result = python(tmp_path, *command, VIRTUAL_ENV=str(user.parent.parent), **offline)
         assert result.returncode == 0, result.stdout
@@ -335,7 +335,7 @@ class TestIsolation:
     @pytest.mark.skipif(UV is None, reason="uv is not installed here")
     @pytest.mark.parametrize("how", ["named", "active"])
     def test_uv(self, small, user, offline, tmp_path, how):
-        """It makes an environment of its own too, and sets VIRTUAL_ENV to that."""
+        """``uv`` makes an environment of its own too, and sets VIRTUAL_ENV to that."""
         folder = str(user.parent.parent)
         named, place = ["--python", folder], "the front end's environment"
         variables = {**offline, "UV_CACHE_DIR": str(tmp_path / "cache")}
@@ -353,7 +353,7 @@ TESTS = ("test", "test-slow", "test-all")
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed here")
 class TestMakefile:
-    def test_the_two_halves_of_the_tests_are_all_tests(self, project):
+    def test_quick_and_slow_tests_are_all_tests(self, project):
         """``make test`` and ``make test-slow`` differ in the marker that they select; ``make test-all`` has none."""
         quick, slow, all_tests = (run(project, "make", "-n", target, "ARGS=-x").stdout for target in TESTS)
         assert quick.replace('"not slow"', "slow") == slow and " -m slow -x" in slow
@@ -365,14 +365,14 @@ class TestMakefile:
         listed = [line.split()[1] for line in result.stdout.splitlines()]
         assert listed == ["help", "demo", *TESTS, "properties", "sanitize", "gpu", "bench", "lint", "env"]
 
-    def test_gpu_writes_where_it_is_told_and_not_where_another_tool_is(self, project):
-        """Systems that lend machines set OUT."""
+    def test_gpu_uses_its_own_variable_for_the_output_folder(self, project):
+        """The variable is GPU_OUT; OUT may belong to the surrounding system."""
         command = run(project, "make", "-n", "gpu", "GPU_OUT=/there", "ARGS=--quick", OUT="/of/the/system").stdout
         assert command.strip().endswith("-m benchmarks.gpu --out /there --quick")
         assert "/of/the/system" not in run(project, "make", "-n", "gpu", OUT="/of/the/system").stdout
 
     @pytest.mark.slow
-    def test_environment_is_made_once_and_again_where_it_was_left_half_made(self, project):
+    def test_environment_is_made_once_and_again_if_incomplete(self, project):
         command = ["make", "--silent", ".venv/.ready", "PIP=true", f"PYTHON={sys.executable}"]
         environment = project / ".venv"
         making, installing = f"Making .venv with {sys.executable}", "Installing PyTorch and what t2t_fast needs"

@@ -1,4 +1,4 @@
-"""What a build finds: the compiler, the CUDA toolkit behind any kind of nvcc, architectures, ninja, how many jobs."""
+"""What a build finds: compiler, PyTorch, CUDA toolkit behind any kind of nvcc, architectures, ninja, number of jobs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TORCH = Torch(Path("/torch"), "2.11.0", "13.0")
 
 @pytest.fixture(autouse=True)
 def undecided(monkeypatch):
-    """No variable decides anything."""
+    """Unset the variables that influence a build."""
     for name in ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -37,11 +37,11 @@ class TestCompiler:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="operators are built on Linux only")
 class TestTorch:
-    """Where an isolated build finds PyTorch, and which one it refuses."""
+    """Where an isolated build finds PyTorch, and which ones it rejects."""
 
     @pytest.fixture
     def environment(self, tmp_path):
-        """Makes the Python of an environment with a PyTorch of a version; without one for ``None``."""
+        """Makes an environment with the given version of PyTorch (``None``: without one) and returns its Python."""
 
         def make(name, version=None):
             paths = [] if version is None else [stand_in_torch(tmp_path / name / "packages", version)]
@@ -51,7 +51,7 @@ class TestTorch:
 
     @pytest.fixture
     def isolated(self, monkeypatch, environment, tmp_path):
-        """Isolates this process: its Python and the base Python have no PyTorch. Sets what the front end is."""
+        """Isolates this process: its Python and the base Python have no PyTorch. Returns a setter of the front end."""
         bare = str(environment("bare"))
         monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
         monkeypatch.setattr(sys, "executable", bare)
@@ -67,7 +67,7 @@ class TestTorch:
         return set_front_end
 
     @pytest.mark.skipif(NO_OPERATORS is not None, reason=str(NO_OPERATORS))
-    def test_the_one_that_this_python_imports_is_not_imported(self):
+    def test_torch_is_found_without_importing_it(self):
         code = "import sys; from build_support.toolchain import find_torch; print(find_torch()); print(*sys.modules)"
         found, modules = python(ROOT, "-c", code).stdout.splitlines()
         assert f"version='{torch.__version__}', cuda={torch.version.cuda!r}, place=''" in found
@@ -120,12 +120,12 @@ class TestTorch:
         isolated("pip", VIRTUAL_ENV=str(environment("active", "2.13.0").parent.parent))
         assert toolchain.find_torch().version == "2.12.0"
 
-    def test_a_users_path_is_looked_at(self, isolated, tmp_path):
-        """pip takes PYTHONPATH away from an isolated build; modules of computing centres set it."""
+    def test_the_users_pythonpath_is_searched(self, isolated, tmp_path):
+        """pip removes PYTHONPATH from an isolated build; environment modules of computing centres set it."""
         isolated("pip", PYTHONPATH=stand_in_torch(tmp_path / "modules", "2.13.0"))
         assert toolchain.find_torch().version == "2.13.0"
 
-    def test_interpreters_that_do_not_run_are_passed_over(self, isolated, environment, tmp_path):
+    def test_interpreters_that_do_not_run_are_skipped(self, isolated, environment, tmp_path):
         broken = tmp_path / "python2"
         broken.write_text("#!/nowhere/sh")
         broken.chmod(0o755)
@@ -148,7 +148,7 @@ class TestTorch:
         ],
     )
     def test_one_that_does_not_fit(self, isolated, environment, monkeypatch, tmp_path, case, words):
-        """The first one that is found decides, also where another environment has a better one."""
+        """The first PyTorch that is found is used, even if another environment has a suitable one."""
         monkeypatch.setattr(sys, "executable", str(environment("full", "2.9.1" if case == "old" else "2.14.0")))
         isolated("pip", VIRTUAL_ENV=str(environment("other", "2.14.0").parent.parent))
         package = tmp_path / "full" / "packages" / "torch"
@@ -232,7 +232,7 @@ class TestToolkit:
             ("#!/nowhere/sh", "nvcc does not run: "),
             ("#!/bin/sh\necho '#$ TOP=/nowhere'", "does not tell its version"),
         ],
-        ids=["fails", "silent", "no-program", "tells-nothing"],
+        ids=["fails", "silent", "no-program", "no-version"],
     )
     def test_a_broken_nvcc(self, monkeypatch, tmp_path, text, words):
         home = stand_in_nvcc(tmp_path / "cuda")
@@ -255,7 +255,7 @@ class TestArchitectures:
         return toolchain.find_architectures(Toolkit(str(nvcc), "13.0", [], []))
 
     @pytest.mark.parametrize("value", [None, "", " ; "], ids=["unset", "empty", "blank"])
-    def test_default_is_what_the_toolkit_can_and_ptx_of_the_newest(self, monkeypatch, tmp_path, value):
+    def test_default_is_what_the_toolkit_supports_and_newest_ptx(self, monkeypatch, tmp_path, value):
         if value is not None:
             monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
         known = (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)
@@ -311,7 +311,7 @@ class TestJobs:
         monkeypatch.setattr(compiling, "available_memory", lambda: gigabytes << 30)
         assert compiling.job_count() == jobs
 
-    def test_memory_that_holds_files_is_available(self, monkeypatch):
+    def test_page_cache_counts_as_available(self, monkeypatch):
         lines = "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n"
         monkeypatch.setattr(Path, "read_text", lambda self: lines)
         monkeypatch.setattr(Path, "exists", lambda self: True)
@@ -327,7 +327,7 @@ class TestJobs:
 class TestSteps:
     @pytest.fixture
     def build(self, monkeypatch, tmp_path, ninja):
-        """Makes ``out`` of ``a`` and ``b`` by a shell, in a folder whose name a careless quoting would break."""
+        """Makes ``out`` from ``a`` and ``b`` with a shell, in a folder whose name requires correct quoting."""
         if not ninja:
             monkeypatch.setattr(compiling, "find_ninja", lambda: None)
         elif compiling.find_ninja() is None:

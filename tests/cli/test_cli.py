@@ -115,7 +115,7 @@ def test_verify_red_for_a_backend_that_is_not_there(capsys, monkeypatch):
 
 @pytest.fixture
 def untested_kernels(monkeypatch):
-    """``env`` reports the result of the Triton kernels' self-test, which takes long in the interpreter."""
+    """Skip the Triton kernels' self-test, which ``env`` reports and which takes long in the interpreter."""
     for table in backends._tables.values():
         if "triton" in table:
             monkeypatch.setitem(table, "triton", table["triton"]._replace(supports=lambda request: "not tried"))
@@ -272,7 +272,7 @@ class TestExport:
 
 
 class Terminal:
-    """A stream that says it is a terminal."""
+    """A stream that reports whether it is a terminal."""
 
     def __init__(self, live):
         self.live, self.text = live, ""

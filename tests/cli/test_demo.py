@@ -1,4 +1,4 @@
-"""``t2t-fast demo``: photographs of every kind, the report, and how it is measured."""
+"""``t2t-fast demo``: photographs of every kind, the report, and its measurements."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ PICTURES = ("photo", "windows", "tokens", "restructured", "logits", "time", "mem
 
 
 def picture(mode, size=(40, 30)):
-    """An image of a mode with a gradient in it."""
+    """An image in a given mode that shows a gradient."""
     pixels = torch.arange(size[0] * size[1]).reshape(size[1], size[0])
     if mode in ("I", "F"):
         return image.fromarray((pixels * 50).numpy().astype("int32" if mode == "I" else "float32"))
@@ -77,7 +77,7 @@ def test_transparent_is_white(tmp_path):
     assert load_photo(path).image.getpixel((3, 3)) == (255, 255, 255)
 
 
-def test_rotation_of_the_camera_counts(tmp_path):
+def test_the_cameras_rotation_is_applied(tmp_path):
     from t2t_fast.demo.photo import load_photo
 
     path = tmp_path / "photo.jpg"
@@ -127,7 +127,7 @@ SMALL = ("demo", "--model", "t2t_vit_7", "--img-size", 32, "--batch", 1, "--seco
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The demo of a small model, once for all tests: (folder, exit code, printed summary)."""
+    """The demo of a small model, once for all tests: (folder, printed summary, progress)."""
     out = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "t2t_fast", *map(str, SMALL), "--no-compile", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""``verify``: green on a sound build, red on a wrong one, and clear about what it did not run."""
+"""``verify``: green on a sound build, red on a wrong one, and a note for what it did not run."""
 
 import copy
 
@@ -27,14 +27,14 @@ def small():
 
 
 def replace(monkeypatch, op, backend, change):
-    """Put ``change`` behind the result of an operator's implementation."""
+    """Apply ``change`` to the result of an operator's implementation."""
     sound = backends.implementation(op, backend)
     wrong = sound._replace(call=lambda *args: change(sound.call(*args)))
     monkeypatch.setitem(backends._tables[op], backend, wrong)
 
 
 def default_backend(op):
-    """What ``auto`` runs on this CPU."""
+    """The backend that ``auto`` selects on this CPU."""
     return backends.explain(op, device="cpu").chosen(op)
 
 
@@ -96,7 +96,7 @@ def test_wrong_gradient_is_red(monkeypatch):
     assert [row.direction for row in report.failures] == ["backward"]
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e-2], ids=["below what swap notices", "above"])
+@pytest.mark.parametrize("size", [1e-4, 1e-2], ids=["below swap's tolerance", "above"])
 def test_wrong_operator_makes_the_model_red(monkeypatch, size):
     replace(monkeypatch, "performer_layer", default_backend("performer_layer"), lambda y: y * (1 + size))
     report = verify(MODEL, dtypes="fp32", device="cpu")
@@ -137,7 +137,7 @@ class TestUnavailable:
 
 
 class TestPassedOver:
-    """What ``auto`` leaves to a faster backend, as on a CPU without AVX2."""
+    """A backend that could run, but ``auto`` selects a faster one, as on a CPU without AVX2."""
 
     @pytest.fixture(autouse=True)
     def slow_native(self, monkeypatch):

@@ -1,4 +1,4 @@
-"""A load is written whole or not at all, whatever the model's tensors are and whenever it is interrupted."""
+"""A load writes all tensors or none, for any kind of tensor in the model and at any interruption."""
 
 import warnings
 
@@ -133,7 +133,7 @@ def test_tensors_that_can_be_written(change):
     assert places == [(id(p), p.data_ptr(), p.stride()) for p in model.parameters()]
 
 
-def test_models_whose_weights_are_computed():
+def test_reparametrised_weights():
     for change in (lambda m: prune.l1_unstructured(m, "weight", 1), parametrizations.weight_norm):
         source, model = nn.Linear(4, 4), nn.Linear(4, 4)
         for each in (source, model):
@@ -181,7 +181,7 @@ def test_overlapping_and_expanded_parameters():
 
 
 def test_a_state_dict_of_the_models_own_tensors():
-    """Values that a write would change before they are read."""
+    """An earlier write would overwrite values that are still to be read."""
     model = norm()
     load_checkpoint(model, WEIGHTS)
     load_checkpoint(model, {"weight": model.bias, "bias": model.weight})
@@ -191,13 +191,13 @@ def test_a_state_dict_of_the_models_own_tensors():
 
 
 class Computed(T2TViT):
-    """Its class count follows from its head, and nothing can be assigned to it."""
+    """``num_classes`` is a read-only property, computed from the head."""
 
     num_classes = property(lambda self: self.head.out_features)
 
 
 class Checked(T2TViT):
-    """It accepts no head of another class count."""
+    """Rejects a head with another class count."""
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -218,13 +218,13 @@ def test_a_head_that_the_model_refuses(tmp_path, cls):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
 @pytest.mark.parametrize("after", [0, 1, 20])
-def test_interrupted_writes_are_taken_back(monkeypatch, error, after):
+def test_interrupted_writes_are_rolled_back(monkeypatch, error, after):
     source, model, copy = small(), small(), writing._copy
     before, left = exact_state(model), [after]
 
     def interrupted(target, value):
         left[0] -= 1
-        copy(target, value)  # the interrupted one is half written at worst
+        copy(target, value)  # worst case: this tensor is already overwritten
         if left[0] == -1:
             raise error("now")
 
@@ -273,7 +273,7 @@ def test_heads_that_cannot_be_made(tmp_path):
 
 
 def test_optimizers_and_graphs_see_the_new_values():
-    """The write is in place and counted, so that what was kept of the old values is dropped."""
+    """Writes are in place and increment the version counters, so values cached for the old weights are dropped."""
     model = small()
     versions = {name: p._version for name, p in model.named_parameters()}
     load_checkpoint(model, small().state_dict())

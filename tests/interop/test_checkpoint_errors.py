@@ -1,4 +1,4 @@
-"""Files that are no checkpoint, and bad arguments: a clear error, and the model unchanged."""
+"""Files that are not checkpoints, and bad arguments, raise clear errors and leave the model unchanged."""
 
 import pickle
 import random
@@ -71,7 +71,7 @@ def test_bad_files_are_clear_errors(tmp_path, name, make, text):
     model = tiny()
     before = fingerprint(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.load about odd pickles
+        warnings.simplefilter("ignore")  # torch.load warns about unusual pickles
         with pytest.raises(CheckpointError, match=text) as error:
             load_checkpoint(model, tmp_path / name, num_classes=4)
     assert str(tmp_path / name) in str(error.value) and fingerprint(model) == before

@@ -1,4 +1,4 @@
-"""What a load reads: entries of every kind, files that change, links, damaged files, and nothing beside the file."""
+"""Reading a checkpoint: entries of every kind, changing files, links, damaged files, and no access to other files."""
 
 import os
 import random
@@ -106,7 +106,7 @@ def test_a_fifo_that_takes_the_files_place(tmp_path, monkeypatch):
         load_checkpoint(small(), path)
 
 
-def test_links_to_files_are_followed_and_broken_ones_say_so(tmp_path):
+def test_links_are_followed_and_broken_links_raise(tmp_path):
     path = saved(tmp_path / "m.pth", small().state_dict())
     (tmp_path / "link.pth").symlink_to(path)
     assert load_checkpoint(small(), tmp_path / "link.pth").complete
@@ -118,7 +118,7 @@ def test_links_to_files_are_followed_and_broken_ones_say_so(tmp_path):
 
 
 def written(path, state):
-    """The state dict in a file of the kind that its name says."""
+    """Write the state dict in the format that the file's name implies."""
     if path.name == "m.safetensors":
         pytest.importorskip("safetensors.torch").save_file({key: v.contiguous() for key, v in state.items()}, path)
     elif path.name == "m.pdparams":
@@ -133,17 +133,17 @@ KINDS_OF_FILES = ["m.pth", "legacy.pth", "m.safetensors", "m.pdparams"]
 
 
 @pytest.mark.parametrize("name", KINDS_OF_FILES)
-def test_loading_opens_the_file_alone(tmp_path, name):
-    """No file is written, no other one is read, no process is started, no address is asked for."""
+def test_loading_opens_no_other_file(tmp_path, name):
+    """No file is written, no other file is read, no process is started, no socket is used."""
     path = written(tmp_path / name, small().state_dict())
-    load_checkpoint(small(), path)  # modules are imported
+    load_checkpoint(small(), path)  # imports all modules
     model, seen, watching = small(), [], False
 
     def hook(event, arguments):
         if watching and event.partition(".")[0] in ("open", "os", "subprocess", "socket", "shutil", "tempfile", "exec"):
             seen.append((event, *arguments))
 
-    sys.addaudithook(hook)  # it cannot be removed, but stops watching
+    sys.addaudithook(hook)  # it cannot be removed; ``watching`` turns it off
     watching = True
     load_checkpoint(model, path)
     watching = False
@@ -155,7 +155,7 @@ def test_loading_opens_the_file_alone(tmp_path, name):
 
 @pytest.mark.parametrize("name", KINDS_OF_FILES)
 def test_files_with_wrong_bytes(tmp_path, name):
-    """Bytes changed, left out and put in at random: the file is refused or read, and nothing else happens."""
+    """Bytes are changed, deleted and inserted at random: the file is read or rejected, and nothing else happens."""
     path = written(tmp_path / name, small().state_dict())
     content, model, chance = path.read_bytes(), small(), random.Random(0)
     assert load_checkpoint(model, path).complete

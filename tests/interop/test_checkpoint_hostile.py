@@ -1,4 +1,4 @@
-"""Files that are none, are broken, or lie about their sizes: refused with the reason, and the model is as it was."""
+"""Non-files, broken files and files with false sizes are rejected with the reason; the model is unchanged."""
 
 import gzip
 import os
@@ -38,7 +38,7 @@ def _loop(path):
 
 
 def _sparse(start, size=1 << 33):
-    """A file of holes, which takes no room on the disk."""
+    """A sparse file, which takes no disk space."""
 
     def make(path):
         path.write_bytes(start)
@@ -66,7 +66,7 @@ def _cut(share, **options):
 
 
 def _lying_record(path):
-    """The directory says that a record has 2 GB."""
+    """The archive's directory declares a record of 2 GB."""
     archive(path, {NAME: View()})
     size = struct.pack("<L", 4 * 48)
     hostile.rewritten(path, size + size, struct.pack("<L", 1 << 31) * 2)
@@ -152,7 +152,7 @@ LEGACY = {
     "wrong magic": ("m.pth", lambda p: legacy(p, {}, magic=1), "not written by torch.save"),
     "wrong protocol": ("m.pth", lambda p: legacy(p, {}, protocol=1), "Invalid protocol version"),
     "storage of 2 ** 36": ("m.pth", lambda p: legacy(p, {NAME: View(numel=2**36)}), "declare more bytes than it has"),
-    # without the check the storage grows, and the tensor's end is whatever lay in memory
+    # without the check the storage grows, and the end of the tensor is uninitialised memory
     "view past its storage": ("m.pth", lambda p: legacy(p, {NAME: View(size=(99,))}), "larger than its storage"),
     "two sizes of a storage": (
         "m.pth",
@@ -190,13 +190,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("name", "make", "reason"), HOSTILE.values(), ids=HOSTILE)
-def test_broken_and_lying_files(tmp_path, monkeypatch, name, make, reason):
+def test_broken_files_are_rejected(tmp_path, monkeypatch, name, make, reason):
     monkeypatch.chdir(tmp_path)
     check_refused(tmp_path / name, make, reason)
 
 
-def test_harmless_files_built_by_hand_are_read(tmp_path):
-    """The builders of this file make what is read if nothing is wrong with it."""
+def test_valid_files_built_by_hand_are_read(tmp_path):
+    """The functions that build the broken files also build valid ones, which load."""
     model = nn.LayerNorm(48)
     for name, write in (("m.pth", archive), ("n.pth", legacy)):
         write(tmp_path / name, {"weight": View(), "bias": View(stride=(0,))})

@@ -1,4 +1,4 @@
-"""Whose tensor is whose: prefixes, wrappers, entries."""
+"""Matching names of a checkpoint and a model: prefixes, wrappers, entries."""
 
 from collections import OrderedDict
 
@@ -21,7 +21,7 @@ def prefixed(prefix, state):
 
 
 class Wrapped(nn.Module):
-    """A user's model with a T2T-ViT under a name."""
+    """A user's model that holds a T2T-ViT under a given name."""
 
     def __init__(self, name, model):
         super().__init__()
@@ -59,7 +59,7 @@ def test_prefixes_in_any_order(tmp_path, prefix):
 @pytest.mark.parametrize("name", ["backbone", "encoder", "model", "module", "net", "blocks"])
 @pytest.mark.parametrize("prefix", ["", "{}.", "module.{}.", "model.{}.", "module.other."])
 def test_prefixes_of_the_models_own(name, prefix):
-    """A name that the model itself has is kept, and put before names that lack it."""
+    """A prefix that belongs to the model's own names is kept, and added to names without it."""
     source, model = small(), Wrapped(name, small())
     report = load_checkpoint(model, prefixed(prefix.format(name), source.state_dict()))
     assert report.complete and same(getattr(model, name), source.state_dict())
@@ -99,13 +99,13 @@ def test_wrappers_inside_of_names():
     assert same(again, source.state_dict())
 
 
-def test_the_report_tells_the_prefix():
+def test_the_report_shows_the_prefix():
     report = load_checkpoint(Wrapped("net", small()), prefixed("model.", small().state_dict()))
     assert report.prefix == ("model.", "net.") and "'model.' -> 'net.'" in str(report)
     assert "prefix" not in str(load_checkpoint(small(), small().state_dict()))
 
 
-def test_what_stands_beside_the_prefix(tmp_path):
+def test_tensors_outside_the_prefix(tmp_path):
     """A classifier beside its backbone, a loss beside the model."""
     source, model = small(), small()
     state = prefixed("model.backbone.", source.state_dict())
@@ -153,8 +153,8 @@ def test_a_model_that_has_a_part_under_two_names():
     assert same(model.module, source.state_dict())
 
 
-def test_a_few_equal_endings_are_no_prefix():
-    """Norms of another network have the shape of ours; that makes them no weights of ours."""
+def test_a_few_equal_suffixes_are_no_match():
+    """Norms of another network may have the same shapes; that does not make them a match."""
     model = small()
     before = exact_state(model)
     state = {
@@ -197,7 +197,7 @@ def test_mmpretrain_names_are_upstreams(name):
 
 
 @pytest.mark.parametrize("table", golden.key_table_names())
-def test_comparable_names_stay_apart(table):
+def test_comparable_names_are_unique(table):
     names = golden.key_table(table)["tensors"]
     assert len(set(comparable(names).values())) == len(names)
     if table.startswith("official_t2t"):
@@ -261,7 +261,9 @@ def test_entries_that_fit_equally_well():
 
 
 @pytest.mark.parametrize(
-    "make", [dict, OrderedDict, nn.ParameterDict, lambda state: state], ids=["dict", "Ordered", "P", "s"]
+    "make",
+    [dict, OrderedDict, nn.ParameterDict, lambda state: state],
+    ids=["dict", "OrderedDict", "ParameterDict", "state dict"],
 )
 def test_state_dicts_instead_of_a_path(make):
     source, model = small(), small()
@@ -280,7 +282,7 @@ def test_arrays_instead_of_tensors():
 
 
 def test_numpys_numbers_in_a_file(tmp_path):
-    """And afterwards the process allows what it allowed before."""
+    """NumPy's numbers load, and the safe globals of the process are the same afterwards."""
     allowed = set(torch.serialization.get_safe_globals())
     numbers = {f"n{code}": np.array(1, dtype=code)[()] for code in "?bBhHiIlLqQefdFD"}
     source, model = small(), small()
@@ -289,7 +291,7 @@ def test_numpys_numbers_in_a_file(tmp_path):
     assert set(torch.serialization.get_safe_globals()) == allowed
 
 
-def test_what_the_user_allows_stays_allowed(tmp_path):
+def test_safe_globals_of_the_user_remain(tmp_path):
     import argparse
 
     path = saved(tmp_path / "m.pth", {"state_dict": small().state_dict(), "args": argparse.Namespace(lr=1)})
@@ -299,7 +301,7 @@ def test_what_the_user_allows_stays_allowed(tmp_path):
 
 
 class Settings:
-    """A class that a user may allow."""
+    """A class that a user may add to the safe globals."""
 
     def __init__(self, lr):
         self.lr = lr
@@ -313,7 +315,7 @@ def test_a_class_that_the_user_allows(tmp_path):
         assert load_checkpoint(small(), path).complete
 
 
-def test_read_state_dict_takes_wrappers_away(tmp_path):
+def test_read_state_dict_removes_wrapper_prefixes(tmp_path):
     state = small().state_dict()
     path = saved(tmp_path / "m.pth", {"net": prefixed("module._orig_mod.", state), "acc": 1.0})
     found, source = read_state_dict(path)

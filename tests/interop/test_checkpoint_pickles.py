@@ -1,4 +1,4 @@
-"""Files whose pickles would run code or exhaust memory: refused with the reason, and the model is as it was."""
+"""Files whose pickles would run code or exhaust memory are rejected with the reason; the model is unchanged."""
 
 import os
 import pickle
@@ -41,9 +41,9 @@ CODE = {
     ),
 }
 PICKLES = {
-    # a hash recurses: without the check this ends the process
+    # hashing recurses: without the check it crashes the process
     "deep tuple as key": ("m.pth", lambda p: archive(p, opcodes(b")" + b"\x85" * 10**6 + b"K\x01s")), "nested tuples"),
-    # and takes 2 ** 60 steps
+    # hashing takes 2 ** 60 steps
     "shared tuples as key": (
         "m.pth",
         lambda p: archive(p, opcodes(b")" + b"q\0h\0\x86" * 60 + b"K\x01s")),

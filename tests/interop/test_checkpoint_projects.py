@@ -1,4 +1,4 @@
-"""Checkpoints of other projects in their models and in ours: the numbers are those of the code that trained them."""
+"""Checkpoints of other projects, in their models and in ours, give the numbers of the code that trained them."""
 
 import pickle
 from functools import partial
@@ -41,7 +41,7 @@ def check_golden(case, model):
 @pytest.mark.parametrize("build", OURS.values(), ids=OURS)
 @pytest.mark.parametrize("trained_with", ["mmpretrain", None])
 def test_weights_of_mmpretrain_in_our_models(tmp_path, build, trained_with):
-    """Weights that mmpretrain 1.2 trained, and those that it publishes, which upstream's code trained."""
+    """Weights that mmpretrain 1.2 trained, and weights that it publishes, which upstream's code trained."""
     case = golden.cases()[f"mmpretrain_tiny_cls_{'asis' if trained_with else 'scale_corrected'}"]
     path = saved(tmp_path / "m.pth", {"state_dict": golden_state(case, mmpretrain_model.T2TViT())})
     model = build(**MMPRETRAIN).double()
@@ -67,7 +67,7 @@ def test_weights_of_mmpretrain_in_its_own_model(tmp_path, trained_with):
 
 
 def test_a_classifier_of_mmpretrain(tmp_path):
-    """Its backbone has a prefix, its head another name; all of it finds its place, in their model as in ours."""
+    """Its backbone has a prefix and its head another name; every tensor loads, into their model and into ours."""
     source = mmpretrain_model.Classifier()
     path = saved(tmp_path / "m.pth", {"state_dict": source.state_dict(), "meta": {"epoch": 3}})
     theirs, ours = mmpretrain_model.Classifier(), tiny(mlp_ratio=3, tokens_type="transformer")
@@ -93,7 +93,7 @@ def test_upstreams_weights_in_mmpretrains_model():
     assert torch.equal(model.encoder[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
 
 
-def test_queries_have_biases_too():
+def test_query_biases_are_rescaled_too():
     state = {"qkv.weight": torch.ones(12, 4), "qkv.bias": torch.ones(12)}
     model = nn.Module()
     model.attn = nn.Module()
@@ -164,7 +164,7 @@ def test_paddles_parameters(tmp_path, protocol, tokens_type, rename):
     assert ("eps 1e-6" in str(report)) == (rename is paddlevit)
 
 
-def test_paddles_tensors_by_themselves_and_other_orders(tmp_path):
+def test_paddles_arrays_without_name_table_and_in_other_orders(tmp_path):
     source, model = tiny(), tiny()
     arrays = pickle.loads(paddle_file(source.state_dict()))
     del arrays["StructuredToParameterName@@"]
@@ -207,7 +207,7 @@ def timm_model(**options):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.backbone."])
 def test_timm_models_with_our_embedding(tmp_path, prefix):
-    """Upstream's weights in a timm model, and a timm model's in ours: the same logits."""
+    """Upstream's weights load into a timm model with the same logits, and from there back into our model."""
     source, model, back = tiny().eval(), timm_model().eval(), tiny().eval()
     path = saved(tmp_path / "m.pth", {"state_dict": {prefix + name: v for name, v in source.state_dict().items()}})
     assert load_checkpoint(model, path).complete

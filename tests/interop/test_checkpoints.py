@@ -17,7 +17,7 @@ from t2t_fast.models import T2TViT, ViT, lanl
 
 
 def _upstream_training_file(path, state):
-    """What upstream's training script saves, command line included."""
+    """What upstream's training script saves, including its command line."""
     content = {
         "epoch": 3,
         "arch": "t2t_vit_14",
@@ -187,7 +187,7 @@ def test_non_square_targets_and_extra_tokens(tmp_path, build):
     path = saved(tmp_path / "m.pth", source.state_dict())
     grid = None
     if build is TARGETS["lanl reference"]:
-        grid, model.vit_backbone.grid_size = (2, 6), None  # the articles' own class does not keep its grid
+        grid, model.vit_backbone.grid_size = (2, 6), None  # the articles' own class does not store its grid
         with pytest.raises(CheckpointError, match=r"the model's position table has 1 \+ 12 entries, .* give grid="):
             load_checkpoint(model, path)
     report = load_checkpoint(model, path, grid=grid)
@@ -202,7 +202,7 @@ def test_non_square_targets_and_extra_tokens(tmp_path, build):
 @pytest.mark.parametrize("swapped", [False, True], ids=["upstream-shaped", "swapped"])
 def test_upstream_shaped_targets_are_square(tmp_path, swapped):
     source, model = small(), reference.T2T_ViT(**{**SMALL, "img_size": 96})
-    model.grid_size = None  # upstream's own class does not keep it
+    model.grid_size = None  # upstream's own class does not store it
     if swapped:
         swap(model)
     report = load_checkpoint(model, saved(tmp_path / "m.pth", source.state_dict()))
@@ -250,7 +250,7 @@ def test_half_tables_are_resized_in_the_models_precision(tmp_path):
     torch.testing.assert_close(model.pos_embed.data, resized_table(state["pos_embed"].float(), (4, 4), (6, 6)))
 
 
-def test_a_head_of_another_class_count_starts_afresh(tmp_path):
+def test_a_head_of_another_class_count_is_reinitialised(tmp_path):
     source, model = tiny(), tiny()
     model.head.weight.data.fill_(7.0)
     body = {name: p for name, p in model.named_parameters() if not name.startswith("head.")}
@@ -296,7 +296,7 @@ def test_no_head_on_request(tmp_path, has):
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 48)
 
 
-def test_a_headless_model_leaves_the_checkpoints_head_out_and_can_get_one(tmp_path):
+def test_a_headless_model_ignores_the_head_unless_classes_are_given(tmp_path):
     source = tiny()
     path = saved(tmp_path / "m.pth", source.state_dict())
     model = tiny(num_classes=0)
@@ -383,7 +383,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path, strict):
     assert fingerprint(model) == before
 
 
-def test_a_wider_model_is_no_resize_and_no_head_swap(tmp_path):
+def test_a_checkpoint_of_another_width_is_rejected(tmp_path):
     model = tiny()
     before = fingerprint(model)
     path = saved(tmp_path / "m.pth", tiny(embed_dim=24, num_classes=5).state_dict())

@@ -1,4 +1,4 @@
-"""Exported files: what they hold, that they compute the model's numbers, and that a failure leaves none."""
+"""Exported files: their contents, their agreement with the model, and that a failure leaves none."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def _articles():
 
 
 class Convolution(nn.Module):
-    """A model that exports fast."""
+    """A model that takes little time to export."""
 
     img_size = (8, 12)
 
@@ -45,7 +45,7 @@ class Convolution(nn.Module):
 
 
 class Watched(Convolution):
-    """Holds an operation that many runtimes lack."""
+    """Contains an operation that many runtimes lack."""
 
     def forward(self, x):
         return torch.einsum("bchw,cd->bd", x, torch.ones(3, 2))
@@ -68,7 +68,7 @@ def agree(got, model, x):
         torch.testing.assert_close(got, model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-# "swapped" and "articles" are the quick ones: a Performer with a free batch; a Transformer, one channel, not square
+# The quick tests run "swapped" (a Performer with a free batch) and "articles" (a Transformer, one channel, not square).
 CASES = {
     "performer": (lambda: T2TViT(**TINY), dict(dynamic_batch=True)),
     "transformer": (lambda: T2TViT(**TINY, tokens_type="transformer"), dict(dynamic_batch=True)),
@@ -86,7 +86,7 @@ CASES = {
     ids=str,
 )
 def exported(request, tmp_path_factory):
-    """Each model written once in both formats."""
+    """Each model, exported once in both formats."""
     onnx_packages()
     build, options = CASES[request.param]
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_no_path_of_this_machine_is_in_a_file(exported):
 
 
 @pytest.mark.parametrize("exported", ["swapped"], indirect=True)
-def test_a_program_runs_where_the_package_is_not(exported, tmp_path):
+def test_a_program_runs_without_the_package(exported, tmp_path):
     model, _, _, report = exported
     x = torch.randn(3, 3, 32, 32)
     torch.save(x, tmp_path / "x.pt")

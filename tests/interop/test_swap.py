@@ -1,4 +1,4 @@
-"""swap: what matches, what it keeps, what it refuses, and the way back."""
+"""swap: what it matches, keeps and rejects, and unswap."""
 
 import copy
 import pickle
@@ -45,7 +45,7 @@ MODELS = {
 
 
 def randomised(model):
-    """Biases and norms drawn too, so that a mixed-up parameter shows."""
+    """Randomise biases and norms too, so that exchanged parameters are noticed."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -63,11 +63,11 @@ def gradients_of(model, x):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_same_numbers_and_gradients(name):
-    """In float64, so that only algebra can differ; and the way back is bit-identical."""
+    """Equal in float64, where rounding is negligible; after unswap the output is bit-identical."""
     make, shape = MODELS[name]
     model = randomised(make()).double().eval()
     x = torch.randn(shape, dtype=torch.float64)
-    # the eager Performer casts to float32 below float64 only, so float64 stays float64
+    # the eager Performer casts to float32, but leaves float64 as it is
     before, before_gradients = gradients_of(model, x)
     report = swap(model)
     assert report.swapped and not report.left
@@ -118,7 +118,7 @@ def test_dry_run_changes_nothing():
 
 
 def test_any_image_size_after_the_swap():
-    """Upstream's module takes square images only; the swapped one any size, and says so in its grid."""
+    """Upstream's module takes square images only; the swapped one takes any size and returns the grid."""
     model = tiny("performer")
     swap(model)
     tokens, grid = model.tokens_to_token.forward_with_grid(torch.randn(1, 3, 48, 80))
@@ -188,7 +188,7 @@ def test_optimizer_built_before_still_trains():
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_fire_with_upstreams_inputs_and_outputs(path, when):
-    """On the module, on a layer, and deep inside a layer: a watched layer runs unfused."""
+    """On the module, on a layer, and deep inside a layer: a layer with hooks runs unfused."""
     model = tiny().double().eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     seen = []
@@ -260,7 +260,7 @@ def test_context_manager():
 
 
 class OtherForward(reference.Token_performer):
-    """A fork with the same children whose forward does something else."""
+    """A fork with the same children whose forward computes something else."""
 
     def forward(self, x):
         return super().forward(x) * 1.01
@@ -327,7 +327,7 @@ def test_a_bare_unfold():
     x = torch.randn(2, 3, 32, 40)
     expected = model(x)
     with pytest.raises(NothingToSwap, match=r"left: soft_split0 \(Unfold\): .*name it in include"):
-        swap(model)  # its name says nothing of what follows it
+        swap(model)  # its name does not tell how its output is used
     report = swap(model, include="soft_split0")
     assert report.swapped == ["soft_split0"] and isinstance(model.soft_split0, Unfold)
     assert type(model.unfold) is nn.Unfold
@@ -351,7 +351,7 @@ class Video(nn.Module):
 
 
 def test_a_bare_fold():
-    """Of any name: what it returns lies in memory as upstream's, whatever the strides of its input."""
+    """A Fold of any name is swapped, since its output has upstream's memory layout for all strides of the input."""
     model = Video().double()
     x = torch.randn(2, 2, 8, 10, dtype=torch.float64)
     expected, expected_gradients = gradients_of(model, x)
@@ -372,8 +372,8 @@ def test_a_bare_fold():
     assert type(model.compose) is nn.Fold
 
 
-def test_an_unfold_of_another_name_is_swapped_if_it_is_named():
-    """Not by a pattern that selects the model around it."""
+def test_an_unfold_is_swapped_if_include_names_it():
+    """A pattern that selects the model around it is not enough."""
     model = nn.ModuleDict({"video": Video()})
     report = swap(model, include="video")
     assert report.swapped == ["video.compose"] and list(report.left) == ["video.t2t"]
@@ -397,7 +397,7 @@ def test_a_dilated_fold_is_left_with_the_reason():
 
 
 def test_backbone_blocks_are_not_token_layers():
-    """A backbone block has the same children as a token layer, but a skip around its attention."""
+    """A backbone block has the same children as a token layer, but a skip connection around its attention."""
     model = tiny("transformer")
     swap(model)
     assert all(type(block) is reference.Block for block in model.blocks)

@@ -12,7 +12,7 @@ from t2t_fast.interop.swap import swap
 
 
 class ForeignAttention(nn.Module):
-    """Another project's attention, under names of its own, that returns other than upstream's does."""
+    """Another project's attention, with names of its own, that computes something else than upstream's."""
 
     def __init__(self, width, out):
         super().__init__()
@@ -37,7 +37,7 @@ class ForeignLayer(nn.Module):
 
 
 class Foreign(nn.Module):
-    """As mmpretrain's T2T module: layers that no rule knows, any image size, the grid beside the tokens."""
+    """Like mmpretrain's T2T module: layers that no rule matches, any image size, the grid returned with the tokens."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Foreign(nn.Module):
         return tuple((n + 2 * unfold.padding - unfold.kernel_size) // unfold.stride + 1 for n in size)
 
     def train(self, mode=True):
-        super().train(mode)  # and returns nothing, as mmengine's backbones
+        super().train(mode)  # returns nothing, like mmengine's backbones
 
     def forward(self, x):
         size = self._size(self.soft_split0, x.shape[2:])
@@ -77,7 +77,7 @@ def test_a_module_with_layers_of_its_own():
 
 
 class Article(reference.lanl.Tokens2Token):
-    """As the articles' own code, which counts tokens by kernels, strides and paddings that the module keeps."""
+    """Like the articles' own code, which counts tokens from kernels, strides and paddings stored in the module."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -105,7 +105,7 @@ def test_the_articles_module():
 
 
 def test_vit_pytorch():
-    """Its unfolds have a Transpose behind them, which takes any strides: swapped if they are named."""
+    """A Transpose, which takes any strides, follows its unfolds: they are swapped if include names them."""
     from support import vit_pytorch
 
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_vit_pytorch():
 
 
 class FeedForward(nn.Module):
-    """Fold, normalise, unfold, as video inpainting has it between its two Linears."""
+    """Fold, normalise, unfold, as video inpainting does between two Linears."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a swap keeps of a module, and that its proof depends on nothing around it."""
+"""What a swap keeps of a module, and that its proof does not depend on the state of the process."""
 
 import threading
 
@@ -148,7 +148,7 @@ def test_the_live_module_is_never_called():
 
 
 class Digits(nn.Module):
-    """Unfolds that a digit names, whose results are viewed."""
+    """Unfolds named ``0`` and ``soft_split0``, whose results are viewed."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ class Digits(nn.Module):
         return self.layers[0](x).view(x.shape[0], -1), self.soft_split0(x).view(x.shape[0], -1)
 
 
-def test_a_name_is_no_licence():
+def test_a_name_alone_is_not_enough():
     model = Digits()
     with pytest.raises(NothingToSwap, match="name it in include"):
         swap(model)

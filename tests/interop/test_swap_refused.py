@@ -1,4 +1,4 @@
-"""What swap leaves as it is: modules with something that the fast form would ignore."""
+"""Modules that swap leaves as they are, because the fast form would ignore a part of them."""
 
 import copy
 
@@ -34,7 +34,7 @@ class Statistics(reference.T2T_module):
 
 
 class Scaled(reference.Token_performer):
-    """LayerScale as a child, 1 at first."""
+    """LayerScale as a child, initially 1."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -45,7 +45,7 @@ class Scaled(reference.Token_performer):
 
 
 class Switch(reference.Token_performer):
-    """A flag of the instance, off at first."""
+    """A flag of the instance, initially off."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -139,14 +139,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("cls", "reason"), REFUSED.items(), ids=lambda v: getattr(v, "__name__", ""))
-def test_what_a_layer_would_lose(cls, reason):
+def test_a_layer_is_left_with_the_reason(cls, reason):
     model = nn.ModuleDict({"l": layer(cls), "plain": layer()})
     report = swap(model)
     assert reason in report.left["l"] and type(model["l"]) is cls and report.swapped == ["plain"]
 
 
 @pytest.mark.parametrize(("cls", "name"), [(Gate, "gate"), (Statistics, "running_mean")])
-def test_what_a_module_would_lose(cls, name):
+def test_a_module_is_left_with_the_reason(cls, name):
     model = nn.ModuleDict({"t": module(cls=cls)})
     report = swap(model)
     assert report.left["t"] == f"{cls.__name__} has {name}, which the fast form does not have"
@@ -175,5 +175,5 @@ def test_a_forward_patched_on_the_instance_is_left():
     assert "forward is replaced on the instance" in report.left["attention1"]
     assert type(model.attention1) is reference.Token_performer
     same(model(images()), expected)
-    # the proof of the module itself cannot have a copy of that layer either
+    # the proof of the module around it cannot copy that layer either
     assert "attention1.forward is replaced on the instance" in report.left[""]

@@ -1,4 +1,4 @@
-"""T2T modules that return more than tokens: swapped if it is made of their stages, else their parts are."""
+"""T2T modules that return more than tokens: swapped if the result consists of their stages, else only their parts."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from t2t_fast.modules import Unfold
 
 
 class Saliency(reference.T2T_module):
-    """As VST and M3Net return their stages: tokens of 1/16, 1/8 and 1/4."""
+    """Returns its stages as VST and M3Net do: tokens of 1/16, 1/8 and 1/4."""
 
     def forward(self, x):
         quarter = self.attention1(self.soft_split0(x).transpose(1, 2))
@@ -31,7 +31,7 @@ class Pyramid(Saliency):
 
 
 class WithSize(reference.T2T_module):
-    """As mmpretrain's returns tokens and their grid."""
+    """Returns tokens and their grid, like mmpretrain's module."""
 
     def forward(self, x):
         tokens = super().forward(x)
@@ -71,7 +71,7 @@ def test_modules_that_return_their_stages(kind, cls, returns):
 
 
 class Summary(reference.T2T_module):
-    """Returns something that is none of its stages, and a size that follows from none."""
+    """Returns a tensor that is none of its stages."""
 
     def forward(self, x):
         tokens = super().forward(x)
@@ -84,7 +84,7 @@ class Constant(reference.T2T_module):
 
 
 class Viewing(reference.T2T_module):
-    """Views what its soft splits return, so that their strides matter."""
+    """Views the output of a soft split, so that its strides matter."""
 
     def forward(self, x):
         tokens = super().forward(x)
@@ -99,8 +99,8 @@ class Viewing(reference.T2T_module):
         (Viewing, "returns a tensor (2, 3) that is none of its stages", ()),
     ],
 )
-def test_the_parts_of_a_module_that_stays(cls, reason, splits):
-    """Its layers, and its soft splits where the module itself was proved to take their strides."""
+def test_the_parts_of_a_module_that_is_not_swapped(cls, reason, splits):
+    """Its layers are swapped; its soft splits only where the module was proved to take their strides."""
     model = nn.ModuleDict({"t": module(cls=cls)})
     expected = model["t"](images())
     report = swap(model)

@@ -98,7 +98,7 @@ def test_create_model_and_feature_maps():
     timm = pytest.importorskip("timm", reason="timm is not installed")
     options = dict(img_size=64, depth=2, embed_layer=SMALL)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, pre_norm=True, **options)
-    assert model.patch_embed.tokens_to_token.project.bias is None  # timm asks for none before a pre-norm
+    assert model.patch_embed.tokens_to_token.project.bias is None  # timm requests no bias before a pre-norm
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
     features = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **options)
     assert [f.shape for f in features(torch.randn(1, 3, 64, 64))] == [(1, 192, 4, 4)] * 2
@@ -151,7 +151,7 @@ def test_images_of_another_size_are_refused_when_strict():
 
 
 @pytest.mark.parametrize("no_embed_class", [False, True], ids=["table with class", "table without class"])
-def test_checkpoints_of_such_models(tmp_path, no_embed_class):
+def test_checkpoints_of_timm_models(tmp_path, no_embed_class):
     source, model = vit(no_embed_class=no_embed_class), vit(img_size=(64, 96), no_embed_class=no_embed_class)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "m.pth")
     report = load_checkpoint(model, tmp_path / "m.pth", num_classes=3)

@@ -1,6 +1,6 @@
-"""Every golden number of the upstream models, from the eager reference package and from the fast modules.
+"""The reference models and the fast models reproduce every golden number of the upstream models.
 
-The quick command runs every kind of model once; `-m slow` adds the models of full size.
+The quick tests run each kind of model once; `-m slow` adds the full-size models.
 """
 
 import json
@@ -23,9 +23,9 @@ FP32_BACKWARD = 5e-5
 
 MODELS = [name for name, case in golden.cases().items() if "function" not in case]
 FAMILIES = ["reference", "fast"]
-# The eager oracle is square only, and of models that differ in depth alone one is enough.
+# The reference models take square images only. Of models that differ only in depth, one is enough.
 DEEPER = ("_10", "_12", "_19", "_24", "_t_19", "_t_24", "_img384", "_base_patch16_224")
-# Models of full size are slow, and each kind of model has a tiny case; resnext and wide have none.
+# Full-size models are slow. Each kind of model has a tiny case, except resnext and wide.
 FULL = [name for name in MODELS if golden.cases()[name]["input"][-1] >= 224 and "t2t_module" not in name]
 QUICK = [
     ("reference", "official_t2t_vit_7"),

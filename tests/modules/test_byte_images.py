@@ -1,4 +1,4 @@
-"""Models on images of uint8: the same tokens as for the normalised image, whatever part runs unfused."""
+"""Models on uint8 images: the same tokens as for the normalised image, whichever part runs unfused."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def image(size=(40, 36)):
-    """Bytes, and the normalised image."""
+    """A uint8 image and its normalised form."""
     x = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(part).view(-1, 1, 1) for part in NORM)
     return x, (x / 255 - mean) / std
@@ -30,7 +30,7 @@ def test_a_module_reads_bytes(tokens_type, fused):
 
 @pytest.mark.parametrize("tokens_type", ["performer", "transformer"])
 @pytest.mark.parametrize("watched", ["attention1", "attention1.norm1", "soft_split0"])
-def test_a_hook_makes_values_first(tokens_type, watched):
+def test_a_hook_on_a_part_that_reads_bytes(tokens_type, watched):
     t2t, (x, values) = module(tokens_type), image()
     expected, seen = t2t(values), []
     t2t.get_submodule(watched).register_forward_hook(lambda *_: seen.append(True))
@@ -40,7 +40,7 @@ def test_a_hook_makes_values_first(tokens_type, watched):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients(recompute, fused):
-    """Every parameter's, from the bytes alone; the bytes are what is kept of the image."""
+    """Every parameter's gradient from a uint8 image equals the one from the normalised image."""
     (x, values), found = image(), []
     for each in (x, values):
         t2t = module("performer")

@@ -81,11 +81,11 @@ BAD = {
     "recompute": {"low": TypeError, None: TypeError, 1: TypeError},
     "pixel_norm": {"x": TypeError, ((0.5,) * 2, (0.2,) * 2): ValueError, ((0.5,) * 3, (0.0,) * 3): ValueError},
 }
-FREE = {"qkv_bias", "distilled"}  # anything that is true or false
+FREE = {"qkv_bias", "distilled"}  # any truth value is accepted
 
 
 def arguments_of(kind):
-    """Names of a constructor's arguments, those that it hands to its base class included."""
+    """Names of a constructor's arguments, including those that it passes to its base class."""
     names = {}
     for base in kind.__mro__:
         parameters = inspect.signature(base.__init__).parameters.values()
@@ -118,7 +118,7 @@ def test_bad_argument(kind, name, monkeypatch):
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_good_arguments(kind):
-    """The calls that the table spoils work, also with NumPy's integers and numbers."""
+    """The calls without a bad argument work, also with NumPy's integers and floats."""
     kind(**CLASSES[kind])
     converted = {
         name: np.int64(value) if type(value) is int else np.float64(value) if type(value) is float else value
@@ -133,7 +133,7 @@ def test_every_option_is_in_the_table():
     assert used >= set(OPTIONS) - {"in_features", "hidden_features", "out_features", "proj_drop", "drop_prob"}
 
 
-def test_other_classes():
+def test_other_calls():
     for call, text in {
         lambda: models.T2TViT(**T2T).reset_classifier(-1): "T2TViT: num_classes must be at least 0, got -1",
         lambda: models.ViT(**MODEL).reset_classifier("x"): "ViT: num_classes must be an int, got 'x'",
@@ -146,8 +146,8 @@ def test_other_classes():
             call()
 
 
-def test_dropout_of_everything():
-    """nn.Dropout takes 1; stochastic depth of 1 would divide by 0."""
+def test_dropout_rate_of_one():
+    """nn.Dropout accepts a rate of 1; stochastic depth with a rate of 1 would divide by 0."""
     layer = TokenPerformer(9, 4, dp1=1.0, dp2=1).eval()
     assert layer(torch.randn(1, 5, 9)).isfinite().all()
     with pytest.raises(ValueError, match="drop_path must be at least 0 and below 1, got 1"):

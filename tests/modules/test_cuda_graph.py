@@ -1,4 +1,4 @@
-"""``cuda_graph``: what it refuses, what a call does, and on a GPU that replays follow the model."""
+"""``cuda_graph``: rejected arguments, calls with stand-in graphs, and agreement with the model on a GPU."""
 
 from copy import deepcopy
 from typing import NamedTuple
@@ -15,7 +15,7 @@ X = torch.randn(2, 3, 8, 8)
 
 
 class PretendGraphs:
-    """A replay runs the captured function again and writes over the first result, as a graph does."""
+    """Stand-in for CUDA graphs: a replay runs the function again and overwrites the first result, as a graph does."""
 
     def __init__(self):
         self.warmed = 0
@@ -44,7 +44,7 @@ def tensors(value):
 
 
 def network():
-    """A module with a parameter, a buffer, a child, dropout, and one with neither."""
+    """A module with parameters, buffers, dropout, and a child without any of them."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.GELU()).eval()
 
 
@@ -62,7 +62,7 @@ class TestRefusals:
             (network(), X, {"warmup": 1.5}, ValueError, "cuda_graph: warmup must be an int of at least 1, got 1.5"),
             (network().train(), X, {}, ValueError, "eval mode .*, but the model is in training mode"),
         ],
-        ids=["model", "x", "no warm-up", "half a warm-up", "training"],
+        ids=["model", "x", "no warm-up", "fractional warm-up", "training"],
     )
     def test_arguments(self, model, x, options, error, text):
         with pytest.raises(error, match=text):
@@ -83,13 +83,13 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match="cuda_graph: PyTorch finds no CUDA device"):
             cuda_graph(network(), X)
 
-    def test_input_or_parameter_elsewhere(self, monkeypatch):
+    def test_input_on_a_cpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         with pytest.raises(ValueError, match="cuda_graph: x must be on a CUDA device, got cpu"):
             cuda_graph(network(), X)
 
     @pytest.mark.gpu
-    def test_parameter_elsewhere(self):
+    def test_parameter_on_a_cpu(self):
         with pytest.raises(ValueError, match=r"cuda_graph: 0.weight must be on the device of x \(cuda:0\), got cpu"):
             cuda_graph(network(), X.cuda())
 
@@ -163,14 +163,14 @@ class TestReplacements:
         ],
         ids=lambda value: getattr(value, "__name__", ""),
     )
-    def test_are_refused_with_their_place(self, change, path):
+    def test_are_rejected_by_name(self, change, path):
         model = network()
         captured = pretend(model)
         change(model)
         with pytest.raises(RuntimeError, match=rf"CapturedModel: {path} was replaced .* capture the model again"):
             captured(X)
 
-    def test_a_view_of_the_same_memory_is_one(self):
+    def test_a_transposed_view_is_a_replacement(self):
         model = nn.Linear(8, 8).eval()
         captured = pretend(model)
         model.weight.data = model.weight.data.T
@@ -192,7 +192,7 @@ class TestReplacements:
 
 
 class Pair(NamedTuple):
-    """A result with names."""
+    """A named tuple as result."""
 
     first: torch.Tensor
     second: list
@@ -207,7 +207,7 @@ class TestCalls:
             out = captured(x.requires_grad_())
             assert torch.equal(out, model(x)) and not out.requires_grad
 
-    def test_the_first_input_stays_the_callers(self):
+    def test_the_first_input_is_copied(self):
         x = X.clone()
         captured = pretend(network(), x)
         captured(torch.randn_like(X))
@@ -215,7 +215,7 @@ class TestCalls:
         x.zero_()
         assert not torch.equal(captured(X), pretend(network(), x)(x))
 
-    def test_copies_unless_told_otherwise(self):
+    def test_the_result_is_a_copy_by_default(self):
         captured = pretend(network())
         first = captured(X)
         kept, other = first.clone(), torch.randn_like(X)
@@ -224,7 +224,7 @@ class TestCalls:
         static = captured(X, copy=False)
         assert torch.equal(static, kept) and captured(other, copy=False) is static and not torch.equal(static, kept)
 
-    def test_inference_mode_may_come_and_go(self):
+    def test_capture_in_inference_mode_and_call_outside(self):
         model = network()
         with torch.inference_mode():
             captured = pretend(model, X.clone())
@@ -265,7 +265,7 @@ def swapped():
 
 
 def assert_same(value, expected):
-    """But for the rounding of products, whose algorithm a library may choose anew."""
+    """Equal up to rounding: a library may choose another algorithm for a matrix product."""
     assert testing.errors(value, expected)[0] < (1e-5 if value.dtype == torch.float32 else 1e-2)
 
 

@@ -1,4 +1,4 @@
-"""The gate before every fusion: nobody can tell that a fused layer calls none of its children."""
+"""The gate before every fusion: a layer runs fused only if skipping the calls of its children cannot be observed."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ def _model(make, kind):
     model = (t2t_fast.T2TViT if make == "own" else reference.T2T_ViT)(tokens_type=kind, **TINY).eval()
     with torch.no_grad():
         for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
-            linear.weight.mul_(5)  # else the class token would hardly see the image
+            linear.weight.mul_(5)  # otherwise the image would hardly affect the class token
     if make == "swapped":
         t2t_fast.swap(model)
     return model
@@ -96,7 +96,7 @@ GLOBAL = {
 @every_child
 @every_maker
 def test_hooks_fire_and_change_nothing(make, kind, path):
-    """Each kind of hook on each child, as often as upstream's."""
+    """Each kind of hook on each child fires as often as in upstream's model."""
     models_, x = (make(kind), upstream(kind)), images(1).requires_grad_()
     for name, register in HOOKS.items():
         counts, outs, calls = [], [], []
@@ -116,7 +116,7 @@ def test_hooks_fire_and_change_nothing(make, kind, path):
 @pytest.mark.parametrize("name", GLOBAL)
 @every_maker
 def test_hooks_for_all_modules(make, name):
-    """As for upstream's model: the same children, the same number of times."""
+    """Global hooks are called for the same children, the same number of times, as in upstream's model."""
     seen = []
     for model in (make(), upstream()):
         names, called = {id(module): path for path, module in model.named_modules()}, []
@@ -135,7 +135,7 @@ def _instance(module):
 
 
 def _accelerated(module):
-    """As accelerate's hooks are put on."""
+    """Replace ``forward`` as accelerate's hooks do."""
     original = module.forward
     module._hf_hook, module._old_forward = object(), original
     module.forward = lambda *args, **kwargs: module._old_forward(*args, **kwargs).abs()
@@ -164,15 +164,15 @@ LINEARS = [(kind, path) for kind, path in SKIPPED if path.endswith(("kqv", "qkv"
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize(("kind", "path"), [*LINEARS, ("performer", "tokens_to_token.attention1")])
 @every_maker
-def test_a_changed_forward_counts(make, kind, path, change):
-    """Between two calls: the first one is fused."""
+def test_a_changed_forward_is_used(make, kind, path, change):
+    """The change happens between two calls, the first of which runs fused."""
     model, twin = make(kind), upstream(kind)
     close(model(images()), twin(images()))
     plain = twin(images())
     for each in (model, twin):
         change(each.get_submodule(path))
     if path.endswith("attention1") and change in (_instance, _accelerated, _called, _subclass):
-        # upstream's layer is given tokens, and so is ours as soon as it is not what it was
+        # a changed layer receives tokens, as upstream's does, instead of the image
         seen = []
         model.get_submodule(path).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
         model(images())
@@ -218,7 +218,7 @@ def test_wrapped_children(make, path, wrap):
 
 
 class LoRA(nn.Module):
-    """An adapter around a Linear, with its attributes."""
+    """An adapter around a Linear that exposes the Linear's attributes."""
 
     def __init__(self, linear):
         super().__init__()
@@ -262,8 +262,8 @@ REPARAMETRISED = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", REPARAMETRISED.values(), ids=REPARAMETRISED)
 @every_maker
-def test_weights_that_are_computed(make, change):
-    """Also what a call of the child changes, such as the power iteration of a spectral norm in training."""
+def test_reparametrised_weights(make, change):
+    """Also state that a call of the child updates, such as the power iteration of a spectral norm in training."""
     outs, states = [], []
     for model in (make(), upstream()):
         torch.manual_seed(3)
@@ -299,7 +299,7 @@ def test_identity_in_place_of_dropout_and_norm(make):
 @pytest.mark.parametrize("path", ["dp", "mlp.3"])
 @every_maker
 def test_one_dropout_in_training_mode(make, path):
-    """Monte-Carlo dropout: an eval model with one child in training mode; masks drop what its probability says."""
+    """Monte-Carlo dropout: an eval model with one dropout in training mode, at p=0.5 (fused) and p=1 (unfused)."""
     model = make()
     layer = model.tokens_to_token.attention1
     dropout = layer.get_submodule(path)
@@ -326,7 +326,7 @@ def test_parts_of_a_transformer_layer_that_have_no_fused_form():
     layer.drop_path.eval()
     assert layer.obstacle() == "mlp.drop is active"
     layer.mlp.drop.eval()
-    assert layer.obstacle() is None  # the dropout of weights is PyTorch's attention's, the projection's the operator's
+    assert layer.obstacle() is None  # PyTorch's attention drops weights, the operator drops the projection's output
     assert isinstance(layer.drop_path, DropPath)
     layer.drop_path = nn.Dropout(0.1)
     assert layer.obstacle() == "drop_path is Dropout"
@@ -389,7 +389,7 @@ def test_parameters_that_an_operator_cannot_read():
     layer, twin = t2t_fast.TokenTransformer(27, 16).eval(), reference.Token_transformer(27, 16, 1).eval()
     twin.load_state_dict(layer.state_dict())
     x = torch.randn(1, 5, 27)
-    for each in (layer, twin):  # upstream's takes a half model whose norms are in float32
+    for each in (layer, twin):  # upstream's layer accepts a bfloat16 model whose norms are float32
         each.to(torch.bfloat16)
         each.norm1.float()
         each.norm2.float()
@@ -406,8 +406,8 @@ def test_parameters_that_an_operator_cannot_read():
     assert meta(torch.empty(2, 5, 27, device="meta")).shape == (2, 5, 16)
 
 
-def test_what_is_remembered_belongs_to_a_class():
-    """No module is kept alive, and a copy is judged by itself."""
+def test_cached_checks_belong_to_a_class():
+    """The cache keeps no module alive, and a copy is checked by itself."""
     layer = t2t_fast.TokenPerformer(27, 16)
     layer.mlp[1] = GELU()
     assert layer.obstacle() is None
@@ -438,8 +438,8 @@ def test_reports_say_what_runs_unfused():
 
 
 @pytest.mark.parametrize("block", ["plain", "se", "ghost"])
-def test_backbone_blocks_call_what_is_watched_or_replaced(block):
-    """The dropout of attention weights and the ghost block's factors are read where nobody can tell, else called."""
+def test_backbone_blocks_call_hooked_or_replaced_children(block):
+    """The dropout of attention weights and the ghost block's factors are called if they have hooks or are replaced."""
     torch.manual_seed(0)
     model = models.T2TViT(**{**TINY, "mlp_ratio": 3.0}, block=block).eval()
     expected, calls = model(images()), []
@@ -455,7 +455,7 @@ def test_backbone_blocks_call_what_is_watched_or_replaced(block):
 
 
 def test_attention_maps_can_be_read_and_changed():
-    """A hook on the dropout of weights sees softmax weights, and what it returns counts."""
+    """A hook on the dropout of weights receives softmax weights, and its result is used."""
     for attention in (t2t_fast.models.blocks.Attention(8, num_heads=2), t2t_fast.TokenTransformer(9, 8).attn):
         seen = []
         width = attention.qkv.in_features
@@ -466,7 +466,7 @@ def test_attention_maps_can_be_read_and_changed():
 
 
 class FullyShardedLinear(nn.Linear):
-    """Stands for FSDP2, which gives a module another class and hooks."""
+    """Stand-in for FSDP2, which gives a module another class and hooks."""
 
 
 @every_maker

@@ -1,4 +1,4 @@
-"""Two thousand training steps leave nothing behind: no memory, no tensor, no Python object."""
+"""Two thousand training steps leak no memory, no tensor and no Python object."""
 
 import gc
 from pathlib import Path
@@ -16,16 +16,16 @@ STEPS, WARM_UP = 2000, 200
 
 
 def standing():
-    """Tensors, other objects, and kilobytes of resident memory of this process."""
+    """The number of tensors, the number of other objects, and the resident memory of this process in kB."""
     gc.collect()
     objects = gc.get_objects()
-    tensors = sum(issubclass(type(each), torch.Tensor) for each in objects)  # isinstance would ask proxies, too
+    tensors = sum(issubclass(type(each), torch.Tensor) for each in objects)  # isinstance would query proxies
     return tensors, len(objects) - tensors, int(STATM.read_text().split()[1]) * PAGE // 1024
 
 
 @pytest.fixture
 def one_thread():
-    """Threads that wait for each other would take most of the time of steps as small as these."""
+    """In steps this small, several threads would spend most of the time waiting for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

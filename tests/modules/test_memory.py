@@ -1,4 +1,4 @@
-"""What a call keeps and needs, counted on calls whose memory is known."""
+"""Saved and peak memory, measured on calls whose memory is known."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
 
     def forward():
         y = x @ weight.T
-        # y is kept twice, as itself and as a view
+        # y is saved twice, as itself and as a view
         return (y.exp() * y.view(-1).sin().view(16, 8)).sum()
 
     x_bytes, y_bytes = 4 * 16 * 4, 4 * 16 * 8
@@ -30,7 +30,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
     assert memory.saved_bytes(forward, []) == 4 * weight.numel() + x_bytes + 3 * y_bytes
 
 
-def test_peak_bytes_see_what_is_alive_at_a_time():
+def test_peak_bytes_count_live_tensors():
     def call():
         for _ in range(3):
             a = torch.ones(1000, 250)
@@ -40,23 +40,23 @@ def test_peak_bytes_see_what_is_alive_at_a_time():
     assert memory.peak_bytes(call, "cpu") == pytest.approx(2e6, rel=0.01)
 
 
-def test_the_profiler_is_quiet():
+def test_the_profiler_prints_nothing():
     code = "import torch; from t2t_fast import memory; print(memory.peak_bytes(lambda: torch.ones(1000), 'cpu'))"
     environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert int(done.stdout) >= 4000 and done.stderr == ""
 
 
-def test_a_training_step_needs_at_least_what_it_keeps():
+def test_the_peak_of_a_training_step_exceeds_its_saved_bytes():
     module = torch.nn.Sequential(torch.nn.Linear(50, 400), torch.nn.GELU(), torch.nn.Linear(400, 10))
     x = torch.randn(100, 50)
-    # the Linear's output for GELU, GELU's for the second Linear
+    # the first Linear's output, saved for GELU, and GELU's output, saved for the second Linear
     assert measure.kept_bytes(module, x) == 2 * 100 * 400 * 4
     assert measure.step_peak(module, x) > 2 * 100 * 400 * 4
 
 
 def test_peak_counts_the_scratch_memory_of_native_operators():
-    """kqv of an image lives there: 192 floats a token."""
+    """The scratch memory holds kqv of an image: 192 floats per token."""
     reason = native.reason(backends.Request("cpu", torch.float32, {}), native.devices("performer_layer"))
     if reason is not None:
         pytest.skip(f"native: {reason}")

@@ -37,8 +37,8 @@ def test_t2t_module_on_any_image(tokens_type, height, width, batch):
 
 @pytest.mark.parametrize("tokens_type", ["performer", "transformer"])
 def test_a_non_square_image_is_not_scrambled(tokens_type):
-    """36 x 64 tokens have a square area: upstream would restore a 48 x 48 grid from them. Rows of the image must stay
-    rows: blacking out the bottom leaves the top row of tokens of the convolution-like path untouched by attention."""
+    """36 x 64 tokens are as many as 48 x 48, so upstream would restore a 48 x 48 grid from them. The second stage must
+    split the 36 x 64 grid."""
     module = T2TModule((144, 256), tokens_type, embed_dim=24, token_dim=16).double().eval()
     assert module.grid_size == (9, 16)
     x = torch.randn(1, 3, 144, 256, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_performer_w_is_frozen_and_never_redrawn():
 
 @pytest.mark.parametrize("options", [dict(drop=0.2), dict(drop_path=0.5), dict(attn_drop=0.3)], ids=str)
 def test_transformer_layer_options_in_training(options):
-    """Random in training, the plain numbers in eval, as upstream."""
+    """Random in training, with upstream's mean and deviation; in eval mode equal to upstream."""
     fast, eager = TokenTransformer(27, 16, **options), reference.Token_transformer(27, 16, 1, **options)
     eager.load_state_dict(fast.state_dict())
     x = torch.randn(4, 9, 27)

@@ -26,8 +26,7 @@ KQV_BYTES, STATISTICS_BYTES = TOKENS * 3 * WIDTH * 4, TOKENS * 2 * 4
 
 @pytest.fixture(params=["aten", "native", "triton", "reference"])
 def by(request, monkeypatch):
-    """Every backend's name, where it runs here; Triton's kernels in large tiles and without their trial, which have
-    tests of their own."""
+    """Each backend that runs here. Triton's kernels use large tiles and skip the self-test, both tested elsewhere."""
     reason = backends.reason("performer_layer", request.param, backends.Request("cpu", torch.float32, {}))
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -42,8 +41,8 @@ def by(request, monkeypatch):
 
 
 def _round_products_once(monkeypatch):
-    """In the interpreter, where NumPy's float32 products depend on where in a matrix a row stands: on some CPUs two
-    kernels that compute the same would differ."""
+    """Make the interpreter multiply in float64 and round once. NumPy's float32 products depend on a row's position in
+    the matrix, so on some CPUs two kernels that compute the same would differ."""
     from triton.runtime import interpreter
 
     def create_dot(self, a, b, d, *rest):
@@ -54,7 +53,7 @@ def _round_products_once(monkeypatch):
 
 
 def low(case, wants=None):
-    """The same call in low memory, with gradients for ``wants`` only."""
+    """The same call with ``recompute=True`` and gradients for ``wants`` only."""
     wants = case.wants_gradient if wants is None else wants
     return Case(case.op, case.name, case.tensors, {**case.options, "recompute": True}, wants)
 
@@ -68,8 +67,8 @@ def assert_equal(found, expected):
 
 class TestNumbers:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_are_those_of_fast(self, by, dtype):
-        """Bit for bit, dropout's masks included."""
+    def test_are_bitwise_those_without_recompute(self, by, dtype):
+        """Bit for bit, including the dropout masks."""
         case = DROPOUT.cast(dtype)
         assert_equal(low(case).run_backward(by), case.run_backward(by))
 
@@ -90,7 +89,7 @@ class TestNumbers:
         for name, gradient in gradients.items():
             testing.assert_close(gradient, expected[name], "performer_layer", "backward", torch.float32, name)
 
-    def test_without_what_may_be_missing(self):
+    def test_without_optional_tensors(self):
         optional = ("kqv_bias", "norm1_weight", "norm1_bias", "proj_bias", "norm2_weight", "norm2_bias")
         kept = {name: t for name, t in DROPOUT.tensors.items() if name not in optional}
         missing = dict.fromkeys(("kqv_bias", "proj_bias", "norm2_weight", "norm2_bias"))
@@ -151,7 +150,7 @@ def saved(case, backend, **changes):
 
 class TestMemory:
     @pytest.mark.parametrize(
-        "wants", [DROPOUT.wants_gradient, DROPOUT.wants_gradient[1:]], ids=["image too", "image not"]
+        "wants", [DROPOUT.wants_gradient, DROPOUT.wants_gradient[1:]], ids=["with image", "without image"]
     )
     def test_kqv_and_the_statistics_are_not_kept(self, by, wants):
         case = Case(DROPOUT.op, DROPOUT.name, DROPOUT.tensors, DROPOUT.options, wants)
@@ -161,7 +160,7 @@ class TestMemory:
             assert less == fast > KQV_BYTES
         else:
             assert less == state
-            statistics = STATISTICS_BYTES // 2 if by == "aten" else STATISTICS_BYTES  # it saves no means
+            statistics = STATISTICS_BYTES // 2 if by == "aten" else STATISTICS_BYTES  # aten saves no means
             assert fast == state + (0 if by == "native" else KQV_BYTES + statistics)
 
     def test_inference_keeps_nothing(self, by):
@@ -179,7 +178,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("by", ["aten", "triton"], indirect=True)
     def test_one_graph_without_kqv(self, by):
-        """The compiler must not find out that backward computes what forward had."""
+        """The compiler must not save forward's kqv in place of computing it again in backward."""
         call = torch.compile(performer_layer, backend="aot_eager_decomp_partition", fullgraph=True)
         tensors = {**DROPOUT.tensors, "x": testing.natural_images(4, 16, 13, 18)}
         leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
@@ -198,7 +197,7 @@ class TestCompiled:
         assert max(kept[False]) == kqv > max(kept[True])
 
     def test_opcheck(self, by, monkeypatch):
-        """torch.library's checks, tracing with symbolic sizes among them."""
+        """torch.library's checks, including tracing with symbolic sizes."""
         tensors = {
             name: t.detach().requires_grad_(name in DROPOUT.wants_gradient) if t.is_floating_point() else t
             for name, t in DROPOUT.tensors.items()
@@ -306,7 +305,7 @@ class TestModules:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu(dtype):
-    """A training step of a T2T module: the same bits from less memory."""
+    """A training step of a T2T module: bitwise the same numbers with less memory."""
     module, x = T2TModule(224).cuda(), testing.natural_images(8, 3, 224, 224).cuda()
     kept, found = {}, {}
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):

@@ -1,4 +1,4 @@
-"""The whole tokens-to-token module by its Triton kernels, interpreted: training with dropout, both variants."""
+"""The whole T2T module on interpreted Triton kernels: training with dropout, both variants."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(autouse=True)
 def known_to_work(monkeypatch):
-    """The operators' self-tests have tests of their own; here they would take most of the time."""
+    """Skip the operators' self-tests: they are tested elsewhere and would take most of the time here."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
 
 
@@ -35,7 +35,7 @@ def module(tokens_type, dtype, **options):
 
 
 def run(t2t, x, backend, upstream):
-    """Tokens and the gradients of everything, every dropout seed drawn from the same generator state."""
+    """Tokens and all gradients. The dropout seeds are drawn from the same generator state in every run."""
     x = x.detach().clone().requires_grad_(x.is_floating_point())
     torch.manual_seed(1)
     with t2t_fast.backend(backend):
@@ -60,7 +60,7 @@ def check(tokens_type, dtype, x, exact, **options):
     ("dtype", "recompute"), [("fp32", False), ("fp16", False), ("bf16", False), ("fp32", True), ("fp16", True)]
 )
 def test_performer_module_in_training(dtype, recompute):
-    """Right gradients need backward to draw forward's masks again: dropout 0.1 twice in both layers."""
+    """Backward must draw forward's masks again. Both layers have two dropouts of 0.1."""
     x = natural_images(2, 3, 40, 36, seed=3).to(DTYPES[dtype])
     out = check("performer", DTYPES[dtype], x, x.double(), recompute=recompute)
     again, _ = run(module("performer", DTYPES[dtype], recompute=recompute).eval(), x, "triton", torch.zeros(2, 9, 24))
@@ -69,7 +69,7 @@ def test_performer_module_in_training(dtype, recompute):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_transformer_module_in_training(dtype):
-    """Its attention is PyTorch's, with upstream's scale; soft split and mlp by the kernels."""
+    """The attention is PyTorch's, with upstream's scale; the kernels compute the soft split and the mlp."""
     x = natural_images(2, 3, 40, 36, seed=3).to(DTYPES[dtype])
     check("transformer", DTYPES[dtype], x, x.double())
 
@@ -82,7 +82,7 @@ def test_a_module_on_bytes():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(dtype):
-    """Parameters stay float32, gradients too."""
+    """Parameters and gradients stay float32."""
     t2t, x = module("performer", torch.float32).eval(), natural_images(2, 3, 40, 36, seed=3)
     with t2t_fast.backend("reference"):
         expected = t2t.double()(x.double())
