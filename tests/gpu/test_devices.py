@@ -1,4 +1,4 @@
-"""What must hold on every device; the CUDA half of each test is skipped without one, its CPU half never."""
+"""Properties that hold on every device; without CUDA only the CPU half of each test runs."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_masks_are_the_same_on_every_device(device):
 
 @on_each_device
 def test_a_swapped_model_moves(device):
-    """Swapped first and moved then, and the other way round: same logits, gradients of every parameter."""
+    """Swapped then moved, or moved then swapped: the same logits, and gradients for every parameter."""
     torch.manual_seed(0)
     model = reference.T2T_ViT(**TINY).eval()
     x = natural_images(2, 3, 64, 64)
@@ -62,7 +62,7 @@ def test_a_swapped_model_moves(device):
 @on_each_device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_training_step_is_finite(device, dtype):
-    """Weights of k, q and v four times as large: upstream's float16 loss is NaN there."""
+    """The weights of k, q and v are four times as large, which makes upstream's float16 loss NaN."""
     torch.manual_seed(0)
     model = reference.T2T_ViT(**TINY).to(device)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_bitwise_repeatable(device):
 
 @on_each_device
 def test_float32_is_float32(device):
-    """cuDNN's convolutions would use TF32 by themselves, with errors near 1e-3."""
+    """By default cuDNN's convolutions would use TF32, with errors near 1e-3."""
     torch.manual_seed(0)
     x, weight = natural_images(2, 64, 56, 56).to(device), torch.randn(192, 576, device=device)
     exact = soft_split_linear(x.double(), weight.double(), None, 3, 2, 1, norm_eps=1e-5, backend="reference")

@@ -97,7 +97,7 @@ def test_tokens_with_a_grid(dtype):
 @pytest.mark.parametrize("offset", [0, 1, 3])
 @pytest.mark.parametrize(("channels", "window"), [(3, STAGE1), (64, STAGE2), (40, FUSEFORMER), (97, STAGE1)])
 def test_tokens_at_any_address(channels, window, offset, dtype):
-    """Memory that begins between two vectors; and both orders of the image."""
+    """Unaligned tokens, and both memory formats of the image."""
     size, dtype = (30, 44), DTYPES[dtype]
     tokens = tokens_for(2, channels, size, window, dtype)
     moved = torch.empty(tokens.numel() + offset, dtype=dtype, device="cuda")[offset:].view_as(tokens).copy_(tokens)
@@ -122,7 +122,7 @@ def test_a_window_that_no_tile_holds():
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_a_projection(dtype):
-    """What a split made stays as it is, up to one rounding; twice is once."""
+    """It leaves the tokens of a split unchanged up to one rounding, and is idempotent."""
     dtype = DTYPES[dtype]
     x = torch.randn(2, 40, 60, 108, device="cuda").to(dtype)
     tokens = split(x, FUSEFORMER)
@@ -139,7 +139,7 @@ def run_all(x, size, window):
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize(("channels", "size", "window"), [(64, (56, 56), STAGE2), (40, (60, 108), FUSEFORMER)])
 def test_results_repeat_bit_by_bit(channels, size, window, dtype):
-    """Also while another stream keeps the device busy, and whatever the rest of the batch is."""
+    """Even while another stream keeps the device busy, and independently of the rest of the batch."""
     x = torch.randn(16, channels, *size, device="cuda").to(DTYPES[dtype])
     expected = run_all(x, size, window)
     noise, other = torch.randn(1024, 1024, device="cuda"), torch.cuda.Stream()
@@ -154,7 +154,7 @@ def test_results_repeat_bit_by_bit(channels, size, window, dtype):
 
 
 def test_the_current_stream_is_used():
-    """Input that a slow stream is still to write: correct only for launches on that stream."""
+    """A slow stream writes the input first: the result is only right for launches on that stream."""
     x, source = torch.zeros(8, 64, 56, 56, device="cuda"), torch.randn(8, 64, 56, 56, device="cuda")
     expected = run_all(source, (56, 56), STAGE2)
     torch.cuda.synchronize()
@@ -182,7 +182,7 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.parametrize("window", [STAGE2, FUSEFORMER, functional.window(60, 3, 2)], ids=str)
 def test_graphs(window):
-    """Captured once, replayed on other data."""
+    """Captured once, replayed with other data."""
     size, channels = (64, 64), 8
     x = torch.randn(2, channels, *size, device="cuda")
     run_all(x, size, window)
@@ -220,7 +220,7 @@ def test_empty(shape):
 
 
 def test_more_than_two_billion_elements():
-    """Offsets beyond 32 bits on both sides: the last image as if it were alone."""
+    """Input and output offsets beyond 32 bits: the last image has the same result as alone."""
     batch = 2**31 // (3136 * 147) + 2
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("less than 20 GB of free device memory")

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: every operator's parity, and of the attention what is tested interpreted elsewhere."""
+"""The Triton kernels on a GPU: parity of every operator, and the attention's tests that are interpreted elsewhere."""
 
 from copy import deepcopy
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 
 def inputs(batch, length, dtype=torch.bfloat16, width=64, m=32, norm=2.0, seed=0):
-    """q, k, v wanting gradients, w and an upstream gradient, on the GPU; k, q and v are views of one tensor."""
+    """q, k, v that require gradients, w and an upstream gradient, on the GPU; k, q and v are views of one tensor."""
     generator = torch.Generator("cuda").manual_seed(seed)
     packed = torch.randn(batch, length, 3 * width, generator=generator, device="cuda")
     packed[..., : 2 * width] *= norm * width**-0.5
@@ -61,7 +61,7 @@ def test_auto_takes_it():
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("norm", [0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 8.0, 10.0, 16.0, 100.0])
 def test_error_against_norm(norm, dtype):
-    """Forward and gradients at stage 1's length, relative to the problem without a gate."""
+    """Forward and gradients at the length of stage 1, relative to the results without a gate."""
     leaves, w, grad = inputs(2, 3136, dtype, norm=norm)
     found = run(leaves, w, grad)
     wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -92,7 +92,7 @@ def test_widths_and_features(width, m, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_a_shift_that_does_not_hold(dtype):
-    """The first keys lie far out, so that later weights leave every range and the split is streamed again."""
+    """The first keys are so long that later weights overflow and the split is streamed again."""
     leaves, w, _ = inputs(2, 1000, dtype)
     with torch.no_grad():
         leaves[1][:, :300] *= 10
@@ -105,7 +105,7 @@ def test_a_shift_that_does_not_hold(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_a_key_mask(dtype):
-    """The same as without those keys, whatever they hold; gradients of 0 for them."""
+    """The same result as without the masked keys, for any values of them; their gradients are 0."""
     leaves, w, grad = inputs(2, 1000, dtype)
     mask = torch.arange(1000, device="cuda") % 3 > 0
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_a_key_mask(dtype):
 
 
 def test_a_million_tokens():
-    """One sequence over the whole card, merged; against float64 of the same numbers."""
+    """One sequence is split over the whole GPU and merged; compared with float64 on the same input."""
     leaves, w, _ = inputs(1, 1_000_000)
     splits, _ = cut(1_000_000, 1, 64, torch.cuda.get_device_properties(0).multi_processor_count)
     assert splits > 1
@@ -129,7 +129,7 @@ def test_a_million_tokens():
 
 
 def test_offsets_beyond_32_bits():
-    """The last of many sequences is as if it were alone."""
+    """The last of many sequences has the same result as alone."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("less than 40 GB of free device memory")
     batch = 2**31 // (3136 * 192) + 2
@@ -144,7 +144,7 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(("batch", "length"), [(16, 3136), (1, 50_000)])
 def test_results_repeat_bit_by_bit(batch, length, dtype):
-    """Also while another stream keeps the device busy; the gradient of w too."""
+    """Even while another stream keeps the device busy; the gradient of w is included."""
     leaves, w, grad = inputs(batch, length, dtype)
     leaves = [*leaves, w.requires_grad_()]
 
@@ -163,7 +163,7 @@ def test_results_repeat_bit_by_bit(batch, length, dtype):
 
 
 def test_the_current_stream_is_used():
-    """Input that a slow stream is still to write: correct only for launches on that stream."""
+    """A slow stream writes the input first: the result is only right for launches on that stream."""
     leaves, w, grad = inputs(4, 784)
     expected = run(leaves, w, grad)
     late = [torch.zeros_like(t).requires_grad_() for t in leaves]
@@ -194,7 +194,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_graphs():
-    """Forward and backward captured once, replayed on other data."""
+    """Forward and backward are captured once and replayed with other data."""
     leaves, w, grad = inputs(4, 784)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -229,7 +229,7 @@ def test_the_device_of_the_tensor_is_used():
 
 
 def test_peak_memory():
-    """Forward and backward need what they return and a few key states; nothing wide of token length."""
+    """Forward and backward allocate their results and a few key states, but no other wide tensor of token length."""
     leaves, w, grad = inputs(64, 3136)
     run(leaves, w, grad)
     torch.cuda.synchronize()
@@ -260,7 +260,7 @@ def test_activation_checkpointing():
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("gain", [1.0, 2.0, 4.0])
 def test_the_module_under_autocast(gain, dtype):
-    """Weights of k, q, v as training makes them: finite, within the module's tolerance; upstream's float16 is not."""
+    """With large weights of k, q and v, as after training: within tolerance, while upstream's float16 is not finite."""
     upstream = amp._module(gain).cuda()
     swapped = deepcopy(upstream)
     t2t_fast.swap(swapped)

@@ -1,6 +1,6 @@
-"""Soft split with Linear, token_mlp, Performer layer and T2T module by Triton on a GPU: streams, graphs, compilers.
+"""soft_split_linear, token_mlp, Performer layer and T2T module in Triton on a GPU: streams, graphs, torch.compile.
 
-What needs no GPU in a test's body also runs on the CPU, in Triton's interpreter.
+Tests whose body needs no GPU also run on the CPU, in Triton's interpreter.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from t2t_fast.testing import CASES, errors, tolerance
 OPERATORS = ("soft_split_linear", "performer_attention", "token_mlp", "performer_layer")
 MODULE = "t2t_module"
 
-# (operator, case); of the module: whether its dropout is on
+# (operator, case); for the module: training (with dropout) or inference
 TOKEN_MLP, LAYER = ("token_mlp", "dropout"), ("performer_layer", "dropout")
 EVAL, TRAINING = (MODULE, "eval"), (MODULE, "training")
 IMAGE, LINEAR, PROJECTION = (
@@ -28,13 +28,13 @@ SUBJECTS = [IMAGE, LINEAR, PROJECTION, TOKEN_MLP, LAYER, EVAL, TRAINING]
 
 interpreted = [
     pytest.mark.interpret,
-    pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="not under TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
 ]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def each(subjects, interpreted_subjects):
-    """Subjects on a GPU in every dtype, and some in float32 on the CPU."""
+    """Parametrize over subjects: on a GPU in every dtype, and some in float32 on the CPU."""
     found = [
         pytest.param(subject, "cpu", torch.float32, marks=interpreted, id=f"{_words(subject)}-cpu")
         for subject in interpreted_subjects
@@ -52,14 +52,14 @@ def _words(subject):
 
 @pytest.fixture(autouse=True)
 def no_trials(monkeypatch):
-    """A first call tries the kernels out, which the interpreter takes long for."""
+    """No self-tests at the first call: they are slow in the interpreter."""
     if triton_runtime.INTERPRETED:
         monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
 
 
 @contextmanager
 def triton():
-    """Every operator that Triton has runs by it, or raises."""
+    """Triton runs every operator that it implements, or raises."""
     with ExitStack() as stack:
         for op in OPERATORS:
             stack.enter_context(t2t_fast.backend("triton", op))
@@ -67,7 +67,7 @@ def triton():
 
 
 class Problem:
-    """A subject on a device: ``tensors`` that may be overwritten, and ``run``, which uses what they hold."""
+    """A subject on a device: ``tensors``, which may be overwritten, and ``run``, which uses their current values."""
 
     def __init__(self, subject, dtype, device):
         self.op, name = subject
@@ -89,19 +89,19 @@ class Problem:
         self._shape = None
 
     def forward(self):
-        """The output; random numbers start anew."""
+        """The output, after resetting the random seed."""
         torch.manual_seed(1)
         return self._function(**self.tensors)
 
     def run(self, forward=None):
-        """Output and gradients, of all tensors that have one."""
+        """Output and the gradients of all tensors that require one."""
         with triton():
             out = (forward or self.forward)()
             gradient = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
             return [out.detach(), *torch.autograd.grad(out, self.leaves, gradient)]
 
     def overwrite(self, seed):
-        """Other numbers in the same places; another dropout seed."""
+        """Write other values into the same memory, and another dropout seed."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for tensor in self.tensors.values():
@@ -118,7 +118,7 @@ def assert_same(found, expected):
 
 @contextmanager
 def late_stream(device):
-    """What is launched inside has to wait on a stream of its own; on the CPU nothing waits."""
+    """Launches inside run on another stream, after a delay; on the CPU there is no delay."""
     if device == "cpu":
         yield
         return
@@ -131,7 +131,7 @@ def late_stream(device):
 
 
 def capture(run, device):
-    """A CUDA graph of ``run``: a function that replays it, and its results; on the CPU, ``run`` again stands for it."""
+    """Capture ``run``: a function that replays the CUDA graph, and its results; on the CPU a replay calls ``run``."""
     if device == "cpu":
         results = run()
 
@@ -153,7 +153,7 @@ def capture(run, device):
 
 @each(SUBJECTS, [LINEAR])
 def test_results_repeat_bit_by_bit(subject, device, dtype):
-    """Also while another stream keeps the device busy."""
+    """Even while another stream keeps the device busy."""
     problem = Problem(subject, dtype, device)
     expected = problem.run()
     assert all(value.isfinite().all() for value in expected)
@@ -170,7 +170,7 @@ def test_results_repeat_bit_by_bit(subject, device, dtype):
 
 @each(SUBJECTS, [TOKEN_MLP])
 def test_the_current_stream_is_used(subject, device, dtype):
-    """Input that a slow stream is still to write: correct only for launches on that stream."""
+    """A slow stream writes the input first: the result is only right for launches on that stream."""
     problem = Problem(subject, dtype, device)
     expected = problem.run()
     full = {name: t.detach().clone() for name, t in problem.tensors.items()}
@@ -185,13 +185,13 @@ def test_the_current_stream_is_used(subject, device, dtype):
     assert_same(found, expected)
 
 
-# the module's dropout seeds are drawn inside the graph, from a generator that every replay moves on
+# the graph draws the module's dropout seeds from a generator that advances with every replay
 GRAPHED = [subject for subject in SUBJECTS if subject != TRAINING]
 
 
 @each(GRAPHED, [TOKEN_MLP])
 def test_graphs(subject, device, dtype):
-    """Forward and backward captured once, replayed on other numbers."""
+    """Forward and backward are captured once and replayed with other data."""
     problem = Problem(subject, dtype, device)
     before = [value.clone() for value in problem.run()]
     replay, results = capture(problem.run, device)
@@ -218,7 +218,7 @@ def test_every_replay_of_a_training_step_draws_other_masks(dtype):
 
 @each(SUBJECTS, [LINEAR, TRAINING])
 def test_activation_checkpointing(subject, device, dtype):
-    """Forward runs again in backward, with the same masks."""
+    """Backward runs forward again, with the same masks."""
     problem = Problem(subject, dtype, device)
     names, tensors = zip(*problem.tensors.items(), strict=True)
 
@@ -234,7 +234,7 @@ def test_activation_checkpointing(subject, device, dtype):
 @pytest.mark.slow
 @each(SUBJECTS, [LINEAR, TOKEN_MLP, LAYER])
 def test_one_graph_under_compile(subject, device, dtype):
-    """On the CPU, which interprets the kernels, without Inductor's code."""
+    """With Inductor on a GPU, with aot_eager on the CPU, where the kernels are interpreted."""
     problem = Problem(subject, dtype, device)
     torch._dynamo.reset()
     backend = "inductor" if device == "cuda" else "aot_eager"
@@ -265,7 +265,7 @@ def test_the_device_of_the_tensor_is_used(subject):
         assert torch.cuda.current_device() == 0
     for value, wanted in zip(found, expected, strict=True):
         assert value.device == torch.device("cuda:1")
-        if subject != TRAINING:  # whose masks come from each device's own generator
+        if subject != TRAINING:  # its masks come from each device's own generator
             assert torch.equal(value.cpu(), wanted.cpu())
 
 
@@ -278,7 +278,7 @@ GOLDEN = [
 GOLDEN += [f"official_t2t_vit_{name}" for name in ("7", "14", "t_14", "14_se", "dense", "16_ghost")]
 GOLDEN_INTERPRETED = ("official_token_performer_147_64", "official_token_transformer_147_64")
 
-# Times upstream's own float32 error, and of whole gradients; as on a CPU (test_golden.py) with room for tf32x3.
+# A multiple of upstream's own float32 error, and the error of whole gradients: as in test_golden.py, plus tf32x3's.
 GOLDEN_FACTOR, GOLDEN_BACKWARD = 12, 1e-4
 
 
@@ -325,7 +325,7 @@ def test_compute_sanitizer(tool):
 
 @pytest.mark.gpu
 def test_sums_of_many_tokens():
-    """A batch's tokens, all positive: a sum that stayed in the matrix units would be off by 5e-4."""
+    """The tokens of a batch, all positive: a sum in the matrix units would have an error of 5e-4."""
     x, grad = torch.rand(1, 64, 256, 224, device="cuda"), torch.rand(1, 256 * 224, 64, device="cuda")
     weight = torch.zeros(64, 64, device="cuda", requires_grad=True)
     t2t_fast.functional.soft_split_linear(x, weight, None, 1, 1, 0, backend="triton").backward(grad)

@@ -23,8 +23,11 @@ ALL_CASES = [pytest.param(case, id=f"{op}: {case.name}") for op in OPS for case 
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
-    """The interpreter takes as long for a small tile as for a large one. The kernels' own tests have small tiles, and
-    the self-tests, which would double the time here."""
+    """Large tiles and no self-tests, to save time.
+
+    The interpreter takes as long for a small tile as for a large one, and the self-tests would double the time. The
+    kernels' own tests cover both.
+    """
     monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
     with ExitStack() as stack:
         for table in (ATTENTION, LAYER, SPLIT, TOKEN_MLP):
@@ -40,7 +43,7 @@ def backends_of(op):
 
 @contextmanager
 def running(backend):
-    """Skips with the stated reason where a backend cannot run what the test asks of it."""
+    """Skip, with the reason, where a backend cannot run the call."""
     try:
         yield
     except BackendUnavailable as error:
@@ -52,8 +55,10 @@ INTERPRETED_WINDOW = 16
 
 
 def quick(case, backend):
-    """Whether a case is worth its time here: large ones take seconds in Triton's interpreter; its kernels have tests of
-    their own with them."""
+    """Whether a case is fast enough to run here.
+
+    Large cases take seconds in Triton's interpreter; the kernels' own tests cover them.
+    """
     largest = next(iter(case.tensors.values())).numel()
     window = case.options.get("kernel_size", 1)
     small = (
@@ -63,7 +68,7 @@ def quick(case, backend):
 
 
 def with_backends(cases, without=()):
-    """(case, backend) for every backend that the case's operator has."""
+    """(case, backend) for every backend of the case's operator."""
     return [
         pytest.param(case, name, id=f"{case.op}: {case.name}-{name}")
         for case in (param.values[0] for param in cases)
@@ -95,7 +100,7 @@ def schema_arguments(case, backend):
     return operator, calls[0]
 
 
-# Not the reference in half precision: it rounds every intermediate, which is what the package replaces.
+# The reference is left out in half precision: it rounds every intermediate.
 PARITY = [
     pytest.param(*param.values, dtype, id=f"{param.id}-{dtype}")
     for param in with_backends(ALL_CASES)
@@ -119,7 +124,7 @@ def test_parity_with_the_float64_reference(case, backend, dtype):
         assert_close(gradient, expected_gradients[name], case.op, "backward", dtype, f"{case.name}: {name}")
 
 
-# Tracing with symbolic sizes takes seconds a case: one case for each shape of the graph, of each operator one quick.
+# Tracing with symbolic sizes takes seconds per case: one case per graph structure, one per operator in the quick run.
 TRACED = {"stage2", "stage1, LayerNorm", "stage2, Linear", "heads", "dropout", "odd sizes"}
 SLOWLY_TRACED = {
     ("performer_layer", "dropout"),
@@ -129,7 +134,7 @@ SLOWLY_TRACED = {
 
 
 def slow(params, where):
-    """The parameters, those slow for which ``where`` of their values is true."""
+    """The parameters, marked slow where ``where(*values)`` is true."""
     return [
         pytest.param(*p.values, id=p.id, marks=[*p.marks, *([pytest.mark.slow] if where(*p.values) else [])])
         for p in params
@@ -180,7 +185,7 @@ SMALL = {
 
 @pytest.mark.parametrize(("op", "backend"), OP_AND_BACKEND)
 def test_gradcheck(op, backend):
-    """Finite differences in float64, every input; masks of dropout are fixed by the seed."""
+    """Finite differences in float64, for every input; the seed fixes the dropout masks."""
     arguments = SMALL[op]()
     names = [name for name, value in arguments.items() if isinstance(value, tuple) and name != "output_size"]
     inputs = [torch.randn(arguments.pop(name), dtype=torch.float64, requires_grad=True) for name in names]
@@ -195,7 +200,7 @@ def test_gradcheck(op, backend):
 
 @pytest.mark.parametrize(("op", "backend"), OP_AND_FUSED)
 def test_second_derivative_is_refused(op, backend):
-    """Hand-written backward passes say that they cannot be differentiated; nothing wrong is returned in silence."""
+    """Hand-written backward passes raise when they are differentiated; they never return a wrong result silently."""
     case = CASES[op]()[1].cast(torch.float64)
     name = case.wants_gradient[0]
     tensors = {**case.tensors, name: case.tensors[name].detach().requires_grad_()}
@@ -241,13 +246,13 @@ def test_any_strides(case, backend):
         assert_close(gradient, expected_gradients[name], case.op, "backward", torch.float32, name)
 
 
-# each parameter of a layer is one more run in the interpreter
+# each parameter of a layer takes another run in the interpreter
 ALONE = slow(OP_AND_FUSED, lambda op, backend: backend == "triton" and op in ("performer_layer", "token_mlp"))
 
 
 @pytest.mark.parametrize(("op", "backend"), ALONE)
 def test_only_the_gradients_asked_for(op, backend):
-    """Each input alone: its gradient is the same as among all, and the others get none."""
+    """With one input requiring a gradient: the same gradient as with all of them, and none for the others."""
     case = CASES[op]()[1]
     with running(backend):
         _, everything = case.run_backward(backend)
@@ -297,8 +302,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("image_gradient", [False, True])
 @pytest.mark.parametrize(("channels", "kernel", "stride", "padding"), [(3, 7, 4, 2), (64, 3, 2, 1)], ids=["s1", "s2"])
-def test_nothing_of_unfolded_width_is_formed(channels, kernel, stride, padding, image_gradient):
-    """Forward and backward of soft_split_linear never hold as many values as the unfolded tokens have."""
+def test_no_tensor_of_unfolded_width(channels, kernel, stride, padding, image_gradient):
+    """In forward and backward of soft_split_linear every tensor is smaller than the unfolded tokens."""
     batch, side, out = 2, 32, 16
     x = torch.randn(batch, channels, side, side, requires_grad=image_gradient)
     columns = channels * kernel**2
@@ -315,7 +320,7 @@ def test_nothing_of_unfolded_width_is_formed(channels, kernel, stride, padding, 
 
 
 def saved_bytes(case, backend="aten"):
-    """Bytes kept for backward, each storage once, inputs excluded."""
+    """Bytes saved for backward; each storage counts once, inputs and output are excluded."""
     inputs = {t.untyped_storage().data_ptr() for t in case.tensors.values()}
     kept = {}
 
@@ -333,7 +338,7 @@ def saved_bytes(case, backend="aten"):
 
 
 def test_what_is_saved_for_backward():
-    """Beside inputs and output: statistics (4 bytes a token), the key state (m (E + 1) floats a sample), kqv."""
+    """Besides inputs and output: statistics (4 bytes per token), the key state (m (E + 1) floats per sample), kqv."""
     split = next(c for c in CASES["soft_split_linear"]() if c.name == "stage1, LayerNorm")
     batch, tokens = 2, 16 * 16
     assert saved_bytes(split) == 4 * batch * tokens

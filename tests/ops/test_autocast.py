@@ -1,4 +1,4 @@
-"""Mixed precision: dtypes, errors against upstream's own, and the NaN that upstream makes."""
+"""Mixed precision: dtypes, errors compared with upstream's, and inputs where upstream returns NaN."""
 
 import copy
 
@@ -14,7 +14,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def module(tokens_type, gain, seed=0):
-    """Upstream's module with its initialisation, biases and norms drawn too, and the k, q, v weights scaled."""
+    """Upstream's module: its initialisation, random biases and norms, and scaled k, q, v weights."""
     torch.manual_seed(seed)
     net = reference.T2T_module(64, tokens_type, 3, 64, 64)
     net.apply(reference.t2t_vit.init_weights)
@@ -40,7 +40,7 @@ def run(net, x, dtype):
 @pytest.mark.parametrize("tokens_type", ["performer", "transformer"])
 @pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 def test_error_is_at_most_upstreams(dtype, tokens_type, gain):
-    """Against float64: no worse than 1.25 times upstream's own autocast, forward and worst gradient; and finite."""
+    """Finite, and errors against float64 at most 1.25 times upstream's under autocast (forward, worst gradient)."""
     net = module(tokens_type, gain)
     x = natural_images(2, 3, 64, 64)
     exact, exact_gradients = run(copy.deepcopy(net).double(), x.double(), None)
@@ -56,7 +56,7 @@ def test_error_is_at_most_upstreams(dtype, tokens_type, gain):
 
 
 def test_upstream_makes_nan_in_float16_and_ours_does_not():
-    """The reported bug: with longer keys and queries, D underflows in half precision, where eps is 0 already."""
+    """The reported bug: with longer keys and queries D underflows in half precision, where eps rounds to 0."""
     torch.manual_seed(0)
     layer = reference.Token_performer(147, 64).eval()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_dtypes_under_autocast(dtype):
 
 
 def test_a_bright_flat_region_keeps_its_texture_under_autocast():
-    """One grey level of texture on white: rounding the image before LayerNorm would bury it."""
+    """Texture of one grey level on white: rounding the image before LayerNorm would erase it."""
     x = 2.2 + 0.017 * torch.randint(0, 2, (1, 3, 32, 32)).float()
     weight = torch.randn(8, 147) / 12
     exact = soft_split_linear(x.double(), weight.double(), None, 7, 4, 0, norm_eps=1e-5, backend="reference")
@@ -103,7 +103,7 @@ def test_gradients_are_in_the_parameters_dtype():
 
 @pytest.mark.parametrize("tokens_type", ["performer", "transformer"])
 def test_backward_inside_the_autocast_region(tokens_type):
-    """The hand-written passes run as they are written, whether backward is called inside the region or after it."""
+    """Autocast does not affect the hand-written backward passes, inside the region or after it."""
     net = module(tokens_type, 1)
     swap(net)
     x = natural_images(2, 3, 64, 64)

@@ -1,4 +1,4 @@
-"""The choice of a backend: argument, context, environment, reasons."""
+"""Selection of a backend: argument, context, environment, reasons."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ CPU = Request("cpu", torch.float32, {})
 
 
 @pytest.mark.parametrize("op", backends.operators())
-def test_auto_takes_the_first_that_states_no_reason(op):
-    """Native where it is built and has a kernel, else aten; interpreted kernels never."""
+def test_auto_selects_the_first_supported_backend(op):
+    """Native where it is built and has a kernel, otherwise aten; never interpreted kernels."""
     reasons = {name: backends.reason(op, name, CPU) for name in backends.ORDER if name != "triton"}
     assert reasons["aten"] is None and reasons["reference"] is None
     assert backends.resolve(op, CPU) == next(name for name, reason in reasons.items() if reason is None)
@@ -43,7 +43,7 @@ def test_functional_argument_wins_over_the_context():
         functional.soft_split(x, 3, backend="reference")
 
 
-def test_what_auto_passes_over_still_runs_by_name(monkeypatch):
+def test_backend_skipped_by_auto_runs_by_name(monkeypatch):
     table = dict(backends._tables["soft_split"])
     slow = backends.Implementation(table["aten"].call, backends.always, lambda request: f"slow on {request.device}")
     monkeypatch.setitem(backends._tables, "soft_split", {**table, "native": slow})
@@ -53,7 +53,7 @@ def test_what_auto_passes_over_still_runs_by_name(monkeypatch):
     assert torch.equal(functional.soft_split(x, 3, backend="native"), functional.soft_split(x, 3, backend="aten"))
 
 
-def test_contexts_nest_and_come_back_after_an_error():
+def test_contexts_nest_and_are_restored_after_an_error():
     unset = t2t_fast.explain("token_mlp").chosen("token_mlp")
     with t2t_fast.backend("reference"):
         assert t2t_fast.explain("token_mlp").chosen("token_mlp") == "reference"
@@ -90,8 +90,8 @@ def test_explain_has_a_verdict_for_every_operator_and_backend():
     assert "chosen" in text and "no Triton kernel" in text
 
 
-def test_a_stated_reason_is_believed_and_an_exception_is_not(monkeypatch):
-    """auto passes over what states a reason; an implementation that raises is never replaced in silence."""
+def test_auto_falls_back_on_a_reason_not_on_an_exception(monkeypatch):
+    """``auto`` skips a backend that reports a reason; it never hides an exception of an implementation."""
     table = dict(backends._tables["soft_split"])
 
     def broken(*arguments):
@@ -107,7 +107,7 @@ def test_a_stated_reason_is_believed_and_an_exception_is_not(monkeypatch):
     assert ("soft_split", "native", "no cpu kernel") in t2t_fast.explain(device="cpu").rows
 
 
-def test_registration_wants_a_reason_for_every_absent_backend():
+def test_register_without_a_reason_for_an_absent_backend_raises():
     with pytest.raises(ValueError, match="new_op: every backend needs an implementation or a reason"):
         backends.register("new_op", {"aten": None}, {"triton": "no"})
     assert "new_op" not in backends.operators()

@@ -1,4 +1,4 @@
-"""What inference keeps of parameters: the same while they are unchanged, made anew after any change that is counted."""
+"""The cache of values derived from parameters: reused while they are unchanged, recomputed after a counted change."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 
 
 class Counted:
-    """Makes a copy of a tensor and counts how often."""
+    """Copies a tensor and counts the calls."""
 
     def __init__(self, tensor):
         self.tensor, self.calls = tensor, 0
@@ -41,7 +41,7 @@ def test_a_change_is_seen(change):
     assert torch.equal(store.get((parameter, None), "key", make), parameter.detach()) and make.calls == 2
 
 
-def test_other_keys_tensors_and_views_are_others():
+def test_keys_tensors_and_views_are_cached_separately():
     parameter, store = torch.randn(2, 3), kept.WeightCache()
     makes = [Counted(t) for t in (parameter, parameter, parameter[0], parameter[1], parameter.t())]
     for make, key in zip(makes, "abaaa", strict=True):
@@ -49,8 +49,8 @@ def test_other_keys_tensors_and_views_are_others():
     assert [make.calls for make in makes] == [1] * 5 and len(store) == 5
 
 
-def test_nothing_outlives_its_tensor():
-    """Neither a tensor that took the old one's place in memory gets the old value, nor is memory kept."""
+def test_entries_are_freed_with_their_tensor():
+    """A new tensor at the same address does not get the old value, and the old entry's memory is freed."""
     store = kept.WeightCache()
     for value in range(20):
         parameter = torch.full((1000,), float(value))
@@ -59,7 +59,7 @@ def test_nothing_outlives_its_tensor():
     assert len(store) == 1
 
 
-def test_the_oldest_goes_first(monkeypatch):
+def test_the_least_recently_used_entry_is_evicted(monkeypatch):
     monkeypatch.setattr(kept, "_SIZE", 2)
     store, tensors = kept.WeightCache(), [torch.ones(1) for _ in range(3)]
     makes = [Counted(t) for t in tensors]
@@ -81,7 +81,7 @@ def _inference(tensor):
 
 
 @pytest.mark.parametrize("made", [_subclass, _inference], ids=["subclass", "inference tensor"])
-def test_what_counts_no_changes_is_not_kept(made):
+def test_subclasses_and_inference_tensors_are_not_cached(made):
     tensor, store = made(torch.ones(3)), kept.WeightCache()
     make = Counted(tensor)
     for _ in range(2):
@@ -89,13 +89,13 @@ def test_what_counts_no_changes_is_not_kept(made):
     assert make.calls == 2 and not len(store)
 
 
-def test_nothing_is_kept_where_parameters_are_gathered(monkeypatch):
+def test_no_caching_under_fsdp(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert "FSDP" in kept.obstacle([torch.ones(1)])
 
 
 def test_a_hidden_write_needs_clear():
-    """``.data`` hides a write from the version counter: the documented exception."""
+    """``.data`` hides a write from the version counter: the documented limitation."""
     parameter, store = torch.nn.Parameter(torch.ones(3)), kept.WeightCache()
     make = Counted(parameter)
     store.get((parameter,), "key", make)
@@ -108,7 +108,7 @@ def test_a_hidden_write_needs_clear():
 @pytest.mark.interpret
 @pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")
 class TestFoldedWeights:
-    """The operator itself, by its Triton kernels."""
+    """The operator itself, with its Triton kernels."""
 
     def setup_method(self):
         kept.FOLDED.clear()
@@ -136,8 +136,8 @@ class TestFoldedWeights:
             assert_close(self.call(), self.call("reference").double(), "soft_split_linear", "forward", torch.float32)
 
     @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-    def test_a_backward_pass_forgets(self, compiled):
-        """A teacher that follows its student's weights through ``.data``, as moving averages often do."""
+    def test_backward_clears_the_cache(self, compiled):
+        """A teacher whose weights are updated from its student's through ``.data``, as moving averages often do."""
         student = {name: parameter.detach().clone().requires_grad_() for name, parameter in self.parameters.items()}
         teacher = self.parameters
         for _ in range(2):

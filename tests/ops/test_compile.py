@@ -23,7 +23,7 @@ def fresh_compiler():
 
 @pytest.fixture
 def by(fused):
-    """Runs the test with a fused backend as the choice of ``auto``."""
+    """Run the test with a fused backend as the choice of ``auto``."""
     with t2t_fast.backend("auto" if fused == "native" else fused):
         yield fused
 
@@ -74,7 +74,7 @@ def test_copy_operators(op):
 
 
 def test_backend_context_is_seen_and_guarded():
-    """A graph compiled under one choice is not reused under another."""
+    """A graph compiled for one backend is not reused for another."""
     graphs = []
 
     def spy(graph, _inputs):
@@ -94,7 +94,7 @@ def test_backend_context_is_seen_and_guarded():
 
 @pytest.mark.usefixtures("by")
 def test_few_recompilations():
-    """Two batch sizes and two image sizes: a static graph, then dynamic ones; a fourth new shape compiles nothing."""
+    """New batch and image sizes: one static graph, then dynamic ones; the last new shape compiles nothing."""
     counter = CompileCounterWithBackend("eager")
     module = t2t_fast.T2TModule(32, embed_dim=24, token_dim=16).eval()
     compiled = torch.compile(module, backend=counter, fullgraph=True)

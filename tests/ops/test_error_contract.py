@@ -1,7 +1,7 @@
-"""Every public function refuses every kind of bad argument with one exception and one text, whatever the backend.
+"""Every public function refuses every kind of bad argument with the same exception and message for all backends.
 
-A table of two parts: calls that work, by function, and kinds of bad values, by kind of argument. The text begins with
-the function's name and names the argument.
+Two tables: valid calls by function, and bad values by kind of argument. The message begins with the function's name and
+names the argument.
 """
 
 import re
@@ -63,7 +63,7 @@ CALLS = {
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # beta, prototype, deprecated: torch still makes them
+    warnings.simplefilter("ignore")  # torch warns that some of them are in beta or deprecated
     KINDS_OF_TENSOR = {
         "list": [1.0],
         "array": np.ones((2, 3), np.float32),
@@ -114,9 +114,9 @@ OPTIONS = {
         "NaN": ((float("nan"),) * 3, (0.2,) * 3), "std NaN": ((0.5,) * 3, (float("nan"),) * 3),
     },
 }  # fmt: skip
-# what is right or wrong beside another argument, which the text may name
+# kinds that are valid or not depending on another argument, which the message may name
 RELATIONS = ("another dtype", "rank + 1", "one longer", "empty", "meta")
-# rows that are right calls: their dtype, size or device agrees with all else
+# valid calls: the dtype, size or device agrees with the other arguments
 RIGHT = {
     *((name, kind) for name in ("x", "tokens", "input") for kind in ("another dtype", "one longer", "meta")),
     ("weight", "another dtype"),
@@ -132,19 +132,19 @@ def bad_values(name, value):
 
 
 def refusal(call, backend):
-    """The exception's type and text, or ``None``; ``BackendUnavailable`` says that the arguments were accepted."""
+    """The exception's type and text, or ``None``; ``BackendUnavailable`` means that the arguments were accepted."""
     with t2t_fast.backend(backend):
         try:
             call()
         except t2t_fast.errors.BackendUnavailable:
             return None
-        except Exception as error:  # noqa: BLE001 - which one is what the test is about
+        except Exception as error:  # noqa: BLE001 - the test checks its type
             return type(error), str(error)
     return None
 
 
 def check_refusals(owner, name, value, call, *, others=(), right=()):
-    """``call(bad)`` is refused for each bad value of an argument, the same by every backend, except ``right`` kinds."""
+    """Every backend refuses ``call(bad)`` in the same way for each bad value, except for the ``right`` kinds."""
     for kind, bad in bad_values(name, value).items():
         found = {backend: refusal(lambda bad=bad: call(bad), backend) for backend in BACKENDS}
         first = found["auto"]
@@ -225,7 +225,7 @@ def test_modules(name):
 
 @pytest.mark.parametrize("convert", [np.float64, np.float32, torch.tensor, np.float16], ids=lambda each: each.__name__)
 def test_numbers_of_other_types(convert):
-    """What PyTorch's own functions take for a float is one here, too."""
+    """Every type that PyTorch's own functions accept as a float is accepted."""
     torch.nn.functional.layer_norm(IMAGE, (8,), eps=convert(0.25))
     options = {"norm1_eps": 0.25, "norm2_eps": 0.25, "eps": 0.25, "proj_drop": 0.25, "mlp_drop": 0.5}
     arguments = {"x": IMAGE, **LAYER}

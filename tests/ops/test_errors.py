@@ -1,5 +1,5 @@
-# ruff: noqa: E501 - a table reads better in long lines
-"""Bad input: the error names the function, the argument, what was expected and what came."""
+# ruff: noqa: E501 - the table is easier to read in long lines
+"""Bad input: the error names the function, the argument, the expected and the actual value."""
 
 import re
 
@@ -238,7 +238,7 @@ SPLITS = [name for name in BAD if name.partition(":")[0] in ("soft_split", "soft
 @pytest.mark.parametrize("backend", backends.ORDER)
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_backend_gives_the_same_error(name, backend):
-    """The same type and text, also from a backend that cannot run here: checks come before the choice."""
+    """The same type and text, even for a backend that cannot run here: arguments are checked before it is selected."""
     call, error, _ = BAD[name]
     texts = []
     for chosen in ("auto", backend):

@@ -1,4 +1,4 @@
-"""Fold, normalise, unfold: an orthogonal projector, equal to upstream's three steps, its own gradient."""
+"""Fold, normalise, unfold: an orthogonal projector and its own gradient, equal to upstream's three steps."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def test_orthogonal_projector(batch, channels, height, width, k, s, p, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_a_split_made_stays(backend):
-    """Tokens that agree where they overlap are what it projects onto, zero padding included."""
+def test_split_tokens_are_unchanged(backend):
+    """The operator projects onto tokens that agree where they overlap; zero padding is included."""
     run, _ = projector((13, 17), 7, 3, 3, 2, backend)
     split = functional.soft_split(torch.randn(2, 2, 13, 17, dtype=torch.float64), 7, 3, 3)
     torch.testing.assert_close(run(split), split, rtol=1e-13, atol=1e-13)
@@ -60,7 +60,7 @@ def test_backward_is_the_same_operator(backend):
 
 @pytest.mark.parametrize(("batch", "channels", "height", "width", "k", "s", "p"), WINDOWS)
 def test_overlap_in_closed_form(batch, channels, height, width, k, s, p):
-    """Against a fold of the unfolded ones; pixels that no window covers count as 1."""
+    """Against folding unfolded ones; the count is 1 for pixels that no window covers."""
     win = functional.window(k, s, p)
     ones = torch.ones(1, 1, height, width, dtype=torch.float64)
     arguments = {"kernel_size": k, "stride": s, "padding": p}
@@ -69,7 +69,7 @@ def test_overlap_in_closed_form(batch, channels, height, width, k, s, p):
 
 
 class FusionFeedForward(torch.nn.Module):
-    """The middle of FuseFormer's layer of that name, as upstream writes it."""
+    """The middle part of FuseFormer's layer of that name, as in upstream's code."""
 
     def __init__(self, output_size, window):
         super().__init__()
@@ -85,8 +85,8 @@ class FusionFeedForward(torch.nn.Module):
         return self.unfold(folded).permute(0, 2, 1).contiguous().view(b, n, c)
 
 
-def test_module_stands_where_upstream_folds_and_unfolds():
-    """Tokens of several frames in one sequence, as upstream has them; the output size given once or at each call."""
+def test_module_replaces_upstream_fold_and_unfold():
+    """Tokens of several frames in one sequence, as in upstream; the output size is given once or at each call."""
     window = {"kernel_size": (7, 7), "stride": (3, 3), "padding": (3, 3)}
     upstream = FusionFeedForward((12, 21), window).double()
     x = torch.randn(2, 3 * 28, 2 * 49, dtype=torch.float64)
@@ -108,5 +108,5 @@ def test_keeps_the_dtype_under_autocast():
         assert functional.fused_fold_unfold(tokens.bfloat16(), 8, 3, 2, 1).dtype == torch.bfloat16
 
 
-def test_module_on_no_image():
+def test_module_with_empty_batch():
     assert FusedFoldUnfold(3, 2, 1, output_size=8)(torch.randn(0, 16, 9)).shape == (0, 16, 9)

@@ -1,7 +1,7 @@
-"""Index arithmetic and CUDA kernels of the soft split, compiled for the CPU: every thread of every tile is run.
+"""Index arithmetic and CUDA kernels of the soft split, compiled for the CPU: every thread of every tile runs.
 
-The harness (support/window_kernels.cpp) watches each access: outputs written exactly once, nothing touched outside a
-tensor, no shared memory read before it is written, no two threads at one element between two barriers.
+The harness (support/window_kernels.cpp) checks each access: every output is written exactly once, no access is outside
+a tensor, no shared memory is read before it is written, and no two threads race for an element between two barriers.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ def make_input(work, shape, window, dtype):
 
 
 def reference(work, values, shape, window):
-    """In float64, by F.unfold and F.fold."""
+    """The result in float64, from F.unfold and F.fold."""
     kernel, stride, padding = window
     values = values.double()
 
@@ -81,7 +81,7 @@ def test_axis_against_brute_force(kernels, wide):
 
     for size, kernel, stride, padding in AXES:
         axis = window_kernels.axis(size, kernel, stride, padding)
-        tokens = list(range(-padding, size + padding - kernel + 1, stride))  # where each begins
+        tokens = list(range(-padding, size + padding - kernel + 1, stride))  # the first pixel of each
         assert ask(axis, 0) == len(tokens)
         for index, begin in enumerate(tokens):
             for tap in range(kernel):
@@ -99,7 +99,7 @@ def test_axis_against_brute_force(kernels, wide):
 
 
 def test_axis_of_billions_of_pixels(kernels):
-    """Far from 0 the covering tokens are those near 0, moved by as many strides."""
+    """The covering tokens far from 0 are those near 0, shifted by the number of strides."""
     stride, far = 4, 3_000_000_000
     axis = window_kernels.axis(16_000_000_000, 7, stride, 2)
     for pixel in range(20, 40):
@@ -139,7 +139,7 @@ def test_every_thread(kernels, work, dtype, name, b, c, h, w, k, s, p):
         assert (result.counts == 1).all(), options
         error = (result.output.double() - expected).norm() / expected.norm().clamp(min=1e-30)
         assert error <= (0 if work == "split" else TOLERANCE[dtype]), options
-        # one order of summation, however the work is cut
+        # the order of summation does not depend on the tiling
         assert torch.equal(result.output, plain.output), options
     assert plain.fault == ""
     assert (plain.counts == 1).all()
@@ -147,7 +147,7 @@ def test_every_thread(kernels, work, dtype, name, b, c, h, w, k, s, p):
 
 @over_works
 def test_any_window(kernels, work):
-    """A window that no tile holds."""
+    """A window that does not fit into a tile."""
     window, shape = functional.window(330, 7, 0), (1, 1, 340, 337)
     assert window_kernels.plan(kernels, work, shape, window) is None
     values = make_input(work, shape, window, torch.float32)
@@ -158,8 +158,8 @@ def test_any_window(kernels, work):
     assert (result.output.double() - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_what_is_not_a_number_stays_in_its_pixel(kernels):
-    """Neither padding nor shared memory left over from elsewhere may spread it."""
+def test_infinity_stays_in_its_pixel(kernels):
+    """Neither padding nor stale shared memory may spread it."""
     window, shape = functional.window(3, 2, 1), (1, 4, 6, 6)
     tokens = make_input("project", shape, window, torch.float32)
     tokens[0, 0, 0] = torch.inf  # a tap outside the image
@@ -168,8 +168,8 @@ def test_what_is_not_a_number_stays_in_its_pixel(kernels):
     assert result.output[0, 0, 0] == 0
 
 
-def test_every_way_of_access_is_covered(kernels):
-    """The cases above take each branch: runs, segments and single elements; vectors along each axis of an image."""
+def test_cases_cover_every_access_path(kernels):
+    """The cases above reach every branch: runs, segments and single elements; vectors along each axis of an image."""
     seen = set()
     for _, b, c, h, w, k, s, p in CASES:
         for work in WORKS:
@@ -202,7 +202,7 @@ def test_every_way_of_access_is_covered(kernels):
     ids=["stage 1", "stage 2", "stage 2 of 384 px", "FuseFormer"],
 )
 def test_plans_of_real_sizes(kernels, shape, window, image, device, bytes):
-    """16-byte vectors of tokens, blocks that share a multiprocessor, and little read twice."""
+    """Tokens move in 16-byte vectors, several blocks fit on a multiprocessor, and few pixels are read twice."""
     for work in WORKS:
         plan = window_kernels.plan(
             kernels, work, shape, functional.window(*window), image=image, bytes=bytes, device=device
@@ -216,7 +216,7 @@ def test_plans_of_real_sizes(kernels, shape, window, image, device, bytes):
 
 
 def test_offsets_beyond_32_bits(kernels):
-    """Two images 2**32 elements and rows 2**30 elements apart, in memory of which only a few pages exist."""
+    """Images 2**32 and rows 2**30 elements apart, in virtual memory of which only a few pages are allocated."""
     batch_stride, row_stride = 2**32 + 6, 2**30
     length = batch_stride + 3 * row_stride + 4
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)

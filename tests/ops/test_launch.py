@@ -1,4 +1,4 @@
-"""The table of launch parameters of the Triton attention, and how a call is cut into programs."""
+"""The launch table of the Triton attention, and the division of a call among programs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from t2t_fast.ops.token_mlp.triton.launch import TABLE as TOKEN_MLP
 TABLES = [TABLE, LAYER, SPLIT, TOKEN_MLP]
 
 ROW = {"tokens": 32, "warps": 8, "stages": 4, "programs": 3}
-"""A row of the table, which may leave out the features of a chunk."""
+"""A row of the table, without the optional features of a chunk."""
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 64, 1000])
@@ -110,8 +110,8 @@ def test_candidates_hold_powers_of_two(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", TABLE.passes)
-def test_only_states_that_fit_are_held_at_once(name, dtype):
-    """T2T's shape as a whole; from some number of features on in chunks, of what a matrix instruction takes."""
+def test_large_states_are_chunked(name, dtype):
+    """T2T's shape is not chunked; above some number of features, chunks have the size of a matrix instruction."""
     assert launch.default(name, dtype, 64, 32)["features"] == 0
     for width in (16, 32, 64, 128, 256):
         chunked = [launch.default(name, dtype, width, m)["features"] for m in (16, 32, 64, 128, 256)]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
 
 @pytest.fixture
 def instruction_set(request):
-    """Runs the test with the kernels of one instruction set."""
+    """Run the test with the kernels of one instruction set."""
     use = torch.ops.t2t_fast_native.cpu_instruction_set
     before = use()
     try:
@@ -30,7 +30,7 @@ def instruction_set(request):
 
 @pytest.fixture
 def threads():
-    """A function that sets the number of threads; the old one comes back."""
+    """A function that sets the number of threads, which is restored afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -51,7 +51,7 @@ def test_every_instruction_set_is_right(op, instruction_set):
 
 
 def layer_case(batch, height, width, channels=5, drop=0.1, embed=16):
-    """``performer_layer`` with k3 s2 p1 and dropout, all tensors wanting a gradient."""
+    """``performer_layer`` with k3 s2 p1 and dropout; every tensor requires a gradient."""
     generator = torch.Generator().manual_seed(batch * height + width)
     columns = channels * 9
     tensors = {
@@ -70,7 +70,7 @@ def layer_case(batch, height, width, channels=5, drop=0.1, embed=16):
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 def test_division_of_work_changes_only_rounding(batch, count, threads):
-    """Whole images per worker, images divided among workers, and both in one call; halos of the image's gradient."""
+    """Whole images per worker, images divided among workers, both in one call; halos in the image's gradient."""
     case = layer_case(batch, 41, 38)
     expected, expected_gradients = case.cast(torch.float64).run_backward("reference", torch.float32)
     threads(count)
@@ -122,7 +122,7 @@ def test_image_of_any_strides(view):
 
 
 def test_tokens_with_gaps_between_rows():
-    """Slices of a wider tensor and a tensor whose last dimension is not the innermost one."""
+    """Slices of a wider tensor, and a tensor whose last dimension is not the innermost."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(2, 70, 3, 24, generator=generator)
     y, v = wide[:, ::2, 0], wide[:, ::2, 2]
@@ -133,8 +133,8 @@ def test_tokens_with_gaps_between_rows():
     assert torch.equal(token_mlp(across, v, **mlp, backend="native"), expected)
 
 
-def test_attention_of_many_tokens_and_of_few(threads):
-    """Keys and queries of different lengths, one of them shorter than the number of workers."""
+def test_attention_with_different_query_and_key_lengths(threads):
+    """One of the two lengths may be smaller than the number of workers."""
     generator = torch.Generator().manual_seed(0)
     w = features(generator, 8, 16)
     threads(4)
@@ -142,7 +142,7 @@ def test_attention_of_many_tokens_and_of_few(threads):
         q, k, v = (torch.randn(1, n, 16, generator=generator) / 2 for n in (queries, keys, keys))
         leaves = [t.requires_grad_() for t in (q, k, v, w)]
         wide = [t.detach().double().requires_grad_() for t in leaves]
-        # a half-open gate gives q, k and w a gradient worth comparing also where there is a single key
+        # with a single key the gradients of q, k and w are only significant with a half-open gate
         out = performer_attention(*leaves, eps=0.1, backend="native")
         expected = performer_attention(*wide, eps=0.1, backend="reference")
         assert_close(out, expected, "performer_attention", "forward", torch.float32)
@@ -152,8 +152,8 @@ def test_attention_of_many_tokens_and_of_few(threads):
         w = w.detach()
 
 
-def test_one_token_of_another_sample_does_not_matter():
-    """Samples are whole: NaN in one stays there, whichever worker has it."""
+def test_nan_stays_in_its_sample():
+    """NaN in one sample does not reach the others, whichever worker computes it."""
     case = layer_case(3, 21, 20, drop=0.0)
     clean = case.run("native")
     poisoned = case.tensors["x"].clone()
@@ -164,7 +164,7 @@ def test_one_token_of_another_sample_does_not_matter():
 
 
 def test_backward_keeps_neither_kqv_nor_the_unfolded_tokens():
-    """Saved beside inputs and the output: m (E + 1) floats a sample."""
+    """Besides inputs and output, m (E + 1) floats per sample are saved."""
     case = layer_case(2, 31, 30)
     inputs = {t.untyped_storage().data_ptr() for t in case.tensors.values()}
     kept = {}
@@ -196,7 +196,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
-def test_operators_called_past_their_checks_stay_inside_their_memory(call):
-    """``t2t_fast.functional`` says it better and first; the operators themselves refuse what would read elsewhere."""
+def test_native_operators_check_their_arguments(call):
+    """Without the checks of ``t2t_fast.functional`` the operators refuse arguments that would read out of bounds."""
     with pytest.raises(RuntimeError, match="t2t_fast_native::"):
         call(torch.ops.t2t_fast_native, torch.randn(2, 5, 8), torch.randn(4, 8))

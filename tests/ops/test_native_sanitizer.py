@@ -22,7 +22,7 @@ def missing():
 @pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_short_run(tmp_path, capfd):
-    """No report; and one after a buffer was made a value too short, so the run can fail."""
+    """No report; with a buffer one element too short there is one, so the run can detect errors."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     status = native_sanitizer.check(cases=1100, root=tmp_path)
     printed = capfd.readouterr().out

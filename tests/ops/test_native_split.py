@@ -38,7 +38,7 @@ TOKEN_LAYOUTS = {
 
 
 def some_windows():
-    """The shared cases, blocks of channels and tiles of columns, and windows drawn at random."""
+    """The shared cases, several blocks of channels and tiles of columns, and random windows."""
     yield from (pytest.param(*case[1:], id=case[0]) for case in WINDOW_CASES)
     yield pytest.param(1, 130, 9, 12, 7, 3, 3, id="several blocks of channels")
     yield pytest.param(1, 2, 5, 6000, (2, 3), (1, 2), 0, id="several tiles of columns")
@@ -71,7 +71,7 @@ def test_split_is_exact_in_every_layout(batch, channels, height, width, k, s, p,
 @pytest.mark.parametrize("op", ["soft_composition", "fused_fold_unfold"])
 @pytest.mark.parametrize(("batch", "channels", "height", "width", "k", "s", "p"), WINDOWS)
 def test_sums_in_every_layout_and_with_any_number_of_threads(batch, channels, height, width, k, s, p, op, dtype):
-    """Within the tolerance of the float64 reference, and to the last bit the same whatever the layout and threads."""
+    """Within the tolerance of the float64 reference, and bitwise equal for all layouts and numbers of threads."""
     win = functional.window(k, s, p)
     h, w = win.grid(height, width)
     tokens = torch.randn(batch, h * w, channels * win.taps).to(DTYPES[dtype])
@@ -93,7 +93,7 @@ def test_sums_in_every_layout_and_with_any_number_of_threads(batch, channels, he
 
 
 def test_expanded_inputs():
-    """Strides of 0, such as a gradient of ``sum()`` has."""
+    """Strides of 0, as in the gradient of ``sum()``."""
     row = torch.randn(1, 3, 1, 9)
     image = row.expand(2, 3, 8, 9)
     expected = functional.soft_split(image.contiguous(), 3, 2, 1, backend="native")
@@ -106,9 +106,9 @@ def test_expanded_inputs():
 
 def test_offsets_beyond_32_bits():
     """Strides of an image and of tokens that need 64 bits."""
-    torch.utils.deterministic.fill_uninitialized_memory = False  # or 4 GB would be written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # otherwise 4 GB would be written
     far = 2**31 + 10
-    memory = torch.empty(far + 64, dtype=torch.float16)  # only the touched pages become real
+    memory = torch.empty(far + 64, dtype=torch.float16)  # only the touched pages are allocated
     x = memory.as_strided((2, 1, 4, 4), (far, 16, 4, 1))
     x.copy_(torch.randn(2, 1, 4, 4))
     for image in (x, x.transpose(0, 1)):
@@ -123,7 +123,7 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once_and_to_even(dtype):
-    """Every bit pattern survives, and a sum of two is the rounded exact sum; subnormal, infinite and NaN included."""
+    """Every value is preserved, and a sum of two is the rounded exact sum (subnormal, infinite and NaN included)."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     same = functional.soft_composition(values.view(1, -1, 1), (256, 256), 1, backend="native").flatten()
     assert torch.equal(same.isnan(), values.isnan())
@@ -135,7 +135,7 @@ def test_half_precision_is_rounded_once_and_to_even(dtype):
     assert torch.equal(sums[1:-1].nan_to_num(), exact.float().to(dtype).nan_to_num())
 
 
-def test_the_gradient_lies_in_memory_as_the_image():
+def test_gradient_has_the_memory_format_of_the_image():
     x = torch.randn(2, 5, 8, 9)
     for order in (torch.contiguous_format, torch.channels_last):
         image = x.clone(memory_format=order).requires_grad_()
@@ -174,14 +174,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_the_native_operator_protects_memory_by_itself(name):
-    """Called past the checks of ``t2t_fast.functional``."""
+def test_native_operators_check_their_arguments(name):
+    """Called without the checks of ``t2t_fast.functional``."""
     with pytest.raises(RuntimeError, match=r"t2t_fast_native::\w+: .* must"):
         BAD[name](torch.ops.t2t_fast_native)
 
 
 class Layers(torch.nn.Module):
-    """The three operators in a row, with dynamic sizes in mind."""
+    """The three operators in sequence, for static and dynamic sizes."""
 
     def __init__(self, backend):
         super().__init__()
@@ -196,7 +196,7 @@ class Layers(torch.nn.Module):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_in_one_graph(dynamic):
-    """Forward and backward, as in eager mode; ``auto`` chooses native inside the graph."""
+    """Forward and backward equal eager mode; ``auto`` selects native inside the graph."""
     torch._dynamo.reset()
     for backend in ("native", "auto"):
         model = Layers(backend)
@@ -212,7 +212,7 @@ def test_compiles_in_one_graph(dynamic):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_an_exported_program_holds_no_native_operator(strict):
+def test_exported_program_has_no_native_operator(strict):
     exported = torch.export.export(Layers("auto"), (torch.randn(1, 4, 8, 10),), strict=strict)
     targets = {str(node.target) for node in exported.run_decompositions().graph.nodes if node.op == "call_function"}
     assert targets and not any("native" in target for target in targets)

@@ -1,4 +1,4 @@
-"""NaN, infinity and what vanishes reach what they reach in the reference, and nothing else."""
+"""NaN, infinity and vanishing features affect the same values as in the reference, and no others."""
 
 from contextlib import ExitStack
 
@@ -20,7 +20,7 @@ from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
 from t2t_fast.testing import errors, features, token_mlp_parameters, tolerance
 
-# numpy, as the interpreter of Triton's kernels uses it
+# from NumPy, which Triton's interpreter uses
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in reduce:RuntimeWarning")
 
 FUSED = ["aten", "native", "triton"]
@@ -29,12 +29,12 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch):
-    """The kernels have self-tests enough elsewhere."""
+    """No self-tests: other tests cover them."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
 
 
 def assert_as(found, expected, op, dtype, label=""):
-    """Not finite at the same places, and within the tolerance elsewhere."""
+    """Non-finite at the same positions, and within the tolerance elsewhere."""
     for name, value in found.items():
         exact = expected[name]
         finite = exact.isfinite()
@@ -44,7 +44,7 @@ def assert_as(found, expected, op, dtype, label=""):
         assert errors(kept, wanted)[0] <= allowed, f"{label} {name}"
 
 
-# ---- keys whose features all vanish: |k|^2 overflows, or nearly
+# ---- keys whose features are all 0, since |k|^2 overflows or nearly does
 
 VANISHING = {"overflow": 1e20, "almost": 1.5e19, "beyond NOTHING": 3e15, "long": 1e6}
 
@@ -73,7 +73,7 @@ def check_attention(tensors, backend, dtype, mask=None):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("length", VANISHING.values(), ids=VANISHING)
 def test_all_keys_vanish(length, backend, dtype):
-    """0 / (0 + eps) is 0, and so is every gradient."""
+    """0 / (0 + eps) and every gradient are 0."""
     tensors = attention_problem()
     tensors["k"].fill_(length)
     found = check_attention(tensors, backend, dtype)
@@ -93,7 +93,7 @@ def test_the_keys_of_one_sample_and_some_of_another_vanish(backend, dtype):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_the_keys_of_one_part_vanish(backend):
-    """Of what one worker or program sees of a sequence, and then again of what all see."""
+    """All keys of one worker or program, then all keys of the sequence."""
     tensors = attention_problem(batch=1, length=300)
     tensors["k"][:, :160] = 1e20
     check_attention(tensors, backend, torch.float32)
@@ -123,7 +123,7 @@ def test_some_features_of_all_keys_vanish(backend):
 
 
 @pytest.mark.parametrize("backend", ["aten", "triton"])
-def test_a_mask_leaves_keys_that_vanish(backend):
+def test_mask_with_vanishing_keys(backend):
     tensors = attention_problem()
     mask = torch.ones(3, 40, dtype=torch.bool)
     mask[0, :20] = mask[1] = False
@@ -133,7 +133,7 @@ def test_a_mask_leaves_keys_that_vanish(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_queries_that_vanish(backend):
+def test_vanishing_queries(backend):
     tensors = attention_problem()
     tensors["q"][1] = 1e20
     tensors["q"][0, :7] = 1e16
@@ -142,7 +142,7 @@ def test_queries_that_vanish(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_the_keys_of_a_layer_vanish(backend):
-    """A sample whose image is far out of scale, without LayerNorm's help: its k are so long that they count nothing."""
+    """Without LayerNorm the keys are so long that all their features are 0."""
     skip_unless_available("performer_layer", backend)
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -163,7 +163,7 @@ def test_the_keys_of_a_layer_vanish(backend):
     assert_as(found, exact, "performer_layer", torch.float32)
 
 
-# ---- pixels that no window covers, and pixels that only some do
+# ---- pixels that no window covers, or only some windows
 
 WINDOWS = {
     "cells, a border": dict(channels=3, size=(18, 17), kernel_size=7, stride=4, padding=2),
@@ -193,7 +193,7 @@ def window_problem(name, normed, dtype):
 
 
 def covered(size, kernel_size, stride, padding, norm_eps=None):
-    """Which pixels of an image any window covers, (1, 1, H, W)."""
+    """Mask (1, 1, H, W) of the pixels that some window covers."""
     window = dict(kernel_size=kernel_size, stride=stride, padding=padding)
     return F.fold(F.unfold(torch.ones(1, 1, *size), **window), size, **window) > 0
 
@@ -210,7 +210,7 @@ HALF_TOO = [
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize(("name", "dtype"), HALF_TOO)
 def test_pixels_that_no_window_covers(name, dtype, backend, normed):
-    """They reach nothing, and their gradient is exactly 0."""
+    """They affect no output, and their gradient is exactly 0."""
     skip_unless_available("soft_split_linear", backend, dtype)
     tensors, window = window_problem(name, normed, dtype)
     there = covered(tensors["x"].shape[2:], **window).expand_as(tensors["x"])
@@ -230,7 +230,7 @@ def test_pixels_that_no_window_covers(name, dtype, backend, normed):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize(("name", "dtype"), HALF_TOO)
 def test_a_pixel_reaches_the_windows_that_cover_it(name, dtype, backend, normed, value):
-    """Windows beside it do not see it, even where Triton reads it with them, but for one case."""
+    """It does not affect neighbouring windows, even where Triton reads it with them; there is one exception."""
     skip_unless_available("soft_split_linear", backend, dtype)
     tensors, window = window_problem(name, normed, dtype)
     tensors["x"][0, 0, 7, 7] = tensors["x"][1, -1, 1, 3] = value
@@ -242,7 +242,7 @@ def test_a_pixel_reaches_the_windows_that_cover_it(name, dtype, backend, normed,
     assert expected["out"].isfinite().any()
     found = run(tensors, backend)
     if backend == "triton" and normed and dtype == torch.float16 and name.startswith("cells"):
-        # the products of half images read whole cells, and what lies in them beside the window
+        # the products of half-precision images read whole cells, which include pixels outside the window
         assert not found["out"][~expected["out"].isfinite()].isfinite().any()
         assert found["out"].isfinite().any()
     else:
@@ -275,8 +275,8 @@ def test_pixels_that_no_window_of_a_layer_covers(backend):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("backend", ["aten", "native"])
 @pytest.mark.parametrize("name", list(WINDOWS))
-def test_split_and_composition_leave_them_out(name, backend, channels_last):
-    """What a pixel holds, or gets as its gradient, where no window covers it."""
+def test_split_and_composition_ignore_uncovered_pixels(name, backend, channels_last):
+    """The value of an uncovered pixel, or its upstream gradient, affects nothing."""
     tensors, window = window_problem(name, False, torch.float32)
     x = tensors["x"]
     size = x.shape[2:]
@@ -297,7 +297,7 @@ def test_split_and_composition_leave_them_out(name, backend, channels_last):
     assert fused_fold_unfold(leaf, size, **window, backend=backend).isfinite().all()
 
 
-# ---- NaN and infinity under dropout: it multiplies by 0, it does not select
+# ---- NaN and infinity under dropout, which multiplies by 0 instead of selecting
 
 
 @pytest.mark.parametrize(
@@ -305,8 +305,8 @@ def test_split_and_composition_leave_them_out(name, backend, channels_last):
 )
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("where", ["proj_weight", "fc2_weight", "y", "v"])
-def test_dropout_hides_nothing(where, backend, dtype, value):
-    """A value that dropout leaves out is NaN afterwards, in whichever of the two it is."""
+def test_dropout_propagates_non_finite_values(where, backend, dtype, value):
+    """A dropped non-finite value becomes NaN, in either of the two dropouts."""
     skip_unless_available("token_mlp", backend, dtype)
     generator = torch.Generator().manual_seed(0)
     y, v = torch.randn(2, 1, 60, 16, generator=generator)
@@ -326,8 +326,8 @@ def test_dropout_hides_nothing(where, backend, dtype, value):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", FUSED)
-def test_dropout_hides_no_gradient(backend, dtype):
-    """NaN in the upstream gradient of one value, which both dropouts leave out or do not."""
+def test_dropout_propagates_nan_gradients(backend, dtype):
+    """NaN in the upstream gradient of values that the dropouts drop or keep."""
     skip_unless_available("token_mlp", backend, dtype)
     generator = torch.Generator().manual_seed(0)
     y, v = torch.randn(2, 1, 60, 16, generator=generator)

@@ -1,4 +1,4 @@
-"""A common offset of images and tokens costs no digits beyond what rounding them with it has cost already."""
+"""A common offset of images and tokens costs no accuracy beyond the rounding of the input itself."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ WINDOWS = {
 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch):
-    """The kernels have self-tests enough elsewhere."""
+    """No self-tests: other tests cover them."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
 
 
 def split_problem(channels, size, offset, dtype, **window):
-    """An image, half of it brighter still, with the offset, rounded; and parameters."""
+    """A rounded image with the offset (half of it with 1.5 times the offset), and parameters."""
     generator = torch.Generator().manual_seed(0)
     columns = channels * window["kernel_size"] ** 2
     x = torch.randn(2, channels, *size, generator=generator, dtype=torch.float64) + offset
@@ -40,7 +40,7 @@ def split_problem(channels, size, offset, dtype, **window):
 
 
 def exact_split(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding):
-    """In float64, with the means taken off twice."""
+    """The result in float64; the means are subtracted twice."""
     tokens = F.unfold(x, kernel_size, stride=stride, padding=padding).mT
     centred = tokens - tokens.mean(-1, keepdim=True)
     centred = centred - centred.mean(-1, keepdim=True)
@@ -52,7 +52,7 @@ def exact_split(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, pa
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("name", list(WINDOWS))
 def test_soft_split_linear(name, backend, offset):
-    """aten and native lose nothing; Triton keeps a window's mean in one float32 for its backward, and loses that."""
+    """aten and native lose nothing; Triton loses the rounding of a window's mean, which is stored as float32."""
     skip_unless_available("soft_split_linear", backend, torch.float32)
     kind = dict(WINDOWS[name])
     tensors = split_problem(offset=offset, dtype=torch.float32, **kind)
@@ -83,7 +83,7 @@ def test_soft_split_linear_in_float64(name, offset):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("name", list(WINDOWS))
 def test_a_flat_image(name, backend, value):
-    """LayerNorm of it is 0: the bias alone comes out, and no gradient goes to LayerNorm's weight."""
+    """Its LayerNorm is 0: the output is the bias, and the gradient of LayerNorm's weight is 0."""
     skip_unless_available("soft_split_linear", backend, torch.float32)
     kind = dict(WINDOWS[name], padding=0)
     tensors = split_problem(offset=0.0, dtype=torch.float32, **kind)
@@ -100,7 +100,7 @@ def test_a_flat_image(name, backend, value):
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("backend", FUSED)
 def test_token_mlp(backend, offset):
-    """The values' offset is in t, whose rounding nothing undoes; what comes on top stays within the table."""
+    """t contains the offset of the values and is rounded with it; the additional error is within the table's."""
     skip_unless_available("token_mlp", backend, torch.float32)
     check_token_mlp(backend, offset, torch.float32, 2 * tolerance("token_mlp", "backward", torch.float32))
 
@@ -118,7 +118,7 @@ def check_token_mlp(backend, offset, dtype, allowed):
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
 
     def exact(y, v, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-        """Less the offset, which LayerNorm takes off anyway."""
+        """Without the offset, which LayerNorm removes."""
         t = (v - offset) + F.linear(y, proj_weight, proj_bias)
         n = F.layer_norm(t, (width,), norm_weight, norm_bias)
         return t + F.linear(F.gelu(F.linear(n, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)

@@ -1,4 +1,4 @@
-"""Performer attention: exact eps, finite everywhere, and what half precision does to the defining form."""
+"""Performer attention: exact eps, finite at any norm, and the failure of the defining form in half precision."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_float32_equals_the_defining_form(norm, attending):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", [0.0, 1.0, 4.0, 6.0, 8.0, 16.0, 100.0, 1000.0])
 def test_finite_at_any_norm(norm, dtype, attending):
-    """Forward and gradients; the error of v + y (what the layer goes on with) is that of the dtype."""
+    """Forward and gradients are finite; the error relative to v (the layer computes v + y) is that of the dtype."""
     q, k, v, w = (t.requires_grad_() for t in inputs(norm, dtype=dtype))
     y = performer_attention(q, k, v, w, backend=attending)
     y.float().square().sum().backward()
@@ -56,7 +56,7 @@ def test_half_precision_breaks_the_defining_form(attending):
 
 
 def test_features_that_would_overflow(attending):
-    """A wide w: exp(a) overflows float32 in the defining form (inf / inf), the exact value comes out here."""
+    """A wide w: exp(a) overflows float32 in the defining form (inf / inf), but not here."""
     generator = torch.Generator().manual_seed(0)
     w = features(generator, 128, 128)
     k = (w[:8] * 1.0).expand(1, 8, 128).contiguous()
@@ -67,7 +67,7 @@ def test_features_that_would_overflow(attending):
 
 
 def test_eps_is_a_gate():
-    """Shorter rows open it, eps = 0 takes it away, a larger eps closes it; all as the defining form in float64."""
+    """Shorter rows open the gate, a larger eps closes it, eps = 0 removes it, as in the defining form in float64."""
     q, k, v, w = inputs(6.5, dtype=torch.float64)
     ungated = performer_attention(q, k, v, w, 0.0, backend="aten")
     for eps in (1e-12, 1e-8, 1e-4):
@@ -106,7 +106,7 @@ def test_order_of_keys_does_not_matter(attending):
 
 
 def masked_inputs(*shape, share=0.6, m=8, dtype=torch.float32):
-    """q, k, v, w and a key mask (B, L) under which every sample keeps its first key and loses its last."""
+    """q, k, v, w and a key mask (B, L) that keeps the first key of every sample and masks the last."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = ((torch.randn(3, *shape, generator=generator) / 2).to(dtype)).unbind(0)
     keep = torch.rand(shape[0], shape[-2], generator=generator) < share
@@ -125,7 +125,7 @@ def run_masked(q, k, v, w, keep, eps=1e-8, backend="aten"):
 @pytest.mark.parametrize("shape", [(3, 41, 16), (2, 3, 19, 16)], ids=["3-D", "heads"])
 @pytest.mark.parametrize("backend", ["aten", "reference"])
 def test_a_key_mask_equals_leaving_the_keys_out(backend, shape):
-    """Forward and all gradients, sample by sample; gradients of keys that are left out are exactly 0."""
+    """Forward and all gradients, sample by sample; the gradients of masked keys are exactly 0."""
     q, k, v, w, keep = masked_inputs(*shape, dtype=torch.float64)
     y, d_q, d_k, d_v, d_w = run_masked(q, k, v, w, keep, backend=backend)
     leaves = [t.clone().requires_grad_() for t in (q, k, v, w)]
@@ -150,8 +150,8 @@ def test_a_key_mask_equals_leaving_the_keys_out(backend, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", [(3, 41, 16), (2, 3, 19, 16)], ids=["3-D", "heads"])
-def test_what_masked_keys_hold_does_not_matter(shape, dtype):
-    """NaN, infinities and the largest numbers reach neither the output nor a gradient, bit by bit."""
+def test_values_of_masked_keys_are_ignored(shape, dtype):
+    """NaN, infinities and the largest numbers change no bit of the output or of a gradient."""
     q, k, v, w, keep = masked_inputs(*shape, dtype=dtype)
     clean = run_masked(q, k, v, w, keep)
     dropped = ~keep.view(shape[0], *(1,) * (len(shape) - 3), -1, 1).expand(shape)
@@ -165,7 +165,7 @@ def test_what_masked_keys_hold_does_not_matter(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
 def test_a_sample_without_keys_gives_zero(eps, dtype):
-    """Output and gradients are 0 there, whatever the keys hold, and the other samples do not notice."""
+    """Its output and gradients are 0 for any values of the keys, and the other samples are unaffected."""
     q, k, v, w, keep = masked_inputs(3, 21, 16, dtype=dtype)
     keep[1] = False
     for rubbish in (None, math.nan):
@@ -180,8 +180,8 @@ def test_a_sample_without_keys_gives_zero(eps, dtype):
 
 
 @pytest.mark.parametrize("norm", [8.0, 100.0])
-def test_masked_and_far_beyond_the_gate(norm):
-    """The rest of a masked batch stays as exact as without a mask where scores are large and the gate is shut."""
+def test_key_mask_at_large_norms(norm):
+    """Where scores are large and the gate is closed, masking is as accurate as leaving the keys out."""
     q, k, v, w = inputs(norm)
     keep = torch.arange(k.shape[1]).expand(2, -1) % 3 != 0
     for eps in (1e-8, 0.0):
@@ -192,7 +192,7 @@ def test_masked_and_far_beyond_the_gate(norm):
 
 @pytest.mark.parametrize("eps", [1e-2, 0.0])
 def test_gradcheck_with_a_key_mask(eps):
-    """Finite differences, a sample without keys among them."""
+    """Finite differences; one sample has no keys."""
     q, k, v, w, keep = masked_inputs(3, 2, 5, 4, m=3, dtype=torch.float64)
     keep[1] = False
 
@@ -209,7 +209,7 @@ def test_a_full_mask_changes_nothing():
         assert torch.equal(value, expected)
 
 
-def test_a_backend_without_masks_says_so():
+def test_backend_without_key_masks_raises():
     q, k, v, w, keep = masked_inputs(2, 30, 16)
     with pytest.raises(BackendUnavailable, match=r"native: (no key mask in the native kernels|.*are missing)"):
         performer_attention(q, k, v, w, key_mask=keep, backend="native")
@@ -218,7 +218,7 @@ def test_a_backend_without_masks_says_so():
 
 @pytest.mark.parametrize("gradient", [True, False], ids=["training", "inference"])
 def test_a_key_mask_is_traced(gradient):
-    """opcheck with dynamic shapes, and torch.export: the mask is one input of a graph of plain operations."""
+    """opcheck with dynamic shapes, torch.compile and torch.export; the mask is an input of the graph."""
     q, k, v, w, keep = masked_inputs(2, 3, 11, 8)
     leaves = [t.clone().requires_grad_(gradient) for t in (q, k, v, w)]
     torch.library.opcheck(torch.ops.t2t_fast.performer_attention.default, (*leaves, 1e-8, keep, "aten"))
@@ -236,7 +236,7 @@ def test_a_key_mask_is_traced(gradient):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_key_mask_under_autocast(dtype):
-    """The mask stays as it is, q, k and v take autocast's dtype."""
+    """The mask is unchanged; q, k and v are cast to autocast's dtype."""
     q, k, v, w, keep = masked_inputs(3, 21, 16)
     with torch.autocast("cpu", dtype):
         y = performer_attention(q, k, v, w, key_mask=keep)

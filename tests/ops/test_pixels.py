@@ -1,4 +1,4 @@
-"""Images of bytes: every backend gives what it gives for the values, and the choice of arguments is checked."""
+"""Images of bytes: every backend gives the same results as for the normalised values; bad arguments raise."""
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ def reference(exact, parameters, options, window):
 @pytest.mark.parametrize("normed", [True, False], ids=["LayerNorm", "plain"])
 @pytest.mark.parametrize("name", list(WINDOWS))
 @pytest.mark.parametrize("backend", ["triton", "native", "aten", "reference"])
-def test_bytes_are_their_values(backend, name, normed):
-    """Forward and every parameter's gradient, padding (zero after the normalisation) among it."""
+def test_bytes_match_float_images(backend, name, normed):
+    """Forward and every parameter's gradient; padding is zero after the normalisation."""
     channels, *sizes = WINDOWS[name]
     window = dict(zip(("kernel_size", "stride", "padding"), sizes, strict=True))
     x, exact, norm, parameters, options = problem(channels, sizes[0], normed)
@@ -72,7 +72,7 @@ def _skip_unless(backend):
 @pytest.mark.parametrize("name", ["cells", "gathered"])
 @pytest.mark.parametrize("backend", ["triton", "aten"])
 def test_half_precision_under_autocast(backend, name, dtype):
-    """Bytes enter exactly: rounding costs no more on flat bright patches than anywhere else."""
+    """Bytes are exact: rounding costs no more on flat bright patches than elsewhere."""
     _skip_unless(backend)
     channels, *sizes = WINDOWS[name]
     window = dict(zip(("kernel_size", "stride", "padding"), sizes, strict=True))
@@ -123,5 +123,5 @@ def test_more_channels_than_the_kernels_read():
     from t2t_fast.ops.soft_split_linear.triton import support
 
     if triton_runtime.reason(request) is not None:
-        pytest.skip("Triton is not here")
+        pytest.skip("Triton cannot run here")
     assert "bytes of 1 to 4 channels, got 5" in support.supports(request)

@@ -1,6 +1,6 @@
 """Random shapes, windows, memory layouts and dtypes: every operator and CPU backend against the float64 reference.
 
-A few cases of a fixed choice here; ``make properties`` runs 20,000 (tests/README.md has the figures of the last run).
+By default a few fixed cases run; ``make properties`` runs 20,000 (tests/README.md has the figures of the last run).
 """
 
 import math
@@ -29,15 +29,15 @@ from hypothesis import strategies as st  # noqa: E402
 
 OPERATORS = [op for op in backends.operators() if (op, "forward") in TOLERANCES]
 BACKENDS = ["aten", "native"]
-OFFSETS = [0.0, 0.0, 3.0, 50.0]  # of images; noise has a deviation of 1
+OFFSETS = [0.0, 0.0, 3.0, 50.0]  # of images, whose standard deviation is 1
 LAYOUTS = ["contiguous", "reversed", "slice", "expanded", "odd strides"]
-FEW, MANY = 20, -(-20000 // (len(OPERATORS) * len(BACKENDS)))  # of each operator and backend
+FEW, MANY = 20, -(-20000 // (len(OPERATORS) * len(BACKENDS)))  # per operator and backend
 
 sizes = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33])
 
 
 def lay_out(t, layout):
-    """The values of ``t`` in another memory layout; "expanded" repeats its first row (sample, weight of an output)."""
+    """The values of ``t`` in another memory layout; "expanded" repeats its first row (sample or output)."""
     if t.ndim == 0 or t.numel() == 0:
         return t
     if layout == "reversed":
@@ -47,7 +47,7 @@ def lay_out(t, layout):
         return t.new_zeros([2 * n + 1 for n in t.shape])[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
     if layout == "expanded":
         return t[:1].expand(t.shape)
-    if layout == "odd strides":  # an axis of one value may have any stride
+    if layout == "odd strides":  # an axis of size 1 may have any stride
         strides = [s if n > 1 else 2**40 for n, s in zip(t.shape, t.contiguous().stride(), strict=True)]
         return t.contiguous().as_strided(t.shape, strides)
     return t.contiguous()
@@ -66,7 +66,7 @@ def windows(draw):
 
 
 class Maker:
-    """Tensors of one case, drawn with one generator."""
+    """Random tensors of one case, from one generator."""
 
     def __init__(self, draw, offsets):
         self.draw, self.offsets = draw, offsets
@@ -140,11 +140,11 @@ class Maker:
         }
         if self.draw(st.booleans()):
             mask = torch.rand(batch, keys, generator=self.generator) < 0.7
-            tensors["key_mask"] = mask.index_fill_(1, torch.tensor(0), True)  # one token is always there
+            tensors["key_mask"] = mask.index_fill_(1, torch.tensor(0), True)  # the first key is never masked
         return tensors, {"eps": self._eps(min(keys, m))}
 
     def _eps(self, choices):
-        """With one key or one feature all gradients but v's go through the gate, which must be half open."""
+        """With one key or one feature all gradients except that of v pass through the gate, so it must be half open."""
         return self.draw(st.sampled_from([1e-8, 1e-3, 0.1] if choices > 1 else [0.1]))
 
     def _mlp(self, width, norm="norm"):
@@ -186,9 +186,9 @@ def cases(draw, op, offsets):
 
 
 def run(case, backend, upstream_dtype, layout, *, move=None):
-    """The output and the gradients that are wanted, by name, the output under "".
+    """The output, under "", and the required gradients by name.
 
-    ``move`` (dtype, generator) moves all numbers that come in by up to one rounding of that dtype.
+    ``move`` (dtype, generator) perturbs all inputs by up to one rounding of that dtype.
     """
 
     def moved(t):
@@ -214,16 +214,16 @@ def run(case, backend, upstream_dtype, layout, *, move=None):
 
 
 def in_double(case):
-    """The case with its floating tensors in float64."""
+    """The case with its floating-point tensors in float64."""
     tensors = {name: t.double() if t is not None and t.is_floating_point() else t for name, t in case.tensors.items()}
     return Case(case.op, case.name, tensors, case.options, case.wants_gradient)
 
 
 def uncertainty(case, dtype, layout, exact):
-    """How far upstream's computation is off in ``dtype``: name -> (whole error, largest row's error).
+    """The error of upstream's computation in ``dtype``: name -> (whole error, largest row's error).
 
-    The larger of two: the reference in ``dtype``, and the exact results when all numbers that come in move by a
-    rounding (the largest change of ten draws).
+    It is the larger of two: the error of the reference in ``dtype``, and the largest change of the exact results in ten
+    draws that perturb all inputs by a rounding.
     """
     others = [run(case, "reference", dtype, layout)]
     for seed in range(10):
@@ -236,11 +236,11 @@ def uncertainty(case, dtype, layout, exact):
 
 
 def check_against_reference(case, backend, dtype, layout):
-    """Every result is within its operator's tolerance, or within four times what upstream loses in the same dtype.
+    """Every result is within its operator's tolerance, or within four times upstream's error in the same dtype.
 
-    The second counts where numbers cancel and the table's digits are not there to be had. Of a result that is less
-    than a thousandth of the largest one, such as 0 in exact arithmetic, the error is taken against that, of
-    :func:`vanishing` gradients against the largest. A copy must be equal.
+    The second bound applies where cancellation makes the tolerance unattainable. The error of a result is relative to
+    at least a thousandth of the largest result, since the exact value may be 0; that of :func:`vanishing` gradients is
+    relative to the largest result. Copies must be equal.
     """
     found = run(case, backend, dtype, layout)
     exact = run(in_double(case), "reference", dtype, layout)
@@ -265,7 +265,7 @@ def check_against_reference(case, backend, dtype, layout):
 
 
 def vanishing(case):
-    """Names of gradients that are 0 but for eps: of LayerNorm over one or two values, of the queries of one feature."""
+    """Names of gradients that are 0 except for eps: LayerNorm over one or two values, queries with one feature."""
     names = set()
     columns = case.tensors.get("weight" if case.op == "soft_split_linear" else "kqv_weight")
     if columns is not None and columns.shape[1] <= 2 and (case.op == "performer_layer" or "norm_eps" in case.options):

@@ -1,4 +1,4 @@
-"""What counts as a size: any integer that ``F.unfold`` takes, and the sizes that tracers make, which stay free."""
+"""Valid sizes: any integer that ``F.unfold`` accepts, and the sizes in traced programs, which stay dynamic."""
 
 import math
 import warnings
@@ -76,7 +76,7 @@ def test_integers_are_sizes(name):
 
 
 @pytest.mark.parametrize("name", NO_SIZES)
-def test_nothing_else_is_a_size(name):
+def test_other_values_raise(name):
     value = NO_SIZES[name]
     with pytest.raises((TypeError, RuntimeError)):
         F.unfold(IMAGE, value)
@@ -84,7 +84,7 @@ def test_nothing_else_is_a_size(name):
         "kernel_size": lambda: soft_split(IMAGE, value),
         "stride": lambda: SoftSplit(3, value),
         "padding": lambda: window(3, 1, value),
-        "grid": lambda: soft_split(TOKENS, 1, grid="" if value is None else value),  # no grid is another error
+        "grid": lambda: soft_split(TOKENS, 1, grid="" if value is None else value),  # None is another error
         "output_size": lambda: soft_composition(TOKENS, value, 1),
         "img_size": lambda: T2TModule(value),
     }.items():
@@ -120,7 +120,7 @@ class Program(torch.nn.Module):
 
 
 def _check_free(program, name, backend):
-    """The program, made with a 16 x 20 image, gives the numbers of a 31 x 9 one."""
+    """The program, traced with a 16 x 20 image, gives the right result for a 31 x 9 image."""
     x = torch.randn(1, 3, 31, 9)
     torch.testing.assert_close(program(x), PROGRAMS[name](x, backend))
 
@@ -162,13 +162,13 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize("size", [2**31, 2**61, 2**63 - 1, 2**63, 2**200])
 @pytest.mark.parametrize("name", TOO_LARGE)
-def test_sizes_beyond_the_arithmetic(name, size):
+def test_sizes_above_int32_raise(name, size):
     call, text = TOO_LARGE[name]
     with pytest.raises(ValueError, match=text):
         call(size)
 
 
-def test_products_beyond_the_arithmetic():
+def test_products_above_the_limit_raise():
     one = torch.ones(1, 1, 1, 1)
     with pytest.raises(ValueError, match="padding must leave the padded image at most 2147483647 pixels along an axis"):
         soft_split(one, 1, 1, 2**30)
@@ -188,7 +188,7 @@ def gradient_of(call, x):
     return x.grad
 
 
-# few windows, far apart, or very many: (kernel, stride, padding); the last says that aten has the memory for it
+# few windows far apart, or very many: (kernel, stride, padding, whether aten has enough memory)
 EXTREMES = {
     "one window": (2, 2**31 - 1, 0, True),
     "two windows 2**30 apart": (1, 2**30, 2**30 - 6, False),
@@ -204,7 +204,7 @@ EXTREMES = {
 @pytest.mark.parametrize("backend", ["native", "aten"])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_windows(name, backend):
-    """Legal, and the same numbers as the reference."""
+    """They are valid, and the results equal the reference's."""
     *arguments, small = EXTREMES[name]
     if backend == "aten" and not small:
         pytest.skip("aten pads the image")

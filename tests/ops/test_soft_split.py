@@ -55,7 +55,7 @@ def test_composition_is_the_adjoint(batch, channels, height, width, k, s, p, bac
 
 
 def test_composition_of_a_split_counts_the_overlap():
-    """compose(split(x)) is x times how many windows cover each pixel; uncovered pixels are 0."""
+    """compose(split(x)) is x times the number of windows that cover each pixel; uncovered pixels are 0."""
     x = torch.rand(1, 2, 11, 8, dtype=torch.float64) + 1
     count = soft_composition(soft_split(torch.ones_like(x), 4, 3, 0), (11, 8), 4, 3, 0)
     torch.testing.assert_close(soft_composition(soft_split(x, 4, 3, 0), (11, 8), 4, 3, 0), x * count)
@@ -64,7 +64,7 @@ def test_composition_of_a_split_counts_the_overlap():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_result_never_aliases_the_input(backend):
-    """Even where the split is a mere reshaping."""
+    """Even where the split only reshapes."""
     x = torch.randn(1, 4, 3, 5).contiguous(memory_format=torch.channels_last)
     before = x.clone()
     soft_split(x, 1, backend=backend).zero_()

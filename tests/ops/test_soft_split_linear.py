@@ -1,4 +1,4 @@
-"""soft_split_linear: what the folded form must survive."""
+"""soft_split_linear: accuracy of the folded form with offsets, flat images, padding and unusual windows."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from t2t_fast.testing import DTYPES, assert_close, errors, natural_images
 
 
 def relative_to_spread(offset, channels, kernel, stride, padding, dtype, backend):
-    """Error of y on patches with a common offset of so many standard deviations, against float64 on the same input."""
+    """Error of y against float64 on the same input; ``offset`` of the patches is in standard deviations."""
     generator = torch.Generator().manual_seed(0)
     columns = channels * kernel**2
     x = (torch.randn(2, channels, 32, 32, generator=generator) + offset).to(dtype)
@@ -31,7 +31,7 @@ def relative_to_spread(offset, channels, kernel, stride, padding, dtype, backend
     window = dict(kernel_size=kernel, stride=stride, padding=padding, norm_eps=1e-5)
     wide = {name: p.double() for name, p in parameters.items()}
     expected = soft_split_linear(x.double(), **wide, **window, backend="reference")
-    # Border patches hold zeros beside the offset: their spread is the offset itself. Look at the inner ones.
+    # Border patches would contain zeros besides the offset, so their spread would be the offset itself.
     out = soft_split_linear(x, **parameters, **window, backend=backend)
     return errors(out, expected)
 
@@ -52,7 +52,7 @@ def relative_to_spread(offset, channels, kernel, stride, padding, dtype, backend
     ],
 )
 def test_large_common_offset(channels, kernel, stride, padding, dtype, offset, allowed, fused):
-    """float32 loses no more digits than the offset itself costs; half precision loses none beside the input's."""
+    """float32 loses no more than the digits of the offset; half precision loses only the rounding of the input."""
     whole, row = relative_to_spread(offset, channels, kernel, stride, padding, dtype, fused)
     assert whole <= allowed and row <= 8 * allowed
 
@@ -60,20 +60,20 @@ def test_large_common_offset(channels, kernel, stride, padding, dtype, offset, a
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1e3, 1e4, 1e6])
 @pytest.mark.parametrize(("channels", "window"), [(3, square(7, 4, 2)), (64, square(3, 2, 1))], ids=["s1", "s2"])
 def test_statistics_survive_an_offset(channels, window, offset):
-    """The merged statistics against float64; E[x^2] - mu^2 has no digit left at an offset of 1e4."""
+    """The merged statistics against float64; E[x^2] - mu^2 would have no correct digit at an offset of 1e4."""
     x = torch.randn(2, channels, 32, 32) + offset
     levels, rstd = patch_statistics(centred_pixels(x), window, 1e-5)
     tokens = F.unfold(x.double(), window.kernel, stride=window.stride, padding=window.padding)
     var, mu = torch.var_mean(tokens, dim=1, correction=0)
     mean, rest = (part.flatten(1).double() for part in levels[-1])
-    # of a standard deviation: windows at the border hold zeros beside the offset
+    # in standard deviations, since windows at the border contain zeros besides the offset
     assert ((mean + rest - mu) * torch.rsqrt(var + 1e-5)).abs().max() < 1e-6
     torch.testing.assert_close(rstd.flatten(1).double(), torch.rsqrt(var + 1e-5), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize(("white", "allowed"), [(2.6, 1e-4), (255.0, 1e-2)], ids=["normalised", "bytes"])
 def test_flat_white_image(white, allowed, fused):
-    """Variance 0: the bias alone, up to the rounding of one dot product times LayerNorm's largest factor, 316."""
+    """Variance 0: the output is the bias, up to the rounding of a dot product times LayerNorm's largest factor, 316."""
     x = torch.full((1, 3, 32, 32), white)
     weight, bias = 0.02 * torch.randn(8, 147), torch.randn(8)
     out = soft_split_linear(x, weight, bias, 7, 4, 0, norm_eps=1e-5, backend=fused)
@@ -90,7 +90,7 @@ def test_row_sums_come_from_the_rounded_weight(dtype):
 
 
 def test_padding_counts_in_the_statistics(fused):
-    """A border token against unfold, LayerNorm and Linear."""
+    """A border token, compared with unfold, LayerNorm and Linear."""
     x = natural_images(1, 3, 16, 16)
     weight = torch.randn(4, 147)
     out = soft_split_linear(x, weight, None, 7, 4, 2, norm_eps=1e-5, backend=fused)
@@ -112,9 +112,9 @@ def test_result_does_not_depend_on_the_batch(dtype, fused):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_weight_gradient_of_flat_bright_patches(channels, fused):
-    """Half of the image is flat and bright, and the gradient is the same for all tokens, so nothing averages out.
+    """Half of the image is flat and bright, and all tokens have the same gradient, so errors do not average out.
 
-    Subtracting the means from the convolution's weight gradient loses three digits here; eager PyTorch loses none.
+    Subtracting the means from the convolution's weight gradient would lose three digits; eager PyTorch loses none.
     """
     x = natural_images(2, channels, 64, 64)
     x[:, :, :, 32:] = 2.6
@@ -140,7 +140,7 @@ def test_weight_gradient_of_flat_bright_patches(channels, fused):
 
 
 def test_convolutions_follow_the_matmul_precision():
-    """cuDNN's own default is TF32; a convolution that stands for a Linear must not be less exact than one."""
+    """cuDNN defaults to TF32; a convolution that replaces a Linear must not be less accurate than the Linear."""
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
     seen = []
@@ -164,7 +164,7 @@ def weight_gradient(x, grad, window, backend):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_windows_of_one_pixel_with_gaps(dtype, channels_last):
-    """PyTorch's own weight gradient writes beyond its memory there, and the process may end later."""
+    """PyTorch's own weight gradient writes out of bounds here, which may crash the process later."""
     window = Window((1, 1), (1, 4), (0, 0))
     x, grad = torch.randn(3, 7, 14, 16).to(dtype), torch.randn(3, 14 * 4, 8).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
@@ -185,8 +185,8 @@ for channels, size, window in [(3, (3, 1), ((1, 3), (3, 2), (0, 1))), (4, (5, 2)
 """
 
 
-def test_taps_that_see_padding_alone():
-    """In bfloat16 PyTorch's own weight gradient leaves them as it found the memory, which glibc fills here."""
+def test_taps_over_padding_alone_have_zero_gradient():
+    """In bfloat16 PyTorch's own weight gradient leaves them uninitialised; glibc fills the memory to show it."""
     environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.perturb=165"}
     found = subprocess.run([sys.executable, "-c", UNSEEN], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

@@ -1,4 +1,4 @@
-"""Strides: what opaque operators promise the compiler, and the gradients of images."""
+"""Strides: those of fake tensors, on which the compiler relies, and those of image gradients."""
 
 import pytest
 import torch
@@ -30,12 +30,12 @@ NO_TENSORS = {"cpu_instruction_set", "scratch_bytes"}
 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch):
-    """The kernels have self-tests enough elsewhere."""
+    """No self-tests: other tests cover them."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
 
 
 class Compared(TorchDispatchMode):
-    """Every call of an operator of a namespace is made for fake tensors too, and what comes out must look the same."""
+    """Repeats every call of a namespace's operators with fake tensors and compares the metadata of the outputs."""
 
     def __init__(self, namespace):
         super().__init__()
@@ -57,14 +57,14 @@ def _looks(tensor):
 
 
 def image(batch, channels, height, width, order="contiguous"):
-    """An image of noise, in one of four orders of memory."""
+    """An image of noise in one of four memory layouts."""
     x = torch.randn(batch, channels, height, width + 2)
     if order == "sliced":
         return x[..., 1:-1]
     x = x[..., 2:].contiguous()
     if order == "channels last":
         return x.contiguous(memory_format=torch.channels_last)
-    if order == "tokens":  # one size-1 dimension has an odd stride where the batch is 1
+    if order == "tokens":  # with batch 1 a size-1 dimension has an odd stride
         return x.flatten(2).mT.contiguous().mT.view(x.shape)
     return x
 
@@ -100,13 +100,13 @@ def backward(call, tensors, frozen=()):
 
 
 def images(few):
-    """Every shape in every order of memory, or each in one."""
+    """(shape, layouts): all layouts for every shape, or with ``few`` one for each."""
     for number, shape in enumerate(IMAGES.values()):
         yield shape, ORDERS if not few else [ORDERS[number % len(ORDERS)]]
 
 
 def every_call(backend, dtype):
-    """Calls that reach every opaque operator of a backend, forward and backward, with the gradients that each has."""
+    """Call every opaque operator of a backend, forward and backward, with its combinations of gradients."""
     for shape, orders in images(few=backend == "triton"):
         window = dict(kernel_size=3, stride=2, padding=1, backend=backend)
         for order in orders:
@@ -166,7 +166,7 @@ def every_call(backend, dtype):
 
 @pytest.mark.parametrize("backend", list(OPAQUE))
 def test_fake_tensors_look_like_real_ones(backend):
-    """Shape, dtype, strides and offset of everything that any opaque operator returns; torch.compile relies on them."""
+    """Shape, dtype, strides and offset of all outputs of opaque operators, on which torch.compile relies."""
     skip_unless_available("performer_layer", backend)
     namespace = OPAQUE[backend]
     with Compared(namespace) as mode:
@@ -179,7 +179,7 @@ def test_fake_tensors_look_like_real_ones(backend):
 @pytest.mark.parametrize("backend", ["reference", "aten", "native", "triton"])
 @pytest.mark.parametrize("op", ["soft_split", "soft_split_linear", "soft_split_linear, LayerNorm", "performer_layer"])
 def test_gradients_of_images(op, backend):
-    """In the image's own memory format, with exactly the strides that torch.empty would give them."""
+    """They have the image's memory format, with exactly the strides of torch.empty."""
     name = op.partition(",")[0]
     skip_unless_available(name, backend)
     few = name == "performer_layer"
@@ -198,7 +198,7 @@ def test_gradients_of_images(op, backend):
                         window["norm_eps"] = 1e-5
                 seen = []
                 leaf = x.detach().requires_grad_()
-                view = leaf.view_as(leaf)  # a leaf's own gradient is brought into its strides by autograd
+                view = leaf.view_as(leaf)  # autograd would change a leaf's gradient to the leaf's strides
                 view.register_hook(seen.append)
                 call(view, **tensors, **window).square().sum().backward()
                 channels_last = x.stride(1) == 1
@@ -207,7 +207,7 @@ def test_gradients_of_images(op, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "aten", "native"])
-def test_the_composition_has_a_format(backend):
+def test_composition_has_a_standard_memory_format(backend):
     for op in ("soft_composition", "soft_split"):
         skip_unless_available(op, backend)
     for batch, channels, height, width in IMAGES.values():
@@ -221,7 +221,7 @@ def test_the_composition_has_a_format(backend):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_layout(channels_last):
+def test_in_layout(channels_last):
     """Views with odd strides in dimensions of size 1, and slices."""
     order = torch.channels_last if channels_last else torch.contiguous_format
     for shape in ((2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 5), (1, 3, 1, 1), (0, 3, 4, 5)):
@@ -247,9 +247,9 @@ CONSUMERS = {
 @pytest.mark.parametrize("consumer", list(CONSUMERS))
 @pytest.mark.parametrize("backend", ["reference", "aten", "native", "triton"])
 def test_gradients_behind_a_layer(backend, consumer, batch):
-    """The backward of what made the image reads the gradient right, in whatever order of memory the image was made.
+    """The layer before the split reads the image's gradient correctly, for any memory layout of the image.
 
-    torch's own BatchNorm in evaluation misreads a contiguous gradient if its input has the odd strides of these tokens.
+    PyTorch's BatchNorm in evaluation misreads a contiguous gradient if its input has the odd strides of these tokens.
     """
     skip_unless_available("soft_split_linear", backend)
     torch.manual_seed(0)
@@ -269,7 +269,7 @@ def test_gradients_behind_a_layer(backend, consumer, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_a_compiled_layer_of_147_channels(training):
-    """Inductor checks every stride that an operator promised; 147 columns are padded inside."""
+    """Inductor checks the strides of every operator's output; the operator pads 147 columns internally."""
     skip_unless_available("performer_layer", "triton")
     torch._dynamo.reset()
     layer = t2t_fast.TokenPerformer(147, 64, dp1=0.0, dp2=0.0).train(training)

@@ -47,7 +47,7 @@ def test_rates_and_independence(p, q):
             assert correlation(mask, each) <= 5 / n**0.5
     if p and q:
         assert correlation(*(mask.double() for mask in masks)) <= 5 / n**0.5
-        # as many elements are dropped by both as independence says
+        # the share of elements dropped by both is that of independent masks
         both = (~masks[0] & ~masks[1]).double().mean().item()
         assert abs(both - p * q) <= 5 * (p * q / n) ** 0.5
 
@@ -57,14 +57,14 @@ def correlation(a, b):
 
 
 def test_mask_depends_on_the_element_alone():
-    """A longer tensor starts with the same mask: nothing depends on tiling or size."""
+    """A longer tensor starts with the same mask: it depends neither on tiling nor on size."""
     seed = torch.tensor(42)
     long = keep_masks(seed, (3, 1001), 0.3, 0.2)
     for short, whole in zip(keep_masks(seed, (77,), 0.3, 0.2), long, strict=True):
         assert torch.equal(short, whole.flatten()[:77])
 
 
-def test_masks_of_nothing():
+def test_masks_of_an_empty_tensor():
     first, second = keep_masks(torch.tensor(1), (0, 5), 0.1, 0.1)
     assert first.shape == second.shape == (0, 5)
 
@@ -89,7 +89,7 @@ def test_seed_follows_the_global_generator(call):
 
 
 def test_dropout_keeps_the_mean():
-    """Over many seeds the mean output of the projection's dropout is the output without it."""
+    """The mean output over many seeds, with dropout after the projection, is the output without dropout."""
     generator = torch.Generator().manual_seed(0)
     width = 8
     y, v = torch.randn(1, 4, width, generator=generator), torch.zeros(1, 4, width)
@@ -103,7 +103,7 @@ def test_dropout_keeps_the_mean():
 
 
 def test_lanes_of_more_than_four_billion_calls():
-    """Short counters, whose high word stays a scalar, and long ones give the same bits."""
+    """Ranges where the high word of the counter is a scalar and ranges where it changes give the same bits."""
     seed = torch.tensor(7)
     short = torch.stack(_lanes(2**32 - 9, 2**32 - 1, seed))
     long = torch.stack(_lanes(2**32 - 9, 2**32 + 9, seed))
@@ -112,7 +112,7 @@ def test_lanes_of_more_than_four_billion_calls():
 
 
 def test_masks_in_pieces(monkeypatch):
-    """How many calls are computed at a time changes nothing."""
+    """The mask does not depend on the number of calls computed at a time."""
     whole = keep_masks(torch.tensor(3), (5, 333), 0.1, 0.2)
     monkeypatch.setattr("t2t_fast.ops._common.philox.CPU_CALLS", 16)
     for mask, expected in zip(keep_masks(torch.tensor(3), (5, 333), 0.1, 0.2), whole, strict=True):

@@ -1,4 +1,4 @@
-"""PyTorch's program transformations see the fused operators, or an implementation made of plain operations runs."""
+"""PyTorch's program transformations handle the fused operators or run an implementation of plain operations."""
 
 import io
 import subprocess
@@ -54,7 +54,7 @@ def close(found, expected, bound=1e-5):
 
 @pytest.mark.parametrize("op", CASES)
 def test_tangents_of_every_operator(op):
-    """Forward mode against the double product of reverse mode: <G, J d> = <J^T G, d>."""
+    """Forward mode against reverse mode: <G, J d> = <J^T G, d>."""
     case = CASES[op]()[0]
     names = [name for name, t in case.tensors.items() if t is not None and t.is_floating_point()]
     given = tuple(case.tensors[name].double() for name in names)
@@ -137,7 +137,7 @@ def test_an_explicit_kernel_refuses_what_it_cannot_do():
 @pytest.mark.slow
 @TOKENS
 def test_transforms_inside_and_around_compiled_code(kind):
-    """Forward mode is not among them: PyTorch compiles no LayerNorm under it."""
+    """Without forward mode, under which PyTorch cannot compile LayerNorm."""
     torch._dynamo.reset()
     model, x = swapped(kind), images(1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -151,7 +151,7 @@ def test_transforms_inside_and_around_compiled_code(kind):
 @pytest.mark.parametrize("backend", ["native", "aten", "triton"])
 @pytest.mark.parametrize("op", CASES)
 def test_flops_are_counted(op, backend):
-    """Forward as many as the reference's; backward some more, which is computed again."""
+    """Forward has as many as the reference; backward has more, for recomputation."""
     case = CASES[op]()[0]
     if (reason := backends.reason(op, backend, backends.Request("cpu", torch.float32, {}))) is not None:
         pytest.skip(f"{backend}: {reason}")
@@ -172,10 +172,10 @@ def test_flops_are_counted(op, backend):
         "soft_split",
         "soft_composition",
         "fused_fold_unfold",
-    ):  # additions, which the reference's have no count of
+    ):  # additions, which are not counted in the reference
         assert expected == 0
     else:
-        # aten's convolution has two channels more than the image, which here has 3 or more
+        # aten's convolution has two more channels than the image, which has at least 3
         most = 5 / 3 if backend == "aten" and op in ("soft_split_linear", "performer_layer") else 1
         assert 0.99 < forward / expected < 1.01 * most
         assert 0.99 < backward / expected_backward < 2 * most
@@ -183,7 +183,7 @@ def test_flops_are_counted(op, backend):
 
 @TOKENS
 def test_flops_of_a_model(kind):
-    """The counter's own hooks make the layers run child by child, which counts what upstream counts."""
+    """The counter's hooks make the layers run unfused, child by child, so the count is upstream's."""
     totals = []
     for model in (upstream(kind), swapped(kind)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -251,7 +251,7 @@ def test_export_with_free_batch_height_and_width(make, kind, strict):
     from torch.export import Dim, export
 
     module = make(kind)
-    module = module if make is own else module.tokens_to_token  # upstream's model itself has one size
+    module = module if make is own else module.tokens_to_token  # upstream's model accepts a single size
     sizes = {0: Dim("batch", max=64), 2: Dim("height", min=20, max=256), 3: Dim("width", min=20, max=256)}
     program = export(module, (images(),), dynamic_shapes=(sizes,), strict=strict).module()
     for shape in [(2, 32, 32), (3, 48, 32), (5, 21, 77)]:
@@ -280,7 +280,7 @@ def test_dynamic_quantisation(make):
 
 
 class Scaled(torch.Tensor):
-    """A weight held as numbers and a scale, as torchao's quantised tensors are."""
+    """A weight stored as numbers and a scale, like torchao's quantised tensors."""
 
     @staticmethod
     def __new__(cls, numbers, scale):
@@ -302,7 +302,7 @@ class Scaled(torch.Tensor):
 @TOKENS
 @MAKERS
 def test_weights_of_a_tensor_subclass(make, kind):
-    """They run child by child, since no operator of ours takes them."""
+    """The layers run unfused, child by child, since the fused operators do not accept such weights."""
     model = make(kind)
     for path, linear in model.tokens_to_token.named_modules():
         if isinstance(linear, nn.Linear):
@@ -316,7 +316,7 @@ def test_weights_of_a_tensor_subclass(make, kind):
 
 
 def test_blocks_of_backend_in_threads_and_tasks():
-    """Each thread and each asyncio task has choices of its own."""
+    """Each thread and each asyncio task has its own selection."""
     import asyncio
 
     def chosen():

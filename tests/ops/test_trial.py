@@ -1,4 +1,4 @@
-"""The first run's self-test of Triton kernels: what is tried, and what becomes a verdict."""
+"""The self-test of Triton kernels at their first run: which kernels are tried, and which results are recorded."""
 
 import threading
 from contextlib import nullcontext
@@ -32,11 +32,11 @@ def nothing_tried(monkeypatch):
     monkeypatch.setattr(triton_runtime, "_trials", {})
 
 
-# ---- what is tried
+# ---- which kernels are tried
 
 
 class Launched:
-    """Remembers each launch of a kernel: its arguments by name."""
+    """Records each launch of a kernel: its arguments by name."""
 
     def __init__(self, kernel, name, launches):
         self.kernel, self.name, self.launches = kernel, name, launches
@@ -74,7 +74,7 @@ def layer_request(dtype, **sizes):
 
 
 def test_inference_of_a_layer_tries_two_launches(launches):
-    """Of a fused layer in inference neither the single passes nor anything of backward; of an image, its cells."""
+    """In inference neither the single passes nor backward kernels of a fused layer are tried; an image is in cells."""
     assert layer.supports(layer_request(torch.float16, **IMAGE, **AMP)) is None
     expected = {"cells_kernel", "split_keys_kernel", "read_out_mlp_kernel", "merge_kernel"}
     assert {name for name, _ in launches} == expected
@@ -95,7 +95,7 @@ def test_training_of_a_layer_tries_its_backward(launches, image_gradient):
     assert ("split_linear_image_kernel" in names) == image_gradient
     assert all(found["WHOLE"] for name, found in launches if name == "split_keys_kernel")
     backward = [found for name, found in launches if name in ("queries_backward_kernel", "keys_backward_kernel")]
-    assert all(found["d_w"] is None for found in backward)  # nobody asked for it
+    assert all(found["d_w"] is None for found in backward)  # not requested
     keys = next(found for name, found in launches if name == "keys_backward_kernel")
     assert keys["k"][0].dtype == torch.bfloat16 and keys["w"][0].dtype == torch.float32
     assert keys["k"][3] == keys["v"][3] == 3 * 16  # views of one packed tensor
@@ -108,7 +108,7 @@ def test_low_memory_computes_kqv_again(launches):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_attention_is_tried_with_amps_mixture(launches, masked):
+def test_attention_is_tried_with_amp_dtypes(launches, masked):
     sizes = {"width": 16, "features": 8, "masked": masked, "w": torch.float32}
     assert attention.supports(Request("cpu", torch.float16, sizes)) is None
     assert {name for name, _ in launches} <= {"keys_kernel", "queries_kernel", "merge_kernel"}
@@ -120,7 +120,7 @@ def test_the_attention_is_tried_with_amps_mixture(launches, masked):
 @pytest.mark.parametrize("dtype", triton_runtime.DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 8, 17])
 def test_one_feature_passes(width, dtype):
-    """It leaves no gradient of q but rounding."""
+    """The gradient of q is then only rounding."""
     sizes = {"width": width, "features": 1, "training": True, "w_gradient": True}
     assert attention.supports(Request("cpu", dtype, sizes)) is None
 
@@ -142,8 +142,8 @@ def test_bytes_are_tried_as_bytes(launches):
     assert {found["BYTES"] for name, found in launches if name == "cells_kernel"} == {True}
 
 
-def test_what_nobody_says_follows_autocast():
-    """Without the callers' word: AMP leaves images, parameters and w in float32."""
+def test_unspecified_dtypes_follow_autocast():
+    """AMP leaves images, parameters and w in float32 unless the caller specifies their dtypes."""
     request = Request("cpu", torch.bfloat16, {"width": 16})
     assert [module.kind(request)[0] for module in (attention, split, mlp)] == 3 * [torch.bfloat16]
     with torch.autocast("cpu", torch.bfloat16):
@@ -159,7 +159,7 @@ FEW_VALUES = [(1, square(1, 1, 0)), (2, square(1, 1, 0)), (1, Window((1, 2), (1,
 @pytest.mark.parametrize(("channels", "window"), FEW_VALUES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_windows_of_few_values_pass(dtype, channels, window, normed):
-    """LayerNorm of one value is 0, of two +-1: their gradients vanish, and no error can be relative to those."""
+    """LayerNorm of one value is 0, of two +-1: the gradients are 0, so no error can be relative to them."""
     sizes = {"channels": channels, "window": window, "outputs": 8, "normed": normed, "training": True}
     assert split.supports(Request("cpu", dtype, sizes)) is None
     if dtype != torch.float32:
@@ -169,7 +169,7 @@ def test_windows_of_few_values_pass(dtype, channels, window, normed):
 @pytest.mark.parametrize("channels", [2, 16])
 @pytest.mark.parametrize("wrong", ["image", "weight"])
 def test_wrong_gradients_do_not_pass(wrong, channels, monkeypatch):
-    """Where little or nothing is left of a gradient, one of the size of what cancels is wrong."""
+    """Where a gradient nearly cancels, an error of the size of the cancelling terms is detected."""
     original = split.run_backward
 
     def run_backward(grad, x, *rest):
@@ -182,12 +182,12 @@ def test_wrong_gradients_do_not_pass(wrong, channels, monkeypatch):
         assert "self-test on cpu gave an error" in split.supports(Request("cpu", torch.float32, sizes))
 
 
-# ---- what becomes a verdict
+# ---- which results are recorded
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A process that looks as if it had a CUDA device; tensors stay on the CPU. Yields what ``synchronize`` does."""
+    """A fake CUDA device; tensors stay on the CPU. Returns the list of actions that ``synchronize`` runs."""
     actions = []
 
     def synchronize(device):
@@ -225,8 +225,8 @@ def test_success_is_remembered():
     assert triton_runtime.trial("op", fail(AssertionError("again")), ones, 0, torch.float32, 5) is None
 
 
-def test_a_kernel_that_fails_behind_its_launch(cuda):
-    """The error comes with the synchronisation, and must not reach the call."""
+def test_asynchronous_kernel_error(cuda):
+    """The error is raised by the synchronisation after the launch; the trial catches and reports it."""
     cuda.append(fail(RuntimeError("CUDA error: an illegal memory access was encountered")))
     with pytest.warns(RuntimeWarning, match="illegal memory access"):
         found = triton_runtime.trial("op", ones, ones, 0, torch.float32)
@@ -242,7 +242,7 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 @pytest.mark.parametrize("where", ["run", "synchronize", "expected"])
-def test_out_of_memory_is_no_verdict(where, error, cuda, recwarn):
+def test_out_of_memory_raises_and_is_not_recorded(where, error, cuda, recwarn):
     run, expected = fail(error) if where == "run" else ones, fail(error) if where == "expected" else ones
     if where == "synchronize":
         cuda.append(fail(error))
@@ -254,7 +254,7 @@ def test_out_of_memory_is_no_verdict(where, error, cuda, recwarn):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_kernel_too_large_for_the_card_is_one():
+def test_out_of_resources_is_recorded():
     errors = pytest.importorskip("triton.runtime.errors")
     error = errors.OutOfResources(200_000, 101_376, "shared memory")
     with pytest.warns(RuntimeWarning, match="shared memory"):
@@ -277,7 +277,7 @@ def test_tf32_and_three_products_are_different_kernels(monkeypatch):
 
 
 def test_threads_try_once():
-    """As DataParallel's replicas ask: one tries, the others wait for its verdict."""
+    """As with DataParallel's replicas: one thread runs the trial, the others wait for its result."""
     tried, found, start = [], [], threading.Barrier(6)
 
     def run(*call):
@@ -300,7 +300,7 @@ def test_threads_try_once():
 
 
 def test_a_trial_inside_a_trial():
-    """A layer's launches of two steps are tried when the layer is."""
+    """The trial of a layer also tries its launches of two steps."""
 
     def run(*call):
         assert triton_runtime.trial("inner", ones, ones, None, torch.float32) is None
@@ -311,7 +311,7 @@ def test_a_trial_inside_a_trial():
 
 
 def test_a_failure_names_its_rank(monkeypatch):
-    """Ranks decide each for itself; what one of them leaves is said with its name, and how to choose for all."""
+    """Each rank decides for itself; the warning names the rank and says how to select a backend for all ranks."""
     distributed = torch.distributed
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_rank", lambda: 3)
@@ -324,7 +324,7 @@ def test_a_failure_names_its_rank(monkeypatch):
     assert "rank" not in verdict
 
 
-def test_crowded_is_a_matter_of_one_thread(monkeypatch):
+def test_crowded_is_thread_local(monkeypatch):
     monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
     monkeypatch.setattr(triton_runtime, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(triton_runtime, "multiprocessors", lambda device: 132)
@@ -337,7 +337,7 @@ def test_crowded_is_a_matter_of_one_thread(monkeypatch):
     assert found == ["sm_90-few"]
 
 
-def test_explain_knows_no_sizes():
-    """Questions without sizes are answered for T2T's."""
+def test_requests_without_sizes_use_t2t_sizes():
+    """A request without sizes is answered for those of T2T-ViT."""
     for op in ("soft_split_linear", "performer_attention", "token_mlp", "performer_layer"):
         assert backends.reason(op, "triton", Request("cpu", torch.float32, {})) is None

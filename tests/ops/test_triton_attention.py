@@ -1,4 +1,4 @@
-"""The Triton kernels of Performer attention, interpreted: cuts, chunks, masks, shifts and roundings."""
+"""The Triton kernels of Performer attention, interpreted: splits, chunks, masks, shifts and rounding."""
 
 from contextlib import ExitStack
 
@@ -35,16 +35,16 @@ def small_tiles():
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 97])
 def test_tiles_and_splits(length, dtype):
-    """Tiles that end early, one split and several, and a merge; gradients too."""
+    """Partial tiles, one split and several with a merge; output and gradients."""
     splits, tiles = cut(length, 1, 16, 32)
     assert (splits > 1) == (length > 16) and (splits - 1) * tiles * 16 < length <= splits * tiles * 16
-    # one token attends to itself: only a half-open gate gives q, k and w a gradient worth comparing
+    # one token attends to itself: the gradients of q, k and w are only significant with a half-open gate
     check(case_of(length, eps=0.1 if length == 1 else 1e-8), DTYPES[dtype])
 
 
 @pytest.fixture
 def chunks(small_tiles):
-    """Besides, features in chunks of 16, in every pass."""
+    """Small tiles, and features in chunks of 16, in every pass."""
     with ExitStack() as stack:
         for name in TABLE.passes:
             small = TABLE.chosen(name, "cpu", torch.float32, 16, 16)
@@ -56,14 +56,14 @@ def chunks(small_tiles):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("length", "m"), [(1, 33), (97, 16), (97, 40), (70, 48)])
 def test_features_in_chunks(length, m, dtype):
-    """One chunk and several, the last one partly filled, more chunks than tiles and fewer; every gradient."""
+    """One chunk and several, a partial last chunk, more chunks than tiles and fewer; every gradient."""
     check(case_of(length, m=m, batch=2, eps=0.1 if length == 1 else 1e-8), DTYPES[dtype])
 
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_chunks_with_masks_and_a_gradient_of_the_features_or_none(dtype):
-    """Without a gradient for w one program does a split's keys; the numbers are the same bits."""
+def test_chunks_with_masks_with_and_without_gradient_of_w(dtype):
+    """Without a gradient for w one program handles a split's keys; the results are bitwise equal."""
     mask = torch.ones(2, 70, dtype=torch.bool)
     mask[0, :20] = mask[0, 32:48] = mask[0, 64:] = False
     mask[1] = torch.arange(70) == 37
@@ -79,20 +79,20 @@ def test_chunks_with_masks_and_a_gradient_of_the_features_or_none(dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("norm", [0.0, 10.0, 100.0])
 def test_chunks_at_any_norm(norm, dtype):
-    """A running maximum over chunks: the gate still takes all to 0 without a NaN."""
+    """The running maximum spans all chunks: a closed gate gives 0 instead of NaN."""
     check_at_norm(norm, DTYPES[dtype])
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("queries", "keys"), [(3, 40), (40, 3)])
-def test_queries_and_keys_of_different_number(queries, keys):
+def test_different_numbers_of_queries_and_keys(queries, keys):
     check(case_of(queries, keys, batch=2), torch.float32)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_masks_that_empty_whole_splits(dtype):
-    """The first tiles, a middle and the last one without a key; one sample keeps a single key."""
+    """The first tiles, a middle one and the last have no key; one sample keeps a single key."""
     mask = torch.ones(2, 70, dtype=torch.bool)
     mask[0, :20] = mask[0, 32:48] = mask[0, 64:] = False
     mask[1] = torch.arange(70) == 37
@@ -104,7 +104,7 @@ WIDTHS = [(32, 16), (64, 64), (96, 40), (128, 128), (256, 16), (7, 100), (16, 30
 
 @pytest.mark.parametrize(("width", "m"), WIDTHS)
 def test_widths_and_features(width, m):
-    """Sizes of the matrix instructions and what is padded up to them; at once and in chunks, as by default."""
+    """Sizes of the matrix instructions and sizes padded to them; with default chunks."""
     check(case_of(20, width=width, m=m, norm=1.0, eps=0.1), torch.float32)
 
 
@@ -115,7 +115,7 @@ def test_gradients_at_any_norm(norm, dtype):
 
 
 def check_at_norm(norm, dtype):
-    """Errors relative to the problem without a gate, since the gate takes all to 0; upstream's are NaN in float16."""
+    """Errors relative to the results without a gate, since a closed gate gives 0; upstream gives NaN in float16."""
     case = case_of(45, width=64, m=32, norm=norm).cast(dtype)
     out, gradients = case.run_backward("triton")
     wide = {name: t.double().requires_grad_() for name, t in case.tensors.items()}
@@ -138,7 +138,7 @@ def check_at_norm(norm, dtype):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_a_shift_that_does_not_hold(dtype):
-    """The first tile's keys lie far out, so that later weights would leave every range: streamed again, still right."""
+    """The first tile's keys are so long that later weights would overflow: the split is streamed again."""
     dtype = DTYPES[dtype]
     case = case_of(40, width=64, m=32)
     case.tensors["k"][:, :17] *= 10
@@ -155,7 +155,7 @@ def test_a_shift_that_does_not_hold(dtype):
 
 
 def test_weights_are_summed_as_rounded():
-    """Values of 1 come out as the gate, which is 1 here: rounding of weights and of their sum cancel exactly."""
+    """For values of 1 the output is the gate, here 1: the rounding of the weights and of their sum cancels exactly."""
     case = case_of(150, width=64, m=32).cast(torch.float16)
     case.tensors["v"].fill_(1)
     assert (case.run("triton") == 1).all()
@@ -164,7 +164,7 @@ def test_weights_are_summed_as_rounded():
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["T2T stage 3", "norm 4", "one token"])
 def test_float32_in_three_tf32_products(name, dtype, matrix_units):
-    """What runs in TF32 stays within the table's tolerance: float32 by three products, float16's gradients by one."""
+    """Within the table's tolerance: float32 from three TF32 products, float16's gradients from one."""
     case = next(case for case in CASES["performer_attention"]() if case.name == name)
     check(case, DTYPES[dtype], name)
     assert matrix_units == ({"tf32"} if dtype == "fp32" else {"float16", "tf32"})
@@ -172,7 +172,7 @@ def test_float32_in_three_tf32_products(name, dtype, matrix_units):
 
 @pytest.mark.parametrize("name", ["T2T stage 3", "norm 4"])
 def test_tf32_where_torch_allows_it(name, matrix_units, monkeypatch):
-    """Operands rounded rather than cut wherever they are made here: within the error analysis' 5e-3, far above 1e-5."""
+    """Computed operands are rounded, not truncated: the error is within the analysis' 5e-3 and far above 1e-5."""
     monkeypatch.setattr(triton_runtime, "allows_tf32", lambda: True)
     case = next(case for case in CASES["performer_attention"]() if case.name == name)
     expected, expected_gradients = case.cast(torch.float64).run_backward("reference", torch.float32)
@@ -192,7 +192,7 @@ def test_torch_decides_about_tf32():
 
 
 def test_features_in_float32_lose_nothing_in_half_precision():
-    """Under autocast w stays float32 and enters in two parts: rounding it would cost far more at a large norm."""
+    """Under autocast w stays float32 and is split into two parts: rounding it would cost far more at a large norm."""
     case = case_of(60, width=64, m=32, norm=20.0, eps=0.0)
     q, k, v = (case.tensors[name].half() for name in ("q", "k", "v"))
     w = case.tensors["w"]

@@ -39,7 +39,7 @@ def test_autocast_runs_the_kernels_in_its_dtype():
 
 @pytest.mark.parametrize("heads", [None, 2])
 def test_packed_views_are_read_in_place(heads):
-    """k, q, v of one tensor, heads side by side or not, through their strides alone."""
+    """k, q and v are views of one tensor, with or without adjacent heads, and are read through their strides."""
     packed = torch.randn(2, 30, 3, 32) / 2
     k, q, v = (part if heads is None else part.unflatten(-1, (heads, 16)).transpose(1, 2) for part in packed.unbind(2))
     w = features(torch.Generator().manual_seed(0), 8, k.shape[-1])
@@ -50,7 +50,7 @@ def test_packed_views_are_read_in_place(heads):
 
 
 class NewTensors(TorchDispatchMode):
-    """Remembers every tensor that an operation made."""
+    """Records every tensor that an operation creates."""
 
     def __init__(self):
         super().__init__()
@@ -63,14 +63,14 @@ class NewTensors(TorchDispatchMode):
 
 
 class NotLaunched:
-    """A kernel that does nothing; the interpreter copies what a GPU reads in place."""
+    """A kernel that does nothing; the interpreter would copy tensors that a GPU reads in place."""
 
     def __getitem__(self, grid):
         return lambda *arguments, **constants: None
 
 
-def test_no_wide_tensor_of_token_length_and_what_is_saved(monkeypatch):
-    """Forward and backward in float16: all that grows with the tokens is y, dq, dk and dv; the key state is kept."""
+def test_intermediate_and_saved_tensors(monkeypatch):
+    """In float16 the only wide tensors of token length are y, dq, dk and dv; only the key state is saved."""
     length, width, m = 331, 64, 32
     q, k, v, grad = torch.randn(4, 2, length, width).half()
     w = features(torch.Generator().manual_seed(0), m, width)
@@ -91,7 +91,7 @@ def test_no_wide_tensor_of_token_length_and_what_is_saved(monkeypatch):
     assert sum(t.nbytes for t in kept if t.untyped_storage().data_ptr() not in own) == 2 * 4 * m * (width + 1)
 
 
-def test_strides_beyond_32_bits_are_copied_away(monkeypatch):
+def test_tensors_with_strides_beyond_32_bits_are_copied(monkeypatch):
     expected, _ = T2T.run_backward("triton")
     monkeypatch.setattr(triton_runtime, "OFFSET_LIMIT", 1000)
     out, _ = T2T.run_backward("triton")
@@ -101,7 +101,7 @@ def test_strides_beyond_32_bits_are_copied_away(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_one_graph_under_compile(dynamic, monkeypatch):
-    """Opaque to the compiler, self-test included, forward and backward, without a break; the same bits as eager."""
+    """Forward, backward and self-test are opaque to the compiler: no graph break, bitwise equal to eager."""
     monkeypatch.setattr(triton_runtime, "_trials", {})
     torch._dynamo.reset()
     q, k, v, w = T2T.tensors.values()
@@ -144,8 +144,8 @@ def test_activation_checkpointing():
         assert torch.equal(leaf.grad, gradients[name])
 
 
-def test_a_module_runs_on_it():
-    """TokenPerformer by its layer's operator; unfused, where a hook makes it so, by the attention's."""
+def test_module_runs_on_triton():
+    """TokenPerformer runs the layer's operator; unfused because of a hook, it runs the attention's."""
     layer = t2t_fast.TokenPerformer(27, 16).eval()
     x = torch.randn(2, 20, 27)
     with t2t_fast.backend("reference"):
@@ -160,7 +160,7 @@ def test_a_module_runs_on_it():
 
 @pytest.fixture
 def untried(monkeypatch):
-    """Nothing was tried yet, and ``auto`` may take interpreted kernels."""
+    """No kernel has been tried, and ``auto`` may select interpreted kernels."""
     monkeypatch.setattr(triton_runtime, "_trials", {})
     table = backends._tables["performer_attention"]
     monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
@@ -179,8 +179,8 @@ WRONG = {
 
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("how", list(WRONG))
-def test_a_kernel_that_fails_is_left_once_with_a_warning(how, monkeypatch):
-    """``auto`` goes on with the next backend, an explicit choice raises, and both say why."""
+def test_failing_kernel_is_disabled_with_one_warning(how, monkeypatch):
+    """``auto`` falls back to the next backend, an explicit choice raises, and both report the reason."""
     run, words = WRONG[how]
     monkeypatch.setattr(kernels, "launch_read_out", run)
     with pytest.warns(RuntimeWarning, match="leaves its Triton kernel: its") as caught:
@@ -198,13 +198,13 @@ def test_a_kernel_that_fails_is_left_once_with_a_warning(how, monkeypatch):
 
 
 def refused(name):
-    """The name back if that backend cannot run on this machine."""
+    """``name`` if that backend cannot run on this machine, else ``None``."""
     return name if backends.reason("performer_attention", name, backends.Request("cpu", torch.float32, {})) else None
 
 
 @pytest.mark.usefixtures("untried")
 def test_each_kind_of_call_is_tried_once(monkeypatch):
-    """A dtype, a size class, forward or both: one run each, whatever the length and the batch."""
+    """One run per dtype, size class, and forward or both passes, regardless of length and batch."""
     runs, trial = [], support._run
     monkeypatch.setattr(support, "_run", lambda *args: runs.append(args[1:]) or trial(*args))
     for length in (5, 20):
@@ -221,8 +221,8 @@ def test_each_kind_of_call_is_tried_once(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_self_test_does_not_depend_on_where_it_is_asked_for(dtype, monkeypatch, matrix_units):
-    """Inside an autocast region, in inference mode, with TF32 allowed, whatever the matrix units round."""
+def test_self_test_does_not_depend_on_its_context(dtype, monkeypatch, matrix_units):
+    """It passes inside an autocast region, in inference mode, with TF32 allowed, and with emulated matrix units."""
     for tf32 in (False, True):
         monkeypatch.setattr(triton_runtime, "_trials", {})
         monkeypatch.setattr(triton_runtime, "allows_tf32", lambda tf32=tf32: tf32)
@@ -233,8 +233,8 @@ def test_the_self_test_does_not_depend_on_where_it_is_asked_for(dtype, monkeypat
         assert set(triton_runtime._trials.values()) == {None}
 
 
-def test_the_self_test_leaves_the_generator_alone_and_sees_real_tensors(monkeypatch):
-    """Also when the call that it precedes is one of fake tensors."""
+def test_self_test_runs_on_real_tensors_and_keeps_the_rng_state(monkeypatch):
+    """Even before a call with fake tensors."""
     monkeypatch.setattr(triton_runtime, "_trials", {})
     state = torch.get_rng_state()
     with FakeTensorMode() as mode:
@@ -250,20 +250,20 @@ def test_the_self_test_leaves_the_generator_alone_and_sees_real_tensors(monkeypa
         (case_of(4).cast(torch.float64), "no Triton kernel for float64"),
     ],
 )
-def test_what_it_cannot_run(case, words):
+def test_unsupported_calls_raise(case, words):
     with pytest.raises(BackendUnavailable, match=words):
         case.run("triton")
     case.run()
 
 
-def test_auto_leaves_the_interpreter_to_tests():
+def test_auto_skips_the_interpreter():
     explanation = t2t_fast.explain("performer_attention", device="cpu")
     verdict = next(verdict for _, name, verdict in explanation.rows if name == "triton")
     assert verdict == "available, passed over by auto: Triton's interpreter is for tests"
 
 
-def test_gradients_of_the_portable_form_agree():
-    """What the self-test compares with is itself the reference's gradient."""
+def test_aten_gradients_match_the_reference():
+    """The self-test's expected gradients equal the reference's."""
     q, k, v, w, grad = (t.double() for t in support.problem("cpu", torch.float32, torch.float32, 16, 16))
     _, lz, state = aten_impl.attend(q, k, v, w, 1e-8, None)
     found = aten_impl.gradients(grad, q, k, v, w, 1e-8, None, lz, state, True)

@@ -1,6 +1,6 @@
-"""A whole Performer layer of Triton kernels, interpreted: its gradients, and two steps in one launch.
+"""A whole Performer layer of Triton kernels, interpreted: its gradients, and its fused launches of two steps.
 
-Those are the soft split and the pass over the keys, and the pass over the queries and token_mlp.
+One fuses the soft split with the pass over the keys, the other the pass over the queries with token_mlp.
 """
 
 import warnings
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reas
 
 
 def case_of(shape=(2, 8, 9, 7), kernel=3, stride=2, padding=1, width=16, m=8, hidden=16, drops=(0.3, 0.2), eps=1e-8):
-    """Every tensor wanting a gradient; k and q of norm 2 or so."""
+    """A case in which every tensor requires a gradient; k and q have norms near 2."""
     generator = torch.Generator().manual_seed(sum(shape))
     columns = shape[1] * kernel**2
     tensors = {
@@ -59,7 +59,7 @@ def check(case, dtype):
 
 @pytest.fixture(autouse=True)
 def known_to_work(monkeypatch):
-    """The self-tests of the single operators have tests of their own; here they would take most of the time."""
+    """No self-tests: other tests cover them, and they would take most of the time."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
 
 
@@ -69,7 +69,7 @@ SMALL_SPLIT = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "block": 16
 
 @contextmanager
 def launches(fused):
-    """Every pair of steps by one launch (fused 1) or by two (0), in tiles of 16 tokens."""
+    """One launch for every pair of steps (``fused`` 1) or two (0), with tiles of 16 tokens."""
     with (
         TABLE.override("read_out_mlp", {**SMALL, "fused": fused}),
         TABLE.override("split_keys", {**SMALL_SPLIT, "fused": fused}),
@@ -79,7 +79,7 @@ def launches(fused):
 
 @pytest.fixture
 def small_tiles():
-    """One launch for two steps."""
+    """One launch for two steps, with tiles of 16 tokens."""
     with launches(1):
         yield
 
@@ -87,7 +87,7 @@ def small_tiles():
 @pytest.mark.parametrize("fused", [1, 0], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_gradients(dtype, fused):
-    """Dropout in both places; the gradients can only be right if backward draws forward's masks again."""
+    """With both dropouts: the gradients are only right if backward draws the same masks as forward."""
     with launches(fused):
         check(case_of(), DTYPES[dtype])
 
@@ -103,12 +103,12 @@ def test_gradients(dtype, fused):
     ],
 )
 def test_sizes(sizes, dtype):
-    """One token attends to itself: only a half-open gate gives k, q and w a gradient worth comparing."""
+    """One token attends to itself: the gradients of k, q and w are only significant with a half-open gate."""
     check(case_of(**sizes), DTYPES[dtype])
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_no_sample():
+def test_empty_batch():
     out, gradients = case_of((0, 8, 9, 7)).run_backward("triton")
     assert out.shape == (0, 20, 16) and gradients["x"].shape == (0, 8, 9, 7)
     assert all(not gradient.any() for gradient in gradients.values())
@@ -117,7 +117,7 @@ def test_no_sample():
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("layout", ["channels_last", "every other column", "tokens"])
 def test_layouts_of_the_input(layout):
-    """Read through its strides: the same numbers as of a contiguous copy, its gradient too."""
+    """It is read through its strides: the same output and gradient as for a contiguous copy."""
     case = case_of()
     x = case.tensors["x"]
     if layout == "channels_last":
@@ -144,7 +144,7 @@ def test_the_same_bits_twice(dtype):
 
 
 def block_of(length, width=16, m=8, hidden=16, drops=(0.3, 0.2), batch=2, dtype=torch.float32):
-    """What lies behind kqv: its arguments in their order."""
+    """The arguments, in order, of the steps after kqv."""
     generator = torch.Generator().manual_seed(length)
     kqv = torch.randn(batch, length, 3 * width, generator=generator)
     kqv[..., : 2 * width] *= 2 * width**-0.5
@@ -161,8 +161,10 @@ def run(arguments, fused, **parameters):
 
 
 def same(dtype):
-    """How far apart the same numbers may be: one near the middle of two values may round to either, and the
-    interpreter's float32 products add their terms in an order that their sizes and the processor decide.
+    """The allowed difference of equal results.
+
+    A value halfway between two numbers may round to either, and the order of summation of the interpreter's float32
+    products depends on their sizes and the processor.
     """
     return max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps)
 
@@ -180,8 +182,8 @@ ONE_LAUNCH = [
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("length", "sizes", "parameters"), ONE_LAUNCH)
-def test_one_launch_is_two(length, sizes, parameters, dtype, monkeypatch):
-    """The same numbers within the rounding of one result, and nothing of the other launches."""
+def test_one_launch_matches_two(length, sizes, parameters, dtype, monkeypatch):
+    """Equal within one rounding; the separate kernels are not launched."""
     arguments = block_of(length, dtype=DTYPES[dtype], **sizes)
     expected = run(arguments, fused=0)
     for module, name in ((kernels, "launch_read_out"), (kernels.mlp, "run")):
@@ -191,7 +193,7 @@ def test_one_launch_is_two(length, sizes, parameters, dtype, monkeypatch):
 
 
 def projection_of(shape, kernel, stride, padding, width=16, m=8, dtype=torch.float32, pixels=()):
-    """What comes before the key state: image, Linear, w and the layer's constants."""
+    """The arguments of the steps before the key state: image, Linear, w and the layer's constants."""
     case = case_of(shape, kernel, stride, padding, width, m).cast(dtype)
     names = ("kqv_weight", "kqv_bias", "norm1_weight", "norm1_bias")
     linear = tuple(case.tensors[name] for name in names)
@@ -224,8 +226,8 @@ PROJECTIONS = [
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("sizes", "parameters"), PROJECTIONS)
-def test_one_launch_for_split_and_keys_is_two(sizes, parameters, dtype, monkeypatch):
-    """kqv, statistics and key state within rounding, q and v alone the same bits, and nothing of the other launches."""
+def test_one_launch_for_split_and_keys_matches_two(sizes, parameters, dtype, monkeypatch):
+    """kqv, statistics and key state equal within rounding, q and v alone bitwise; no separate kernel is launched."""
     arguments = projection_of(dtype=DTYPES[dtype], **sizes)
     expected = project(arguments, fused=0)
     for module, name in ((kernels, "launch_key_state"), (kernels, "launch_split_linear")):
@@ -240,12 +242,14 @@ def test_one_launch_for_split_and_keys_is_two(sizes, parameters, dtype, monkeypa
     assert torch.equal(lz, found[3]) and torch.equal(state, found[4])
 
 
-# the first try's sums overflow, as they should
+# the sums of the first attempt overflow, as intended
 @pytest.mark.filterwarnings("ignore:overflow encountered in reduce:RuntimeWarning")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_keys_that_outgrow_the_speculated_shift(dtype):
-    """Long keys first, then short ones: their weights leave the range under the first tile's shift, and the tokens run
-    again. Where an image is flat, LayerNorm leaves nothing but its bias, here 0."""
+    """Long keys are followed by short ones, whose weights overflow with the first tile's shift; the tokens run again.
+
+    In the flat part of the image the output of LayerNorm is its bias, here 0.
+    """
     arguments = projection_of((1, 16, 20, 20), 3, 2, 1, dtype=DTYPES[dtype])
     x, (weight, _, _, norm_bias), _, _ = arguments
     x[:, :, 10:], weight[:16] = 0.5, 8 * weight[:16]
@@ -260,7 +264,7 @@ def test_keys_that_outgrow_the_speculated_shift(dtype):
 
 
 @pytest.mark.parametrize(("name", "size"), [("width", 128), ("width", 24), ("m", 65), ("hidden", 65)])
-def test_what_does_not_fit_takes_two_launches(name, size, monkeypatch):
+def test_sizes_that_do_not_fit_take_two_launches(name, size, monkeypatch):
     monkeypatch.setattr(kernels, "read_out_mlp_kernel", None)
     sizes = {"width": 16, "m": 8, "hidden": 16}
     assert launch.fits(*sizes.values()) and not launch.fits(*(sizes | {name: size}).values())
@@ -269,7 +273,7 @@ def test_what_does_not_fit_takes_two_launches(name, size, monkeypatch):
 
 
 def test_few_tokens_may_have_other_launches(monkeypatch):
-    """The section of the table for few tokens decides whether there is one launch: here of 6 tokens two, of 40 one."""
+    """The table's section for few tokens selects the number of launches: here two for 6 tokens, one for 40."""
     monkeypatch.setattr(TABLE, "rows", {"few": {"split_keys": {"fp32-E16-m16-C16": {"fused": 0}}}})
     monkeypatch.setattr(TABLE, "_selected", {})
     monkeypatch.setattr(triton_runtime, "section", lambda device, tokens: "few" if tokens <= 10 else "many")
@@ -290,15 +294,15 @@ def test_a_projection_that_does_not_fit_takes_two_launches(sizes, monkeypatch):
 
 @pytest.mark.parametrize(("architecture", "dtype"), [("sm_90", "bf16"), ("cpu", "fp32")])
 @pytest.mark.parametrize(("name", "small", "last"), [("read_out_mlp", SMALL, 64), ("split_keys", SMALL_SPLIT, 96)])
-def test_the_table_decides(architecture, dtype, name, small, last):
+def test_parameters_come_from_the_table(architecture, dtype, name, small, last):
     found = TABLE.chosen(name, architecture, DTYPES[dtype], 64, 32, last)
     assert set(found) == {*small, "fused"}
     candidates = launch.candidates(name, found)
     assert all(set(each) == set(found) for each in candidates) and candidates[-1]["fused"] == 0
 
 
-def test_a_fused_kernel_that_fails_is_left_for_two_launches(monkeypatch):
-    """With a warning, once; the layer stays with its other Triton kernels."""
+def test_failing_fused_kernel_is_replaced_by_two_launches(monkeypatch):
+    """One warning; the layer keeps its other Triton kernels."""
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
     wrong = fusion._expected_queries
@@ -312,7 +316,7 @@ def test_a_fused_kernel_that_fails_is_left_for_two_launches(monkeypatch):
     assert torch.equal(run(arguments, fused=0), out)
 
 
-def test_a_fused_projection_that_fails_is_left_for_two_launches(monkeypatch):
+def test_failing_fused_projection_is_replaced_by_two_launches(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
     wrong = fusion._expected_keys
@@ -324,7 +328,7 @@ def test_a_fused_projection_that_fails_is_left_for_two_launches(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_its_own_self_tests(dtype, monkeypatch):
+def test_fused_kernels_pass_their_self_tests(dtype, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(triton_runtime, "_trials", {})
     dtype = DTYPES[dtype]
@@ -335,13 +339,13 @@ def test_its_own_self_tests(dtype, monkeypatch):
 
 
 def test_float32_in_three_tf32_products(matrix_units):
-    """The layer's tolerance holds if every product is made of three in TF32."""
+    """Within the layer's tolerance when every product is the sum of three TF32 products."""
     check(case_of(), torch.float32)
     assert matrix_units == {"tf32"}
 
 
 def test_tf32_where_torch_allows_it(matrix_units, monkeypatch):
-    """y is rounded before it is multiplied, rather than cut: within the error analysis' 2e-3, far above 1e-5."""
+    """y is rounded, not truncated, before the product: the error is within the analysis' 2e-3 and far above 1e-5."""
     arguments = block_of(40, width=64, m=32, hidden=64)
     kqv, w, eps, mlp, options, seed = arguments
     k, q, v = kqv.double().chunk(3, dim=-1)
@@ -353,7 +357,7 @@ def test_tf32_where_torch_allows_it(matrix_units, monkeypatch):
 
 
 def test_what_is_saved_for_backward():
-    """kqv and the key state; neither y nor anything else of token length."""
+    """kqv, the key state and the statistics are saved; y is not."""
     case, kept = case_of(), {}
     tensors = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in case.tensors.items()}
     inputs = {t.untyped_storage().data_ptr() for t in tensors.values()}
@@ -366,7 +370,7 @@ def test_what_is_saved_for_backward():
 
 @pytest.mark.slow
 def test_one_graph_under_compile():
-    """Opaque to the compiler, forward and backward, without a break; the same bits as eager."""
+    """Forward and backward are opaque to the compiler: no graph break, bitwise equal to eager."""
     torch._dynamo.reset()
     case = case_of()
     tensors = {name: t for name, t in case.tensors.items() if name not in ("x", "kqv_weight")}

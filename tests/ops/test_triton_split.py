@@ -1,4 +1,4 @@
-"""The Triton kernels of soft_split_linear, interpreted: tiles, blocks, strides, roundings, self-test, compilation."""
+"""The Triton kernels of soft_split_linear, interpreted: tiles, blocks, strides, rounding, self-test, compilation."""
 
 import warnings
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reas
 
 
 def case_of(channels=16, size=(9, 7), outputs=20, kernel=3, stride=2, padding=1, batch=2, normed=True, offset=0.0):
-    """An image, a Linear and its LayerNorm, every tensor wanting a gradient."""
+    """An image, a Linear and its LayerNorm; every tensor requires a gradient."""
     generator = torch.Generator().manual_seed(0)
     columns = channels * functional.window(kernel).taps
     tensors = {
@@ -53,7 +53,7 @@ def check(case, dtype, label=""):
 
 @pytest.fixture
 def small_tiles():
-    """Tiles of 16 tokens, many splits, one group of outputs a program, in every pass."""
+    """Tiles of 16 tokens, many splits, one group of outputs per program, in every pass."""
     with ExitStack() as stack:
         for name in launch.PASSES:
             small = {"tokens": 16, "warps": 4, "stages": 2, "block": 16, "parts": 1, "programs": 8, "blocks": 3}
@@ -97,7 +97,7 @@ def test_default_tiles(name):
 @pytest.mark.parametrize("turned", [0, 1])
 @pytest.mark.parametrize("name", ["a partial tile", "an image in cells", "an image gathered", "a small grid"])
 def test_blocks_of_the_weights_gradient(name, turned):
-    """Several blocks of columns in a program, either way round; tiles with many images, and splits of several tiles."""
+    """Several blocks of columns per program, turned or not; tiles of many images, and splits of several tiles."""
     shape = {"tokens": 32, "warps": 4, "stages": 2, "block": 16, "parts": 2, "blocks": 3, "turned": turned}
     case = case_of(size=(5, 3), padding=1, batch=17) if name == "a small grid" else SIZES[name]
     with launch.TABLE.override("weight", {**shape, "programs": 1}):
@@ -106,7 +106,7 @@ def test_blocks_of_the_weights_gradient(name, turned):
 
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_phases_of_the_images_gradient(programs):
-    """All phases of a tile by one program, and each by its own, of a window with unequal strides."""
+    """A window with unequal strides; one program for all phases of a tile, or one for each phase."""
     shape = {"tokens": 16, "warps": 4, "stages": 1, "block": 16, "parts": 2, "programs": programs}
     case = case_of(size=(9, 8), outputs=130, kernel=(5, 3), stride=(3, 2), padding=(2, 1))
     with launch.TABLE.override("image", shape):
@@ -115,7 +115,7 @@ def test_phases_of_the_images_gradient(programs):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_flat_images_gradient_stays_in_range(dtype):
-    """Where r is 316, ``r G`` would leave float16's range; r multiplies what the product gave, in float32."""
+    """With r = 316, ``r G`` would exceed float16's range; r multiplies the product, in float32."""
     case = case_of(padding=0)
     x = torch.full_like(case.tensors["x"], 0.5).to(dtype).requires_grad_()
     rest = {name: t.to(dtype) for name, t in case.tensors.items() if name != "x"}
@@ -132,7 +132,7 @@ def test_a_flat_images_gradient_stays_in_range(dtype):
 
 @pytest.mark.parametrize("layout", ["channels last", "tokens", "sliced", "turned", "packed"])
 def test_any_strides(layout):
-    """The same values wherever they lie, read in place; the image's gradient too."""
+    """Any layout is read in place and gives the same output and image gradient."""
     case = case_of(size=(8, 8))
     x = case.tensors["x"]
     views = {
@@ -165,7 +165,7 @@ def test_any_strides(layout):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
 def test_autocast_of_a_bright_image(offset, dtype):
-    """A float32 image enters the product less its centre: rounding it costs no more than rounding normalised values."""
+    """A float32 image is rounded after subtracting its centre, which costs no more than rounding normalised values."""
     case = case_of(channels=3, size=(19, 19), kernel=7, stride=4, padding=0, offset=offset)
     expected, _ = case.cast(torch.float64).run_backward("reference")
     with torch.autocast("cpu", dtype):
@@ -175,7 +175,7 @@ def test_autocast_of_a_bright_image(offset, dtype):
 
 
 def statistics(x, window, dtype):
-    """The kernel's mean and reciprocal standard deviation of every window, and both of the same values in float64."""
+    """Mean and reciprocal standard deviation of every window, from the kernel and in float64."""
     columns = x.shape[1] * window.taps
     _, *found = triton_impl.run(x, torch.ones(8, columns), None, None, None, 1e-5, window, dtype)
     patches = torch.nn.functional.unfold(x.double(), *window[:1], padding=window.padding, stride=window.stride)
@@ -186,7 +186,7 @@ def statistics(x, window, dtype):
 @pytest.mark.parametrize("channels, window", [(16, square(3, 2, 0)), (3, square(7, 4, 0)), (5, square(3, 2, 0))])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
 def test_statistics_survive_an_offset(offset, channels, window, dtype):
-    """Window means and deviations of what the dtype holds of an image: no offset of it reaches them."""
+    """The statistics of the rounded image are accurate for any offset."""
     x = (case_of(channels=channels, size=(19, 23)).tensors["x"] + offset).to(dtype)
     for found, exact in zip(*statistics(x, window, dtype), strict=True):
         assert errors(found, exact)[0] <= 1e-6
@@ -194,12 +194,12 @@ def test_statistics_survive_an_offset(offset, channels, window, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_statistics_where_the_centre_stands_out(dtype):
-    """Values less the centre's are then all far from 0, and the variance is a small part of their squares."""
+    """All values minus the centre are then far from 0, and the variance is small compared with their squares."""
     x, window = torch.zeros(1, 64, 3, 3, dtype=dtype), square(3, 2, 0)
     x[0, 0, 1, 1] = 1000.0
     (mean, rstd), (exact_mean, exact_rstd) = statistics(x, window, dtype)
     allowed = 1e-6 if dtype == torch.float32 else 64 * 9 * torch.finfo(torch.float32).eps
-    assert ((mean - exact_mean).abs() * exact_rstd).max() <= 1e-6  # of a standard deviation
+    assert ((mean - exact_mean).abs() * exact_rstd).max() <= 1e-6  # in standard deviations
     assert errors(rstd, exact_rstd)[0] <= allowed
     x[0, 5, 2, 2] = float("nan")
     assert torch.stack(statistics(x, window, dtype)[0]).isnan().all()
@@ -214,8 +214,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
-def test_packing_is_undone(name):
-    """Every value of the weight has one place, everything else is zero, and the blocks are whole."""
+def test_unpack_inverts_pack(name):
+    """Every element of the weight is packed once, the other elements are zero, and all blocks are complete."""
     channels, window = LAYOUTS[name]
     window = Window(*window)
     found = layout(channels, window)
@@ -228,8 +228,8 @@ def test_packing_is_undone(name):
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
-def test_a_layouts_columns_are_the_windows_values(name):
-    """Cells times the packed weight is the convolution, whatever lies in the spare columns."""
+def test_every_layout_against_float64(name):
+    """Cells times the packed weight is the convolution, for any values in the spare columns."""
     channels, window = LAYOUTS[name]
     case = case_of(channels, (13, 12), 20, *(pair for pair in window), normed=False)
     check(case, torch.float32, name)
@@ -244,7 +244,7 @@ def test_two_runs_are_equal_bit_by_bit():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many values the largest new tensor has."""
+    """Records the size of the largest new tensor."""
 
     def __init__(self):
         super().__init__()
@@ -256,15 +256,15 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_nothing_of_unfolded_width_is_formed():
+def test_no_tensor_of_unfolded_width():
     case = case_of(channels=32, size=(24, 24), outputs=16)
     with Largest() as largest:
         case.run_backward("triton")
     assert largest.values <= max(t.numel() for t in case.tensors.values()) < 2 * 12 * 12 * 32 * 9
 
 
-def test_an_image_that_wants_no_gradient():
-    """Nothing is computed for it, and nothing kept: the output is not saved."""
+def test_image_without_gradient():
+    """Only the statistics are saved, not the output."""
     case = case_of(channels=3, size=(15, 15), kernel=7, stride=4, padding=2)
     frozen = Case(case.op, case.name, case.tensors, case.options, ("weight", "bias", "norm_weight", "norm_bias"))
     kept = []
@@ -279,7 +279,7 @@ def test_an_image_that_wants_no_gradient():
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_one_graph_under_compile(dynamic, monkeypatch):
-    """Opaque to the compiler, self-test included, forward and backward, without a break; the same bits as eager."""
+    """Forward, backward and self-test are opaque to the compiler: no graph break, bitwise equal to eager."""
     monkeypatch.setattr(triton_runtime, "_trials", {})
     torch._dynamo.reset()
     case = case_of()
@@ -309,8 +309,8 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
 
-def test_a_kernel_that_fails_is_left_with_a_warning(monkeypatch):
-    """``auto`` goes on with the next backend, an explicit choice raises, and both say why; each kind is tried once."""
+def test_failing_kernel_is_disabled_with_a_warning(monkeypatch):
+    """``auto`` falls back to the next backend, an explicit choice raises with the reason; each kind is tried once."""
     monkeypatch.setattr(triton_runtime, "_trials", {})
     table = backends._tables["soft_split_linear"]
     monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
@@ -328,8 +328,8 @@ def test_a_kernel_that_fails_is_left_with_a_warning(monkeypatch):
     assert len(triton_runtime._trials) == 1
 
 
-def test_a_layer_runs_on_it():
-    """Every operator of a Performer layer by Triton, from the image on."""
+def test_layer_runs_on_triton():
+    """Triton runs every operator of the Performer layers, from the image on."""
     layer = t2t_fast.modules.T2TModule(token_dim=16, embed_dim=24).eval()
     x = torch.randn(1, 3, 24, 20)
     with t2t_fast.backend("reference"):
@@ -346,7 +346,7 @@ def test_shared_cases(name, dtype):
     check(next(case for case in CASES["soft_split_linear"]() if case.name == name), DTYPES[dtype], name)
 
 
-def test_the_dtype_it_has_no_kernel_for():
+def test_float64_raises():
     with pytest.raises(backends.BackendUnavailable, match="no Triton kernel for float64"):
         case_of().cast(torch.float64).run("triton")
 
@@ -354,13 +354,13 @@ def test_the_dtype_it_has_no_kernel_for():
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["a partial tile", "an image in cells"])
 def test_float32_in_three_tf32_products(name, dtype, matrix_units):
-    """Float32 by three products stays within the table's tolerance; float16 needs none, forward or backward."""
+    """Float32 from three products is within the table's tolerance; float16 needs no TF32, forward or backward."""
     check(SIZES[name], DTYPES[dtype], name)
     assert matrix_units == {"tf32" if dtype == "fp32" else "float16"}
 
 
 def test_tf32_where_torch_allows_it(matrix_units, monkeypatch):
-    """Within the error analysis' 5e-3, far above 1e-5."""
+    """The error is within the analysis' 5e-3 and far above 1e-5."""
     monkeypatch.setattr(triton_runtime, "allows_tf32", lambda: True)
     case = case_of()
     expected, expected_gradients = case.cast(torch.float64).run_backward("reference", torch.float32)

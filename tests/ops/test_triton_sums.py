@@ -1,4 +1,4 @@
-"""Long sums in float32: matrix units cut off what they add, so the Triton kernels add up the tiles themselves."""
+"""Long sums in float32: matrix units truncate their sums, so the Triton kernels accumulate the tiles themselves."""
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reas
 
 SIDE = 64
 TOKENS = SIDE * SIDE
-"""4096 by one program, 512 rounds of a matrix unit for each product; a batch of 256 images has 57,344 and more."""
+"""4096 tokens in one program, 512 rounds of a matrix unit per product; a batch of 256 images has at least 57,344."""
 
 
 @triton.jit
 def inside_the_unit(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
-    """``acc + a b`` as it would be with the sum in the matrix unit from the first tile to the last."""
+    """``acc + a b`` with the sum in the matrix unit from the first tile to the last."""
     large_a = (a.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     large_b = (b.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     acc = tl.dot(a - large_a, large_b, acc, input_precision="tf32")
@@ -38,7 +38,7 @@ def inside_the_unit(a, b, acc, PRECISION: tl.constexpr, APART: tl.constexpr = Fa
 
 
 def weights_of_a_linear():
-    """The gradient of a Linear's weight, over positive values, so that every step cuts off the same way."""
+    """The gradient of a Linear's weight; all values are positive, so every step truncates in the same direction."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1, 16, SIDE, SIDE, generator=generator).contiguous(memory_format=torch.channels_last)
     grad = torch.rand(1, TOKENS, 16, generator=generator)
@@ -85,7 +85,7 @@ SUMS = {
 
 @pytest.mark.parametrize("name", list(SUMS))
 def test_many_tokens_in_one_accumulator(name, matrix_units, monkeypatch):
-    """Within the table's tolerance; a sum that stayed in the matrix unit would leave it."""
+    """Within the table's tolerance, which a sum in the matrix unit would exceed."""
     from importlib import import_module
 
     compute, op, modules = SUMS[name]

@@ -1,4 +1,4 @@
-"""The Triton kernels of token_mlp, interpreted: tiles, cuts, masks, scales, self-test, compilation."""
+"""The Triton kernels of token_mlp, interpreted: tiles, programs, masks, scales, self-test, compilation."""
 
 import warnings
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ SHARED = CASES["token_mlp"]()
 
 
 def case_of(length, width=16, hidden=16, batch=1, drops=(0.0, 0.0), missing=()):
-    """Every tensor wanting a gradient."""
+    """A case in which every tensor requires a gradient."""
     generator = torch.Generator().manual_seed(length)
     tensors = {name: torch.randn(batch, length, width, generator=generator) for name in ("y", "v")}
     tensors |= token_mlp_parameters(generator, width, hidden)
@@ -43,13 +43,13 @@ DROPOUT = case_of(49, batch=2, drops=(0.1, 0.1))
 
 
 def cast(case, dtype):
-    """As :meth:`Case.cast`, where a parameter may be absent."""
+    """Like :meth:`Case.cast`, but a parameter may be absent."""
     tensors = {name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in case.tensors.items()}
     return Case(case.op, case.name, tensors, case.options, case.wants_gradient)
 
 
 def run_backward(case, backend, round_to=None):
-    """As :meth:`Case.run_backward`, likewise."""
+    """Like :meth:`Case.run_backward`, but a parameter may be absent."""
     tensors = {name: t.detach().requires_grad_() for name, t in case.tensors.items() if name in case.wants_gradient}
     out = case.call(**case.tensors | tensors, **case.options, backend=backend)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -71,13 +71,13 @@ def check(case, dtype):
 
 @pytest.fixture
 def untried(monkeypatch):
-    """Without the self-tests, each of which takes as long as a test that compares more than it does."""
+    """No self-tests: each takes as long as one of these tests and compares less."""
     monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
 
 
 @pytest.fixture
 def large_tiles():
-    """The interpreter takes as long for a small tile as for a large one."""
+    """Large tiles save time: the interpreter takes as long for a small tile as for a large one."""
     with ExitStack() as stack:
         for name in TABLE.passes:
             stack.enter_context(TABLE.override(name, {"tokens": 128}))
@@ -96,7 +96,7 @@ def test_shared_cases(case, dtype):
     ids=["weights kept", "weights read again", "products apart", "two launches"],
 )
 def small_tiles(request):
-    """Tiles of 16 tokens, several programs that each have some; every way to save registers."""
+    """Tiles of 16 tokens, several programs with one or more tiles each; every option that saves registers."""
     keep, split, lean = request.param
     with ExitStack() as stack:
         for name in TABLE.passes:
@@ -109,7 +109,7 @@ def small_tiles(request):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(("length", "batch"), [(1, 1), (16, 1), (17, 3), (65, 2)])
 def test_tiles_and_programs(length, batch, dtype):
-    """Tiles that end early; programs with one tile, several, and those of two sequences."""
+    """Partial tiles; programs with one tile, several tiles, and tiles of two sequences."""
     check(case_of(length, batch=batch, drops=(0.3, 0.2)), DTYPES[dtype])
 
 
@@ -119,7 +119,7 @@ SIZES = [(20, 60, (0.0, 0.0)), (60, 20, (0.3, 0.4)), (24, 24, (0.4, 0.0)), (7, 1
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize(("width", "hidden", "drops"), SIZES)
 def test_widths(width, hidden, drops):
-    """What is padded; rows that are no whole groups of eight; one dropout of two."""
+    """Padded widths, widths that are not multiples of eight, and only one of the two dropouts."""
     check(case_of(20, width, hidden, drops=drops), torch.float32)
 
 
@@ -135,7 +135,7 @@ def test_absent_parameters(missing):
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("width", [8, 24, 12, 7])
 def test_masks_are_those_of_every_backend(width):
-    """Weights of 0 and biases of 1: the output is the masks themselves."""
+    """The weights are 0 and the biases constant, so the output shows the masks."""
     shape, (p, q), seed = (3, 37, width), (0.3, 0.25), torch.tensor(-(2**62) - 12345)
     zero, one = torch.zeros(width, width), torch.ones(width)
     tokens = torch.zeros(shape)
@@ -148,7 +148,7 @@ def test_masks_are_those_of_every_backend(width):
 
 @pytest.mark.parametrize("octets", [True, False])
 def test_masks_beyond_32_bits(octets):
-    """The counter's high word, with the carry out of the low one inside a tile of 16 tokens of 16 elements."""
+    """The low word of the counter overflows into the high word within a tile of 16 tokens of 16 elements."""
     found, token = torch.zeros(16, 16, dtype=torch.int32), torch.tensor(2**31 - 3)
     lanes_kernel[(1,)](torch.tensor(7), token, found, octets)
     expected = torch.stack(_lanes(2**32 - 6, 2**32 + 26, torch.tensor(7)), dim=-1)
@@ -164,7 +164,7 @@ def lanes_kernel(seed, token, out, OCTETS: tl.constexpr):
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
 def test_gradients_of_any_size_in_float16(size):
-    """A loss scale too large or too small by far: what is representable in the end is right."""
+    """The loss scale is far too large or too small; gradients that are representable are right."""
     case = case_of(70, 64, 64, batch=2, drops=(0.1, 0.1)).cast(torch.float16)
     y, v, *mlp, seed = case.tensors.values()
     mlp, options = MlpParameters(*(t.float() for t in mlp)), Options(1e-5, 0.1, 0.1)
@@ -189,7 +189,7 @@ def test_packed_views_are_read_in_place():
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_programs_change_nothing_but_the_order_of_sums(dtype):
-    """The same bits twice; out, d_y and d_v whatever the number of programs."""
+    """Bitwise repeatable; out, d_y and d_v do not depend on the number of programs."""
     case = DROPOUT.cast(DTYPES[dtype])
     found = []
     for programs in (1, 1, 4):
@@ -204,8 +204,8 @@ def test_programs_change_nothing_but_the_order_of_sums(dtype):
     assert all(torch.equal(first[name], other[name]) for name in ("out", "y", "v"))
 
 
-def test_only_what_is_needed():
-    """Without a gradient for the parameters d_y and d_v are the same bits, and nothing else is summed."""
+def test_no_parameter_gradients_when_frozen():
+    """d_y and d_v are bitwise the same, and no other sums are computed."""
     _, every = DROPOUT.run_backward("triton")
     frozen = Case(DROPOUT.op, DROPOUT.name, DROPOUT.tensors, DROPOUT.options, ("y", "v"))
     _, fewer = frozen.run_backward("triton")
@@ -225,7 +225,7 @@ def test_autocast_runs_the_kernels_in_its_dtype():
 
 @pytest.mark.slow
 def test_one_graph_under_compile(monkeypatch):
-    """Opaque to the compiler, self-test included, forward and backward, without a break; the same bits as eager."""
+    """Forward, backward and self-test are opaque to the compiler: no graph break, bitwise equal to eager."""
     monkeypatch.setattr(triton_runtime, "_trials", {})
     torch._dynamo.reset()
     tensors = {name: t for name, t in DROPOUT.tensors.items() if name not in ("y", "v", "proj_weight")}
@@ -277,8 +277,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("how", list(WRONG))
-def test_a_kernel_that_fails_is_left_once_with_a_warning(how, monkeypatch):
-    """``auto`` goes on with the next backend, an explicit choice raises, and both say why."""
+def test_failing_kernel_is_disabled_with_one_warning(how, monkeypatch):
+    """``auto`` falls back to the next backend, an explicit choice raises, and both report the reason."""
     run, words = WRONG[how]
     monkeypatch.setattr(triton_runtime, "_trials", {})
     table = backends._tables["token_mlp"]
@@ -304,14 +304,14 @@ def test_a_kernel_that_fails_is_left_once_with_a_warning(how, monkeypatch):
         (case_of(4).cast(torch.float64), "no Triton kernel for float64"),
     ],
 )
-def test_what_it_cannot_run(case, words):
+def test_unsupported_calls_raise(case, words):
     with pytest.raises(BackendUnavailable, match=words):
         case.run("triton")
     case.run()
 
 
 def test_an_infinite_gradient_stays_in_its_token():
-    """As a loss scale that is too large makes them in float16: what the other tokens get is as without it."""
+    """As with a loss scale that is too large for float16: the gradients of the other tokens are unaffected."""
     case = cast(case_of(20, width=16, hidden=16, batch=2), torch.float16)
     y, v = case.tensors["y"], case.tensors["v"]
     mlp, grad = MlpParameters(*(case.tensors[name] for name in MlpParameters._fields)), torch.randn(2, 20, 16).half()
@@ -329,6 +329,6 @@ def test_an_infinite_gradient_stays_in_its_token():
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("name", ["T2T stage 3", "dropout"])
 def test_float32_in_three_tf32_products(name, matrix_units):
-    """Products from operands cut to TF32, three of them: within the table's tolerance."""
+    """Within the table's tolerance when every product is the sum of three products of truncated TF32 operands."""
     check(next(case for case in SHARED if case.name == name), torch.float32)
     assert matrix_units == {"tf32"}

@@ -1,6 +1,6 @@
-"""What several tests share."""
+"""Code that several tests share."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout."""
+"""The root of the repository."""

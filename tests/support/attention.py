@@ -1,4 +1,4 @@
-"""Calls of Performer attention that tests make up, and their check."""
+"""Random cases of Performer attention, and their check."""
 
 import torch
 
@@ -6,7 +6,7 @@ from t2t_fast.testing import Case, assert_close, features
 
 
 def case_of(length, keys=None, width=16, m=8, batch=1, norm=2.0, eps=1e-8, mask=None):
-    """q and k of a norm, every tensor wanting a gradient."""
+    """A random case with q and k of norm ``norm``; every tensor requires a gradient."""
     generator = torch.Generator().manual_seed(length)
     q, k, v = (
         torch.randn(batch, tokens, width, generator=generator) * std

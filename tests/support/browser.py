@@ -1,4 +1,4 @@
-"""A page in headless Chromium: what its console says, its DOM after its scripts, and a picture of all of it."""
+"""Pages in headless Chromium: console messages, the DOM after the scripts ran, and screenshots."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ WIDTH = 1280
 
 
 class Page(NamedTuple):
-    """The page's HTML after loading, what was said on its console, and the height that it takes in pixels."""
+    """The page's HTML after loading, its console messages, and its height in pixels."""
 
     dom: str
     console: list
@@ -44,5 +44,5 @@ def load(path, profile, script="", height=900):
 
 
 def screenshot(path, profile, target, height):
-    """Write a picture of the whole page of that height in pixels."""
+    """Write a screenshot of the page; ``height`` is in pixels."""
     _run(path, profile, f"--screenshot={target}", height=height)

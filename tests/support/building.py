@@ -1,4 +1,4 @@
-"""What the tests of building and installing share: copies of the project, stand-ins for what a machine may lack.
+"""Shared by the tests of building and installing: copies of the project, stand-ins for missing tools.
 
 Builds run on copies in temporary folders, offline, with the tools of the running environment.
 """
@@ -36,7 +36,7 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 
 
 def reason(find, *arguments):
-    """Why something cannot be found, or ``None``."""
+    """The reason why ``find`` fails, or ``None``."""
     try:
         find(*arguments)
     except CannotBuild as error:
@@ -47,10 +47,10 @@ def reason(find, *arguments):
 NO_COMPILER = reason(find_compiler)
 NO_OPERATORS = NO_COMPILER or reason(find_torch)
 NO_CUDA = NO_OPERATORS or reason(lambda: find_architectures(find_toolkit(find_torch())))
-# not by find_spec: setuptools' import hook takes that for pip running, and torch.compile fails in the whole process
+# not with find_spec: setuptools' import hook takes it for a running pip, and torch.compile fails in the whole process
 PIP = any(metadata.distributions(name="pip"))
 
-# in an environment of its own, as virtual environments are by default, a build would still find the base Python's
+# from an isolated virtual environment a build would still find the PyTorch of the base Python
 BASE = getattr(sys, "_base_executable", None) or sys.executable
 BASE_HAS_TORCH = located(BASE, {}) is not None
 
@@ -61,7 +61,7 @@ needs_pip = pytest.mark.skipif(not PIP, reason="pip is not installed here")
 
 
 def copy_project(folder, kernels=True, module=True):
-    """What an installation needs, as a checkout has it: no binaries, no git.
+    """Copy the files that an installation needs, without binaries and git.
 
     Without ``kernels`` only the operators' schemas are compiled; without ``module``, ``_C`` is an empty one.
     """
@@ -80,9 +80,9 @@ def copy_project(folder, kernels=True, module=True):
 
 
 def stand_in_torch(folder, version="2.11.0+cpu", cuda=None):
-    """A PYTHONPATH with all that a build uses of a PyTorch of that version; headers and libraries are the real ones.
+    """A PYTHONPATH with the parts of PyTorch ``version`` that a build uses; headers and libraries are the real ones.
 
-    It cannot be imported: a build has no reason to.
+    It cannot be imported, since a build need not import it.
     """
     package = folder / "torch"
     package.mkdir(parents=True)
@@ -94,7 +94,7 @@ def stand_in_torch(folder, version="2.11.0+cpu", cuda=None):
 
 
 def tools(folder, *names):
-    """A PYTHONPATH with these packages of the running environment alone, as a front end gives them to a build."""
+    """A PYTHONPATH with only these packages of the running environment, as a front end passes to a build."""
     folder.mkdir()
     for name in names:
         package = metadata.distribution(name)
@@ -104,7 +104,7 @@ def tools(folder, *names):
 
 
 def stand_in_nvcc(home, version="13.0", architectures=(75, 80, 90, 100), compiles="exit 1"):
-    """A CUDA_HOME whose nvcc answers questions and runs ``compiles`` when it is to compile."""
+    """A CUDA_HOME whose nvcc answers queries and runs ``compiles`` instead of compiling."""
     nvcc = home / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     major, minor = version.split(".")
@@ -125,7 +125,7 @@ esac
 
 
 def run(folder, *command, **variables):
-    """The finished process; its output has both streams."""
+    """Run a command; the result's stdout contains both streams."""
     decided = {"T2T_FAST_BUILD", "SOURCE_DATE_EPOCH", "PYTHONPATH", "CC", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"}
     decided |= {"MAKEFLAGS", "MAKELEVEL", "VIRTUAL_ENV", "CONDA_PREFIX"}
     environment = {name: value for name, value in os.environ.items() if name not in decided}
@@ -145,13 +145,13 @@ def python(folder, *arguments, **variables):
 
 
 def build_in_place(folder, interpreter=sys.executable, **variables):
-    """By a shell, since a build asks the process that starts it for its environment: it must not find pytest's."""
+    """Through a shell: a build reads the environment of its parent process, which must not be pytest's."""
     command = [interpreter, "setup.py", "build_ext", "--inplace"]
     return run(folder, shutil.which("sh"), "-c", '"$@"; exit $?', "sh", *command, **variables)
 
 
 def build_wheel(source, into, **variables):
-    """The path of the wheel that pip makes of a folder or an archive, without network, isolation or dependencies."""
+    """The path of the wheel that pip builds from a folder or an archive, without network, isolation or dependencies."""
     arguments = ["-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", into, source]
     result = python(source.parent, *arguments, **variables)
     assert result.returncode == 0, result.stdout
@@ -183,7 +183,7 @@ def make_wheelhouse(folder, *names):
 
 
 def make_venv(folder, *paths):
-    """The Python of an empty virtual environment that also sees what is in these folders, after its own packages."""
+    """The Python of an empty virtual environment that also imports from these folders, after its own packages."""
     folder.mkdir(parents=True, exist_ok=True)
     run(folder, sys.executable, "-m", "venv", "--without-pip", folder / "venv")
     interpreter = folder / "venv" / "bin" / "python"
@@ -193,11 +193,11 @@ def make_venv(folder, *paths):
 
 
 def said(result):
-    """The line in which setup.py says what it built; it must be one."""
+    """The single line in which setup.py reports what it built."""
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("t2t_fast:")]
     return line
 
 
 def binaries(folder):
-    """The names of the native files that lie in a project."""
+    """The names of a project's native libraries."""
     return {path.name for path in (folder / "t2t_fast").glob("*.so")}

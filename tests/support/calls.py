@@ -1,4 +1,4 @@
-"""What tests of several operators do with a call: skip a backend that cannot run it, take its gradients."""
+"""Functions for tests of several operators: skip a backend that cannot run a call, compute gradients."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def skip_unless_available(op, backend, dtype=torch.float32, **sizes):
 
 
 def with_gradients(call, tensors):
-    """The output of ``call(**tensors)``, under "out", and every tensor's gradient of a fixed random functional."""
+    """The output of ``call(**tensors)``, under "out", and every tensor's gradient for a fixed upstream gradient."""
     leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
     out = call(**leaves)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)

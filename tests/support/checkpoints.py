@@ -23,7 +23,7 @@ def small(**options):
 
 
 def fingerprint(model):
-    """Names, kinds, shapes and bytes of everything that a model holds."""
+    """A hash of the names, dtypes, shapes and bytes of a model's state."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -32,7 +32,7 @@ def fingerprint(model):
 
 
 def exact_state(model):
-    """What a load that fails must leave as it was: values, the objects that hold them, modes, the random state."""
+    """The state that a failed load must not change: values, tensor and module objects, modes, the random state."""
     return (
         fingerprint(model),
         [(name, id(p), p.requires_grad, p.data_ptr()) for name, p in model.named_parameters(remove_duplicate=False)],
@@ -64,7 +64,7 @@ def paddle_file(state, protocol=4, rename=lambda name: name, **entries):
 
 
 def resized_table(table, old, new, extra=1, mode="bicubic"):
-    """Independent of the package: channels first, interpolated, back."""
+    """The resized position table, computed without the package: channels first, interpolated, channels last again."""
     grid = table[:, extra:].reshape(1, *old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new, mode=mode, align_corners=False)
     return torch.cat([table[:, :extra], grid.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1)], dim=1)

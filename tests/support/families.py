@@ -1,7 +1,7 @@
 """The golden cases' models, built from the eager reference package or from the fast modules.
 
-A family is "reference" or "fast". :func:`build` returns the model, the name map to upstream's keys, the call whose
-result the file holds, and where its backbone blocks and tokens can be watched.
+A family is "reference" or "fast". :func:`build` returns the model, the map of its names to upstream's keys, the call
+whose result is in the file, and the names of the backbone's blocks and of the T2T module for hooks.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from . import mmpretrain, vit_pytorch
 
 @dataclass
 class Built:
-    """A model and how the golden files see it."""
+    """A model and its relation to the golden files."""
 
     model: nn.Module
     call: Callable

@@ -1,6 +1,6 @@
-"""Numbers computed with the upstream models in float64, and how to check a model of ours against them.
+"""Results of the upstream models in float64, and functions that compare the project's models with them.
 
-``tests/golden/README.md`` says where the files come from and how weights and inputs follow from names alone.
+``tests/golden/README.md`` describes the origin of the files and how weights and inputs are derived from names.
 """
 
 import json
@@ -47,7 +47,7 @@ def _sinusoid(shape):
 
 
 def make_weight(case, key, shape):
-    """The weight that the recipe draws for one upstream key. Those of the latest model are kept: do not write to it."""
+    """The recipe's weight for one upstream key. The weights of the latest model are cached: do not modify them."""
     if _drawn.get("id") != case["id"]:
         _drawn.clear()
         _drawn["id"] = case["id"]
@@ -92,7 +92,7 @@ def fill(model, case, upstream_key=lambda key: key):
 
 
 def weights_crc32(model, case, upstream_key=lambda key: key):
-    """The checksum chain of golden/README.md over the recipe weights that ``model`` asks for."""
+    """The chained checksum of golden/README.md over the recipe weights of ``model``."""
     total = 0
     shapes = {upstream_key(key): tuple(value.shape) for key, value in model.state_dict().items()}
     for key in sorted(shapes):
@@ -102,13 +102,13 @@ def weights_crc32(model, case, upstream_key=lambda key: key):
 
 
 def loss_of(case, out):
-    """The scalar whose gradients the files hold, and it as a tensor."""
+    """The scalar whose gradients are in the files, as a tensor."""
     r = _normal(case["salt"], "loss", tuple(out.shape)).astype(np.float32)
     return (out * torch.from_numpy(r).to(out.dtype)).sum()
 
 
 def check_sample(case, name, tensor, norm, dot, index, values, rtol, label):
-    """A tensor against its norm, its dot product with a fixed direction, and a few entries.
+    """Compare a tensor's norm, dot product with a fixed direction, and a few entries.
 
     ``rtol`` is relative to the norm (for norm and dot) and to the largest stored entry or the mean size (for entries).
     """

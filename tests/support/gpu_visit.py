@@ -1,4 +1,4 @@
-"""A visit to a GPU without one: a device of words, parts that are small programs, and what a run wrote."""
+"""GPU runs without a GPU: a fake device, small programs as parts, and readers of a run's files."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from benchmarks.gpu import run as gpu
 
 
 class FakeGpu:
-    """The processor in the place of a GPU."""
+    """The CPU in place of a GPU."""
 
     name = "cpu"
 
@@ -29,7 +29,7 @@ class FakeGpu:
         return "sm_90"
 
     def capability(self):
-        return None  # the build is for all architectures, as that of the environment
+        return None  # build for all architectures, like the environment
 
 
 def python_part(text):
@@ -54,7 +54,7 @@ def summary_in(out):
 
 
 def archived(out):
-    """Name -> content of the archive beside a folder."""
+    """Name -> content of the files in the archive next to a folder."""
     with tarfile.open(f"{out}.tar.gz") as file:
         return {member.name: file.extractfile(member).read() for member in file}
 

@@ -1,4 +1,4 @@
-"""Builders of files that are broken, lie about their sizes, or would run code: by hand, as no library writes them."""
+"""Builders of files that are broken, declare wrong sizes, or would run code; no library writes such files."""
 
 import io
 import json
@@ -24,7 +24,7 @@ VALUE = torch.ones(8)
 
 
 class Call:
-    """Pickles as a call of a function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *args):
         self.function, self.args = function, args
@@ -34,7 +34,7 @@ class Call:
 
 
 class View:
-    """Pickles as a float32 tensor of a storage, with whatever sizes it is told."""
+    """An object whose pickle is a float32 tensor of a storage, with arbitrary sizes."""
 
     def __init__(self, size=(48,), stride=(1,), offset=0, numel=48, key="0", kind=torch.FloatStorage):
         self.size, self.stride, self.offset = size, stride, offset
@@ -51,7 +51,7 @@ class Storage:
 
 
 def dumped(content, legacy=False):
-    """The pickle of ``content``, its :class:`Storage` objects as persistent ids."""
+    """The pickle of ``content``, with its :class:`Storage` objects as persistent ids."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
@@ -63,29 +63,29 @@ def dumped(content, legacy=False):
 
 
 def archive(path, content, storages=None, *, compress=False, extra=()):
-    """A zip file as of torch.save: ``content`` (an object, or the bytes of a pickle) and {key: bytes} of storages."""
+    """A zip file like that of torch.save: ``content`` (an object or the bytes of a pickle), storages {key: bytes}."""
     data = content if isinstance(content, bytes) else dumped(content)
     storages = {"0": bytes(4 * 48)} if storages is None else storages
     records = [("m/data.pkl", data), ("m/byteorder", b"little"), ("m/version", b"3\n")]
     records += [(f"m/data/{key}", value) for key, value in storages.items()]
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else 0) as file:
-        warnings.simplefilter("ignore")  # names that are there twice
+        warnings.simplefilter("ignore")  # duplicate names
         for name, value in (*records, *extra):
             file.writestr(name, value)
 
 
 def opcodes(*parts):
-    """A pickle of a dict under construction, one entry of which is what ``parts`` push, by hand."""
+    """The pickle of a dict with one entry, whose value the opcodes ``parts`` push."""
     return b"\x80\x02}X\x01\0\0\0w" + b"".join(parts) + b"s."
 
 
 def long(number):
-    """The opcode that pushes an integer of eight bytes."""
+    """The opcode that pushes an eight-byte integer."""
     return b"\x8a\x08" + struct.pack("<q", number)
 
 
 def legacy(path, content, storages=None, *, magic=MAGIC, protocol=1001, keys=None):
-    """A file as of torch.save before 1.6: pickles, then the storages, each after its number of elements."""
+    """A file like that of torch.save before 1.6: pickles, then the storages, each after its number of elements."""
     storages = {"0": bytes(4 * 48)} if storages is None else storages
     keys = sorted(storages) if keys is None else keys
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
@@ -112,7 +112,7 @@ def rewritten(path, old, new):
 
 @contextmanager
 def peak_memory():
-    """A list that receives how many bytes the process's memory rose by; empty where the system does not tell."""
+    """A list that receives the increase of the process's peak memory in bytes; empty where it is not available."""
     rise = []
     try:
         with open("/proc/self/clear_refs", "w") as file:
@@ -143,7 +143,7 @@ def array_pickle(code="f4", shape=(2,), data=b"abcdefgh", state=(3, "<", None, N
 
 @contextmanager
 def soon():
-    """Raise after 20 seconds, instead of waiting without end."""
+    """Raise after 20 seconds instead of waiting forever."""
 
     def stop(*_):
         raise TimeoutError("the load does not end")
@@ -158,9 +158,9 @@ def soon():
 
 
 def check_refused(path, make, reason):
-    """The file that ``make`` writes is refused soon, with the reason and in little memory; the model is as it was.
+    """The file that ``make`` writes is refused quickly, with the reason and little memory; the model is unchanged.
 
-    Loaded with ``strict=False``, which accepts more; files are read before the two differ.
+    It is loaded with ``strict=False``, which accepts more than ``strict=True``; both read files in the same way.
     """
     if path.suffix == ".safetensors":
         pytest.importorskip("safetensors")
@@ -168,7 +168,7 @@ def check_refused(path, make, reason):
     model = small()
     before = exact_state(model)
     with warnings.catch_warnings(), soon(), peak_memory() as rise:
-        warnings.simplefilter("ignore")  # of torch.load, about odd pickles
+        warnings.simplefilter("ignore")  # torch.load's, about unusual pickles
         with pytest.raises(CheckpointError, match=reason) as error:
             load_checkpoint(model, path, strict=False, num_classes=4)
     assert str(path) in str(error.value) and len(str(error.value)) < 4000

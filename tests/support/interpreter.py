@@ -1,14 +1,14 @@
-"""Triton's interpreter without work whose results it does not use; what kernels compute stays the same."""
+"""Speeds up Triton's interpreter by removing work whose results are unused; results are unchanged."""
 
 from dataclasses import replace
 from functools import wraps
 
 
 def hasten():
-    """Leave out what takes half of the time of the tests of interpreted kernels (Triton 3.6, 3.8). May be called again.
+    """Halve the time of interpreted kernels (Triton 3.6, 3.8). Calling it again has no effect.
 
     Raises:
-        AttributeError: another Triton names these parts of its interpreter otherwise.
+        AttributeError: this version of Triton has other names in its interpreter.
     """
     from triton.runtime import interpreter
 
@@ -18,10 +18,10 @@ def hasten():
 
 
 def _patch_language_once(interpreter):
-    """A launch prepares Triton's language once for each module that its kernel's functions are in.
+    """A launch patches Triton's language only once for each module of its kernel's functions.
 
-    The interpreter replaces every function of ``triton.language`` when a launch begins, and puts them back at its end.
-    Whenever a kernel calls another function it replaces them as well, by the same ones.
+    The interpreter replaces every function of ``triton.language`` when a launch begins and restores them at its end.
+    It repeats the same replacement whenever a kernel calls another function.
     """
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     prepared = set()  # by this launch
@@ -30,7 +30,7 @@ def _patch_language_once(interpreter):
     def patch_once(function):
         module = id(function.__globals__)
         if module in prepared:
-            return None  # asked for by a call, which ignores it
+            return None  # a call inside a kernel ignores the result
         scope = patch(function)
         prepared.add(module)
         return scope
@@ -48,6 +48,6 @@ def _patch_language_once(interpreter):
 
 
 def _check_no_overflow_in_vain(builder):
-    """Sums and products of integers are computed in 64 bits as well, and compared; only ``debug`` looks at it."""
+    """Disable the overflow check, which repeats integer sums and products in 64 bits and is only used in ``debug``."""
     if not builder.options.debug:
         builder.options = replace(builder.options, sanitize_overflow=False)

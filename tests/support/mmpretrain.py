@@ -1,7 +1,7 @@
-"""mmpretrain's T2T-ViT backbone, put together from official parts: the same network under other names and options.
+"""mmpretrain's T2T-ViT backbone, composed of official parts: the same network with other names and options.
 
-It differs from the official one in the attention scale ("as it stands", mmpretrain's factor is the inverse of the
-documented one), in what it returns, and in resizing its position table for other image sizes.
+It differs from the official one in its outputs, in resizing its position table for other image sizes, and in the
+attention scale: mmpretrain's actual factor is the inverse of the documented one.
 """
 
 import re

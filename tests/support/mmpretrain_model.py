@@ -1,4 +1,4 @@
-"""mmpretrain's T2T-ViT under mmpretrain's own parameter names, its attention's scale as it stands."""
+"""mmpretrain's T2T-ViT with mmpretrain's parameter names and its actual (not the documented) attention scale."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from t2t_fast.models.position import sinusoid_table
 
 
 class Attention(nn.Module):
-    """Multiplies q k by the root of the head's width, whatever scale it is given."""
+    """Multiplies q k by the square root of the head's width, for any configured scale."""
 
     def __init__(self, input_dims, embed_dims, num_heads):
         super().__init__()

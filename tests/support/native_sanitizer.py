@@ -1,10 +1,10 @@
 """The native CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-``make sanitize`` compiles ``csrc/`` with both into a folder of its own below ``build/`` and calls every operator, in
+``make sanitize`` compiles ``csrc/`` with both into a separate folder below ``build/`` and calls every operator, in
 every instruction set of this CPU, with random arguments: valid ones in all memory layouts, and hostile ones (sizes,
 strides and paddings up to the limits of int64, NaN, tensors of the wrong rank, shape or dtype). A valid call must
-return, a hostile one may raise ``RuntimeError``. A report of a sanitizer, another exception or a crash fails the run
-and names the case, which ``--only`` repeats.
+return, a hostile one may raise ``RuntimeError``. The run fails at a sanitizer's report, another exception or a crash,
+and prints the number of the case for ``--only``.
 """
 
 import argparse
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -O0 -g1"
 HOSTILE = (-(2**63), -(2**31), -1, 0, 1, 2, 2**30, 2**31 - 1, 2**31, 2**32, 2**61, 2**62, 2**63 - 1)
 NUMBERS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 1e308)
-WORK = 2**20  # multiplications of one call, at most
-MOST_MEGABYTES = 256  # of one allocation; a larger one fails, as on a machine without that memory
+WORK = 2**20  # the most multiplications in one call
+MOST_MEGABYTES = 256  # per allocation; a larger one fails, as when memory is exhausted
 
 
 def runtime(name):
@@ -45,7 +45,7 @@ def build(root):
 
 
 def check(cases, seed=0, only=None, root=ROOT):
-    """Build, make ``cases`` calls in a process of its own and return its exit status; it prints what it does."""
+    """Build, make ``cases`` calls in a child process that prints its progress, and return its exit status."""
     library = build(root)
     runtimes = [runtime(name) for name in RUNTIMES]
     settings = f"detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb={MOST_MEGABYTES}"
@@ -55,7 +55,7 @@ def check(cases, seed=0, only=None, root=ROOT):
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "3",
     }
-    # PyTorch writes the stack of every refusal to stderr, where the report of a sanitizer comes last
+    # PyTorch writes a stack trace to stderr for every refused call; a sanitizer's report comes last
     with tempfile.NamedTemporaryFile("r") as current, tempfile.NamedTemporaryFile("r", errors="replace") as errors:
         command = [sys.executable, __file__, "--library", library, "--current", current.name, "--seed", str(seed)]
         command += ["--cases", str(cases)] if only is None else ["--only", str(only)]
@@ -68,11 +68,11 @@ def check(cases, seed=0, only=None, root=ROOT):
     return status
 
 
-RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # the last one must be there when asan looks for __cxa_throw
+RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # the last must be loaded when asan resolves __cxa_throw
 
 
 class Draw:
-    """Random arguments of the operators, from one seed."""
+    """Draws random arguments of the operators from one seed."""
 
     def __init__(self, seed):
         import torch
@@ -81,12 +81,12 @@ class Draw:
         torch.manual_seed(seed)
 
     def size(self, most):
-        """Small sizes, 1 often, and those around a register now and then."""
+        """A small size, often 1, sometimes close to a register's width."""
         choose = self.random.choice
         return choose([1, 1, 2, 3, self.random.randint(1, most), min(most, choose([8, 16, 17]))])
 
     def tensor(self, *shape, dtype=None):
-        """A tensor that ends where its memory ends, in a random layout."""
+        """A tensor in a random layout, without memory after its last element."""
         torch = self.torch
         dtype = dtype or torch.float32
         layout = self.random.choice(["contiguous", "permuted", "slice", "expanded", "odd strides"])
@@ -121,7 +121,7 @@ class Draw:
             kernel.append(k)
             stride.append(self.random.choice([1, 1, 2, 3, 4, 9, 300]))
             padding.append(p)
-        if self.random.random() < 0.1:  # legal, and huge: one to three windows far apart
+        if self.random.random() < 0.1:  # valid and huge: one to three windows far apart
             stride, padding = [2**30, 2**30], [self.random.choice([0, 2**30 - 20])] * 2
             kernel = [1 + self.random.randint(0, 2), 1]
             size = [max(size[0], 3), size[1]]
@@ -137,7 +137,7 @@ class Draw:
     def probability(self):
         return self.random.choice([0.0, 0.0, 0.1, 0.5, 0.99999])
 
-    # ---- the arguments of each operator, and for a backward the operator whose outputs it takes
+    # ---- the arguments of each operator; a backward operator also takes the outputs of its forward
 
     def soft_split(self):
         size, *window = self.window()
@@ -228,7 +228,7 @@ class Draw:
     # ---- hostile arguments
 
     def spoil(self, arguments):
-        """Replace one to three arguments by others of their type, most of them wrong."""
+        """Replace one to three arguments by others of the same type, most of them invalid."""
         for index in self.random.sample(range(len(arguments)), self.random.randint(1, min(3, len(arguments)))):
             arguments[index] = self._spoilt(arguments[index])
         return arguments
@@ -271,7 +271,7 @@ OPERATORS = (
 
 
 def effort(arguments):
-    """An upper bound of what a call with these arguments has to do once it is accepted."""
+    """An upper bound of the work of a call with these arguments, if it is accepted."""
     tensors = [value for value in arguments if hasattr(value, "numel")]
     windows = [value for value in arguments if isinstance(value, list)][-3:]
     total = max(value.numel() for value in tensors)
@@ -288,7 +288,7 @@ def effort(arguments):
 
 
 def exercise(library, cases, current, seed, only):
-    """In the sanitized process: make the calls."""
+    """Make the calls, in the sanitized process."""
     import torch
 
     torch.ops.load_library(library)

@@ -65,17 +65,17 @@ def made_run():
 
 
 SCALED = {"batch": (1, 4, 16, 64, 256, 1024), "size": (224, 384, 512, 768, 1024, 1536, 2048)}
-"""Batches at 224 px, and image sides at batch 1."""
+"""Batch sizes at 224 px, and image sizes at batch 1."""
 
 OPERATORS = ("soft_split-stage1", "soft_split_linear-stage1", "performer_attention-stage2", "token_mlp-stage1")
 
 
 FLOPS = {"soft_split": 0.0, "soft_split_linear": 3e9, "performer_attention": 1e9, "token_mlp": 5e9}
-"""Of a call of each operator; others have 2e9."""
+"""FLOPs of a call of each operator; other operators have 2e9."""
 
 
 def timed(provider, group, seconds, upstream=0.1, **more):
-    """A row of a group: three rounds of nearly ``seconds``, where upstream's take 0.1."""
+    """A row of a group: three rounds of about ``seconds``, while upstream's take ``upstream``."""
     times = [0.95 * seconds, seconds, 1.1 * seconds]
     floor = 0.1 * upstream
     flops = FLOPS.get(group.subject.partition("-")[0], 2e9) * upstream / 0.1
@@ -111,7 +111,7 @@ def _competition(group, upstream=0.1, **speeds):
 
 
 def made_scaling():
-    """Batches and image sides of the Performer's module; upstream has no row at the largest side."""
+    """Batch sizes and image sizes of the Performer's module; upstream has no row at the largest size."""
     found = []
     for mode in ("inference", "training"):
         cells = [(224, batch) for batch in SCALED["batch"]] + [(size, 1) for size in SCALED["size"][1:]]
@@ -126,7 +126,7 @@ def made_scaling():
 
 
 def made_crossover():
-    """Attention by its length: ours is linear, softmax attention quadratic and equal at 1000 tokens."""
+    """Attention by length: t2t_fast is linear, softmax attention is quadratic, and both are equal at 1000 tokens."""
     found = []
     for length in (196, 784, 3136, 12544, 50176):
         for mode in ("inference", "training"):
@@ -162,7 +162,7 @@ def made_fits():
 
 
 def made_processes():
-    """One, two and four processes, of which two do not gain what they should."""
+    """One, two and four processes, with less than proportional throughput."""
     found = []
     for provider, seconds in (("upstream", 0.2), ("t2t_fast", 0.1)):
         for count in (1, 2, 4):
@@ -191,7 +191,7 @@ def made_processes():
 
 
 def made_of_everything():
-    """The content of a run file with entries of every kind, among them losses, gaps, and what is unknown."""
+    """The content of a run file with entries of every kind, including slower rows, gaps and unknown values."""
     found = []
     for subject in ("t2t_vit_14", "t2t_vit_7"):
         for suite, mode in (("models", "inference"), ("training", "training")):

@@ -1,4 +1,4 @@
-"""compute-sanitizer on a piece of Python."""
+"""compute-sanitizer on Python code."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def check(tool, code):
-    """Fail unless ``code`` runs clean under a tool and prints "ran to the end"; skip where there is no sanitizer."""
+    """Fail unless ``code`` prints "ran to the end" without a report of ``tool``; skip without the sanitizer."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not found: it is in the CUDA toolkit")

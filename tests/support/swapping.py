@@ -1,4 +1,4 @@
-"""Small modules of upstream's, images for them, and how their results are compared."""
+"""Small upstream modules, images for them, and a comparison of their results."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""vit-pytorch's T2T-ViT: another network that uses the same soft split, put together with or without ours.
+"""vit-pytorch's T2T-ViT: another network with the same soft split, either PyTorch's or the package's.
 
-Its widths are the unfolded ones, between the splits stand full residual transformers, its position table is
-learned. Parameter names are vit-pytorch's.
+It keeps the unfolded widths, has full residual transformers between the splits, and learns its position table.
+Parameter names are vit-pytorch's.
 """
 
 from math import isqrt

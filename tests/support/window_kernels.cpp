@@ -1,5 +1,5 @@
-// The CUDA kernels of the soft split on a CPU: every tile, every phase, every thread, one after the other, and each
-// access to tensors and shared memory watched. Built and called by test_geometry.py.
+// The CUDA kernels of the soft split on a CPU: tiles, phases and threads run sequentially, and each access to tensors
+// and shared memory is checked. Built and called by test_geometry.py.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -15,14 +15,14 @@ struct Range {
   bool holds(const void* address) const { return address >= begin && address < end; }
 };
 
-// What happened to an element of shared memory last: in which phase, and by which thread (-1: by several).
+// The last accesses to an element of shared memory: their phases and threads (-1: several threads).
 struct Last {
   int64_t write_phase = -1, read_phase = -1;
   int32_t writer = -1, reader = -1;
 };
 
 struct Watch {
-  Range input, input_zone, output, output_zone, shared, shared_zone;  // a zone: also the memory around it
+  Range input, input_zone, output, output_zone, shared, shared_zone;  // a zone includes the memory around the range
   std::vector<uint32_t> writes;
   std::vector<Last> last;
   int64_t phase = 0, tile_phase = 0;
@@ -68,7 +68,7 @@ Watch watch;
 
 namespace t2t_fast::cuda {
 
-// A number whose reads and writes are watched.
+// A number whose reads and writes are checked.
 template <typename Number>
 struct Watched {
   Number number;
@@ -227,7 +227,7 @@ void begin(const Call& call, int64_t element) {
 
 extern "C" {
 
-// 0: done; 1: no tile holds the window. `type`: 0 float32, 1 float64, 2 bfloat16.
+// Returns 0 on success, 1 if the window does not fit into a tile. `type`: 0 float32, 1 float64, 2 bfloat16.
 int t2t_run(const Call* call, int32_t type) {
   const int64_t bytes[] = {4, 8, 2};
   begin(*call, bytes[type]);
@@ -240,7 +240,7 @@ const char* t2t_fault() { return watch.fault.c_str(); }
 
 const uint32_t* t2t_writes() { return watch.writes.data(); }
 
-// The plan of a call as numbers, for elements of `bytes`; false where there is none.
+// Writes the plan of a call for elements of `bytes` to `out`; returns 0 if there is none.
 int t2t_plan(const Call* call, int32_t bytes, int64_t* out) {
   const auto axis = [](const int64_t* a) { return Axis<int64_t>{a[0], a[1], a[2], a[3], a[4]}; };
   const SplitShape shape{call->batch, call->channels, axis(call->rows), axis(call->columns), Element::float32};
@@ -273,7 +273,7 @@ int64_t t2t_axis(const int64_t* a, int32_t wide, int32_t what, int64_t x, int64_
   return wide ? answer(big) : answer(small);
 }
 
-// How many of the numbers first..first+count-1 are divided wrongly.
+// The number of wrong quotients among first..first+count-1.
 int64_t t2t_divide_faults(int64_t divisor, int64_t first, int64_t count) {
   const Divider by = divider(divisor);
   int64_t faults = 0;

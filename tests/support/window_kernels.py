@@ -10,8 +10,8 @@ import torch
 SOURCE = Path(__file__).with_suffix(".cpp")
 WORKS = ("split", "compose", "project")
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-H200, RTX_4090 = (132, 228 * 1024), (128, 100 * 1024)  # multiprocessors, shared memory of one
-GUARD = 64  # elements before and after each tensor that nothing may touch
+H200, RTX_4090 = (132, 228 * 1024), (128, 100 * 1024)  # multiprocessors, shared memory of each
+GUARD = 64  # elements before and after each tensor that must not be accessed
 PLAN = ("tiles", "segment", "strip", "group", "shared_bytes", "run", "vectors", "image_vectors", "along_channels")
 
 _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -38,7 +38,7 @@ def compiler():
 
 
 def build(folder):
-    """Compiles the kernels and loads them."""
+    """Compile the kernels and load them."""
     library = Path(folder) / "window_kernels.so"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
     subprocess.run([compiler(), *flags, str(SOURCE), "-o", str(library)], check=True, capture_output=True, text=True)
@@ -58,7 +58,7 @@ def axis(pixels, kernel, stride, padding):
 
 
 def guarded(shape, strides, dtype, offset=0):
-    """A tensor of these strides inside its own memory, filled with NaN, with guards around it.
+    """A tensor with these strides in new memory, filled with NaN, with guards around it.
 
     Returns:
         The tensor, and the addresses (begin, end, zone begin, zone end) of its elements and of all memory.
@@ -67,7 +67,7 @@ def guarded(shape, strides, dtype, offset=0):
     start = GUARD + offset
     memory = torch.full((start + span + GUARD,), torch.nan, dtype=dtype)
     address, size = memory.data_ptr(), memory.element_size()
-    # the allocator aligns to 64 bytes, so the tensor is aligned to 16 unless an offset says otherwise
+    # the allocator aligns to 64 bytes, so the tensor is aligned to 16 bytes unless there is an offset
     tensor = memory.as_strided(shape, strides, start)
     ends = (address + start * size, address + (start + span) * size, address, address + memory.numel() * size)
     return tensor, ends
@@ -79,7 +79,7 @@ def layout(shape, name):
     return {
         "contiguous": (c * h * w, h * w, w, 1),
         "channels-last": (h * w * c, 1, w * c, c),
-        # a slice of a larger image in every axis, with no axis of stride 1
+        # a slice of a larger image along every axis; no axis has stride 1
         "slice": (2 * c * (h + 1) * (w + 3) * 2, (h + 1) * (w + 3) * 2, (w + 3) * 2, 2),
         # channels-last columns of a wider packed tensor
         "packed": (h * w * (c + 5), 1, w * (c + 5), c + 5),
@@ -87,14 +87,14 @@ def layout(shape, name):
 
 
 class Result:
-    """Output, and how often each element of its memory was written; ``fits``: whether a tile holds the window."""
+    """Output and the number of writes to each of its elements; ``fits``: whether the window fits into a tile."""
 
     def __init__(self, output, counts, fault, fits):
         self.output, self.counts, self.fault, self.fits = output, counts, fault, fits
 
 
 def call_for(work, shape, window, strides, *, plain=False, threads=256, descending=False, processors=1, shared=H200[1]):
-    """The sizes of a call; the pointers are left out."""
+    """The arguments of a call without its pointers."""
     b, c, h, w = shape
     (kh, kw), (sh, sw), (ph, pw) = window
     return Call(
@@ -113,11 +113,11 @@ def call_for(work, shape, window, strides, *, plain=False, threads=256, descendi
 
 
 def run(kernels, work, shape, window, values, *, image="contiguous", offset=0, **options):
-    """Runs one kernel over ``values`` (an image of ``shape`` for a split, else tokens).
+    """Run one kernel on ``values`` (an image of ``shape`` for a split, otherwise tokens).
 
     Args:
-        image: the layout of the image that is read or written.
-        offset: elements by which the memory of tokens misses the alignment of a fresh tensor.
+        image: the layout of the image.
+        offset: elements between the tokens and an aligned address.
     """
     b, c, h, w = shape
     rows, columns = window.grid(h, w)
@@ -142,7 +142,7 @@ def run(kernels, work, shape, window, values, *, image="contiguous", offset=0, *
 
 
 def plan(kernels, work, shape, window, *, image="contiguous", bytes=4, device=H200):
-    """How a call would be cut into tiles, as a dict; ``None`` where no tile holds the window."""
+    """The division of a call into tiles, as a dict; ``None`` where the window does not fit into a tile."""
     call = call_for(work, shape, window, layout(shape, image), processors=device[0], shared=device[1])
     numbers = (_i64 * len(PLAN))()
     if not kernels.t2t_plan(ctypes.byref(call), bytes, numbers):
