@@ -1,4 +1,4 @@
-"""Compile the kernels of the headline rows without timing them: ``python -m benchmarks.gpu.compile --share 1/8``.
+"""Compile the kernels of the headline rows without timing them: ``python -m benchmarks.gpu.compile --share 1 8``.
 
 Triton compiles a kernel at its first launch, in about a second on one core. Before the rows, ``make gpu`` runs several
 of these processes side by side: each makes the first calls of its share of the rows, which fills Triton's cache.
@@ -6,7 +6,6 @@ of these processes side by side: each makes the first calls of its share of the 
 
 import argparse
 import gc
-import re
 import sys
 
 import torch
@@ -29,45 +28,35 @@ def calls(suites, device):
     ]
 
 
-def compile_calls(found, device):
-    """Make each first call, forward and backward. Returns the exit code: 1 if one failed.
+def main(argv=None):
+    """Make the first calls of a share, forward and backward. Returns the exit code: 1 if one failed.
 
     Calls that do not fit into the memory beside the other processes are compiled when they are measured.
     """
-    code = 0
-    for group, provider in found:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compile", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    share = "every N-th call, from the K-th on"
+    parser.add_argument("--share", nargs=2, type=int, default=(1, 1), metavar=("K", "N"), help=share)
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=SUITES, metavar="NAME")
+    arguments = parser.parse_args(argv)
+    first, step = arguments.share
+    device, code = arguments.device, 0
+    for group, provider in calls(arguments.suite, device)[first - 1 :: step]:
         try:
             clock = clocks.clock(device, group.suite)
             harness.prepare(subjects.build(group, device), provider, device, clock, check=False)
-            print(f"{group.id}, {provider.name}: ready", flush=True)
+            said = "ready"
         except torch.OutOfMemoryError:
-            print(f"{group.id}, {provider.name}: too little memory beside the other processes", flush=True)
+            said = "too little memory beside the other processes"
         except Exception as failure:  # noqa: BLE001 - the others are still compiled
-            code = 1
-            print(f"{group.id}, {provider.name}: {type(failure).__name__}: {failure}", flush=True)
-            if clocks.context_lost(device):
-                break
+            code, said = 1, f"{type(failure).__name__}: {failure}"
+        print(f"{group.id}, {provider.name}: {said}", flush=True)
+        if code and clocks.context_lost(device):
+            break
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
     return code
-
-
-def _share(text):
-    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise argparse.ArgumentTypeError(f"must be like 2/8, got {text!r}")
-    return slice(int(match[1]) - 1, None, int(match[2]))
-
-
-def main(argv=None):
-    """Compile a share."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compile", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--share", type=_share, default="1/1", metavar="K/N", help="every N-th call, from the K-th on")
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=SUITES, metavar="NAME")
-    arguments = parser.parse_args(argv)
-    return compile_calls(calls(arguments.suite, arguments.device)[arguments.share], arguments.device)
 
 
 if __name__ == "__main__":

@@ -1,53 +1,38 @@
-"""What ``make gpu`` leaves in its folder: ``summary.json``, ``summary.md``, and an archive of everything."""
+"""What ``make gpu`` leaves: ``summary.json`` and ``summary.md`` in its folder, and an archive beside it."""
 
 import io
 import json
 import tarfile
 import time
 from collections import Counter
-from itertools import groupby
-from pathlib import Path
 
 from ..measure import run_file
 from ..measure.text_tables import markdown
 from .plan import CHECKS
 
 OK, FAILED, CUT_OFF, INTERRUPTED = "ok", "failed", "cut off at its limit", "interrupted"
-NO_TIME, LEFT_OUT, NOT_ASKED = "no time left", "left out in a quick run", "not asked for"
-
-SUCCESS = (OK, NO_TIME, LEFT_OUT, NOT_ASKED)
-"""Results of a part that did not go wrong."""
-
+NO_TIME, NOT_RUN = "no time left", "not run"
+# Maximum size of an archive: rented machines return no larger file
 ARCHIVE_BYTES = 16_000_000
-"""Maximum size of an archive: rented machines return no larger file."""
-
-KEPT = ("summary.json", "summary.md", "rows.json")
-"""Files that an archive leaves out last."""
 
 
 def collect(out):
-    """The suites' results so far: folder -> numbers of entries, planned and measured, what is left out, goals."""
+    """The suites' results so far: folder -> numbers of measured and planned rows, reasons of missing rows, goals."""
+    from ..report.goals import judge  # imports torch
+
     found = {}
     for path in sorted(out.glob("*/rows.json")):
         try:
             run = run_file.read(path)
             found[path.parent.name] = {
-                **{name: len(getattr(run, name)) for name in ("rows", "fits", "processes")},
+                "measured": len(run.rows) + len(run.fits) + len(run.processes),
                 "planned": run.planned,
-                "left_out": run.left_out,
-                "goals": _goals(run.rows),
+                "left_out": Counter(" ".join(row["reason"].split()) for row in run.left_out),
+                "goals": [judgement._asdict() for judgement in judge(run.rows)],
             }
         except Exception as failure:  # noqa: BLE001 - a bad file must not end the run
             found[path.parent.name] = {"error": f"{type(failure).__name__}: {failure}"}
     return found
-
-
-def _goals(rows):
-    try:
-        from ..report.goals import judge
-    except ImportError:  # the report's packages are not installed
-        return []
-    return [judgement._asdict() for judgement in judge(rows)]
 
 
 def archive_of(out):
@@ -55,15 +40,11 @@ def archive_of(out):
     return out.with_name(f"{out.name}.tar.gz")
 
 
-def write(out, summary, page=None, archive=None):
+def write(out, summary):
     """Write both summaries and the archive, each atomically.
 
-    The archive leaves out the largest logs, then the largest other files, until it has at most
+    The archive leaves out the largest logs, then the largest other files, ``rows.json`` last, until it has at most
     :data:`ARCHIVE_BYTES`; the summaries list them.
-
-    Args:
-        out: folder of the run; summary: its content; page: path of a copy of ``summary.md``, if wanted; archive: its
-            path, by default :func:`archive_of`.
 
     Raises:
         OSError: a file cannot be written.
@@ -71,29 +52,28 @@ def write(out, summary, page=None, archive=None):
     files = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".part"]
     # read once: running parts rewrite their files
     contents = {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(files)}
-    waiting = sorted(
-        contents, key=lambda name: (Path(name).name in KEPT, not name.endswith(".log"), -len(contents[name]))
+    removable = sorted(
+        contents.keys() - {"summary.json", "summary.md"},
+        key=lambda name: (name.endswith("rows.json"), not name.endswith(".log"), -len(contents[name])),
     )
     left_out = summary["not_in_archive"] = []
     while True:
         contents["summary.json"] = (json.dumps(summary, indent=1) + "\n").encode()
         contents["summary.md"] = text(summary).encode()
         packed = _pack(out.name, contents)
-        if len(packed) <= ARCHIVE_BYTES or not waiting:
+        if len(packed) <= ARCHIVE_BYTES or not removable:
             break
-        left_out.append(waiting.pop(0))
-        contents.pop(left_out[-1])
-    for path, name in (
-        (out / "summary.json", "summary.json"),
-        (out / "summary.md", "summary.md"),
-        (page, "summary.md"),
-    ):
-        if path is not None:
-            _replace(path, contents[name])
-    _replace(archive or archive_of(out), packed)
+        left_out.append(removable.pop(0))
+        del contents[left_out[-1]]
+    targets = {out / name: contents[name] for name in ("summary.json", "summary.md")}
+    for path, content in {**targets, archive_of(out): packed}.items():
+        partial = path.with_suffix(f"{path.suffix}.part")
+        partial.write_bytes(content)
+        partial.replace(path)
 
 
 def _pack(folder, contents):
+    """The bytes of an archive with these files (name -> bytes) in a folder."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as file:
         for name, content in contents.items():
@@ -103,85 +83,44 @@ def _pack(folder, contents):
     return packed.getvalue()
 
 
-def _replace(path, content):
-    partial = path.with_suffix(f"{path.suffix}.part")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def _checked(line):
-    """Whether a check succeeded and checked something: pytest also succeeds if all tests are skipped."""
-    return line["result"] == OK and ("passed" in line.get("said", "") or not line["part"].startswith("tests-"))
-
-
-def verdict(summary):
-    """What the checks say about a run's numbers: a sentence, and a mark for the tables ("" if all is well).
+def verdict(parts):
+    """What the checks say about a run's numbers: a sentence, and whether all checks passed.
 
     Every row was compared with float64 before it was timed; the checks cover everything else.
     """
-    lines = [line for line in summary["parts"] if line["result"] != LEFT_OUT]
-    failed = [line["part"] for line in lines if line["result"] == FAILED]
-    checks = [line for line in lines if line["part"].startswith(CHECKS)]
-    wrong = [part for part in failed if part.startswith(CHECKS)]
-    others = [part for part in failed if part not in wrong]
-    unfinished = sum(line["result"] != FAILED and not _checked(line) for line in checks)
-    words = []
-    if wrong:
-        words.append(f"CHECKS FAILED: {', '.join(wrong)}. Do not trust the numbers of this run.")
-    if others:
-        words.append(f"FAILED: {', '.join(others)}.")
-    if unfinished or not checks:
-        words.append(f"{unfinished} of {len(checks)} checks are incomplete." if checks else "No check ran.")
-    mark = "CHECKS FAILED" if wrong else "not all checked" if unfinished or not checks else ""
-    return " ".join(words) or "Every part that ran succeeded, and every check passed.", mark
+    failed = [line["part"] for line in parts if line["result"] == FAILED]
+    checks = [line for line in parts if line["part"].startswith(CHECKS)]
+    # pytest also succeeds if it skips every test
+    passed = sum(
+        line["result"] == OK and ("passed" in line["said"] or not line["part"].startswith("tests-")) for line in checks
+    )
+    words = f"{passed} of {len(checks)} checks passed."
+    if failed:
+        words += f" FAILED: {', '.join(failed)}."
+    if any(name.startswith(CHECKS) for name in failed):
+        words += " Do not trust the numbers of this run."
+    return words, passed == len(checks)
 
 
 def text(summary):
     """``summary.md``: whether the numbers can be trusted, the goals of each folder of rows, the parts."""
-    words, mark = verdict(summary)
-    lines = [
-        f"# {'Quick run' if summary['quick'] else 'Run'} of make gpu, {summary['started']}",
-        "",
-        f"**{words}**",
-        "",
-    ]
+    words, trusted = verdict(summary["parts"])
+    title = f"# {'Quick run' if summary['quick'] else 'Run'} of make gpu, {summary['started']}"
+    lines = [title, "", f"**{words}**", ""]
     if "finished" not in summary:
         lines += ["This run did not finish.", ""]
     lines += [f"- {key}: {value}" for key, value in summary["environment"].items() if isinstance(value, str)]
-    if "seconds" in summary:
-        lines.append(f"- time: {summary['seconds']:.0f} s of {summary['total']:.0f} s since the process started")
+    lines.append(f"- time: {summary['seconds']:.0f} s of {summary['total']:.0f} s since the process started")
     for folder, found in sorted(summary["suites"].items(), key=lambda each: each[0] != "headline"):
-        lines += ["", f"## {folder}{mark and f': {mark}'}", "", *_folder(folder, found, mark)]
-    lines += ["", "## Parts", "", *markdown(("part", "result", "seconds", "of at most", ""), _parts(summary["parts"]))]
-    if summary.get("not_in_archive"):
+        lines += ["", f"## {folder}{'' if trusted else ': NOT ALL CHECKS PASSED'}", ""]
+        if "error" in found:
+            lines.append(f"{folder}/rows.json cannot be read: {found['error']}")
+            continue
+        lines.append(f"{found['measured']} of {found['planned']} rows with numbers: {folder}/rows.json")
+        lines += [f"- {count} without: {reason}" for reason, count in found["left_out"].items()]
+        if found["goals"]:
+            lines += ["", *markdown(("goal", "wanted", "measured", ""), map(dict.values, found["goals"]))]
+    lines += ["", "## Parts", "", *markdown(("part", "result", "seconds", ""), map(dict.values, summary["parts"]))]
+    if summary["not_in_archive"]:
         lines += ["", f"Too large for the archive: {', '.join(summary['not_in_archive'])}"]
     return "\n".join(lines) + "\n"
-
-
-def _parts(lines):
-    """The table's rows; consecutive successful parts of one family share a row."""
-    for (family, result), members in groupby(lines, key=lambda line: (line["part"].partition("-")[0], line["result"])):
-        several = list(members)
-        if len(several) > 1 and result in SUCCESS:
-            seconds, limit = (max(line[key] for line in several) for key in ("seconds", "limit"))
-            reasons = "; ".join({line.get("reason", "") for line in several})
-            yield f"{family}-* ({len(several)})", result, f"{seconds:.0f}", f"{limit:.0f}", reasons
-            continue
-        for line in several:
-            name = f"[{line['part']}]({line['log']})" if line.get("log") else line["part"]
-            words = line.get("reason") or line.get("said", "")
-            yield name, result, f"{line['seconds']:.0f}", f"{line['limit']:.0f}", words
-
-
-def _folder(folder, found, mark):
-    if "error" in found:
-        return [f"{folder}/rows.json cannot be read: {found['error']}"]
-    entries = found["rows"] + found["fits"] + found["processes"]
-    of = "" if found["planned"] is None else f" of {found['planned']}"
-    lines = [f"{entries}{of} rows with numbers: {folder}/rows.json"]
-    reasons = Counter(" ".join(each["reason"].split()) for each in found["left_out"])
-    lines += [f"- {count} without: {reason}" for reason, count in reasons.items()]
-    if found["goals"]:
-        goals = [(goal["what"], goal["wanted"], goal["measured"], goal["verdict"]) for goal in found["goals"]]
-        lines += ["", *markdown(("goal", "wanted", f"measured{mark and f' ({mark})'}", ""), goals)]
-    return lines

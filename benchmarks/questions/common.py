@@ -1,10 +1,13 @@
-"""What the questions share: the command line, and figures."""
+"""What the questions share: the command line, and the backends that ``auto`` selects."""
 
 import argparse
 
 import torch
 
-COLORS = {"fp32": "#0072b2", "bf16": "#009e73", "fp16": "#d55e00"}
+from t2t_fast import explain
+from t2t_fast.testing import DTYPES
+
+NAMES = ("fp32", "bf16", "fp16")
 
 
 def parser(name, doc):
@@ -14,27 +17,6 @@ def parser(name, doc):
     return found
 
 
-def panels(words, *titles):
-    """A figure with two panels side by side, and what was measured above them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(titles), figsize=(12.5, 5.4), layout="constrained")
-    figure.suptitle(words, fontsize=9, color="#555555")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, loc="left", fontsize=11)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save(figure, path):
-    """Write a figure with the legend of its first panel as a PNG. Returns its path."""
-    import matplotlib.pyplot as plt
-
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+def selected(op, device, names, **sizes):
+    """Dtype name -> the backend that ``auto`` selects for an operator in training."""
+    return {name: explain(op, device=device, dtype=DTYPES[name], training=True, **sizes).chosen(op) for name in names}

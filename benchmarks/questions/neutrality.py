@@ -25,38 +25,21 @@ import t2t_fast
 from t2t_fast import reference
 from t2t_fast.testing import DTYPES, natural_images
 
-from ..measure.text_tables import aligned
-from .common import COLORS, panels, parser, save
+from ..measure import machine
+from ..measure.text_tables import markdown
+from .common import NAMES, parser, selected
 
-CELLS = 4
-"""Rows and columns of the picture's cells; the cell of a crop's place is its class."""
+FULL = {"size": 224, "batch": 32, "steps": 300}
+QUICK = {"size": 64, "batch": 16, "steps": 30}
 
-SEED, OTHER_SEED = 42, 43
-"""Of the initial weights; the first is the default of upstream's training script."""
-
-CHANGE, CHANGED_RUNS = 1e-6, 2
-"""Standard deviation of the relative change of every initial weight, and the number of such runs."""
-
+CELLS = 4  # rows and columns of the picture's cells; the cell of a crop's place is its class
+SEED, OTHER_SEED = 42, 43  # of the initial weights; the first is the default of upstream's training script
+CHANGE, CHANGED_RUNS = 1e-6, 2  # standard deviation of each weight's relative change, and the number of such runs
+# Other kernels round differently, but not by orders of magnitude; a wrong gradient shows at 1000 times and more
 ROOM = 10.0
-"""Other kernels round differently, but not by orders of magnitude; a wrong gradient shows at 1000 times and more."""
-
 RATE, DECAY = 5e-4, 0.03
+# Share of the steps over which the learning rate rises, and after which a scaler must have found its scale
 WARM_UP = 0.1
-"""Share of the steps over which the learning rate rises, and after which a scaler must have found its scale."""
-
-FINEST = 1e-7
-"""Lower end of the figure's differences; losses in float32 have steps of 2e-7."""
-
-
-class Settings(NamedTuple):
-    """Sizes of the runs."""
-
-    size: int = 224
-    batch: int = 32
-    steps: int = 300
-
-
-QUICK = Settings(64, 16, 30)
 
 
 class Run(NamedTuple):
@@ -113,18 +96,18 @@ def model_for(run, size):
     return model.train()
 
 
-def train(run, settings, device):
+def train(run, device, size, batch, steps):
     """Losses of every step, and the steps that the gradient scaler skipped."""
-    picture = natural_images(1, 3, 2 * settings.size, 2 * settings.size).to(device)
-    model = model_for(run, settings.size).to(device)
+    picture = natural_images(1, 3, 2 * size, 2 * size).to(device)
+    model = model_for(run, size).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, weight_decay=DECAY)
-    rising = max(1, round(WARM_UP * settings.steps))
+    rising = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rising))
     scaler = torch.amp.GradScaler(device, enabled=run.dtype == "fp16")
     order = torch.Generator().manual_seed(0)
     losses, skipped = [], []
-    for step in range(settings.steps):
-        x, labels = crops(picture, settings.size, settings.batch, order)
+    for step in range(steps):
+        x, labels = crops(picture, size, batch, order)
         with torch.autocast(device, DTYPES[run.dtype], enabled=run.dtype != "fp32"):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), labels)
@@ -150,21 +133,8 @@ def distance(losses, others):
     return (smooth(losses) - smooth(others)).abs().mean().item()
 
 
-class Verdict(NamedTuple):
-    """Of the swapped model in a dtype; ``skipped``: steps that the scaler skipped after its warm-up."""
-
-    dtype: str
-    distance: float
-    allowed: float
-    skipped: list[int]
-
-    @property
-    def ok(self):
-        return self.distance <= self.allowed and not self.skipped  # False for NaN
-
-
 def judge(found, dtypes, steps):
-    """A :class:`Verdict` for each dtype; ``found``: run -> (losses, skipped steps)."""
+    """A verdict on the swapped model for each dtype; ``found``: run -> (losses, steps that the scaler skipped)."""
     away = {run: distance(losses, found[BASE][0]) for run, (losses, _) in found.items()}
     changed = [away[run] for run in found if run.change]
     others = [away[run] for run in found if run.seed != SEED]
@@ -176,89 +146,53 @@ def judge(found, dtypes, steps):
         if known or not halves:
             allowed = min(allowed, ROOM * max([*known, *changed]))
         late = [step for step in found[Run("t2t_fast", dtype)][1] if step >= WARM_UP * steps]
-        verdicts.append(Verdict(dtype, away[Run("t2t_fast", dtype)], allowed, late))
+        own = away[Run("t2t_fast", dtype)]
+        ok = own <= allowed and not late  # False for NaN
+        verdicts.append({"dtype": dtype, "distance": own, "allowed": allowed, "skipped": late, "ok": ok})
     return verdicts
 
 
-def lines(found, verdicts):
-    """The report."""
-    heads = ("run", "first loss", "last loss", "distance", "skipped steps")
+def report(found, verdicts):
+    """Lines: a table of the runs, and a sentence for each verdict."""
     rows = []
     for run, (losses, skipped) in found.items():
         ends, away = smooth(losses), distance(losses, found[BASE][0])
         rows.append((run.name, f"{ends[0]:.4f}", f"{ends[-1]:.4f}", f"{away:.2e}", len(skipped)))
-    yield from aligned(heads, rows, right=heads[1:])
+    yield from markdown(("run", "first loss", "last loss", "distance", "skipped steps"), rows)
     for verdict in verdicts:
-        words = "neutral" if verdict.ok else "NOT neutral"
-        late = f", skipped steps after the warm-up: {verdict.skipped}" if verdict.skipped else ""
-        yield f"{verdict.dtype}: {words}, distance {verdict.distance:.2e}, allowed {verdict.allowed:.2e}{late}"
-
-
-def draw(found, words, path):
-    """The smoothed curves, and their differences from upstream's in float32, as a PNG. Returns its path."""
-    figure, (left, right) = panels(words, "loss, smoothed", "difference from upstream fp32")
-    base = smooth(found[BASE][0])
-    for run, (losses, _) in found.items():
-        own = run.change or run.seed != SEED
-        style = {"color": "#999999" if own else COLORS[run.dtype], "linewidth": 1.0 if own else 1.6}
-        style["linestyle"] = ":" if run.seed != SEED else "-" if own or run.form == "t2t_fast" else "--"
-        left.plot(smooth(losses), label=None if run.change > 1 else run.name.removesuffix(" (1)"), **style)
-        if run != BASE:
-            right.plot((smooth(losses) - base).abs().clamp_min(FINEST), **style)
-    right.set_yscale("log")
-    left.set_xlabel("step")
-    right.set_xlabel("step")
-    return save(figure, path)
-
-
-def write(path, settings, environment, found, verdicts=()):
-    """The runs so far as JSON."""
-    content = {"environment": environment, **settings._asdict()}
-    content["runs"] = [
-        {"name": run.name, **run._asdict(), "losses": losses, "skipped": skipped}
-        for run, (losses, skipped) in found.items()
-    ]
-    content["verdicts"] = [verdict._asdict() | {"ok": verdict.ok} for verdict in verdicts]
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
-def _backend(device, dtype):
-    """The backend of the swapped model's Performer layers."""
-    op = "performer_layer"
-    return t2t_fast.explain(op, device=device, dtype=DTYPES[dtype], training=True).chosen(op)
+        words = "neutral" if verdict["ok"] else "NOT neutral"
+        late = f", skipped steps after the warm-up: {verdict['skipped']}" if verdict["skipped"] else ""
+        distances = "distance {distance:.2e}, allowed {allowed:.2e}".format(**verdict)
+        yield f"{verdict['dtype']}: {words}, {distances}{late}"
 
 
 def main(argv=None):
     """Train, print the table, write what is asked for; exit code 1 if the swapped model is not neutral."""
-    from ..measure import machine
-
     command = parser("neutrality", __doc__)
-    command.add_argument("--quick", action="store_true", help=f"{QUICK.size} px and {QUICK.steps} steps")
-    command.add_argument("--dtypes", nargs="+", choices=tuple(COLORS), default=list(COLORS))
-    for name in Settings._fields:
-        command.add_argument(f"--{name}", type=int)
-    command.add_argument("--out", type=Path, help="folder for neutrality.json and neutrality.png")
+    command.add_argument("--quick", action="store_true", help=f"{QUICK['size']} px and {QUICK['steps']} steps")
+    command.add_argument("--dtypes", nargs="+", choices=NAMES, default=NAMES)
+    for name, default in FULL.items():
+        command.add_argument(f"--{name}", type=int, help=f"default: {default}, with --quick {QUICK[name]}")
+    command.add_argument("--out", type=Path, help="folder for neutrality.json, with every loss")
     arguments = command.parse_args(argv)
-    given = {name: value for name in Settings._fields if (value := getattr(arguments, name)) is not None}
-    settings = (QUICK if arguments.quick else Settings())._replace(**given)
-    out, environment, found = arguments.out, machine.describe(arguments.device), {}
-    environment["backends"] = {name: _backend(arguments.device, name) for name in arguments.dtypes}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    for run in plan(arguments.dtypes):
-        found[run] = train(run, settings, arguments.device)
-        print(f"{run.name}: loss {smooth(found[run][0])[-1]:.4f}", flush=True)
+    device, dtypes, out = arguments.device, arguments.dtypes, arguments.out
+    defaults = QUICK if arguments.quick else FULL
+    sizes = {name: getattr(arguments, name) or default for name, default in defaults.items()}
+    backends = selected("performer_layer", device, dtypes)
+    content = {"environment": machine.describe(device), "backends": backends, **sizes, "runs": [], "verdicts": []}
+    found = {}
+    try:
+        for run in plan(dtypes):
+            found[run] = losses, skipped = train(run, device, **sizes)
+            print(f"{run.name}: loss {smooth(losses)[-1]:.4f}", flush=True)
+            content["runs"].append({"name": run.name, **run._asdict(), "losses": losses, "skipped": skipped})
+        content["verdicts"] = judge(found, dtypes, sizes["steps"])
+    finally:  # an interrupted run keeps what it has
         if out is not None:
-            write(out / "neutrality.json", settings, environment, found)
-    verdicts = judge(found, arguments.dtypes, settings.steps)
-    print("\n".join(lines(found, verdicts)))
-    if out is not None:
-        write(out / "neutrality.json", settings, environment, found, verdicts)
-        words = f"T2T-ViT-7, {settings.size} px, batch {settings.batch}, {arguments.device}, torch {torch.__version__}"
-        print(f"figure: {draw(found, words, out / 'neutrality.png')}")
-    return 0 if all(verdict.ok for verdict in verdicts) else 1
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "neutrality.json").write_text(json.dumps(content, indent=1) + "\n")
+    print("\n".join(report(found, content["verdicts"])))
+    return 0 if all(verdict["ok"] for verdict in content["verdicts"]) else 1
 
 
 if __name__ == "__main__":

@@ -13,24 +13,20 @@ from functools import partial
 
 import torch
 
-from t2t_fast.backends import explain
 from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import performer_attention
 from t2t_fast.testing import DTYPES, exact_attention, features
 
 from ..measure.text_tables import markdown
 from ..suites.attention import upstream
-from .common import COLORS, panels, parser, save
+from .common import NAMES, parser, selected
 
 NORMS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 16, 32, 100)
 SEEDS = 5
 BATCH, LENGTH, WIDTH, FEATURES = 2, 256, 64, 32
-NAMES, FORMS = tuple(COLORS), ("upstream", "t2t_fast")
-COLUMNS = [(form, name) for name in NAMES for form in FORMS]
-
-FLOOR, TOP = 1e-9, 1e2
-"""Ends of the figure's error axis; above 1 is room for the crosses."""
-NAN_ROWS = {"fp32": 4.0, "bf16": 25.0, "fp16": 10.0}
+COLUMNS = [(form, name) for name in NAMES for form in ("upstream", "t2t_fast")]
+COLORS = {"fp32": "#0072b2", "bf16": "#009e73", "fp16": "#d55e00"}
+FLOOR, CROSSES = 1e-9, 10.0  # lower end of the figure's errors, and the place of the crosses for what is not finite
 
 
 def inputs(norm, seed, length=LENGTH):
@@ -54,34 +50,17 @@ def mean_gate(norm, seeds=SEEDS, length=LENGTH):
     return sum(exact_attention(*inputs(norm, seed, length)[:4])[1].mean().item() for seed in range(seeds)) / seeds
 
 
-def _largest(values):
-    """The largest; NaN if there is one."""
-    return math.nan if any(math.isnan(value) for value in values) else max(values)
-
-
-def _errors(results, exact, ungated):
-    """(error of the output, worst error of a gradient); NaN if anything is not finite."""
-    floor = ungated[-1].norm()
-    scales = [ungated[0].norm(), *(torch.maximum(t.norm(), floor) for t in ungated[1:])]
-    shares = [
-        ((value.cpu().double() - truth).norm() / scale).item()
-        for value, truth, scale in zip(results, exact, scales, strict=True)
-    ]
-    output, *gradients = (share if math.isfinite(share) else math.nan for share in shares)
-    return output, _largest(gradients)
-
-
-def _both(device, backend, dtype, tensors, w, gradient):
-    """Form -> errors, for tensors that are rounded to ``dtype``."""
-    wide = [t.double() for t in tensors]
-    exact = _run(lambda *args: exact_attention(*args)[0], wide, w, gradient)
-    ungated = _run(lambda *args: exact_attention(*args, eps=0)[0], wide, w, gradient)
-    found = {}
-    for form, function in zip(FORMS, (upstream, partial(performer_attention, backend=backend)), strict=True):
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            result = _run(function, [t.to(device) for t in tensors], w.to(device), gradient.to(device))
-        found[form] = _errors(result, exact, ungated)
-    return found
+def _errors(device, dtype, function, tensors, w, gradient):
+    """Error of the output and worst error of a gradient; NaN if anything is not finite."""
+    exact = _run(lambda *args: exact_attention(*args)[0], [t.double() for t in tensors], w, gradient)
+    ungated = _run(lambda *args: exact_attention(*args, eps=0)[0], [t.double() for t in tensors], w, gradient)
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        results = _run(function, [t.to(device) for t in tensors], w.to(device), gradient.to(device))
+    scales = torch.stack([t.norm() for t in ungated])
+    scales[1:] = scales[1:].maximum(scales[-1])
+    found = torch.stack([(value.cpu().double() - truth).norm() for value, truth in zip(results, exact, strict=True)])
+    found = (found / scales).nan_to_num(math.nan, math.nan)
+    return torch.stack((found[0], found[1:].amax()))
 
 
 def measure(device, backend="auto", norms=NORMS, seeds=SEEDS, length=LENGTH):
@@ -90,77 +69,63 @@ def measure(device, backend="auto", norms=NORMS, seeds=SEEDS, length=LENGTH):
     Raises:
         BackendUnavailable: the backend cannot run here.
     """
+    functions = {"upstream": upstream, "t2t_fast": partial(performer_attention, backend=backend)}
     found = {}
     for norm in norms:
-        errors = {}
-        for seed in range(seeds):
-            *tensors, w, gradient = inputs(norm, seed, length)
-            for name in NAMES:
-                dtype = DTYPES[name]
-                rounded = [t.to(dtype) for t in tensors]
-                for form, pair in _both(device, backend, dtype, rounded, w, gradient.to(dtype)).items():
-                    errors.setdefault((form, name), []).append(pair)
-        worst = {column: tuple(map(_largest, zip(*pairs, strict=True))) for column, pairs in errors.items()}
-        found[norm] = {"gate": mean_gate(norm, seeds, length), **worst}
+        found[norm] = {"gate": mean_gate(norm, seeds, length)}
+        for form, name in COLUMNS:
+            errors = []
+            for seed in range(seeds):
+                *tensors, w, gradient = inputs(norm, seed, length)
+                *tensors, gradient = (t.to(DTYPES[name]) for t in (*tensors, gradient))
+                errors.append(_errors(device, DTYPES[name], functions[form], tensors, w, gradient))
+            found[norm][form, name] = tuple(torch.stack(errors).amax(0).tolist())  # NaN if there is one
     return found
-
-
-def finite(found):
-    """Whether all our results are."""
-    return not any(math.isnan(value) for cells in found.values() for name in NAMES for value in cells["t2t_fast", name])
-
-
-def _number(value):
-    return "NaN" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
 
 
 def table(found):
     """Markdown: one row for each norm, cells "output / worst gradient"."""
+
+    def number(value):
+        return "NaN" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
+
     rows = []
     for norm, cells in found.items():
-        gate = f"{cells['gate']:.2f}" if cells["gate"] >= 0.01 else _number(cells["gate"])
-        rows.append((f"{norm:g}", gate, *(" / ".join(map(_number, cells[column])) for column in COLUMNS)))
+        gate = f"{cells['gate']:.2f}" if cells["gate"] >= 0.01 else number(cells["gate"])
+        rows.append((f"{norm:g}", gate, *(" / ".join(map(number, cells[column])) for column in COLUMNS)))
     return "\n".join(markdown(("norm", "mean gate", *(f"{form}, {name}" for form, name in COLUMNS)), rows))
 
 
-def heading(device, backend="auto", seeds=SEEDS, length=LENGTH):
+def heading(device, backend="auto"):
     """What was measured, in a line."""
-    op, ran = "performer_attention", {}
-    for name in NAMES:
-        explained = explain(op, device=device, dtype=DTYPES[name], width=WIDTH, features=FEATURES, training=True)
-        ran.setdefault(explained.chosen(op) if backend == "auto" else backend, []).append(name)
-    ours = ", ".join(f"{chosen} ({', '.join(names)})" for chosen, names in ran.items())
-    return (
-        f"t2t_fast: {ours}. {device}, torch {torch.__version__}. Batch {BATCH}, {length} tokens of width {WIDTH}, "
-        f"{FEATURES} features; worst of {seeds} seeds."
-    )
-
-
-def curves(axis, found, part):
-    """Errors over the norms, at least :data:`FLOOR`; NaN as a cross in the area above 1."""
-    places = range(len(found))
-    for form, name in COLUMNS:
-        values = [cells[form, name][part] for cells in found.values()]
-        style = {"linestyle": "--", "mfc": "white"} if form == "upstream" else {}
-        drawn = [max(value, FLOOR) for value in values]  # NaN stays NaN
-        axis.plot(places, drawn, marker="o", color=COLORS[name], label=f"{form}, {name}", clip_on=False, ms=5, **style)
-        lost = [place for place, value in zip(places, values, strict=True) if math.isnan(value)]
-        axis.plot(lost, [NAN_ROWS[name]] * len(lost), "x", color=COLORS[name], ms=9, mew=2.5)
-    axis.set(yscale="log", ylim=(FLOOR, TOP), xlabel="norm of each query and key")
-    powers = range(round(math.log10(FLOOR)), 1)
-    axis.set_yticks([*(10.0**power for power in powers), TOP**0.5], [*(f"1e{power}" for power in powers), "NaN"])
-    axis.minorticks_off()
-    axis.axhspan(1, TOP, color="#f0f0f0", zorder=0)
-    axis.set_xticks(places, [f"{norm:g}" for norm in found])
+    backends = dict.fromkeys(NAMES, backend)
+    if backend == "auto":
+        backends = selected("performer_attention", device, NAMES, width=WIDTH, features=FEATURES)
+    ours = ", ".join(f"{name} {chosen}" for name, chosen in backends.items())
+    size = f"Batch {BATCH}, {LENGTH} tokens of width {WIDTH}, {FEATURES} features; worst of {SEEDS} seeds."
+    return f"t2t_fast: {ours}. {device}, torch {torch.__version__}. {size}"
 
 
 def draw(found, words, path):
-    """Draw the table into a PNG: error of the output and of the worst gradient. Returns its path."""
-    figure, axes = panels(words, "error of the output", "error of the worst gradient (of dq, dk, dv)")
-    for part, axis in enumerate(axes):
-        curves(axis, found, part)
-    axes[0].set_ylabel("relative to the problem without a gate")
-    return save(figure, path)
+    """Draw the table into a PNG: error of the output and of the worst gradient; ``words``: what was measured."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 5.4), layout="constrained")
+    figure.suptitle(f"{words} Crosses: not finite.", fontsize=9, color="#555555")
+    titles = ("error of the output", "error of the worst gradient (of dq, dk, dv)")
+    for part, axis in enumerate(figure.subplots(1, 2)):
+        axis.set(title=titles[part], xlabel="norm of each query and key", yscale="log", ylim=(FLOOR, 3 * CROSSES))
+        for form, name in COLUMNS:
+            values = [max(cells[form, name][part], FLOOR) for cells in found.values()]  # NaN stays NaN
+            style = {"linestyle": "--", "mfc": "white"} if form == "upstream" else {}
+            style |= {"color": COLORS[name], "clip_on": False, "label": f"{form}, {name}"}
+            axis.plot(values, marker="o", **style)
+            lost = [place for place, value in enumerate(values) if math.isnan(value)]
+            axis.plot(lost, [CROSSES] * len(lost), "x", color=COLORS[name], ms=9, mew=2.5)
+        axis.set_xticks(range(len(found)), [f"{norm:g}" for norm in found])
+    figure.axes[0].set_ylabel("relative to the problem without a gate")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def main(argv=None):
@@ -177,8 +142,9 @@ def main(argv=None):
     words = heading(arguments.device, arguments.backend)
     print(f"{table(found)}\n\n{words}")
     if arguments.figure:
-        print(f"figure: {draw(found, words, arguments.figure)}")
-    return 0 if finite(found) else 1
+        draw(found, words, arguments.figure)
+    ours = [value for cells in found.values() for name in NAMES for value in cells["t2t_fast", name]]
+    return 1 if any(map(math.isnan, ours)) else 0
 
 
 if __name__ == "__main__":
