@@ -25,7 +25,7 @@ def collect(out):
         try:
             run = run_file.read(path)
             found[path.parent.name] = {
-                "measured": len(run.rows) + len(run.fits) + len(run.processes),
+                "measured": len(run.rows),
                 "planned": run.planned,
                 "left_out": Counter(" ".join(row["reason"].split()) for row in run.left_out),
                 "goals": [judgement._asdict() for judgement in judge(run.rows)],
