@@ -18,6 +18,7 @@ in this package's own rows are regressions. Runs on different devices are compar
 """
 
 import sys
+from itertools import accumulate
 from math import comb, isfinite
 from statistics import median
 from typing import NamedTuple
@@ -48,8 +49,12 @@ CONDITIONS = (
 """Parts of the environment that should be the same in both runs."""
 
 KEY = ["group", "provider"]
+"""Names an entry of a run."""
+
 HEADS = {name: name for name in ("verdict", *KEY, "what", "a", "b", "ratio", "low", "high", "reason")}
 HEADS |= {"what": "measure", "a": "A", "b": "B", "ratio": "ratio (> 1: worse)"}
+"""Column of the changes -> heading in the table."""
+
 NUMBERS = [*(f"{measure}{end}" for measure in MEASURES for end in ("", "_low", "_high")), "limit_bytes"]
 
 
@@ -97,11 +102,9 @@ def interval(values, visits=()):
     Args:
         values: a number a round; visits: how many of them are of each visit, in their order; empty if not known.
     """
-    count, outside, k = len(values), 0, 0
-    while 2 * (outside + comb(count, k)) <= (1 - CONFIDENCE) * 2**count:
-        outside += comb(count, k)
-        k += 1
-    k = max(k, 1)
+    count = len(values)
+    outside = accumulate(2 * comb(count, i) / 2**count for i in range(count))
+    k = max(1, sum(probability <= 1 - CONFIDENCE for probability in outside))
     medians = [np.median(each) for each in np.split(np.asarray(values), np.cumsum(visits, dtype=int)) if len(each)]
     ends = sorted(values)[k - 1], sorted(values)[count - k]
     return min(*ends, *medians), max(*ends, *medians)
@@ -119,14 +122,14 @@ def _numbers(run, name):
     lines = []
     for row in timed:
         times, base = row.get("times"), baselines.get(row["group"])
+        entry = f"run {name}: {row['group']}, {row['provider']}"
         if not times:
-            raise ValueError(f"run {name}: {row['group']}, {row['provider']} has no times of its rounds")
+            raise ValueError(f"{entry} has no times of its rounds")
         rounds = {"time": times}
         # a row without a speed-up was not measured in turn with the baseline
         if row["provider"] != BASELINE and base and row.get("speedup") is not None:
             if len(times) != len(base):
-                words = f"{row['group']}, {row['provider']} has {len(times)} rounds, {BASELINE} {len(base)}"
-                raise ValueError(f"run {name}: {words}")
+                raise ValueError(f"{entry} has {len(times)} rounds, {BASELINE} {len(base)}")
             rounds["speedup"] = np.divide(base, times)
         line = {key: row.get(key) for key in (*KEY, "saved_bytes", "peak_bytes")}
         for measure, values in rounds.items():
@@ -205,10 +208,8 @@ def compare(a, b, threshold=THRESHOLD, by="speedup"):
         a :class:`Comparison`.
 
     Raises:
-        ValueError: a bad argument, a file without what is compared, no row in common, or times of different devices.
+        ValueError: a bad threshold, a file without what is compared, no row in common, or times of different devices.
     """
-    if by not in ("speedup", "time"):
-        raise ValueError(f'by: expected "speedup" or "time", got {by!r}')
     if not (isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold: expected a share of at least 0, as in 0.05, got {threshold}")
     devices = [run.environment.get("device") for run in (a, b)]

@@ -153,13 +153,24 @@ def _fits(found):
     return _pivot("largest batch whose training step fits", fits, "line", "provider", heads, ["size"])
 
 
-def _machine(run, headline):
-    """What the template shows of a run: tables, and the rows and goals that it writes sentences about."""
+def _machine(folder, headline):
+    """What the template shows of a folder of results.
+
+    Raises:
+        ValueError: there is no run in it.
+    """
+    files = [file.name for file in sorted(folder.glob("*"))]
+    runs = [file for file in files if file in ("rows.json", "rows.json.gz")]
+    if not runs:
+        raise ValueError(f"numbers: expected a folder with rows.json or rows.json.gz, got {folder}")
+    run = run_file.read(folder / runs[0])
     found = frame(run)
     ours = timed(found).dropna(subset="speedup_median").sort_index().query("own")
     chosen = ours["provider"].str.startswith(OURS)
     title = "one image, {precision}: median, 95th percentile"
     return {
+        "files": files,
+        "environment": run.environment,
         "models": _models(found, headline),
         **_modules(found),
         "latency": _providers(title, _worded(found, "latency"), "image", "latency"),
@@ -168,6 +179,7 @@ def _machine(run, headline):
         "ours": ours[chosen],
         "others": ours[~chosen],
         "goals": judge(run.rows),
+        "left_out": len(run.left_out),
     }
 
 
@@ -182,32 +194,6 @@ def _wrapped(text):
     return "\n\n".join(blocks)
 
 
-def numbers(page, part, names):
-    """The text between the markers of a page.
-
-    Args:
-        page: its path; part: "headline" or "numbers"; names: folders of results relative to the page's, the most
-            important first.
-
-    Raises:
-        ValueError: a folder that is no run's.
-    """
-    machines = []
-    for name in names:
-        folder = page.parent / name
-        files = [file.name for file in sorted(folder.glob("*"))]
-        runs = [file for file in files if file in ("rows.json", "rows.json.gz")]
-        if not runs:
-            raise ValueError(f"{part}: expected a folder with rows.json or rows.json.gz, got {name}")
-        run = run_file.read(folder / runs[0])
-        words = _machine(run, part == "headline")
-        machines.append({"folder": name, "name": folder.name, "files": files, "run": run, **words})
-    gpu = any(machine["run"].environment.get("gpu") for machine in machines)
-    root = re.match(r"(\.\./)*", names[0])[0]  # from the page to the repository
-    words = template("numbers.md").render(machines=machines, headline=part == "headline", gpu=gpu, root=root)
-    return _wrapped(words)
-
-
 def generated(page):
     """(the text of a page as it is, the text with its numbers made anew).
 
@@ -220,7 +206,11 @@ def generated(page):
         pair = "<!-- numbers: FOLDER[, FOLDER...] --> and <!-- /numbers --> (or headline)"
         raise ValueError(f"{page}: expected {pair} once, each on a line, got {len(marked)} pairs")
     (found,) = marked
-    body = numbers(page, found["part"], re.split(r"\s*,\s*", found["folders"].strip()))
+    headline, names = found["part"] == "headline", re.split(r"\s*,\s*", found["folders"].strip())
+    machines = {name: _machine(page.parent / name, headline) for name in names}
+    gpu = any(machine["environment"].get("gpu") for machine in machines.values())
+    root = re.match(r"(\.\./)*", names[0])[0]  # from the page to the repository
+    body = _wrapped(template("numbers.md").render(machines=machines, headline=headline, gpu=gpu, root=root))
     return text, f"{text[: found.start('text')]}\n{body}\n\n{text[found.end('text') :]}"
 
 

@@ -52,13 +52,8 @@ def signature(environment):
 
 def left_out(entries):
     """(cases, provider, reason) for each provider and reason: its groups or, of more than three, their number."""
-    found = {}
-    for each in entries:
-        found.setdefault((each["provider"], each["reason"]), []).append(each["group"])
-    return [
-        (", ".join(names) if len(names) <= 3 else f"{len(names)} cases", provider, reason)
-        for (provider, reason), names in found.items()
-    ]
+    found = pd.DataFrame(entries, columns=["group", "provider", "reason"]).groupby(["provider", "reason"], sort=False)
+    return [(", ".join(each) if len(each) <= 3 else f"{len(each)} cases", *key) for key, each in found["group"]]
 
 
 def amdahl(rows):
