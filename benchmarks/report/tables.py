@@ -7,10 +7,6 @@ import jinja2
 from . import words
 from .frame import COLUMNS
 
-WHOLE = ["size", "batch", "visits", "rounds", "saved_bytes", "peak_bytes", "used_bytes", "over_bytes"]
-WHOLE += ["processes", "threads"]
-"""Columns of whole numbers, which pandas would write with a decimal point where one is missing."""
-
 
 def template(name, **options):
     """A file of the folder ``templates``, with the functions of :mod:`words` as filters."""
@@ -24,9 +20,7 @@ def template(name, **options):
 
 def write(found, folder):
     """Write a frame as ``rows.csv`` into a folder. Returns its path."""
-    whole = [key for key in WHOLE if (found[key].dropna() % 1 == 0).all()]
     path = folder / "rows.csv"
-    found[COLUMNS].astype(dict.fromkeys(whole, "Int64")).to_csv(
-        path, index=False, lineterminator="\n", encoding="utf-8"
-    )
+    # without the conversion, whole numbers would get a decimal point where one of their column is missing
+    found[COLUMNS].convert_dtypes().to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
     return path
