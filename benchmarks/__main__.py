@@ -1,8 +1,8 @@
 """Run the suites: ``python -m benchmarks [--quick] [--report DIR] [--filter WORDS] [--device cpu|cuda] [--resume]``.
 
-Writes into the folder ``report.html`` with its pictures, ``table.md``, ``rows.csv`` and ``rows.json`` (what all of them
-are made from; grows row by row). A run that was stopped keeps what it measured and goes on with ``--resume``.
-``--compare A.json B.json`` measures nothing and tells what became slower.
+Writes into the folder ``report.html`` with its pictures, ``rows.csv`` and ``rows.json``, from which the others are made
+and which grows row by row. A run that was stopped keeps what it measured and continues with ``--resume``.
+``--compare A.json B.json`` measures nothing and reports what became slower.
 """
 
 import argparse
@@ -134,8 +134,7 @@ def main(argv=None):
     if arguments.compare is not None:
         from .report import compare
 
-        words = [*map(str, arguments.compare), "--threshold", str(arguments.threshold), "--by", arguments.by]
-        return compare.main(words)
+        return compare.run(*arguments.compare, arguments.threshold, arguments.by)
     if arguments.resume and arguments.report is None:
         found.error("--resume needs --report DIR, the folder of the run to go on with")
     import torch
@@ -168,10 +167,10 @@ def main(argv=None):
     run = run_file.read(rows)
     print(rows)
     try:
-        from .report import files
+        from .report import __main__ as report
         from .report.goals import judge
 
-        for path in files.write(rows, out):
+        for path in report.write(rows, out):
             print(path)
         for goal in judge(run.rows):
             print(f"{goal.verdict:11}  {goal.measured:24}  wanted {goal.wanted:6}  {goal.what}")

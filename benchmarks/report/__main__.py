@@ -1,6 +1,69 @@
-"""``python -m benchmarks.report rows.json --out DIR``."""
+"""The report of a run, from its file alone: ``python -m benchmarks.report rows.json --out DIR``.
 
-from .files import main
+``report.html`` holds everything in one file; its pictures and ``rows.csv`` are beside it.
+"""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..measure import run_file
+
+
+def obstacle():
+    """Why no report can be made here, in one line, or ``None``: a machine that measures need not have the packages."""
+    missing = [name for name in ("pandas", "jinja2") if find_spec(name) is None]
+    return f"the report needs {' and '.join(missing)}: pip install 't2t_fast[bench]'" if missing else None
+
+
+def write(source, folder):
+    """Write the report of the run file ``source`` into ``folder``, which is made if it is missing.
+
+    ``report.html``, ``rows.csv`` and the PNG files of :data:`charts.PICTURES` for which the run has rows. Pictures of
+    an earlier report are removed. If nothing can be drawn, the page and standard error give the reason. Without pandas
+    or jinja2, standard error says so and nothing is written.
+
+    Returns:
+        the paths written, the page first.
+
+    Raises:
+        ValueError: ``source`` is no run file.
+    """
+    if (reason := obstacle()) is not None:
+        print(f"report: {reason}; then python -m benchmarks.report {source}", file=sys.stderr)
+        return []
+    from . import charts, page, tables
+    from .frame import frame
+
+    run = run_file.read(source)
+    found, folder = frame(run), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in charts.PICTURES:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    undrawn = charts.obstacle()
+    if undrawn is not None:
+        print(f"report: {undrawn}", file=sys.stderr)
+    paths = charts.draw(run, found, folder) if undrawn is None else {}
+    path = folder / "report.html"
+    path.write_text(page.report(run, found, paths, undrawn), encoding="utf-8")
+    return [path, tables.write(found, folder), *paths.values()]
+
+
+def main(argv=None):
+    """The report of one run file. Returns 0, or 2 if it cannot be made."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("json", type=Path, help="rows.json or rows.json.gz of a run")
+    parser.add_argument("--out", type=Path, help="folder for the report; by default that of the JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        written = write(arguments.json, arguments.out or arguments.json.parent)
+    except (ValueError, OSError) as failure:
+        print(f"{parser.prog}: {failure}", file=sys.stderr)
+        return 2
+    print(*written, sep="\n")
+    return 0 if written else 2
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,15 +13,8 @@ except ModuleNotFoundError as failure:
 
 from ..suites.groups import BATCHES, HEADLINE_LENGTH, LITE
 
-SUITES = {
-    "models": "Whole models",
-    "training": "Training steps of whole models",
-    "module": "T2T modules",
-    "latency": "Latency of few images",
-    "ops": "Operators",
-    "scaling": "Scaling with batch and image side",
-}
-"""Suites of timed rows with their headings, in the order of the report."""
+SUITES = ["models", "training", "module", "latency", "ops", "scaling"]
+"""Suites of timed rows, in the order of the report."""
 
 LEVELS = {"model": "models", "module": "module", "op": "ops"}
 """The suite of a row whose file does not name it."""
@@ -31,46 +24,20 @@ FORMS = (OURS, "aten", "native", "triton")
 """How the names of this package's own providers begin."""
 
 SIDE = 224
-_GROUP = [
-    "suite",
-    "group",
-    "level",
-    "subject",
-    "size",
-    "batch",
-    "dtype",
-    "mode",
-    "provider",
-    "label",
-    "another_function",
+"""The headline image side, in pixels."""
+
+COLUMNS = [
+    *("suite", "group", "level", "subject", "size", "batch", "dtype", "mode", "provider", "label", "another_function"),
+    *("backends", "median_s", "p20_s", "p80_s", "p95_s", "visits", "rounds"),
+    *("speedup_median", "speedup_p20", "speedup_p80", "images_per_s", "gb_per_s", "tflop_per_s", "copy_share"),
+    *("floor_s", "floor_share", "saved_bytes", "peak_bytes", "first_call_s", "warm_up_s", "error", "gradient_error"),
+    *("front_end_share", "amdahl_limit", "limit_bytes", "used_bytes", "over_bytes", "processes", "threads"),
 ]
-_TIME = ["median_s", "p20_s", "p80_s"]
-_SPEED = ["speedup_median", "speedup_p20", "speedup_p80"]
-_COST = ["images_per_s", "gb_per_s", "tflop_per_s", "copy_share", "floor_s", "floor_share", "saved_bytes", "peak_bytes"]
-_FACTS = ["first_call_s", "warm_up_s", "error", "gradient_error", "amdahl_limit"]
-ROWS = (*_GROUP, "backends", *_TIME, "p95_s", "visits", "rounds", *_SPEED, *_COST, *_FACTS)
-FITS = (*_GROUP, "limit_bytes", "used_bytes", "over_bytes")
-PROCESSES = (*_GROUP, "processes", "threads", *_TIME, "rounds", "images_per_s")
-"""Columns of the CSV files: seconds, bytes, shares of 1."""
+"""Of ``rows.csv``: seconds, bytes, shares of 1."""
 
-_COLUMNS = dict.fromkeys((*ROWS, *FITS, *PROCESSES, "front_end_share"))
-_TEXT = {*_GROUP, "backends"} - {"size", "batch"}
-
-
-def _flat(row):
-    """One entry of a run file without nested values."""
-    seconds, speedup, backends = (row.get(key) or {} for key in ("seconds", "speedup", "backends"))
-    floor = 1 / row["times_floor"] if row.get("times_floor") else None
-    return {
-        **row,
-        "suite": row.get("suite") or LEVELS[row["level"]],
-        "backends": "; ".join(f"{op}={name}" for op, name in backends.items()) or None,
-        "visits": len(row.get("visits") or [0]),
-        "rounds": len(row.get("times", ())),
-        "floor_share": floor if row.get("floor_share") is None else row["floor_share"],
-        **{f"{key}_s": seconds.get(key) for key in ("median", "p20", "p80")},
-        **{f"speedup_{key}": speedup.get(key) for key in ("median", "p20", "p80")},
-    }
+_TEXT = {"suite", "group", "level", "subject", "dtype", "mode", "provider", "label", "another_function", "backends"}
+_NESTED = {f"seconds.{key}": f"{key}_s" for key in ("median", "p20", "p80")}
+_NESTED |= {f"speedup.{key}": f"speedup_{key}" for key in ("median", "p20", "p80")}
 
 
 def subject(row):
@@ -88,15 +55,23 @@ def title(row):
 def frame(run):
     """The frame of a :class:`run_file.RunFile`, in the order of the file.
 
-    Besides :data:`ROWS` and the like it has ``name`` (the label, with † where another function is computed), ``what``
-    and ``case`` (subject and group in words), ``saved_mb`` and ``peak_mb`` (an image), ``lost`` (slower than upstream
+    Besides :data:`COLUMNS` it has ``name`` (the label, with † where another function is computed), ``what`` and
+    ``case`` (subject and group in words), ``saved_mb`` and ``peak_mb`` (an image), ``lost`` (slower than upstream
     eager), ``own`` (a form of this package) and ``lite`` (place among the lite models).
     """
     entries = [*run.rows, *({**fit, "suite": "memory"} for fit in run.fits)]
     entries += [{**each, "suite": "processes"} for each in run.processes]
-    found = pd.DataFrame(map(_flat, entries), columns=[*_COLUMNS])
-    numbers = [name for name in _COLUMNS if name not in _TEXT]
+    found = pd.json_normalize(entries, max_level=1).rename(columns=_NESTED).reindex(columns=[*COLUMNS, "times_floor"])
+    backends = [(entry.get("backends") or {}).items() for entry in entries]
+    found["backends"] = ["; ".join(f"{op}={name}" for op, name in each) or None for each in backends]
+    found["visits"] = [len(entry.get("visits") or [0]) for entry in entries]
+    found["rounds"] = [len(entry.get("times", ())) for entry in entries]
+    numbers = [name for name in found if name not in _TEXT]
     found[numbers] = found[numbers].astype(float)
+    found.loc[found["suite"] == "memory", ["visits", "rounds"]] = float("nan")
+    # old files lack what follows from other fields
+    found["suite"] = found["suite"].astype(object).fillna(found["level"].map(LEVELS))
+    found["floor_share"] = found["floor_share"].fillna(1 / found["times_floor"])
     found["another_function"] = found["another_function"].eq(True)
     found["name"] = found["label"] + found["another_function"].map({True: "\u00a0†", False: ""})
     rows = list(found.itertuples())
@@ -117,7 +92,7 @@ def own(provider):
 def timed(found, *suites):
     """The timed rows of some suites (by default all) in the order of the report: lite models before the others."""
     found = found[found["suite"].isin(suites or SUITES)]
-    suite = found["suite"].map(list(SUITES).index)
+    suite = found["suite"].map(SUITES.index)
     order = found.assign(suite_place=suite, model_place=found["lite"].where(found["level"] == "model", 0))
     return found.loc[order.sort_values(["suite_place", "model_place"], kind="stable").index]
 

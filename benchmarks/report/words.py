@@ -6,11 +6,10 @@ NOTES = """\
 The rows of a case were measured in turn, round by round. A speed-up is the median of the rounds' ratios to upstream
 eager. "% of floor" is the floor's time over the measured time; the floor is the least time that a fused implementation
 could take at this machine's measured copy bandwidth and speed of dense products. GB/s and TFLOP/s are that
-implementation's bytes and FLOPs over the measured time: they show how close a row is to it, not what it moves. "% of
-copy" is these GB/s over those of a copy. Saved: bytes kept for backward, inputs included. Peak: the most bytes that a
-call allocates at a time. Neither includes the parameters. First call: compilation and autotuning, or an eager first
-call. Error: relative to float64, of the output and of the worst gradient. † computes another function: a reference for
-comparison, not a replacement. ▼ slower than upstream eager."""
+implementation's bytes and FLOPs over the measured time: they show how close a row is to it, not what it moves. Saved:
+bytes kept for backward, inputs included. Peak: the most bytes that a call allocates at a time. Neither includes the
+parameters. Error: relative to float64, of the output and of the worst gradient. † computes another function: a
+reference for comparison, not a replacement. ▼ slower than upstream eager."""
 """Explains the columns."""
 
 
@@ -28,17 +27,9 @@ def percent(share, digits=3):
 
 def spread(row, key, factor=1.0):
     """median (p20 – p80) of ``key``: "seconds" or "speedup"; "" where it was not measured."""
-    names = ("median_s", "p20_s", "p80_s") if key == "seconds" else [f"speedup_{each}" for each in MEDIAN]
-    middle, low, high = (number(factor * getattr(row, name)) for name in names)
+    form = "{}_s" if key == "seconds" else "speedup_{}"
+    middle, low, high = (number(factor * getattr(row, form.format(each))) for each in ("median", "p20", "p80"))
     return middle and f"{middle} ({low} – {high})"
-
-
-MEDIAN = ("median", "p20", "p80")
-
-
-def speedup(row):
-    """The speed-up with its range, marked where the row is slower than upstream; 1 for upstream itself."""
-    return "1" if row.provider == "upstream" else spread(row, "speedup") + (" ▼" if row.lost else "")
 
 
 def error(row):
@@ -53,32 +44,16 @@ def products(limits):
     return ", ".join(f"{name} {speed / 1e12:.2f} TFLOP/s" for name, speed in limits["flop_per_s"].items())
 
 
-def heading(environment):
-    """Where and with what a run was measured."""
-    where, limits = environment["device"], environment["limits"]
-    where += f", driver {environment['driver']}" if environment.get("driver") else ""
-    return (
-        f"{environment['date'][:10]}, {where}; t2t_fast {environment['t2t_fast']}, torch {environment['torch']}, "
-        f'Python {environment["Python"]}; torch.compile mode "{environment["compile_mode"]}"; '
-        f"measured limits: copy {limits['bytes_per_s'] / 1e9:.1f} GB/s, {products(limits)}."
-    )
-
-
 def signature(environment):
-    """The same in one short line, for pictures."""
+    """When, where and with what a run was measured, in one short line for pictures."""
     parts = [environment["date"][:10], environment["device"], f"torch {environment['torch']}"]
     return " · ".join([*parts, f"t2t_fast {environment['t2t_fast']}"])
 
 
 def left_out(entries):
     """(cases, provider, reason) for each provider and reason: its groups or, of more than three, their number."""
-    found = {}
-    for each in entries:
-        found.setdefault((each["provider"], each["reason"]), []).append(each["group"])
-    return [
-        (", ".join(names) if len(names) <= 3 else f"{len(names)} cases", provider, reason)
-        for (provider, reason), names in found.items()
-    ]
+    found = pd.DataFrame(entries, columns=["group", "provider", "reason"]).groupby(["provider", "reason"], sort=False)
+    return [(", ".join(each) if len(each) <= 3 else f"{len(each)} cases", *key) for key, each in found["group"]]
 
 
 def amdahl(rows):

@@ -1,14 +1,13 @@
 """Two runs compared: noise bands, verdicts against planted changes, exit codes, old files."""
 
 import gzip
-import importlib.util
-import json
 import random
 from math import log
 from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as command
 from benchmarks.measure import run_file
 from benchmarks.report import compare, frame
 from benchmarks.suites import providers
@@ -44,19 +43,19 @@ def saved(path, run):
 def test_ranks_of_the_interval_are_those_of_published_tables(count, low, high):
     values = list(range(1, count + 1))
     random.Random(0).shuffle(values)
-    assert compare.median_interval(values) == (low, high)
+    assert compare.interval(values) == (low, high)
 
 
 def test_the_interval_covers_the_median_as_often_as_it_says():
     draw = random.Random(1)
-    intervals = [compare.median_interval([draw.expovariate(1) for _ in range(20)]) for _ in range(4000)]
+    intervals = [compare.interval([draw.expovariate(1) for _ in range(20)]) for _ in range(4000)]
     covered = sum(low <= log(2) <= high for low, high in intervals) / len(intervals)
     assert 0.95 <= covered <= 0.97  # 95.9 % by the formula
 
 
 def test_the_interval_holds_the_median_of_every_visit():
     values = [1.0] * 20 + [3.0] * 6
-    assert compare.interval(values, []) == compare.median_interval(values) == (1, 1)
+    assert compare.interval(values) == (1, 1)
     assert compare.interval(values, [20, 6]) == (1, 3)
 
 
@@ -65,9 +64,9 @@ def test_a_visit_that_was_disturbed_widens_the_band():
     times = [0.03] * 11 + [0.04] * 8 + [0.03] * 11, [0.03] * 8 + [0.04] * 22
     visits = [11, 8, 11], [8, 11, 11]
     a, b = (made({"upstream": [0.1] * 30, "t2t_fast": t}, visits=v) for t, v in zip(times, visits, strict=True))
-    assert verdicts(compare.compare(a, b))["t2t_fast", "speed-up"] == "within noise"
+    assert verdicts(compare.compare(a, b))["t2t_fast", "speedup"] == "within noise"
     without = [run._replace(rows=[{**row, "visits": []} for row in run.rows]) for run in (a, b)]
-    assert verdicts(compare.compare(*without))["t2t_fast", "speed-up"] == "slower"
+    assert verdicts(compare.compare(*without))["t2t_fast", "speedup"] == "slower"
 
 
 def test_a_slower_row_is_found_whatever_the_machine_does():
@@ -76,8 +75,8 @@ def test_a_slower_row_is_found_whatever_the_machine_does():
     b = made({"upstream": scattered(0.2, 4), "t2t_fast": scattered(0.072, 5), "t2t_fast-compiled": scattered(0.04, 6)})
     found = compare.compare(a, b)
     assert verdicts(found) == {
-        ("t2t_fast", "speed-up"): "slower",
-        ("t2t_fast-compiled", "speed-up"): "same",
+        ("t2t_fast", "speedup"): "slower",
+        ("t2t_fast-compiled", "speedup"): "same",
         ("upstream", "time"): "not judged",
     }
     (change,) = found.regressions.itertuples()
@@ -87,7 +86,7 @@ def test_a_slower_row_is_found_whatever_the_machine_does():
     by_time = compare.compare(a, b, by="time")
     assert set(verdicts(by_time).values()) == {"slower"} and len(by_time.changes) == 3
     back = compare.compare(b, a)
-    assert verdicts(back)["t2t_fast", "speed-up"] == "faster" and back.regressions.empty
+    assert verdicts(back)["t2t_fast", "speedup"] == "faster" and back.regressions.empty
 
 
 def test_drift_of_the_machine_is_told_and_taken_out_of_times():
@@ -100,8 +99,6 @@ def test_drift_of_the_machine_is_told_and_taken_out_of_times():
     assert (found.repeated("time"), found.repeated("time", found.drift)) == ((1, 3), (2, 3))
     words = "times of 1 of 3 rows (33%), and of 2 (67%) without the machine's drift, 1.200 by upstream's rows"
     assert compare.summary(found).endswith(words)
-    time = compare.data(found)["time"]
-    assert (time["within_threshold"], time["within_threshold_without_drift"], time["of"]) == (1, 2, 3)
     alone = compare.compare(made({"t2t_fast": [0.03] * 9}), made({"t2t_fast": [0.036] * 9}), by="time")
     assert alone.drift is None and "drift" not in compare.summary(alone)
 
@@ -111,7 +108,7 @@ def test_a_peer_that_became_slower_is_told_and_no_regression():
     a = made({**peers, "upstream-compiled": scattered(0.1, 3)})
     b = made({**peers, "upstream-compiled": scattered(0.2, 3)})
     found = compare.compare(a, b)
-    assert verdicts(found)["upstream-compiled", "speed-up"] == "slower"
+    assert verdicts(found)["upstream-compiled", "speedup"] == "slower"
     assert found.regressions.empty and compare.summary(found).startswith("1 slower, ")
     assert "no regressions of t2t_fast" in compare.summary(found)
 
@@ -120,28 +117,27 @@ def test_scatter_is_no_regression():
     """The median moved by a fifth, with rounds that scatter by more."""
     a = made({"upstream": [0.1] * 7, "t2t_fast": [0.03, 0.02, 0.05, 0.03, 0.04, 0.03, 0.03]})
     b = made({"upstream": [0.1] * 7, "t2t_fast": [0.036, 0.02, 0.05, 0.036, 0.05, 0.036, 0.03]})
-    assert verdicts(compare.compare(a, b))["t2t_fast", "speed-up"] == "within noise"
-    assert verdicts(compare.compare(a, b, threshold=0.25))["t2t_fast", "speed-up"] == "same"
+    assert verdicts(compare.compare(a, b))["t2t_fast", "speedup"] == "within noise"
+    assert verdicts(compare.compare(a, b, threshold=0.25))["t2t_fast", "speedup"] == "same"
 
 
 def test_a_sharp_band_within_the_threshold_is_the_same():
     a = made({"upstream": [0.1] * 20, "t2t_fast": [0.03] * 20})
     b = made({"upstream": [0.1] * 20, "t2t_fast": [0.031] * 20})
-    assert verdicts(compare.compare(a, b))["t2t_fast", "speed-up"] == "same"
-    assert verdicts(compare.compare(a, b, threshold=0.02))["t2t_fast", "speed-up"] == "slower"
+    assert verdicts(compare.compare(a, b))["t2t_fast", "speedup"] == "same"
+    assert verdicts(compare.compare(a, b, threshold=0.02))["t2t_fast", "speedup"] == "slower"
 
 
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
-    [(100, 102, "more memory"), (100, 98, "less memory"), (100, 100.9, None), (0, 5, "more memory"), (5, None, "gone")],
+    [(100, 102, "more memory"), (100, 98, "less memory"), (100, 100.9, None), (0, 5, "more memory"), (5, None, None)],
 )
 def test_memory(before, after, verdict):
     times = {"upstream": [0.1] * 7, "t2t_fast": [0.03] * 7}
     a, b = made(times, saved=before), made(times, saved=after)
     found = compare.compare(a, b)
-    assert verdicts(found).get(("t2t_fast", "kept for backward")) == verdict
+    assert verdicts(found).get(("t2t_fast", "saved_bytes")) == verdict
     assert bool(len(found.regressions)) == (verdict == "more memory")
-    json.dumps(compare.data(found), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +146,7 @@ def test_memory(before, after, verdict):
 def test_largest_batches(after, limit, verdict):
     fit = {"group": "memory-t2t_vit_7-224px-fp32-training", "provider": "t2t_fast", "batch": 37, "limit_bytes": 2e9}
     found = compare.compare(made({}, fits=[fit]), made({}, fits=[{**fit, "batch": after, "limit_bytes": limit}]))
-    assert verdicts(found) == {("t2t_fast", "largest batch"): verdict}
+    assert verdicts(found) == {("t2t_fast", "batch"): verdict}
     assert bool(len(found.regressions)) == (verdict == "fewer images")
 
 
@@ -184,14 +180,14 @@ def test_what_only_one_run_has():
 def test_a_run_in_which_everything_failed_is_a_regression(tmp_path):
     left_out = [{"group": GROUP, "provider": "t2t_fast", "reason": "failed: RuntimeError: no"}]
     a, b = made({"t2t_fast": [0.1] * 7}), made({}, left_out=left_out)
-    assert compare.main([saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)]) == 1
+    assert command.main(["--compare", saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)]) == 1
 
 
 def test_the_worst_comes_first_and_the_counts_last(tmp_path, capsys):
     a = made({"upstream": [0.1] * 9, "t2t_fast": [0.02] * 9, "aten": [0.05] * 9, "aten-compiled": [0.05] * 9})
     b = made({"upstream": [0.1] * 9, "t2t_fast": [0.03] * 9, "aten": [0.04] * 9, "aten-compiled": [0.2] * 9}, planned=9)
     paths = saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)
-    assert compare.main([*paths, "--json", str(tmp_path / "out.json")]) == 1
+    assert command.main(["--compare", *paths]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "warning: run B was cut off: 4 of 9 planned rows" in lines
     told = [(line.split()[0], line.split()[2]) for line in lines if GROUP in line]
@@ -201,9 +197,6 @@ def test_the_worst_comes_first_and_the_counts_last(tmp_path, capsys):
         "speed-ups of 0 of 3 rows (0%), times of 1 of 4 rows (25%), and of 1 (25%) "
         "without the machine's drift, 1.000 by upstream's rows"
     )
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert [change["verdict"] for change in found["changes"]] == ["slower", "slower", "faster", "not judged"]
-    assert (found["regressions"], found["time"]["within_threshold"], found["time"]["of"]) == (2, 1, 4)
 
 
 def test_conditions_that_differ_are_told():
@@ -223,7 +216,7 @@ def test_other_devices_are_compared_by_speedup_only():
     a = made({"upstream": [0.1] * 7, "t2t_fast": [0.05] * 7})
     b = made({"upstream": [1.0] * 7, "t2t_fast": [0.5] * 7}, environment={**ENVIRONMENT, "device": "an abacus"})
     found = compare.compare(a, b)
-    assert verdicts(found)["t2t_fast", "speed-up"] == "same"
+    assert verdicts(found)["t2t_fast", "speedup"] == "same"
     assert found.warnings == ["device: a processor, 2 threads in A, an abacus in B"]
     with pytest.raises(ValueError, match="by: times of different devices"):
         compare.compare(a, b, by="time")
@@ -249,9 +242,9 @@ def test_other_devices_are_compared_by_speedup_only():
 def test_bad_usage_is_one_line_and_code_2(tmp_path, capsys, change, options, words):
     run = made({"upstream": [0.1] * 7, "t2t_fast": [0.05] * 7})
     b = str(tmp_path / "missing.json") if change is None else saved(tmp_path / "b.json", change(run))
-    assert compare.main([saved(tmp_path / "a.json", run), b, *options]) == 2
+    assert command.main(["--compare", saved(tmp_path / "a.json", run), b, *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m benchmarks.report.compare: ") and words in line
+    assert line.startswith("python -m benchmarks --compare: ") and words in line
 
 
 def test_files_without_visits_suites_or_conditions(tmp_path, capsys):
@@ -262,21 +255,11 @@ def test_files_without_visits_suites_or_conditions(tmp_path, capsys):
     old = saved(tmp_path / "a.json", plain[0])
     packed = tmp_path / "a.json.gz"
     packed.write_bytes(gzip.compress(Path(old).read_bytes()))
-    assert compare.main([old, str(packed)]) == 0
+    assert command.main(["--compare", old, str(packed)]) == 0
     assert "speed-ups of 1 of 1 rows (100%), times of 2 of 2 rows (100%)" in capsys.readouterr().out
     (change,) = compare.compare(*plain).regressions.itertuples()
-    assert (change.verdict, change.what, change.a, change.b) == ("slower", "speed-up", 4, pytest.approx(5 / 3))
+    assert (change.verdict, change.what, change.a, change.b) == ("slower", "speedup", 4, pytest.approx(5 / 3))
 
 
 def test_the_baseline_is_the_providers():
     assert frame.BASELINE == providers.BASELINE and frame.OURS == providers.OURS
-
-
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
-def test_picture(tmp_path):
-    times = {"upstream": scattered(0.1, 1), "t2t_fast": scattered(0.03, 2)}
-    a, b = made({**times, "aten": scattered(0.05, 3)}), made({**times, "aten": scattered(0.1, 3)})
-    paths = saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)
-    picture = tmp_path / "compared.png"
-    assert compare.main([*paths, "--picture", str(picture)]) == 1
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -46,7 +46,7 @@ def section(path):
 
 
 def test_the_committed_readme_is_generated(capsys):
-    """If this fails: python -m benchmarks.report.readme."""
+    """If this fails, run python -m benchmarks.report.readme."""
     if not (ROOT / "benchmarks" / "results").exists():
         pytest.skip("an archive of the sources has no results")
     assert readme.main(["--check"]) == 0, capsys.readouterr().out
@@ -144,19 +144,19 @@ def test_losses_and_missed_goals_are_named(tmp_path):
     assert "Planned rows without numbers: 1;" in text
 
 
-def test_runs_of_two_devices_are_told_apart_and_a_case_is_told_once(tmp_path):
-    group = "module-performer-224px-b8-fp32-inference"
+def test_each_folder_has_a_part_of_its_own(tmp_path):
     gpu = {**ENVIRONMENT, "device": "a card", "gpu": "a card"}
     rows = case("module-performer-224px-b256-bf16-inference", 0.1, 0.02)
-    folders = {"a": made(case(group, 0.1, 0.05)), "b": made(case(group, 0.1, 0.09)), "c": made(rows, gpu)}
+    folders = {"a": made(case("module-performer-224px-b8-fp32-inference", 0.1, 0.05)), "b": made(rows, gpu)}
     path = written(tmp_path, folders)
-    (tmp_path / "b" / "table.md").touch()
+    for name in ("rows.csv", "report.html"):
+        (tmp_path / "a" / name).touch()
     text = " ".join(section(path))
-    assert "2.00×" in text and "1.11×" not in text
     assert text.index("Measured on a processor, 2 threads") < text.index("2.00×") < text.index("Measured on a card")
     assert text.index("Measured on a card") < text.index("5.00×")
     assert "no GPU" not in text
-    assert re.findall(r"\[(\w+)\]\(([^)]+)\)", text[: text.index("a card")])[-1] == ("table", "b/table.md")
+    links = re.findall(r"\[(\w+)\]\(([^)]+)\)", text[: text.index("a card")])
+    assert links[-2:] == [("report", "a/report.html"), ("CSV", "a/rows.csv")]
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
@@ -187,4 +187,4 @@ def test_bad_usage_is_one_line_and_code_2(tmp_path, capsys, text, words, options
 
 
 def test_the_columns_are_providers():
-    assert set(readme.COLUMNS) <= set(providers.BY_NAME)
+    assert set(readme.SHOWN) <= set(providers.BY_NAME)

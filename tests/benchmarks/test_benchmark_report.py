@@ -12,8 +12,8 @@ from itertools import combinations
 import pytest
 
 from benchmarks.measure import run_file
-from benchmarks.report import charts, frame, goals, style, tables, words
-from benchmarks.report import files as report
+from benchmarks.report import __main__ as report
+from benchmarks.report import charts, frame, goals, style, words
 from benchmarks.report.page import report as html
 from benchmarks.suites import groups
 from benchmarks.suites.providers import PROVIDERS
@@ -123,7 +123,7 @@ def test_every_provider_has_a_colour():
 def test_files(made):
     folder, _ = made
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"report.html", "table.md", "rows.csv", "fits.csv", "processes.csv", *(f"{n}.png" for n in NAMES)}
+    assert names == {"rows.json", "report.html", "rows.csv", *(f"{name}.png" for name in NAMES)}
 
 
 def test_page_holds_every_row_and_needs_nothing_else(made):
@@ -144,8 +144,7 @@ def test_page_holds_every_row_and_needs_nothing_else(made):
 
 def test_page_of_few_rows_has_their_sections_alone(tmp_path):
     source = tmp_path / "rows.json"
-    for name in ("scaling.png", "fits.csv"):
-        (tmp_path / name).write_text("of an earlier report into this folder")
+    (tmp_path / "scaling.png").write_text("of an earlier report into this folder")
     source.write_text(json.dumps(_run(made_run())._asdict()))
     written = report.write(source, tmp_path)
     assert set(written) | {source} == set(tmp_path.iterdir())
@@ -161,18 +160,19 @@ def test_a_machine_that_cannot_draw_still_reports(tmp_path, monkeypatch, capsys)
     source.write_text(json.dumps(made_of_everything()))
     monkeypatch.setitem(sys.modules, "PIL", None)
     written = report.write(source, tmp_path / "out")
-    assert {path.name for path in written} >= {"report.html", "table.md", "rows.csv"}
+    assert {path.name for path in written} == {"report.html", "rows.csv"}
     assert not list((tmp_path / "out").glob("*.png"))
     page_text = (tmp_path / "out" / "report.html").read_text()
     for said in (page_text, capsys.readouterr().err):
         assert "pictures need matplotlib and pillow" in said and "python -m benchmarks.report" in said
 
 
-@pytest.mark.parametrize(("module", "files"), [("report.__main__", 1), ("report.compare", 2), ("report.readme", 0)])
-def test_missing_packages_are_named_in_one_line(tmp_path, module, files):
-    source = tmp_path / "rows.json"
-    source.write_text(json.dumps(made_of_everything()))
-    code = f"import runpy, sys; sys.modules['pandas'] = None; sys.argv[1:] = [{str(source)!r}] * {files}; "
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("report.__main__", ["rows.json"]), ("__main__", ["--compare", "a", "b"]), ("report.readme", [])],
+)
+def test_missing_packages_are_named_in_one_line(module, arguments):
+    code = f"import runpy, sys; sys.modules['pandas'] = None; sys.argv[1:] = {arguments}; "
     code = f"{code}runpy.run_module('benchmarks.{module}', run_name='__main__')"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2
@@ -237,27 +237,19 @@ def test_farthest_from_the_floor_first(made):
     assert lowest == sorted(lowest) and len(set(lowest)) > 3
 
 
-def test_table_marks_losses_and_shows_the_share_of_the_floor():
-    lost = made_row("t2t_fast", [0.2] * 3, floor_share=0.123)
-    lines = tables.table(ENVIRONMENT, [made_row("upstream", [0.1] * 3), lost], []).splitlines()
-    (line,) = [line for line in lines if "| t2t_fast, eager |" in line]
-    assert "| 0.500 (0.500 – 0.500) ▼ |" in line and "| 12.3 |" in line
-
-
 def test_csv(made):
     folder, run = made
     read = list(csv.DictReader((folder / "rows.csv").open(encoding="utf-8")))
-    assert len(read) == len(run.rows) and tuple(read[0]) == tables.ROWS
-    for line, row in zip(read, run.rows, strict=True):
+    assert len(read) == len(run.rows) + len(run.fits) + len(run.processes) and list(read[0]) == frame.COLUMNS
+    for line, row in zip(read, run.rows, strict=False):
         assert (line["group"], line["provider"]) == (row["group"], row["provider"])
         assert float(line["median_s"]) == row["seconds"]["median"] and int(line["rounds"]) == len(row["times"])
         assert line["speedup_p20"] == ("" if row["speedup"] is None else str(row["speedup"]["p20"]))
     ours = next(line for line in read if line["provider"] == "t2t_fast")
     assert ours["backends"] == "performer_layer=native"
-    fits = list(csv.DictReader((folder / "fits.csv").open(encoding="utf-8")))
-    assert [int(line["batch"]) for line in fits] == [37, 142, 0, 12]
-    processes = list(csv.DictReader((folder / "processes.csv").open(encoding="utf-8")))
-    assert {line["processes"] for line in processes} == {"1", "2", "4"} and tuple(processes[0]) == tables.PROCESSES
+    fits = [line for line in read if line["suite"] == "memory"]
+    assert [(int(line["batch"]), line["rounds"]) for line in fits] == [(37, ""), (142, ""), (0, ""), (12, "")]
+    assert {line["processes"] for line in read if line["suite"] == "processes"} == {"1", "2", "4"}
 
 
 def test_rows_of_before_the_suites_were_noted(tmp_path):

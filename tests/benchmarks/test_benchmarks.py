@@ -1,15 +1,15 @@
-"""What the benchmarks measure: costs, groups and their peers, the check before the timing, goals, the table."""
+"""What the benchmarks measure: costs, groups and their peers, the check before the timing, goals."""
 
 import pytest
 import torch
 
 from benchmarks.measure import harness
-from benchmarks.report import frame, tables
+from benchmarks.report import frame
 from benchmarks.report.goals import GOALS, judge
 from benchmarks.suites import costs, groups, subjects
 from benchmarks.suites.groups import Group
 from benchmarks.suites.providers import Provider, providers
-from support.rows import ENVIRONMENT, made_run
+from support.rows import made_run
 from t2t_fast import memory
 from t2t_fast.ops._common.costs import Cost, soft_split
 
@@ -271,17 +271,3 @@ def test_goals_are_judged_and_losses_stay():
     assert verdicts[(lost, "not reached")].startswith("1.00x")
     saved = "T2T module, performer, training: t2t_fast fewer saved bytes than upstream"
     assert verdicts[(saved, "reached")] == "10.00x"
-
-
-def test_table():
-    text = tables.table(ENVIRONMENT, made_run(), [{"group": "g", "provider": "sdpa", "reason": "needs 99 GB"}])
-    lines = text.splitlines()
-    assert "2026-01-02, a processor, 2 threads; t2t_fast 0.1.0 (commit abc), torch 2.11" in lines[0]
-    (compiled,) = [line for line in lines if "t2t_fast, torch.compile" in line]
-    assert "| 200 (200 – 200) | 0.500 (0.500 – 0.500) ▼ |" in compiled
-    (model,) = [line for line in lines if line.startswith("| t2t_vit_7")]
-    assert "front end 25 % of upstream's time, Amdahl's limit 1.33×" in model
-    assert "- g, sdpa: needs 99 GB" in lines
-    widths = {line.count("|") for line in lines if line.startswith("| ") and "ms (20" in line}
-    rows = {line.count("|") for line in lines if "upstream, eager" in line}
-    assert widths == rows == {len(tables.COLUMNS) + 1}
