@@ -111,16 +111,18 @@ def interval(values, visits=()):
 
 
 def _numbers(run, name):
-    """A frame with a line for each entry of a run: :data:`KEY` and :data:`NUMBERS`; ``name``: for errors."""
-    timed = [*run.rows, *run.processes]
-    keys = pd.DataFrame([*timed, *run.fits], columns=KEY)
+    """A frame with a line for each row of a run: :data:`KEY` and :data:`NUMBERS`; ``name``: for errors."""
+    keys = pd.DataFrame(run.rows, columns=KEY)
     if keys.isna().any(axis=None):
-        raise ValueError(f"run {name}: an entry has no group or no provider")
+        raise ValueError(f"run {name}: a row has no group or no provider")
     if keys.duplicated().any():
         raise ValueError(f"run {name}: {', '.join(keys[keys.duplicated()].iloc[0])} is there twice")
-    baselines = {row["group"]: row.get("times") for row in timed if row["provider"] == BASELINE}
+    baselines = {row["group"]: row.get("times") for row in run.rows if row["provider"] == BASELINE}
     lines = []
-    for row in timed:
+    for row in run.rows:
+        if row["suite"] == "memory":
+            lines.append({key: row[key] for key in (*KEY, "batch", "limit_bytes")})
+            continue
         times, base = row.get("times"), baselines.get(row["group"])
         entry = f"run {name}: {row['group']}, {row['provider']}"
         if not times:
@@ -136,7 +138,7 @@ def _numbers(run, name):
             low, high = interval(values, row.get("visits", ()))
             line |= {measure: median(values), f"{measure}_low": low, f"{measure}_high": high}
         lines.append(line)
-    return pd.DataFrame([*lines, *run.fits], columns=[*KEY, *NUMBERS]).astype(dict.fromkeys(NUMBERS, float))
+    return pd.DataFrame(lines, columns=[*KEY, *NUMBERS]).astype(dict.fromkeys(NUMBERS, float))
 
 
 def _ratios(rows, measure, threshold):
@@ -180,8 +182,7 @@ def _changes(rows, ratios, by, left_out):
 def _warnings(a, b):
     """Why the runs of two files are hard to compare."""
     for condition in CONDITIONS:
-        # files from before a setting was noted have none, which is the same as no settings (an empty "malloc")
-        before, after = (run.environment.get(condition) or None for run in (a, b))
+        before, after = (run.environment.get(condition) for run in (a, b))
         if before != after:
             yield f"{condition}: {before} in A, {after} in B"
     before, after = (", ".join(sorted({row.get("dtype", "?") for row in run.rows})) for run in (a, b))

@@ -20,7 +20,7 @@ def curves(found):
 
 def speedups(rows, mode, run):
     """[(length, speed-up over softmax attention)] of the lengths at which both were measured."""
-    times = {(row["group"], row["provider"]): row["times"] for row in run.rows}
+    times = {(row["group"], row["provider"]): row.get("times") for row in run.rows}
     groups = rows[(rows["mode"] == mode) & (rows["provider"] == OURS)].itertuples()
     both = [(row, times[row.group, SOFTMAX]) for row in groups if (row.group, SOFTMAX) in times]
     return [(row.length, ratios(softmax, times[row.group, OURS])["median"]) for row, softmax in both]

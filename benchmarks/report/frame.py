@@ -16,9 +16,6 @@ from ..suites.groups import BATCHES, HEADLINE_LENGTH, LITE
 SUITES = ["models", "training", "module", "latency", "ops", "scaling"]
 """Suites of timed rows, in the order of the report."""
 
-LEVELS = {"model": "models", "module": "module", "op": "ops"}
-"""The suite of a row whose file does not name it."""
-
 BASELINE, OURS = "upstream", "t2t_fast"
 FORMS = (OURS, "aten", "native", "triton")
 """How the names of this package's own providers begin."""
@@ -59,19 +56,13 @@ def frame(run):
     ``case`` (subject and group in words), ``saved_mb`` and ``peak_mb`` (an image), ``lost`` (slower than upstream
     eager), ``own`` (a form of this package) and ``lite`` (place among the lite models).
     """
-    entries = [*run.rows, *({**fit, "suite": "memory"} for fit in run.fits)]
-    entries += [{**each, "suite": "processes"} for each in run.processes]
-    found = pd.json_normalize(entries, max_level=1).rename(columns=_NESTED).reindex(columns=[*COLUMNS, "times_floor"])
-    backends = [(entry.get("backends") or {}).items() for entry in entries]
+    found = pd.json_normalize(run.rows, max_level=1).rename(columns=_NESTED).reindex(columns=COLUMNS)
+    backends = [(row.get("backends") or {}).items() for row in run.rows]
     found["backends"] = ["; ".join(f"{op}={name}" for op, name in each) or None for each in backends]
-    found["visits"] = [len(entry.get("visits") or [0]) for entry in entries]
-    found["rounds"] = [len(entry.get("times", ())) for entry in entries]
+    found["visits"] = [len(row["visits"]) if "visits" in row else None for row in run.rows]
+    found["rounds"] = [len(row["times"]) if "times" in row else None for row in run.rows]
     numbers = [name for name in found if name not in _TEXT]
     found[numbers] = found[numbers].astype(float)
-    found.loc[found["suite"] == "memory", ["visits", "rounds"]] = float("nan")
-    # old files lack what follows from other fields
-    found["suite"] = found["suite"].astype(object).fillna(found["level"].map(LEVELS))
-    found["floor_share"] = found["floor_share"].fillna(1 / found["times_floor"])
     found["another_function"] = found["another_function"].eq(True)
     found["name"] = found["label"] + found["another_function"].map({True: "\u00a0†", False: ""})
     rows = list(found.itertuples())
@@ -95,11 +86,6 @@ def timed(found, *suites):
     suite = found["suite"].map(SUITES.index)
     order = found.assign(suite_place=suite, model_place=found["lite"].where(found["level"] == "model", 0))
     return found.loc[order.sort_values(["suite_place", "model_place"], kind="stable").index]
-
-
-def cases(found):
-    """(group in words, rows) of every group, in the order of their first rows."""
-    return [(members["case"].iloc[0], list(members.itertuples())) for _, members in found.groupby("group", sort=False)]
 
 
 def main_dtype(found):

@@ -1,14 +1,13 @@
 """Benchmarks of Performer attention: its peers, the lengths, and where it overtakes softmax attention."""
 
 import importlib.util
-import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.measure import harness, rows
+from benchmarks.measure import harness, rows, run_file
 from benchmarks.measure.run_file import RunFile
 from benchmarks.report import __main__ as report
 from benchmarks.report import crossover
@@ -238,7 +237,7 @@ def test_a_row_has_its_share_of_a_copy_and_of_what_must_be_saved():
 
 def _row(provider, tokens, seconds, mode="inference", dtype="fp32", batch=1, **more):
     group = _group(tokens, batch, dtype, mode)
-    return made_row(provider, [seconds] * 3, group=group.id, **group._asdict(), **more)
+    return made_row(provider, [seconds] * 3, **{**group._asdict(), "group": group.id, "suite": "ops"}, **more)
 
 
 def _sweep(mode="inference"):
@@ -271,7 +270,7 @@ def test_crossing(points, expected):
 
 def test_crossover_in_words():
     found = [*_sweep(), _row("upstream", 3136, 1.0, dtype="bf16")]
-    run = RunFile(ENVIRONMENT, found, [], [], [])
+    run = RunFile(ENVIRONMENT, found, [])
     curves = crossover.curves(frame(run))
     assert {(name, tuple(rows["length"])) for name, rows in curves.groupby("provider")} == {
         ("upstream", (100, 500, 2500, 12500)),
@@ -288,7 +287,7 @@ def test_crossover_in_words():
 
 def test_one_length_is_no_curve():
     rows = [_row("upstream", 3136, 1.0), _row("t2t_fast", 3136, 0.5)]
-    assert crossover.curves(frame(RunFile(ENVIRONMENT, rows, [], [], []))).empty
+    assert crossover.curves(frame(RunFile(ENVIRONMENT, rows, []))).empty
 
 
 @needs_matplotlib
@@ -297,7 +296,7 @@ def test_report_draws_the_crossover(tmp_path):
     reasons = [{"group": _group(12500).id, "provider": "sdpa", "reason": "its cost is quadratic"}]
     reasons.append({**reasons[0], "group": _group(50000).id})
     source = tmp_path / "rows.json"
-    source.write_text(json.dumps({"environment": ENVIRONMENT, "rows": found, "left_out": reasons}))
+    run_file.write(source, RunFile(ENVIRONMENT, found, reasons))
     written = report.write(source, tmp_path)
     assert tmp_path / "crossover.png" in written
     assert (tmp_path / "crossover.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

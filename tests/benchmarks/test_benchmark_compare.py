@@ -22,10 +22,10 @@ def scattered(middle, seed, spread=0.02, rounds=ROUNDS):
     return [middle * (1 + draw.uniform(-spread, spread)) for _ in range(rounds)]
 
 
-def made(times, fits=(), processes=(), left_out=(), planned=None, environment=ENVIRONMENT, **fields):
-    """A run of one group; ``times``: provider -> times of its rounds; ``fields`` of all rows."""
+def made(times, *others, left_out=(), planned=0, environment=ENVIRONMENT, **fields):
+    """A run of one group; ``times``: provider -> times of its rounds; ``fields`` of all its rows; ``others``: rows."""
     rows = [made_row(name, values, **fields) for name, values in times.items()]
-    return run_file.RunFile(environment, rows, list(fits), list(processes), list(left_out), planned)
+    return run_file.RunFile(environment, [*rows, *others], list(left_out), planned)
 
 
 def verdicts(comparison):
@@ -91,8 +91,7 @@ def test_a_slower_row_is_found_whatever_the_machine_does():
 
 def test_drift_of_the_machine_is_told_and_taken_out_of_times():
     """Everything takes 1.2 times as long in B, but one row that stayed as it was."""
-    environment = {**ENVIRONMENT, "malloc": {}}
-    a = made({"upstream": [0.1] * 9, "t2t_fast": [0.03] * 9, "aten": [0.05] * 9}, environment=environment)
+    a = made({"upstream": [0.1] * 9, "t2t_fast": [0.03] * 9, "aten": [0.05] * 9})
     b = made({"upstream": [0.12] * 9, "t2t_fast": [0.036] * 9, "aten": [0.05] * 9})
     found = compare.compare(a, b)
     assert found.drift == pytest.approx(1.2) and not found.warnings
@@ -144,15 +143,16 @@ def test_memory(before, after, verdict):
     ("after", "limit", "verdict"), [(36, 2e9, "fewer images"), (38, 2e9, "more images"), (9, 1e9, "not judged")]
 )
 def test_largest_batches(after, limit, verdict):
-    fit = {"group": "memory-t2t_vit_7-224px-fp32-training", "provider": "t2t_fast", "batch": 37, "limit_bytes": 2e9}
-    found = compare.compare(made({}, fits=[fit]), made({}, fits=[{**fit, "batch": after, "limit_bytes": limit}]))
+    fit = {"suite": "memory", "group": "memory-t2t_vit_7-224px-fp32-training", "provider": "t2t_fast"}
+    fit |= {"batch": 37, "limit_bytes": 2e9}
+    found = compare.compare(made({}, fit), made({}, {**fit, "batch": after, "limit_bytes": limit}))
     assert verdicts(found) == {("t2t_fast", "batch"): verdict}
     assert bool(len(found.regressions)) == (verdict == "fewer images")
 
 
 def test_processes_have_times_only():
-    entry = {"group": "processes-t2t_vit_7-224px-b2-fp32-training-n2", "provider": "t2t_fast", "times": [0.1] * 8}
-    a, b = made({}, processes=[entry]), made({}, processes=[{**entry, "times": [0.2] * 8}])
+    row = {"suite": "processes", "group": "processes-t2t_vit_7-224px-b2-fp32-training-n2", "provider": "t2t_fast"}
+    a, b = (made({}, {**row, "times": [seconds] * 8}) for seconds in (0.1, 0.2))
     assert verdicts(compare.compare(a, b)) == {("t2t_fast", "time"): "not judged"}
     assert verdicts(compare.compare(a, b, by="time")) == {("t2t_fast", "time"): "slower"}
 

@@ -35,8 +35,8 @@ def written(root, folders, text="before\n<!-- numbers: {} -->\nold\n<!-- /number
     return path
 
 
-def made(rows, environment=ENVIRONMENT, fits=(), left_out=()):
-    return run_file.RunFile(environment, rows, list(fits), [], list(left_out))
+def made(rows, environment=ENVIRONMENT, left_out=()):
+    return run_file.RunFile(environment, rows, list(left_out))
 
 
 def section(path):
@@ -98,22 +98,21 @@ def test_module_batches_latency_operators_fits(tmp_path):
         *case("module-performer-224px-b8-fp32-training", 0.4, 0.1, saved=16e6, **share),
         *case("module-transformer-224px-b32-fp32-training", 0.4, 0.2),
         *case("latency-t2t_vit_7-224px-b1-fp32-inference", 0.02, 0.01, p95_s=0.03),
-        *case("op-soft_split-stage1-224px-b8-fp32-inference", 0.02, 0.01, floor_share=None, times_floor=3.0),
+        *case("op-soft_split-stage1-224px-b8-fp32-inference", 0.02, 0.01, floor_share=1 / 3),
         *case("op-soft_split-fuseformer-224px-b8-fp32-inference", 0.06, 0.02, floor_share=0.25),
     ]
-    fit = {"subject": "t2t_vit_7", "dtype": "fp32", "limit_bytes": 2e9}
-    fits = [
+    fit = {"suite": "memory", "level": "model", "subject": "t2t_vit_7", "dtype": "fp32", "limit_bytes": 2e9}
+    rows += [
         {**fit, "group": f"memory-{size}", "size": size, "provider": name, "label": name, "batch": batch}
         for size, name, batch in [(224, "upstream", 37), (224, "t2t_fast", 73), (384, "t2t_fast", 20)]
     ]
-    blocks = section(written(tmp_path, {"a": made(rows, fits=fits)}))
+    blocks = section(written(tmp_path, {"a": made(rows)}))
     lines = [line for block in blocks for line in block.splitlines()]
     assert "| inference | 100 ms | 50.0 ms, 2.00× (2.00 – 2.00) |" in lines
     assert "| kept for backward, per image | 2.00 MB | 2.00 MB |" in lines
     assert any(block.endswith("the floor is 40 % of the 50.0 ms and 40 % of the 100 ms.") for block in blocks)
     assert "| Performer module | 2.00× / 4.00× | – |" in lines and "| Transformer module | – | 2.00× |" in lines
     assert "| `t2t_vit_7`, 224 px | 20.0 ms, 30.0 ms | 10.0 ms, 30.0 ms; 2.00× |" in lines
-    # without floor_share, as in old files, it is one over times_floor
     assert "| `soft_split` | 1 / FuseFormer | 2.00× / 3.00× | 33 / 25 % | – | – |" in lines
     assert "| `t2t_vit_7`, float32, 224 / 384 px, 2.00 GB | 37 / – | 73 / 20 |" in lines
 

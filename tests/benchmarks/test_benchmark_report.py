@@ -40,9 +40,12 @@ def made(tmp_path_factory):
 
 
 def _run(rows, **more):
-    return run_file.RunFile(
-        **{"environment": ENVIRONMENT, "fits": [], "processes": [], "left_out": [], **more, "rows": rows}
-    )
+    return run_file.RunFile(**{"environment": ENVIRONMENT, "left_out": [], **more, "rows": rows})
+
+
+def _timed(run):
+    """The rows of the page's table: the pictures have the largest batches and the processes."""
+    return [row for row in run.rows if row["suite"] not in ("memory", "processes")]
 
 
 class Page(HTMLParser):
@@ -130,8 +133,8 @@ def test_page_holds_every_row_and_needs_nothing_else(made):
     folder, run = made
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert len(page.rows) == len(run.rows)
-    assert {group for group, *_ in page.rows} == {row["group"] for row in run.rows}
+    assert len(page.rows) == len(_timed(run))
+    assert {group for group, *_ in page.rows} == {row["group"] for row in _timed(run)}
     assert sum("▼" in row[2 + 8] for row in page.rows) == frame.frame(run)["lost"].sum() > 0
     assert all(reference.startswith(("#", "data:image/webp;base64,")) for reference in page.references)
     assert "http" not in text and "url(" not in text and "@import" not in text
@@ -222,12 +225,6 @@ def test_amdahls_limit_in_words(share, limit, expected):
     assert words.amdahl(frame.frame(_run(rows)).itertuples()) == expected
 
 
-@pytest.mark.parametrize(("fields", "share"), [({}, 1 / 3), ({"floor_share": 0.5}, 0.5), ({"times_floor": None}, None)])
-def test_the_share_of_the_floor(fields, share):
-    (found,) = frame.frame(_run([made_row("t2t_fast", [0.1], **fields)]))["floor_share"]
-    assert found == pytest.approx(float("nan") if share is None else share, nan_ok=True)
-
-
 def test_farthest_from_the_floor_first(made):
     figure, _ = _figure(made[1], "floor")
     shares = {}
@@ -240,9 +237,11 @@ def test_farthest_from_the_floor_first(made):
 def test_csv(made):
     folder, run = made
     read = list(csv.DictReader((folder / "rows.csv").open(encoding="utf-8")))
-    assert len(read) == len(run.rows) + len(run.fits) + len(run.processes) and list(read[0]) == frame.COLUMNS
-    for line, row in zip(read, run.rows, strict=False):
+    assert len(read) == len(run.rows) and list(read[0]) == frame.COLUMNS
+    for line, row in zip(read, run.rows, strict=True):
         assert (line["group"], line["provider"]) == (row["group"], row["provider"])
+        if row["suite"] in ("memory", "processes"):
+            continue
         assert float(line["median_s"]) == row["seconds"]["median"] and int(line["rounds"]) == len(row["times"])
         assert line["speedup_p20"] == ("" if row["speedup"] is None else str(row["speedup"]["p20"]))
     ours = next(line for line in read if line["provider"] == "t2t_fast")
@@ -252,14 +251,14 @@ def test_csv(made):
     assert {line["processes"] for line in read if line["suite"] == "processes"} == {"1", "2", "4"}
 
 
-def test_rows_of_before_the_suites_were_noted(tmp_path):
-    """Old files lack suites, fits, shares and memory of all; the command says what it wrote."""
+def test_the_command_writes_the_report_of_a_run(tmp_path, capsys):
     source = tmp_path / "rows.json"
-    source.write_text(json.dumps({"environment": ENVIRONMENT, "rows": made_run(), "left_out": []}))
-    assert report.main([str(source)]) == 0
-    read = list(csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8")))
+    run_file.write(source, _run(made_run()))
+    assert report.main([str(source), "--out", str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
+    read = list(csv.DictReader((tmp_path / "out" / "rows.csv").open(encoding="utf-8")))
     assert [line["suite"] for line in read] == ["module"] * 5 + ["models"] * 2
-    assert len(Page((tmp_path / "report.html").read_text(encoding="utf-8")).rows) == len(read)
+    assert len(Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).rows) == len(read)
 
 
 @pytest.mark.parametrize("content", ["{}", "no JSON", None], ids=["another file", "no JSON", "missing"])
@@ -319,7 +318,7 @@ def test_table_sorts_and_filters_in_a_browser(made, tmp_path):
     speedups = [row[2 + 8].strip() for row in rows]
     known = [float(text.split()[0]) for text in speedups if text]
     assert known == sorted(known) and len(set(known)) > 3
-    assert set(speedups[len(known) :]) == {""} and len(known) < len(rows) == len(made[1].rows)
+    assert set(speedups[len(known) :]) == {""} and len(known) < len(rows) == len(_timed(made[1]))
     shown = {group for group, hidden, *_ in rows if not hidden}
     assert shown == {"module-performer-224px-b8-fp32-training"}
     assert f"5 of {len(rows)} rows" in page.dom

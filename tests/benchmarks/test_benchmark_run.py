@@ -41,9 +41,8 @@ def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
     path = written(tmp_path, [finished_row(group, name) for group, name in planned[:-1]], planned=6)
     run = resumed(path, *planned)
     assert _missing(run, *planned) == planned[3:]
-    kind, entry = run.found[FIRST.id, "aten"]
-    assert (kind, entry["times"]) == ("rows", [0.1, 0.2, 0.3])
-    run.add("rows", finished_row(SECOND, "upstream"))
+    assert run.found[FIRST.id, "aten"]["times"] == [0.1, 0.2, 0.3]
+    run.add(finished_row(SECOND, "upstream"))
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id] * 3 + [SECOND.id]
     assert after.environment == {**ENVIRONMENT, "command": "a command"}
@@ -71,7 +70,7 @@ def test_what_was_left_out_is_tried_again_where_that_may_help(tmp_path, reason, 
 def test_a_resumed_run_notes_every_command(tmp_path):
     path = written(tmp_path, [finished_row(FIRST, "upstream")])
     for words, noted in (("one", "one"), ("one", "one"), ("two", "one\ntwo"), ("two", "one\ntwo")):
-        session.Run({SECOND: ["upstream"]}, "cpu", True, path, words).add("rows")
+        session.Run({SECOND: ["upstream"]}, "cpu", True, path, words).add()
         assert run_file.read(path).environment["command"] == noted
 
 
@@ -80,8 +79,8 @@ def test_largest_batches_are_kept_one_by_one(tmp_path):
         {"group": FITTING.id, "provider": "upstream", "batch": 7},
         ((FITTING, "upstream"), (FITTING, "aten")),
     )
-    run = resumed(written(tmp_path, [], fits=[found]), *planned)
-    assert run.found[FITTING.id, "upstream"] == ("fits", found)
+    run = resumed(written(tmp_path, [found]), *planned)
+    assert run.found[FITTING.id, "upstream"] == found
     assert _missing(run, *planned) == [(FITTING, "aten")]
 
 
@@ -91,7 +90,7 @@ def test_rows_of_another_selection_stay_and_what_an_earlier_part_did_not_measure
 ):
     path = written(tmp_path, [finished_row(FIRST, "upstream")], planned=planned)
     run = resumed(path, (SECOND, "upstream"))
-    run.add("rows", finished_row(SECOND, "upstream"))
+    run.add(finished_row(SECOND, "upstream"))
     after = run_file.read(path)
     assert [row["group"] for row in after.rows] == [FIRST.id, SECOND.id]
     assert (after.finished, after.planned, after.complete) == (2, max(2, planned), complete)
@@ -123,9 +122,9 @@ def test_files_of_a_run_are_strict_json(tmp_path):
     path = tmp_path / "rows.json"
     with pytest.raises(ValueError, match="not JSON compliant"):
         # other readers refuse what a NaN would be written as
-        run_file.write(path, run_file.RunFile({"x": float("nan")}, [], [], [], []))
+        run_file.write(path, run_file.RunFile({"x": float("nan")}, [], []))
     assert not path.exists()
-    run_file.write(path, run_file.RunFile({}, [], [], [], []))
+    run_file.write(path, run_file.RunFile({}, [], []))
     assert json.loads(path.read_text())["rows"] == []
     for text, words in (("{", "not JSON"), ("[1]", "not a run"), ('{"benchmarks": []}', "not a run")):
         path.write_text(text)
@@ -237,7 +236,7 @@ def work(suites, device, quick, expression, path, command, limit, cache):
         path.touch()
         time.sleep(60)
     assert os.path.isdir(cache) and not os.listdir(cache)
-    found = {"environment": {}, "rows": [], "fits": [], "processes": [], "left_out": [], "planned": 9}
+    found = {"environment": {}, "rows": [], "left_out": [], "planned": 9}
     found = json.loads(path.read_text()) if path.exists() else found
     if len(found["left_out"]) < 2:
         reason = "its call ended the process's CUDA context: RuntimeError: CUDA error"
@@ -291,7 +290,7 @@ def test_memory_that_is_kept_is_noted_and_part_of_the_command(tmp_path, monkeypa
     def suites(arguments, out):
         environment = {**ENVIRONMENT, **session.describe("cpu", True, command.command_line(arguments))}
         rows = [finished_row(FIRST, "upstream")]
-        run_file.write(out / "rows.json", run_file.RunFile(environment, rows, [], [], [], 1))
+        run_file.write(out / "rows.json", run_file.RunFile(environment, rows, [], 1))
         return 0
 
     monkeypatch.setattr(command, "run_suites", suites)
@@ -315,7 +314,7 @@ def test_memory_is_kept_by_glibc_only(monkeypatch, tmp_path, capsys):
 def test_compare_through_the_users_command(tmp_path, capsys):
     for name, seconds in (("a", 0.02), ("b", 0.03)):
         found = [made_row("upstream", [0.1] * 9), made_row("t2t_fast", [seconds] * 9)]
-        run_file.write(tmp_path / name, run_file.RunFile(ENVIRONMENT, found, [], [], []))
+        run_file.write(tmp_path / name, run_file.RunFile(ENVIRONMENT, found, []))
     pair = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert t2t_fast_command(["bench", "--compare", *pair]) == 1
     assert "1 regression of t2t_fast" in capsys.readouterr().out

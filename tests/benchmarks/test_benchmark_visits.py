@@ -82,13 +82,11 @@ def measured(monkeypatch):
 
 
 def _row(run, group, name):
-    return run.found[group.id, name][1]
+    return run.found[group.id, name]
 
 
 def _reason(run, group, name):
-    kind, entry = run.found[group.id, name]
-    assert kind == "left_out"
-    return entry["reason"]
+    return run.found[group.id, name]["reason"]
 
 
 def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(measured, tmp_path):
@@ -113,7 +111,7 @@ def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(measured
 def test_progress_estimates_the_time_that_is_left(measured, capsys):
     planned = [(FIRST, "upstream"), (FIRST, "t2t_fast")]
     run, _, said = measured(planned)
-    run.add("rows", {**finished_row(FIRST, "upstream"), "visits": [3]})
+    run.add({**finished_row(FIRST, "upstream"), "visits": [3]})
     run.say(FIRST, "goes on")
     ((rows_done, _, done, left, text),) = said
     assert (rows_done, text) == ("visit 1 of 3: 1/2 rows", f"{FIRST.id}: goes on")
@@ -213,7 +211,7 @@ def test_a_run_stopped_between_visits_goes_on_with_the_next(measured, tmp_path):
     environment = {**ENVIRONMENT, "visits": 3}
     twice, once = {"times": [5.0] * 4, "visits": [2, 2]}, {"visits": [3]}
     before = [{**finished_row(FIRST, "upstream"), **twice}, {**finished_row(SECOND, "upstream"), **once}]
-    run_file.write(path, run_file.RunFile(environment, before, [], [], [], 2))
+    run_file.write(path, run_file.RunFile(environment, before, [], 2))
     assert not run_file.read(path).complete
     run, measurements, _ = measured(planned, path)
     run.run()

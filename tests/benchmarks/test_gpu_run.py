@@ -235,7 +235,7 @@ def test_gpu_second_call_goes_on(tmp_path, capsys, monkeypatch):
 
 def _rows(folder, left_out=()):
     folder.mkdir(parents=True, exist_ok=True)
-    run_file.write(folder / "rows.json", run_file.RunFile(ENVIRONMENT, made_run(), [], [], list(left_out), 9))
+    run_file.write(folder / "rows.json", run_file.RunFile(ENVIRONMENT, made_run(), list(left_out), 9))
 
 
 def test_gpu_second_call_resumes_the_rows(tmp_path):

@@ -14,10 +14,10 @@ def finished_row(group, provider):
     return made_row(provider, [0.1, 0.2, 0.3], **{**group._asdict(), "group": group.id, "visits": [1, 1, 1]})
 
 
-def written(folder, found, left_out=(), fits=(), planned=99):
+def written(folder, found, left_out=(), planned=99):
     """The path of a run file in ``folder`` with these rows and the made-up environment."""
     path = folder / "rows.json"
-    run_file.write(path, run_file.RunFile(ENVIRONMENT, list(found), list(fits), [], list(left_out), planned))
+    run_file.write(path, run_file.RunFile(ENVIRONMENT, list(found), list(left_out), planned))
     return path
 
 
