@@ -260,7 +260,7 @@ def work(suites, device, quick, expression, path, command, limit, cache):
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     try:
-        planned = plan(suites, device, quick, matching(expression or ""))
+        planned = plan(suites, device, quick, matching(expression))
         if not planned:
             sys.exit(NO_ROW)
         run = Run(planned, device, quick, path, command, limit, show)

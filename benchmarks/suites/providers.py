@@ -122,7 +122,7 @@ def matching(expression):
     try:
         code = compile(re.sub(r"[^\s()]+", word, expression) or "True", "<filter>", "eval")
     except SyntaxError as failure:
-        raise ValueError(f"{expression!r}: {failure.msg}") from failure
+        raise ValueError(f"--filter {expression!r}: {failure.msg}") from failure
     return lambda name: bool(eval(code, {"name": name.lower()}))  # of quoted words only
 
 
