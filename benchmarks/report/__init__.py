@@ -1,1 +1,1 @@
-"""What a run says: page, pictures, tables, the comparison of two runs, the README's numbers."""
+"""Reports of a run: page, pictures, rows.csv, the comparison of two runs, the README's numbers."""

@@ -33,8 +33,8 @@ def write(source, folder):
     if (reason := obstacle()) is not None:
         print(f"report: {reason}; then python -m benchmarks.report {source}", file=sys.stderr)
         return []
-    from . import charts, page, tables
-    from .frame import frame
+    from . import charts, page
+    from .frame import COLUMNS, frame
 
     run = run_file.read(source)
     found, folder = frame(run), Path(folder)
@@ -47,7 +47,10 @@ def write(source, folder):
     paths = charts.draw(run, found, folder) if undrawn is None else {}
     path = folder / "report.html"
     path.write_text(page.report(run, found, paths, undrawn), encoding="utf-8")
-    return [path, tables.write(found, folder), *paths.values()]
+    table = folder / "rows.csv"
+    # without the conversion, whole numbers would get a decimal point where one of their column is missing
+    found[COLUMNS].convert_dtypes().to_csv(table, index=False, lineterminator="\n", encoding="utf-8")
+    return [path, table, *paths.values()]
 
 
 def main(argv=None):

@@ -9,7 +9,7 @@ from .charts import FAR, PICTURES
 from .crossover import curves, sentences
 from .frame import BASELINE, OURS, headline, in_main_dtype, timed
 from .goals import judge
-from .tables import template
+from .words import template
 
 
 def _cards(found):

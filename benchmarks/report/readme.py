@@ -16,8 +16,7 @@ from pathlib import Path
 from ..measure import run_file
 from .frame import BASELINE, OURS, frame, pd, timed
 from .goals import judge
-from .tables import template
-from .words import number
+from .words import number, template
 
 MARKED = re.compile(
     r"^<!-- (?P<part>headline|numbers): (?P<folders>[^\n]*) -->\n(?P<text>.*?)(?=^<!-- /(?P=part) -->$)", re.M | re.S

@@ -1,4 +1,8 @@
-"""Numbers and sentences of the report."""
+"""Numbers and sentences of the report, and the templates that use them."""
+
+from pathlib import Path
+
+import jinja2
 
 from .frame import pd
 
@@ -64,3 +68,12 @@ def amdahl(rows):
             limit = "" if pd.isna(row.amdahl_limit) else f"Amdahl's limit {row.amdahl_limit:.2f}×"
             return f"front end {100 * row.front_end_share:.0f} % of upstream's time, {limit or 'which sets no limit'}"
     return ""
+
+
+def template(name, **options):
+    """A file of the folder ``templates``, with some functions of this module as filters."""
+    options |= dict(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    found = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), **options)
+    found.filters |= {function.__name__: function for function in (number, percent, spread, error)}
+    found.filters["whole"] = lambda value: "" if value != value else f"{value:.0f}"
+    return found.get_template(name)
