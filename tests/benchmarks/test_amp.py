@@ -6,7 +6,7 @@ from benchmarks.questions import amp
 
 
 def test_the_command(monkeypatch, capsys):
-    """Without a gain both modules are finite; the swapped one is at least as exact in the half types."""
+    """At gain 1 both modules are finite, and the swapped one is more exact in the half types."""
     monkeypatch.setattr(amp, "SIZE", 32)
     rows = amp.measure("cpu", gains=(1.0,))
     modules = [(dtype, module) for dtype in ("fp32", "bf16", "fp16") for module in ("upstream", "t2t_fast")]

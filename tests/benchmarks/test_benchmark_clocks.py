@@ -1,4 +1,4 @@
-"""What a turn of a provider is on each device, when its clock starts and stops, and how many turns there are."""
+"""Turns of a provider: what the clock of each device measures, their order, and the number of rounds."""
 
 import sys
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from benchmarks.suites.groups import ContextLost
 
 
 class Time:
-    """A clock that stands still until somebody spends time."""
+    """A fake clock that advances only by :meth:`spend`."""
 
     def __init__(self):
         self.now = 0.0
@@ -61,7 +61,7 @@ def test_cuda_clock_takes_do_bench_median_and_clears_gradients(monkeypatch):
     assert (seen["result"], seen["grad_to_none"], seen["return_mode"]) == ("called", ["a leaf"], "median")
 
 
-def test_a_lost_context_is_one_that_cannot_be_waited_for(monkeypatch):
+def test_failing_synchronize_means_a_lost_context(monkeypatch):
     assert not clocks.context_lost("cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert not clocks.context_lost("cuda")
@@ -74,7 +74,7 @@ def test_a_lost_context_is_one_that_cannot_be_waited_for(monkeypatch):
 
 
 class RecordingClock:
-    """Every turn takes as long as the drift of the machine says, times the provider's own cost."""
+    """A turn takes the provider's cost times the machine's drift, which grows every three turns."""
 
     def __init__(self, time, **cost):
         self.time, self.cost, self.order = time, cost, []
@@ -108,7 +108,7 @@ def test_there_are_as_many_rounds_as_the_budget_allows(monkeypatch, seconds, rou
     assert len(alone.times) == rounds
 
 
-def test_a_lost_context_in_a_timed_turn_is_its_participants(monkeypatch):
+def test_lost_context_names_its_provider(monkeypatch):
     def turn(*call):
         raise ValueError("wrong")
 

@@ -1,4 +1,4 @@
-"""Two runs compared: noise bands, verdicts against planted changes, exit codes, old files."""
+"""Comparison of two runs: noise bands, verdicts on known changes, exit codes, old files."""
 
 import gzip
 import random
@@ -23,7 +23,7 @@ def scattered(middle, seed, spread=0.02, rounds=ROUNDS):
 
 
 def made(times, *others, left_out=(), planned=0, environment=ENVIRONMENT, **fields):
-    """A run of one group; ``times``: provider -> times of its rounds; ``fields`` of all its rows; ``others``: rows."""
+    """A run of one group; ``times``: provider -> times of its rounds; ``fields`` of these rows; ``others``: rows."""
     rows = [made_row(name, values, **fields) for name, values in times.items()]
     return run_file.RunFile(environment, [*rows, *others], list(left_out), planned)
 
@@ -46,7 +46,7 @@ def test_ranks_of_the_interval_are_those_of_published_tables(count, low, high):
     assert compare.interval(values) == (low, high)
 
 
-def test_the_interval_covers_the_median_as_often_as_it_says():
+def test_interval_coverage():
     draw = random.Random(1)
     intervals = [compare.interval([draw.expovariate(1) for _ in range(20)]) for _ in range(4000)]
     covered = sum(low <= log(2) <= high for low, high in intervals) / len(intervals)
@@ -60,7 +60,7 @@ def test_the_interval_holds_the_median_of_every_visit():
 
 
 def test_a_visit_that_was_disturbed_widens_the_band():
-    """The median moved by a third, but both runs have seen visits of either kind."""
+    """The median rises by a third, but both runs contain fast and slow visits."""
     times = [0.03] * 11 + [0.04] * 8 + [0.03] * 11, [0.03] * 8 + [0.04] * 22
     visits = [11, 8, 11], [8, 11, 11]
     a, b = (made({"upstream": [0.1] * 30, "t2t_fast": t}, visits=v) for t, v in zip(times, visits, strict=True))
@@ -69,8 +69,8 @@ def test_a_visit_that_was_disturbed_widens_the_band():
     assert verdicts(compare.compare(*without))["t2t_fast", "speedup"] == "slower"
 
 
-def test_a_slower_row_is_found_whatever_the_machine_does():
-    """B runs on a machine that is twice as slow; t2t_fast lost another fifth, the compiled row nothing."""
+def test_slower_row_on_a_slower_machine():
+    """B's machine takes twice as long; t2t_fast also becomes slower by a fifth, the compiled row does not."""
     a = made({"upstream": scattered(0.1, 1), "t2t_fast": scattered(0.03, 2), "t2t_fast-compiled": scattered(0.02, 3)})
     b = made({"upstream": scattered(0.2, 4), "t2t_fast": scattered(0.072, 5), "t2t_fast-compiled": scattered(0.04, 6)})
     found = compare.compare(a, b)
@@ -89,8 +89,8 @@ def test_a_slower_row_is_found_whatever_the_machine_does():
     assert verdicts(back)["t2t_fast", "speedup"] == "faster" and back.regressions.empty
 
 
-def test_drift_of_the_machine_is_told_and_taken_out_of_times():
-    """Everything takes 1.2 times as long in B, but one row that stayed as it was."""
+def test_machine_drift_is_reported_and_removed():
+    """In B all rows but one take 1.2 times as long."""
     a = made({"upstream": [0.1] * 9, "t2t_fast": [0.03] * 9, "aten": [0.05] * 9})
     b = made({"upstream": [0.12] * 9, "t2t_fast": [0.036] * 9, "aten": [0.05] * 9})
     found = compare.compare(a, b)
@@ -102,7 +102,7 @@ def test_drift_of_the_machine_is_told_and_taken_out_of_times():
     assert alone.drift is None and "drift" not in compare.summary(alone)
 
 
-def test_a_peer_that_became_slower_is_told_and_no_regression():
+def test_slower_peer_is_no_regression():
     peers = {"upstream": scattered(0.2, 1), "t2t_fast": scattered(0.05, 2)}
     a = made({**peers, "upstream-compiled": scattered(0.1, 3)})
     b = made({**peers, "upstream-compiled": scattered(0.2, 3)})
@@ -113,14 +113,14 @@ def test_a_peer_that_became_slower_is_told_and_no_regression():
 
 
 def test_scatter_is_no_regression():
-    """The median moved by a fifth, with rounds that scatter by more."""
+    """The median rises by a fifth, but the rounds scatter by more."""
     a = made({"upstream": [0.1] * 7, "t2t_fast": [0.03, 0.02, 0.05, 0.03, 0.04, 0.03, 0.03]})
     b = made({"upstream": [0.1] * 7, "t2t_fast": [0.036, 0.02, 0.05, 0.036, 0.05, 0.036, 0.03]})
     assert verdicts(compare.compare(a, b))["t2t_fast", "speedup"] == "within noise"
     assert verdicts(compare.compare(a, b, threshold=0.25))["t2t_fast", "speedup"] == "same"
 
 
-def test_a_sharp_band_within_the_threshold_is_the_same():
+def test_narrow_band_within_the_threshold_is_the_same():
     a = made({"upstream": [0.1] * 20, "t2t_fast": [0.03] * 20})
     b = made({"upstream": [0.1] * 20, "t2t_fast": [0.031] * 20})
     assert verdicts(compare.compare(a, b))["t2t_fast", "speedup"] == "same"
@@ -157,8 +157,8 @@ def test_processes_have_times_only():
     assert verdicts(compare.compare(a, b, by="time")) == {("t2t_fast", "time"): "slower"}
 
 
-def test_what_only_one_run_has():
-    """A failure is a regression, a row that was not asked for is none."""
+def test_rows_of_one_run_only():
+    """A failed row is a regression; a row that was not measured is not."""
     times = {name: [0.1] * 7 for name in ("upstream", "t2t_fast", "t2t_fast-compiled", "aten")}
     fewer = {name: times[name] for name in ("upstream", "aten")} | {"aten-compiled": [0.1] * 7}
     reasons = {"t2t_fast": "failed: AssertionError: wrong", "t2t_fast-compiled": "the time limit of 9 s had passed"}
@@ -199,7 +199,7 @@ def test_the_worst_comes_first_and_the_counts_last(tmp_path, capsys):
     )
 
 
-def test_conditions_that_differ_are_told():
+def test_different_conditions_are_reported():
     times = {"upstream": [0.1] * 7}
     limits = {"bytes_per_s": 3e10, "flop_per_s": {"fp32": 2.1e11}}
     other = {**ENVIRONMENT, "torch": "2.12", "quick": True, "limits": limits}
@@ -248,7 +248,7 @@ def test_bad_usage_is_one_line_and_code_2(tmp_path, capsys, change, options, wor
 
 
 def test_files_without_visits_suites_or_conditions(tmp_path, capsys):
-    """Old run files note less, and are compared all the same; a file ending in .gz is compressed."""
+    """Old run files lack some fields but can be compared; files ending in .gz are compressed."""
     times = {"upstream": [0.1] * 7, "t2t_fast": [0.025] * 7}
     a, b = made(times), made({**times, "t2t_fast": [0.06] * 7})
     plain = [run._replace(rows=[{k: v for k, v in row.items() if k != "visits"} for row in run.rows]) for run in (a, b)]
@@ -261,5 +261,5 @@ def test_files_without_visits_suites_or_conditions(tmp_path, capsys):
     assert (change.verdict, change.what, change.a, change.b) == ("slower", "speedup", 4, pytest.approx(5 / 3))
 
 
-def test_the_baseline_is_the_providers():
+def test_baseline_names_agree():
     assert frame.BASELINE == providers.BASELINE and frame.OURS == providers.OURS

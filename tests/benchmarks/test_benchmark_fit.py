@@ -26,8 +26,8 @@ def test_largest_batch_on_a_line(offset, slope, limit, expected):
     assert len(tries) == len(set(tries)) <= 9
 
 
-def test_largest_batch_where_memory_bends_and_allocations_are_refused():
-    """An allocator that keeps what it had, and says nothing but no beyond the limit."""
+def test_largest_batch_with_nonlinear_memory():
+    """Memory grows quadratically, and a failed allocation reports no size."""
     tries = []
 
     def used(batch):
@@ -38,7 +38,7 @@ def test_largest_batch_where_memory_bends_and_allocations_are_refused():
     assert len(tries) < 20
 
 
-def test_largest_batch_without_end():
+def test_largest_batch_is_bounded():
     batch, _, _ = fit.largest(lambda batch: 0, 1)
     assert batch == fit.MOST
 
@@ -67,7 +67,7 @@ def test_two_processes_train_together():
     assert (entry["group"], entry["processes"]) == ("processes-t2t_vit_7-64px-b2-fp32-training-n2", 2)
 
 
-def test_a_process_that_fails_tells_why():
+def test_failed_process_reports_its_error():
     group = Group("model", "no_such_model", 64, 2, "fp32", "training", False, "processes", 1)
     with pytest.raises(AttributeError, match="no attribute 'no_such_model'"):
         processes.measure(group, "t2t_fast", "cpu", lambda text: None)

@@ -1,4 +1,4 @@
-"""The README's numbers: what is committed is what the command makes; what it makes of made-up runs."""
+"""The README's numbers: the committed text is up to date; the text generated from made-up runs."""
 
 import re
 
@@ -40,7 +40,7 @@ def made(rows, environment=ENVIRONMENT, left_out=()):
 
 
 def section(path):
-    """What the command writes, its paragraphs in one line each."""
+    """The generated text as a list of blocks, each paragraph joined into one line."""
     assert readme.main(["--readme", str(path)]) == 0
     return [" ".join(block.splitlines()) if "|" not in block else block for block in path.read_text().split("\n\n")]
 
@@ -52,7 +52,7 @@ def test_the_committed_readme_is_generated(capsys):
     assert readme.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_only_what_is_marked_changes_and_a_second_time_nothing(tmp_path):
+def test_only_marked_text_changes(tmp_path):
     path = written(tmp_path, {"a": made(case("module-performer-224px-b8-fp32-inference", 0.1, 0.05))})
     assert readme.main(["--readme", str(path), "--check"]) == 1
     assert "old" in path.read_text()
@@ -158,7 +158,7 @@ def test_each_folder_has_a_part_of_its_own(tmp_path):
     assert links[-2:] == [("report", "a/report.html"), ("CSV", "a/rows.csv")]
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_missing_gpu_is_stated(tmp_path):
     run = made(case("module-performer-224px-b8-fp32-inference", 0.1, 0.05))
     assert "There are no GPU measurements yet." in " ".join(section(written(tmp_path, {"a": run})))
 

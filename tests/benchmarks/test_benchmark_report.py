@@ -1,4 +1,4 @@
-"""The benchmarks' report: its pictures can be read, its page works in a browser, and no row is lost on the way."""
+"""The benchmarks' report: its pictures are legible, its page works in a browser, and it contains every row."""
 
 import csv
 import importlib.util
@@ -24,14 +24,14 @@ if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("matplotlib is not installed", allow_module_level=True)
 
 SHOWN = 1178
-"""CSS pixels that a picture's width takes on a page 1280 pixels wide; the browser's test holds it."""
+"""Width of a picture in CSS pixels on a page 1280 pixels wide; checked by test_page_in_a_browser."""
 
 NAMES = list(charts.PICTURES)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of a report of entries of every kind, and the run."""
+    """The folder of a report with entries of every kind, and its run."""
     folder = tmp_path_factory.mktemp("report")
     source = folder / "rows.json"
     source.write_text(json.dumps(made_of_everything()))
@@ -44,12 +44,12 @@ def _run(rows, **more):
 
 
 def _timed(run):
-    """The rows of the page's table: the pictures have the largest batches and the processes."""
+    """The rows of the page's table; largest batches and processes appear only in pictures."""
     return [row for row in run.rows if row["suite"] not in ("memory", "processes")]
 
 
 class Page(HTMLParser):
-    """What a page refers to, its headings, and of its table of all rows: group, whether it is hidden, text of cells."""
+    """A page's references, its headings, and for each row of its table: group, whether hidden, text of the cells."""
 
     def __init__(self, text):
         super().__init__()
@@ -75,7 +75,7 @@ class Page(HTMLParser):
 
 
 def _texts(figure):
-    """The words of a figure with their boxes in pixels; tick labels beyond the axes are not drawn."""
+    """The visible texts of a figure with their boxes in pixels; tick labels beyond the axes are not drawn."""
     from matplotlib.text import Text
 
     figure.draw_without_rendering()
@@ -92,11 +92,11 @@ def _texts(figure):
         for text in figure.findobj(Text)
         if text.get_text().strip() and text.get_visible() and id(text) not in hidden
     ]
-    return [(text, Text.get_window_extent(text)) for text in found]  # an annotation's would hold its arrow too
+    return [(text, Text.get_window_extent(text)) for text in found]  # an annotation's own extent includes its arrow
 
 
 def _figure(run, name):
-    """A picture of a run, and its words as :func:`_texts` gives them."""
+    """A picture of a run, and its texts from :func:`_texts`."""
     from matplotlib.style import context
 
     select, make = charts.PICTURES[name]
@@ -107,7 +107,7 @@ def _figure(run, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_can_be_read(made, name):
-    """On a page of 1280 pixels no words are smaller than 10, cut off, or written over other ones."""
+    """On a page 1280 pixels wide, no text is smaller than 10 pixels, cut off, or overlaps other text."""
     figure, texts = _figure(made[1], name)
     assert len(texts) >= 10
     pixels_per_point = SHOWN / figure.get_figwidth() / 72
@@ -129,7 +129,7 @@ def test_files(made):
     assert names == {"rows.json", "report.html", "rows.csv", *(f"{name}.png" for name in NAMES)}
 
 
-def test_page_holds_every_row_and_needs_nothing_else(made):
+def test_page_is_complete_and_self_contained(made):
     folder, run = made
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -145,7 +145,7 @@ def test_page_holds_every_row_and_needs_nothing_else(made):
         assert judged.what in text
 
 
-def test_page_of_few_rows_has_their_sections_alone(tmp_path):
+def test_page_of_few_rows_omits_empty_sections(tmp_path):
     source = tmp_path / "rows.json"
     (tmp_path / "scaling.png").write_text("of an earlier report into this folder")
     source.write_text(json.dumps(_run(made_run())._asdict()))
@@ -158,7 +158,7 @@ def test_page_of_few_rows_has_their_sections_alone(tmp_path):
     assert "not complete" not in text
 
 
-def test_a_machine_that_cannot_draw_still_reports(tmp_path, monkeypatch, capsys):
+def test_report_without_pillow(tmp_path, monkeypatch, capsys):
     source = tmp_path / "rows.json"
     source.write_text(json.dumps(made_of_everything()))
     monkeypatch.setitem(sys.modules, "PIL", None)
@@ -262,7 +262,7 @@ def test_the_command_writes_the_report_of_a_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["{}", "no JSON", None], ids=["another file", "no JSON", "missing"])
-def test_what_is_no_run(tmp_path, capsys, content):
+def test_invalid_run_file(tmp_path, capsys, content):
     source = tmp_path / "rows.json"
     if content is not None:
         source.write_text(content)
@@ -287,7 +287,7 @@ needs_chromium = pytest.mark.skipif(
 
 @needs_chromium
 def test_page_in_a_browser(made, tmp_path):
-    """Nothing on the console, every picture as wide as promised, nothing wider than the window, all of it drawn."""
+    """The console is empty, pictures have the expected width, nothing exceeds the window, and all of it is drawn."""
     path = made[0] / "report.html"
     facts = """
         const images = [...document.images];
@@ -326,7 +326,7 @@ def test_table_sorts_and_filters_in_a_browser(made, tmp_path):
 
 @needs_chromium
 @pytest.mark.parametrize("script", ["console.error('broken')", "undefined.broken"])
-def test_what_the_console_says_is_caught(tmp_path, script):
+def test_console_errors_are_caught(tmp_path, script):
     path = tmp_path / "page.html"
     path.write_text(f"<!doctype html><body><script>{script}</script></body>")
     assert browser.load(path, tmp_path / "profile").console

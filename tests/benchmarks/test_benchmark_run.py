@@ -1,4 +1,4 @@
-"""A run of the suites as a whole: a stop half-way, going on, refusing to overwrite, exit codes, the command."""
+"""A run of the suites as a whole: interruption, resumption, protection of existing files, exit codes, the command."""
 
 import contextlib
 import importlib.util
@@ -35,9 +35,9 @@ def _missing(run, *planned):
     return [(group, name) for group, name in planned if (group.id, name) not in run.found]
 
 
-def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
+def test_resume_repeats_incomplete_groups(tmp_path):
     planned = [(group, name) for group in (FIRST, SECOND) for name in ("upstream", "aten", "t2t_fast")]
-    # of the second group the last provider is missing: its peers must be measured in turn with it
+    # the second group lacks its last provider: its peers must be measured again, interleaved with it
     path = written(tmp_path, [finished_row(group, name) for group, name in planned[:-1]], planned=6)
     run = resumed(path, *planned)
     assert _missing(run, *planned) == planned[3:]
@@ -49,7 +49,7 @@ def test_a_resumed_run_keeps_whole_groups_and_measures_parts_again(tmp_path):
     assert (after.finished, after.planned, after.complete) == (4, 6, False)
 
 
-def test_no_row_stands_beside_peers_of_other_rounds(tmp_path):
+def test_resume_repeats_peers_of_a_missing_row(tmp_path):
     path = written(tmp_path, [finished_row(FIRST, "upstream"), finished_row(FIRST, "upstream-compiled")])
     run = resumed(path, (FIRST, "upstream"), (FIRST, "aten"))
     assert run.found == {}
@@ -59,11 +59,11 @@ def test_no_row_stands_beside_peers_of_other_rounds(tmp_path):
     ("reason", "again"),
     [("the package x is not installed", False), ("the time limit of 5 s had passed", True), ("failed: no", True)],
 )
-def test_what_was_left_out_is_tried_again_where_that_may_help(tmp_path, reason, again):
+def test_resume_retries_left_out_rows(tmp_path, reason, again):
     left_out = [{"group": FIRST.id, "provider": "sdpa", "reason": reason}]
     planned = (FIRST, "upstream"), (FIRST, "sdpa")
     run = resumed(written(tmp_path, [finished_row(FIRST, "upstream")], left_out), *planned)
-    # and so is everyone who would be measured beside it
+    # the other rows of its group are measured again with it
     assert _missing(run, *planned) == (list(planned) if again else [])
 
 
@@ -74,7 +74,7 @@ def test_a_resumed_run_notes_every_command(tmp_path):
         assert run_file.read(path).environment["command"] == noted
 
 
-def test_largest_batches_are_kept_one_by_one(tmp_path):
+def test_resume_keeps_each_largest_batch(tmp_path):
     found, planned = (
         {"group": FITTING.id, "provider": "upstream", "batch": 7},
         ((FITTING, "upstream"), (FITTING, "aten")),
@@ -85,9 +85,7 @@ def test_largest_batches_are_kept_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize(("planned", "complete"), [(1, True), (9, False)])
-def test_rows_of_another_selection_stay_and_what_an_earlier_part_did_not_measure_is_missing(
-    tmp_path, planned, complete
-):
+def test_resume_with_another_selection(tmp_path, planned, complete):
     path = written(tmp_path, [finished_row(FIRST, "upstream")], planned=planned)
     run = resumed(path, (SECOND, "upstream"))
     run.add(finished_row(SECOND, "upstream"))
@@ -121,7 +119,7 @@ def test_a_run_is_not_overwritten(tmp_path, capsys):
 def test_files_of_a_run_are_strict_json(tmp_path):
     path = tmp_path / "rows.json"
     with pytest.raises(ValueError, match="not JSON compliant"):
-        # other readers refuse what a NaN would be written as
+        # strict JSON has no NaN, so other readers would reject the file
         run_file.write(path, run_file.RunFile({"x": float("nan")}, [], []))
     assert not path.exists()
     run_file.write(path, run_file.RunFile({}, [], []))
@@ -148,20 +146,20 @@ def test_committed_runs_can_be_read():
         ("nothing", ""),
     ],
 )
-def test_a_filter_reads_as_pytests(expression, expected):
+def test_filter_expressions(expression, expected):
     names = {"a": "module module-performer-224px-upstream", "b": "module module-384px-triton", "c": "ops op-token_mlp"}
     assert "".join(key for key, name in names.items() if matching(expression)(name)) == expected
 
 
 @pytest.mark.parametrize("expression", ["module and", "a b", "not", ")"])
-def test_a_filter_that_is_none_is_refused(expression, tmp_path, capsys):
+def test_invalid_filter(expression, tmp_path, capsys):
     with pytest.raises(ValueError, match=re.escape(repr(expression))):
         matching(expression)
     assert command.main([*QUICK, "--report", str(tmp_path), "--filter", expression]) == 2
     assert "--filter" in capsys.readouterr().err
 
 
-def test_the_command_of_a_run_measures_the_same_again(tmp_path):
+def test_recorded_command_line(tmp_path):
     words = ["--device", "cpu", "--quick", "--suite", "module", "ops", "--filter", "b8 and not aten"]
     given = command.parser().parse_args([*words, "--max-seconds", "60", "--report", str(tmp_path), "--resume"])
     assert command.command_line(given) == (
@@ -169,7 +167,7 @@ def test_the_command_of_a_run_measures_the_same_again(tmp_path):
     )
 
 
-def test_suites_that_are_killed_keep_their_rows_and_say_so(tmp_path, monkeypatch, capsys):
+def test_killed_suites_keep_their_rows(tmp_path, monkeypatch, capsys):
     def killed(arguments, out):
         written(out, [finished_row(FIRST, "upstream")])
         return -signal.SIGKILL
@@ -181,7 +179,7 @@ def test_suites_that_are_killed_keep_their_rows_and_say_so(tmp_path, monkeypatch
     assert (tmp_path / "report.html").exists()
 
 
-def test_rows_are_kept_where_what_the_report_needs_is_missing(tmp_path, monkeypatch, capsys):
+def test_missing_report_package_keeps_the_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "run_suites", lambda arguments, out: not written(out, [finished_row(FIRST, "aten")]))
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else True)
     assert command.main([*QUICK, "--report", str(tmp_path)]) == 0
@@ -200,7 +198,7 @@ def _exit_code(filter, **more):
     ("what", "code"),
     [("rows", 0), ("failure", 1), (groups.ContextLost("aten", ValueError()), 75), (KeyboardInterrupt(), 130)],
 )
-def test_how_a_process_of_suites_ends(monkeypatch, what, code):
+def test_exit_codes_of_the_suites(monkeypatch, what, code):
     def run(self):
         self.failed = what == "failure"
         if isinstance(what, BaseException):
@@ -217,7 +215,7 @@ def test_how_a_process_of_suites_ends(monkeypatch, what, code):
         signal.signal(signal.SIGINT, handler)
 
 
-def test_a_filter_that_fits_nothing(tmp_path, monkeypatch, capsys):
+def test_filter_without_matches(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     assert _exit_code("nothing") == session.NO_ROW == 5
     monkeypatch.setattr(command, "run_suites", lambda arguments, out: session.NO_ROW)
@@ -246,7 +244,7 @@ def work(suites, device, quick, expression, path, command, limit, cache):
 
 @pytest.fixture
 def losing(tmp_path, monkeypatch):
-    """A process of suites that loses its CUDA context twice; with the filter "wait" one that waits."""
+    """Replaces the suites by a process that loses its CUDA context twice, or sleeps if the filter is "wait"."""
     (tmp_path / "losing_suites.py").write_text(LOSING)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(session, "work", importlib.import_module("losing_suites").work)
@@ -254,7 +252,7 @@ def losing(tmp_path, monkeypatch):
     del sys.modules["losing_suites"]
 
 
-def test_a_run_goes_on_in_another_process_when_a_row_has_ended_the_cuda_context(losing, tmp_path, capfd):
+def test_lost_cuda_context_continues_in_a_new_process(losing, tmp_path, capfd):
     given = command.parser().parse_args(QUICK)
     assert command.run_suites(given, tmp_path) == 1
     left_out = run_file.read(tmp_path / "rows.json").left_out
@@ -282,8 +280,8 @@ def test_a_run_that_is_interrupted_ends_its_process(losing, tmp_path):
         signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its settings are glibc's")
-def test_memory_that_is_kept_is_noted_and_part_of_the_command(tmp_path, monkeypatch):
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory settings are those of glibc")
+def test_keep_memory_is_recorded(tmp_path, monkeypatch):
     def suites(arguments, out):
         environment = {**ENVIRONMENT, **session.describe("cpu", True, command.command_line(arguments))}
         rows = [finished_row(FIRST, "upstream")]
@@ -301,7 +299,7 @@ def test_memory_that_is_kept_is_noted_and_part_of_the_command(tmp_path, monkeypa
     assert difference.startswith("malloc was {} and is {'MALLOC_")
 
 
-def test_memory_is_kept_by_glibc_only(monkeypatch, tmp_path, capsys):
+def test_keep_memory_requires_glibc(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(command.os, "environ", dict(os.environ))
     assert command.main(["--device", "cpu", "--keep-memory", "--report", str(tmp_path / "new")]) == 2
@@ -327,7 +325,7 @@ def _on_a_terminal(words, environment):
     with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=its, stderr=its) as process:
         os.close(its)
         said = b""
-        # a terminal whose other side has been closed answers with an error
+        # reading from a terminal fails once its other side is closed
         with open(mine, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
             while part := terminal.read(4096):
                 said += part
@@ -342,7 +340,7 @@ def test_a_real_run_that_is_stopped_half_way_and_resumed(tmp_path):
     environment, path = {**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path / "rows.json"
 
     def hear():
-        """A shell without job control has its jobs in the background ignore SIGINT, these tests among them."""
+        """Restore SIGINT: background jobs of a shell without job control ignore it, possibly including these tests."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,4 +1,4 @@
-"""Visits to the groups of a run: in turn, rounds taken together, failures, limits, and a stop between them."""
+"""Visits to the groups of a run: order, pooled rounds, failures, time limits, and resumption between visits."""
 
 import gc
 import re
@@ -16,10 +16,10 @@ from support.runs import FIRST, FITTING, SECOND, finished_row, plan_of, resumed,
 
 
 class MadeMeasurements:
-    """Takes the place of :func:`harness.measure`: two rounds a visit of 1 + visit seconds, at a cost of its own.
+    """Replaces :func:`harness.measure`: two rounds of 1 + visit seconds at each visit, with :data:`COST` as the cost.
 
-    ``fails``: (group, provider, visit) -> exception; the provider ``None`` fails the whole group. ``asked``: what was
-    asked for, in order. ``alive``: earlier results that exist when a measurement begins.
+    ``fails``: (group, provider, visit) -> exception; with the provider ``None`` the whole group fails. ``asked``: the
+    requested measurements, in order. ``alive``: earlier results that still exist when a measurement begins.
     """
 
     def __init__(self, fails):
@@ -43,7 +43,7 @@ class MadeMeasurements:
                     raise failure if isinstance(failure, groups.ContextLost) else copy(failure)
             except groups.ContextLost:
                 raise
-            except Exception as failure:  # noqa: BLE001 - by its traceback it holds this frame, and so does a real one
+            except Exception as failure:  # noqa: BLE001 - its traceback refers to this frame, like a real one
                 found[name] = failure
         if group.level == "model" and "upstream" in found:
             part = harness.Participant(harness.FRONT_END, None, None, None, times=[0.5 + visit] * 2)
@@ -59,7 +59,7 @@ MODEL = Group("model", "t2t_vit_7", 224, 8, "fp32", "training", False, "training
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_objects():
-    """A run collects garbage often; what the imports made takes longest to look through."""
+    """A run collects garbage often; imported objects are excluded, because scanning them is slow."""
     gc.collect()
     gc.freeze()
     yield
@@ -68,7 +68,7 @@ def _few_objects():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A function that makes a run of made measurements. Returns the run, these, and the lines of progress."""
+    """A function that returns a run with fake measurements, these measurements, and the lines of progress."""
 
     def make(planned, path=None, limit=None, fails=()):
         said, measurements = [], MadeMeasurements(fails)
@@ -89,7 +89,7 @@ def _reason(run, group, name):
     return run.found[group.id, name]["reason"]
 
 
-def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(measured, tmp_path):
+def test_groups_are_visited_in_turn_and_rounds_pooled(measured, tmp_path):
     planned = [(group, name) for group in (FIRST, MODEL) for name in ("upstream", "t2t_fast")]
     run, measurements, said = measured(planned, tmp_path / "rows.json")
     run.run()
@@ -99,7 +99,7 @@ def test_all_groups_are_visited_in_turn_and_their_rounds_taken_together(measured
         row = _row(run, group, name)
         assert (row["times"], row["visits"]) == ([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], [2, 2, 2])
         assert row["seconds"]["median"] == 2.0 and row["speedup"]["median"] == 1.0
-        assert row["first_call_s"] == 7.0  # compiled code was on disk at the second
+        assert row["first_call_s"] == 7.0  # of the first visit: later ones find compiled code on disk
     assert _row(run, MODEL, "upstream")["front_end_times"] == [0.5, 0.5, 1.5, 1.5, 2.5, 2.5]
     assert _row(run, MODEL, "t2t_fast")["front_end_times"] is None
     assert _row(run, MODEL, "upstream")["front_end_share"] == pytest.approx((1.5 / 2 + 1.5 / 2) / 2)
@@ -122,7 +122,7 @@ def test_progress_estimates_the_time_that_is_left(measured, capsys):
 
 
 @pytest.mark.parametrize("why", [None, groups.LeftOut("not installed"), AssertionError("wrong")], ids=repr)
-def test_a_run_lets_go_of_a_group_before_the_next(measured, why):
+def test_group_is_freed_before_the_next(measured, why):
     fails = {(FIRST, "aten", 0): why} if why else {}
     run, measurements, _ = measured([(FIRST, "upstream"), (FIRST, "aten"), (SECOND, "upstream")], fails=fails)
     run.run()
@@ -130,7 +130,7 @@ def test_a_run_lets_go_of_a_group_before_the_next(measured, why):
     assert run.failed == isinstance(why, AssertionError)
 
 
-def test_who_fails_at_a_later_visit_has_no_row_and_the_others_do(measured, tmp_path, capsys):
+def test_failure_at_a_later_visit_drops_one_row(measured, tmp_path, capsys):
     planned, path = [(FIRST, name) for name in ("upstream", "aten", "t2t_fast")], tmp_path / "rows.json"
     run, measurements, _ = measured(planned, path, fails={(FIRST, "aten", 1): AssertionError("output is wrong")})
     run.run()
@@ -141,7 +141,7 @@ def test_who_fails_at_a_later_visit_has_no_row_and_the_others_do(measured, tmp_p
     assert run.failed and "AssertionError: output is wrong" in capsys.readouterr().err
 
 
-def test_no_row_without_the_inputs_of_its_group(measured):
+def test_failed_inputs_drop_the_group(measured):
     run, _, _ = measured(
         [(FIRST, "upstream"), (SECOND, "upstream")], fails={(FIRST, None, 0): MemoryError("no inputs")}
     )
@@ -151,7 +151,7 @@ def test_no_row_without_the_inputs_of_its_group(measured):
 
 
 @pytest.mark.parametrize("culprit", ["aten", harness.FRONT_END])
-def test_a_row_that_ends_the_cuda_context_ends_the_process_and_is_left_out(measured, tmp_path, culprit):
+def test_row_that_loses_the_cuda_context(measured, tmp_path, culprit):
     planned, path = [(MODEL, name) for name in ("upstream", "aten")], tmp_path / "rows.json"
     lost = groups.ContextLost(culprit, RuntimeError("CUDA error: an illegal memory access\nmore"))
     run, _, _ = measured(planned, path, fails={(MODEL, "upstream", 1): lost})
@@ -161,15 +161,15 @@ def test_a_row_that_ends_the_cuda_context_ends_the_process_and_is_left_out(measu
     (entry,) = run_file.read(path).left_out
     reason = "its call ended the process's CUDA context: RuntimeError: CUDA error: an illegal memory access"
     assert entry == {"group": MODEL.id, "provider": blamed, "reason": reason}
-    # the next process measures the group again without it
+    # the next process measures the group again without that row
     again, measurements, _ = measured(planned, path)
     again.run()
     assert {names for _, names, _ in measurements.asked} == {("upstream",) if culprit == "aten" else ("aten",)}
 
 
 @pytest.mark.parametrize(("seconds", "first", "second"), [(-1, None, None), (2, [2], [2]), (3, [2, 2], [2])])
-def test_a_time_limit_takes_the_last_visits_first(measured, monkeypatch, seconds, first, second):
-    """Each measurement takes 1.25 seconds of a clock that stands still otherwise."""
+def test_time_limit_drops_the_last_visits_first(measured, monkeypatch, seconds, first, second):
+    """Each measurement advances a fake clock by 1.25 seconds."""
     now = 100.0
     monkeypatch.setattr(session.time, "monotonic", lambda: now)
     run, _, _ = measured([(FIRST, "upstream"), (SECOND, "upstream")], limit=seconds)
@@ -229,7 +229,7 @@ def test_rows_with_other_visits_than_their_peers_are_measured_again(tmp_path):
 
 
 def test_a_quick_run_takes_less_than_ten_minutes():
-    """By the figures of two idle cores, with room for a machine that takes one and a half times as long."""
+    """Estimated for two idle cores; the bound leaves room for a machine that takes 1.5 times as long."""
     planned = plan(groups.SUITES, "cpu", quick=True)
     estimated = session.START_SECONDS + sum(
         session.estimate(group, names, name, "cpu", True, visit)

@@ -1,4 +1,4 @@
-"""The plan of ``python -m benchmarks.gpu``: its parts, what it compiles, and a run of it on the processor."""
+"""The plan of ``python -m benchmarks.gpu``: its parts, what it compiles, and a run of it on the CPU."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def test_gpu_plan(tmp_path, quick, monkeypatch):
     assert headline[1:9] == ["-m", "benchmarks", *place]
     assert headline[-2:] == ["--max-seconds", "270"]
     assert quick or parts["kernels"].command[3:5] == ["--architecture", "sm_90"]
-    # what has no limit finds time, even if all others need theirs
+    # the part without a limit has time left even if all other stages use theirs
     (free,) = [part for stage in stages if stage.seconds is None for part in stage.parts]
     total = gpu_plan.TOTAL_SECONDS[quick]
     assert total - gpu_plan.END_SECONDS - sum(stage.seconds or 0 for stage in stages) > free.least
@@ -57,7 +57,7 @@ def test_gpu_plan_compiles_what_the_headline_rows_launch():
 
 
 def test_gpu_compile_makes_first_calls_forward_and_backward(monkeypatch, capsys):
-    """On this processor; what runs out of memory is left to the rows, what fails is told, the rest goes on."""
+    """On the CPU: running out of memory is no failure; other errors are reported, and the remaining calls are made."""
     small, failing, large = (
         (Group("op", "token_mlp-stage1", 32, batch, "fp32", "training", False, "ops"), BY_NAME["aten"])
         for batch in (1, 2, 3)
@@ -99,20 +99,20 @@ KINDS = ("verify-others-bf16", "tests-native", "neutrality", "half-precision", "
 
 
 def _small(stages):
-    """The plan's stages with limits for two CPU cores and a minute; of the checks, one of each kind comes first."""
+    """The plan's stages with short limits for two CPU cores; one check of each kind comes first."""
     limits = {"build": 150, "compile": 12, "headline": 150, "checks": 12, "compiled": 2, "suites": 2}
     small = {stage.name: stage._replace(seconds=limits[stage.name]) for stage in stages}
     small["checks"].parts.sort(key=lambda part: part.name not in KINDS)
     small["checks"] = small["checks"]._replace(jobs=len(KINDS))
-    # rows of a few seconds: those of its first suite take longer than its limit where the machine is busy
+    # short rows: on a busy machine those of the first suite take longer than the limit
     small["headline"].parts[0].command.extend(["--suite", "latency"])
     return list(small.values())
 
 
 @pytest.mark.slow
 def test_gpu_plan_on_the_processor(tmp_path, monkeypatch):
-    """Its own commands, each at least begun; the build and the headline rows for real."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other beside other tests take minutes
+    """Starts the plan's own commands; the build must succeed, and headline rows must be measured."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on shared cores, threads that wait for each other take minutes
     monkeypatch.setattr(gpu_plan.Part, "least", 1)
     out = tmp_path / "run"
     status = ["git", "status", "--porcelain", "t2t_fast", "csrc"]
@@ -134,7 +134,7 @@ def test_gpu_plan_on_the_processor(tmp_path, monkeypatch):
     assert all(f"| {name} |" in page for name in results) and "## headline" in page
     files = {path for path in out.rglob("*") if path.is_file()}
     assert archived(out) == {f"run/{path.relative_to(out)}": path.read_bytes() for path in files}
-    # the build in place left the checkout as it was
+    # the in-place build did not change the checkout
     assert subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout == before
     native = "from t2t_fast import _extension; assert _extension.operators_error() is None; import t2t_fast._C"
     subprocess.run([sys.executable, "-c", native], cwd=ROOT, check=True)

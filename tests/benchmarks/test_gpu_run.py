@@ -57,8 +57,8 @@ def test_gpu_run_goes_on_after_a_failure_and_a_time_out(tmp_path, capsys):
     assert archived(out) == {f"run/{path.relative_to(out)}": path.read_bytes() for path in files}
 
 
-def test_gpu_run_that_is_told_to_end_writes_what_it_has(tmp_path):
-    """SIGTERM, as ``timeout`` sends it: the child ends, its line and its log are in the archive."""
+def test_gpu_run_archives_its_results_on_sigterm(tmp_path):
+    """On SIGTERM, as sent by ``timeout``, the child ends, and its result and log are archived."""
     out, log = tmp_path / "run", tmp_path / "run" / "02-tests.log"
 
     def tell():
@@ -77,7 +77,7 @@ def test_gpu_run_that_is_told_to_end_writes_what_it_has(tmp_path):
 
 
 def _ended(pid):
-    """Whether a process is gone, or dead and not yet waited for."""
+    """Whether a process is gone or a zombie."""
     state = Path("/proc", pid, "stat")
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
@@ -97,7 +97,7 @@ def test_gpu_part_that_ignores_signals_is_killed_with_its_children(tmp_path, mon
 
 
 def test_gpu_stage_runs_its_parts_side_by_side(tmp_path):
-    """Two at a time: the first two need each other; the last finds no time."""
+    """Two parts run at a time: the first two wait for each other, the last has no time left."""
     meet = "import pathlib, time; own, other = map(pathlib.Path, {}); own.touch()\n"
     meet += "while not other.exists(): time.sleep(.1)"
     places = [str(tmp_path / name) for name in "ab"]
@@ -116,13 +116,13 @@ def test_gpu_stage_runs_its_parts_side_by_side(tmp_path):
 
 
 @pytest.mark.parametrize(("total", "gone", "said"), [(140, 0, "70"), (200, 60, "70"), (80, 0, None)])
-def test_gpu_stage_without_a_limit_leaves_later_stages_theirs(tmp_path, total, gone, said):
-    """Its rows start no group in its last 30 seconds; time counts from the start of the process."""
+def test_gpu_stage_without_a_limit_reserves_later_stages_time(tmp_path, total, gone, said):
+    """No group of rows starts in the stage's last 30 seconds; time counts from the start of the process."""
     rows = python_part("headline", "import sys; print(sys.argv[1:])", rows=True)
     checks = Stage("checks", 30, [say("a", ""), say("b", "")], 2)
     stages = [alone(rows, None), checks, alone(say("c", ""), 10)]
     started = time.monotonic() - gone
-    # no time is not a failure: what was started succeeded
+    # a part without time is no failure: all started parts succeeded
     assert run_stages(stages, tmp_path, END_SECONDS + total, started)
     summary, lines = summary_in(tmp_path)
     assert gone <= summary["seconds"] < gone + 10
@@ -134,8 +134,8 @@ def test_gpu_stage_without_a_limit_leaves_later_stages_theirs(tmp_path, total, g
 
 
 @pytest.mark.parametrize("most", [60_000, 20_000])
-def test_gpu_archive_leaves_out_the_largest_logs_and_then_what_else_is_large(tmp_path, monkeypatch, most):
-    """30 kB each, of which nothing can be compressed away."""
+def test_gpu_archive_leaves_out_large_files(tmp_path, monkeypatch, most):
+    """Logs are left out before other large files; random bytes cannot be compressed."""
     monkeypatch.setattr(gpu_summary, "ARCHIVE_BYTES", most)
     for name, size in (("a.log", 30_000), ("b.log", 40_000), ("c.png", 25_000), ("rows/rows.json", 15_000)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -161,8 +161,8 @@ def test_gpu_archive_leaves_out_the_largest_logs_and_then_what_else_is_large(tmp
         ),
     ],
 )
-def test_gpu_run_says_what_was_checked(tmp_path, parts, words):
-    """At the top, and beside the numbers if not all is well."""
+def test_gpu_summary_states_the_checks(tmp_path, parts, words):
+    """At the top of the page, and in the heading of the numbers if not all checks passed."""
     _rows(tmp_path / "headline")
     stages = [alone(say(name, said, int(said == "fault"))) for name, said in parts.items()]
     assert run_stages(stages, tmp_path) == ("FAILED" not in words)
@@ -171,7 +171,7 @@ def test_gpu_run_says_what_was_checked(tmp_path, parts, words):
     assert ("## headline" if words.startswith("2") else "## headline: NOT ALL CHECKS PASSED") in page
 
 
-def test_gpu_run_that_is_killed_leaves_nothing_running_and_goes_on(tmp_path):
+def test_gpu_killed_run_leaves_no_process_and_resumes(tmp_path):
     out = tmp_path / "run"
     code = f"""
 import sys
@@ -197,7 +197,7 @@ run_plan(Path({str(out)!r}), [alone(say("build", "built")), alone(sleep("tests-a
 
 
 def test_gpu_second_call_goes_on(tmp_path, capsys, monkeypatch):
-    """It keeps what ended well, in the same folder, from the same code and machine."""
+    """Successful parts are kept if the folder, the code and the machine are the same."""
     out, runs, codes = tmp_path / "run", tmp_path / "runs", {"other": 1}
 
     def call(*words):
@@ -239,7 +239,7 @@ def _rows(folder, left_out=()):
 
 
 def test_gpu_second_call_resumes_the_rows(tmp_path):
-    """Some may have had no time; the suites know which. A finished part that is asked for by name starts anew."""
+    """A finished part runs again, since some rows may have had no time; one named by --only starts from scratch."""
     rows, seen = tmp_path / "run" / "headline" / "rows.json", tmp_path / "seen"
     text = f"import pathlib; print(pathlib.Path({str(rows)!r}).exists(), file=open({str(seen)!r}, 'a'))"
     for number, words in enumerate(((), (), ("--only", "headline")), 1):

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.questions.neutrality``: its data, its verdict, and a few steps of it."""
+"""``python -m benchmarks.questions.neutrality``: its data, its verdicts, and runs of a few steps."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from benchmarks.questions.neutrality import BASE, OTHER_SEED, Run
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """So small models gain nothing from more threads, which wait for each other beside other tests."""
+    """Models this small gain nothing from more threads, which wait for each other on shared cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -20,7 +20,7 @@ def one_thread():
 
 
 def test_crops_are_labelled_by_their_place():
-    """Of a picture whose first channels say where a pixel lies, from -1 to 1; mirrored or not."""
+    """The picture's first two channels hold a pixel's x and y from -1 to 1; about half of the crops are mirrored."""
     place = torch.linspace(-1, 1, 64)
     picture = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64), torch.zeros(64, 64)])[None]
     images, labels = neutrality.crops(picture, 16, 200, torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def test_crops_are_labelled_by_their_place():
 
 
 def test_models_start_alike():
-    """The same weights for every form and dtype, without dropout; changed a little, or others, where asked for."""
+    """Both forms start with the same weights, without dropout; a change or another seed gives other weights."""
     base, swapped = (neutrality.model_for(Run(form, "fp32"), 32) for form in ("upstream", "t2t_fast"))
     weights = base.state_dict()
     for name, value in swapped.state_dict().items():
@@ -55,7 +55,7 @@ STEPS = 40
 
 
 def made(dtypes=("fp32", "bf16", "fp16"), **apart):
-    """Curves: all of a half type 0.01 above upstream's in float32, other weights 0.1; ``apart``: run -> offset."""
+    """Loss curves: half types 0.01 above upstream's in float32, other weights 0.1; ``apart``: run -> its offset."""
     found = {}
     for run in neutrality.plan(dtypes):
         offset = 1e-6 if run.change else 0.1 if run.seed == OTHER_SEED else 0.0 if run.dtype == "fp32" else 0.01
@@ -68,13 +68,13 @@ def verdicts(found, dtypes=("fp32", "bf16", "fp16")):
     return {verdict["dtype"]: verdict for verdict in neutrality.judge(found, dtypes, STEPS)}
 
 
-def test_the_verdict_of_alike_curves():
+def test_verdict_of_close_curves():
     judged = verdicts(made(t2t_fast_fp32=5e-6))
     assert all(verdict["ok"] for verdict in judged.values())
     assert judged["fp32"]["allowed"] == pytest.approx(1e-5) and judged["bf16"]["allowed"] == pytest.approx(0.1)
 
 
-def test_once_training_is_chaotic_other_weights_are_the_measure():
+def test_chaotic_training_is_judged_by_other_weights():
     judged = verdicts(made(upstream_bf16=0.08, upstream_fp16=0.12))
     assert judged["bf16"]["allowed"] == pytest.approx(0.1) and judged["fp16"]["allowed"] == pytest.approx(0.12)
 
@@ -87,11 +87,11 @@ def test_once_training_is_chaotic_other_weights_are_the_measure():
         pytest.param({"t2t_fast_fp16": math.nan}, "fp16", id="not finite"),
     ],
 )
-def test_the_verdict_of_a_curve_apart(apart, wrong):
+def test_verdict_of_a_distant_curve(apart, wrong):
     assert [dtype for dtype, verdict in verdicts(made(**apart)).items() if not verdict["ok"]] == [wrong]
 
 
-def test_upstream_that_is_not_finite_in_float16_decides_nothing():
+def test_non_finite_upstream_in_float16_is_ignored():
     judged = verdicts(made(upstream_fp16=math.nan))
     assert judged["fp16"]["ok"] and judged["fp16"]["allowed"] == judged["bf16"]["allowed"]
     alone = verdicts(made(("fp32", "fp16"), upstream_fp16=math.nan), ("fp32", "fp16"))
@@ -118,8 +118,8 @@ def test_smoothing():
     ("dtypes", "steps"), [(["fp32"], 2), pytest.param(["fp32", "bf16"], 4, marks=pytest.mark.slow)]
 )
 def test_a_few_steps(dtypes, steps, tmp_path, monkeypatch, capsys):
-    """The whole command; so few steps amplify nothing, so in float32 the curves agree to rounding."""
-    if len(dtypes) == 1:  # to name the backend, every kernel is tried out in the interpreter
+    """The whole command; a few steps do not amplify rounding, so the float32 curves agree closely."""
+    if len(dtypes) == 1:  # naming the backend would run every kernel in the interpreter
         monkeypatch.setattr(neutrality, "selected", lambda op, device, names: dict.fromkeys(names, "native"))
     sizes = ["--size", "32", "--batch", "2", "--steps", str(steps)]
     assert neutrality.main(["--device", "cpu", "--dtypes", *dtypes, *sizes, "--out", str(tmp_path)]) == 0

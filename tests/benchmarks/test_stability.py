@@ -1,4 +1,4 @@
-"""``python -m benchmarks.questions.stability``: error against norm, and what it says of upstream's form and of ours."""
+"""``python -m benchmarks.questions.stability``: error against norm, of upstream's form and of ours."""
 
 import importlib.util
 import math
@@ -21,13 +21,13 @@ CELLS = stability.COLUMNS
 
 @pytest.fixture(scope="module")
 def found():
-    """Norms before, at and beyond the gate; few tokens."""
+    """Results at norms below, at and beyond the gate, with few tokens."""
     return stability.measure("cpu", "aten", norms=(0, 2, 4, 8, 40), seeds=2, length=24)
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """``main`` with few tokens and one seed; what a test sets as its ``norms`` is measured."""
+    """A function that restricts ``main`` to the given norms, with one seed and few tokens."""
 
     def use(*norms):
         def measure(device, backend):
@@ -40,7 +40,7 @@ def short(monkeypatch):
 
 
 def test_the_truth_is_the_defining_form():
-    """In float64 at moderate norms the reference is exact too, gate and gradients included."""
+    """In float64 at moderate norms the reference agrees with the truth, including gate and gradients."""
     for norm in (0.0, 2.0, 5.5):
         *tensors, w, gradient = stability.inputs(norm, seed=3, length=20)
         assert all(t.norm(dim=-1).sub(norm).abs().max() < 1e-5 for t in tensors[:2])
@@ -64,7 +64,7 @@ def test_upstream_breaks_in_float16_and_ours_does_not(found):
 
 
 def test_ours_is_at_least_as_exact(found):
-    """At norms where both are finite; in the half types only what comes out is rounded, to 2^-11 or 2^-8."""
+    """At norms where both are finite; in the half types only the results are rounded, to 2^-11 or 2^-8."""
     for norm in (0, 2, 4):
         for name, allowed in (("fp32", 5e-6), ("bf16", 2.0**-8), ("fp16", 2.0**-11)):
             ours, theirs = found[norm]["t2t_fast", name], found[norm]["upstream", name]
@@ -82,8 +82,8 @@ def test_the_gate_closes_as_norms_grow(found):
             assert max(found[40][form, name]) == 0, "beyond the gate everything is 0, and so is its error"
 
 
-def test_a_wrong_number_shows(monkeypatch):
-    """Output and one gradient, each a hundredth too large or not finite: this is the error that is reported."""
+def test_planted_errors_are_reported(monkeypatch):
+    """Outputs and gradients that are 1 % too large or not finite appear in the errors."""
 
     def spoil(factor):
         def attend(q, k, v, w, backend):
@@ -118,7 +118,7 @@ def test_main_prints_the_table(short, capsys):
     assert lines[5].startswith("t2t_fast: fp32 aten, bf16 aten, fp16 aten. cpu, torch ")
 
 
-def test_auto_names_what_it_took():
+def test_auto_names_the_selected_backends():
     assert re.match(
         r"t2t_fast: fp32 (native|aten), bf16 (native|aten), fp16 (native|aten)\. cpu", stability.heading("cpu")
     )
@@ -145,7 +145,7 @@ def test_a_backend_that_cannot_run_is_an_error_with_its_reason(short, monkeypatc
 
 @needs_matplotlib
 def test_figure(found, tmp_path, monkeypatch):
-    """A PNG with two panels' worth of pixels, crosses for what is not finite and none without."""
+    """A PNG with two panels; crosses mark the values that are not finite, and only these."""
     from matplotlib.figure import Figure
 
     drawn, save = [], Figure.savefig
@@ -160,9 +160,11 @@ def test_figure(found, tmp_path, monkeypatch):
         assert [each for each in crosses if each[1]] == [(stability.COLORS["fp16"], [3, 4])]
 
 
-def test_the_page_shows_what_the_command_prints():
-    """docs/performer.md: its table's columns and norms, the gates measured anew, NaN in upstream's float16 alone; and
-    its example runs."""
+def test_documented_table_is_current():
+    """docs/performer.md: the table's columns and norms, the gates (measured again), and NaN only in upstream's float16.
+
+    The example on the page must run.
+    """
     text = (ROOT / "docs" / "performer.md").read_text()
     header, _, *rows = [
         line for line in text.splitlines() if line.startswith("|") and line.count("|") == 3 + len(CELLS)
