@@ -6,18 +6,19 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import networkx  # a dependency of torch
+import torch
 
-TOOL = "cuobjdump"
-NO_TOOL = f"{TOOL} is neither on PATH nor in a CUDA toolkit nor in Triton's package"
+NO_TOOL = "cuobjdump is neither on PATH nor in a CUDA toolkit nor in Triton's package"
 
-# Template arguments of one letter in a mangled name.
-_TYPES = {"f": "float", "d": "double", "t": "2 bytes", "j": "4 bytes", "m": "8 bytes"}
+# Template arguments that stand for any type of their size
+_TYPES = {"unsigned short": "2 bytes", "unsigned int": "4 bytes", "unsigned long": "8 bytes"}
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s+([\w$]+)\s*:?\s*$")
 _ARCHITECTURE = re.compile(r"^\s*(?:arch\s*=|code for)\s*(sm_\w+)")
 _USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)")
@@ -72,8 +73,9 @@ class Kernel:
     around: int = 0
 
 
-def find_tool(name=TOOL, triton_first=False):
-    """A program of the CUDA toolkit: on ``PATH``, beside nvcc, or in Triton's package; ``None`` if it is not found.
+@cache
+def find_tool(triton_first=False):
+    """The path of cuobjdump: on ``PATH``, beside nvcc, or in Triton's package; ``None`` if it is not found.
 
     ``triton_first``: search Triton's package first, since its compiler may be newer than the toolkit.
     """
@@ -84,22 +86,14 @@ def find_tool(name=TOOL, triton_first=False):
         folders += [f"{top}/bin" for top in re.findall(r"^#\$ TOP=(.*)$", printed, re.MULTILINE)]
     if triton and triton.origin:
         folders.insert(0 if triton_first else len(folders), f"{Path(triton.origin).parent}/backends/nvidia/bin")
-    return shutil.which(name, path=os.pathsep.join(folders))
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
 def readable(mangled):
-    """``split_tiles<float>`` from a mangled name; names of another form are returned unchanged."""
-    name, rest = mangled, mangled.removeprefix("_ZN" if mangled.startswith("_ZN") else "_Z")
-    if rest == mangled:
-        return mangled
-    while number := re.match(r"(\d+)(?=\D)", rest):
-        end = number.end() + int(number[1])
-        name, rest = rest[number.end() : end], rest[end:]
-    argument = re.match(r"I(?:([a-z])|N?(?:S\w*?_)?(\d+)(\w+))", rest)
-    if argument is None:
-        return name
-    letter, length, text = argument.groups()
-    return f"{name}<{_TYPES.get(letter, letter) if letter else text[: int(length)]}>"
+    """``split_tiles<float>`` from a mangled name: the function and its first template argument, without namespaces."""
+    name = torch._C._demangle(mangled).replace("(anonymous namespace)::", "")
+    function, argument = re.match(r"(?:void )?(?:\w+::)*([\w$]+)(?:<(?:\w+::)*([\w ]+))?", name).groups()
+    return f"{function}<{_TYPES.get(argument, argument)}>" if argument else function
 
 
 def _width(opcode):
@@ -158,35 +152,26 @@ class _Loop(NamedTuple):
 
 
 def _loops(graph):
-    """The natural loops of a flow graph."""
+    """The natural loops of a flow graph: jumps from blocks back to a head that dominates them."""
     dominators = networkx.immediate_dominators(graph, 0)
-
-    def dominates(head, block):
-        while block not in (head, 0):
-            block = dominators[block]
-        return block == head
-
+    tree = networkx.DiGraph((dominators.get(block) or 0, block) for block in graph)  # the entry, 0, has no dominator
     for head in graph:
-        latches = {block for block in graph.predecessors(head) if dominates(head, block)}
+        latches = set(graph.predecessors(head)) & {head, *networkx.descendants(tree, head)}
         if latches:
             without = networkx.restricted_view(graph, [head], [])
             body = {head, *latches}.union(*(networkx.ancestors(without, each) for each in latches - {head}))
             yield _Loop(head, body, latches, count([each for block in body for each in graph.nodes[block]["code"]]))
 
 
-def _fewest(graph, first, last, inside, free=frozenset()):
+def _fewest(graph, first, last, inside, free=()):
     """The fewest instructions on a path ``inside`` from the block ``first`` to one of ``last``; 0 without a path.
 
-    Those of ``free`` blocks are not counted.
+    Instructions of ``free`` blocks are not counted.
     """
-
-    def size(block):
-        return 0 if block in free else len(graph.nodes[block]["code"])
-
-    lengths = networkx.single_source_dijkstra_path_length(
-        graph.subgraph(inside), first, weight=lambda _, block, __: size(block)
-    )
-    return min((size(first) + lengths[block] for block in last if block in lengths), default=0)
+    sizes = {block: 0 if block in free else len(code) for block, code in graph.nodes("code")}
+    inner = graph.subgraph(inside)
+    lengths = networkx.single_source_dijkstra_path_length(inner, first, weight=lambda _, block, __: sizes[block])
+    return min((sizes[first] + lengths[block] for block in last if block in lengths), default=0)
 
 
 def main_loop(instructions):
@@ -245,8 +230,3 @@ def read(path, tool):
         return []
     run.check_returncode()
     return parse(run.stdout + run.stderr)
-
-
-def widths(accesses):
-    """Access counts as text: ``16B:4 4B:1``."""
-    return " ".join(f"{width}B:{accesses[width]}" for width in sorted(accesses, reverse=True)) or "-"

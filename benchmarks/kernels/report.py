@@ -8,8 +8,11 @@ code. The Triton kernels are compiled for T2T's shape, for another with ``--shap
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from t2t_fast import _extension
@@ -40,7 +43,12 @@ def _resources(kernel):
 
 
 def _accesses(code):
-    return f"{machine_code.widths(code.loads)} | {machine_code.widths(code.stores)}"
+    """Loads and stores by their widths: ``16B:4 4B:1 | -``."""
+    loads, stores = (
+        " ".join(f"{width}B:{count}" for width, count in sorted(accesses.items(), reverse=True)) or "-"
+        for accesses in (code.loads, code.stores)
+    )
+    return f"{loads} | {stores}"
 
 
 def cuda_lines(kernels):
@@ -59,9 +67,11 @@ def triton_rows(*which):
     if reason := triton_report.reason():
         return [], f"No Triton kernels to report: {reason}."
     cases, found = triton_report.cases(*which), []
-    for number, rows in enumerate(triton_report.rows(cases), 1):
-        found += rows
-        print(f"\r{number} of {len(cases)} calls compiled", end="", file=sys.stderr, flush=True)
+    # one process per core; spawn: a process that has used CUDA or threads must not fork
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        for number, rows in enumerate(pool.map(triton_report.compiled, cases), 1):
+            found += rows
+            print(f"\r{number} of {len(cases)} calls compiled", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return found, None
 
@@ -93,7 +103,7 @@ def triton_lines(rows):
         "rarely executed code is not counted.",
         *aligned(heads, map(_triton_cells, rows), (*RESOURCES, "per token")),
         f"{len(rows)} kernels, {len(faults)} faults." if faults else f"{len(rows)} kernels, none at fault.",
-        *(f"{row.kernel.name} of {row.case.words()}: {fault}" for row, fault in faults),
+        *(f"{' '.join(_triton_cells(row)[:3])}: {fault}" for row, fault in faults),
     ]
 
 
@@ -105,7 +115,6 @@ def main(argv=None):
     shapes = parser.add_mutually_exclusive_group()
     shapes.add_argument("--all", action="store_true", help="the attention in every padded shape instead of T2T's calls")
     shapes.add_argument("--shape", type=int, nargs=2, metavar=("E", "M"), help="the attention in this shape instead")
-    parser.add_argument("--full", action="store_true", help="Triton kernels with key mask, skip and gradient of w")
     shapes.add_argument("--few", action="store_true", help="T2T's calls with the launch parameters for few tokens")
     for name, choices in (("architecture", triton_report.SHARED_LIMITS), ("dtype", triton_report.DTYPES)):
         words = f"compile Triton kernels for these; default: {' '.join(choices)}"
@@ -118,8 +127,8 @@ def main(argv=None):
     if not arguments.triton_only:
         cuda, reason = cuda_kernels(arguments.library)
         print(reason if reason else "\n".join(cuda_lines(cuda)), end="\n\n")
-    shapes = triton_report.every_shape() if arguments.all else [tuple(arguments.shape)] if arguments.shape else None
-    triton, reason = triton_rows(shapes, arguments.full, arguments.few, arguments.architecture, arguments.dtype)
+    shapes = triton_report.EVERY_SHAPE if arguments.all else arguments.shape and [tuple(arguments.shape)]
+    triton, reason = triton_rows(shapes, arguments.few, arguments.architecture, arguments.dtype)
     print(reason if reason else "\n".join(triton_lines(triton)))
     if arguments.json is not None:
         content = {"cuda": cuda, "triton": [row.plain() for row in triton]}

@@ -14,18 +14,17 @@ import argparse
 import os
 import sys
 from bisect import bisect_right
-from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..measure.text_tables import aligned
-from ..suites import operators
-from ..suites.costs import WIDTH
 
 ARCHITECTURE, MULTIPROCESSORS = "sm_90", 2
 
@@ -42,28 +41,19 @@ NO_TRAFFIC = ("empty", "new_empty", "detach", "alias", "_unsafe_view", "_reshape
 
 
 @dataclass
-class Access:
-    """Bytes of the tensors of one role in a launch."""
-
-    requested: int = 0
-    touched: int = 0
-
-
-@dataclass
 class Launch:
-    """One launch of a kernel, or one operation of PyTorch (``torch.`` before its name)."""
+    """One launch of a kernel, or one operation of PyTorch (``torch.`` before its name).
+
+    ``requested``, ``touched``: bytes by role: "tokens", "states" or "parameters".
+    """
 
     name: str
     flops: int = 0
-    accesses: dict[str, Access] = field(default_factory=lambda: defaultdict(Access))
-
-    def add(self, role, requested, touched):
-        """Count an access."""
-        self.accesses[role].requested += requested
-        self.accesses[role].touched += touched
+    requested: Counter = field(default_factory=Counter)
+    touched: Counter = field(default_factory=Counter)
 
 
-class _Counter:
+class _Recorder:
     """Counts the accesses and products of the running launch."""
 
     def __init__(self):
@@ -71,39 +61,29 @@ class _Counter:
 
     def launch(self, run, kernel, *arguments, grid, **named):
         self._current = Launch(kernel.fn.__name__)
-        self._memory = {}  # start of a storage: its role and, for reads and writes, a mark for each element
-        self._collect([*zip(kernel.arg_names, arguments, strict=False), *named.items()])
+        self._memory = {}  # start of a storage: its role, its element size, and which elements are read and written
+        for name, value in [*zip(kernel.arg_names, arguments, strict=False), *named.items()]:
+            role = "tokens" if name in TOKENS else "states" if name in STATES else "parameters"
+            for tensor in tree_leaves(value):
+                if isinstance(tensor, torch.Tensor) and tensor.numel():
+                    storage, itemsize = tensor.untyped_storage(), tensor.element_size()
+                    marks = np.zeros((2, storage.nbytes() // itemsize), dtype=bool)
+                    self._memory.setdefault(storage.data_ptr(), (role, itemsize, marks))
         self._bases = sorted(self._memory)
         result = run(kernel, *arguments, grid=grid, **named)
-        for role, marks in self._memory.values():
-            for marked, itemsize in marks.values():
-                self._current.add(role, 0, int(marked.sum()) * itemsize)
+        for role, itemsize, marks in self._memory.values():
+            self._current.touched[role] += int(marks.sum()) * itemsize
         self.launches.append(self._current)
         return result
 
-    def _collect(self, arguments):
-        for name, value in arguments:
-            if isinstance(value, tuple):
-                self._collect((name, each) for each in value)
-            elif isinstance(value, torch.Tensor) and value.numel():
-                role = "tokens" if name in TOKENS else "states" if name in STATES else "parameters"
-                self._memory.setdefault(value.untyped_storage().data_ptr(), (role, {}))
-
-    def access(self, direction, pointers, mask):
-        """Count a load or store: addresses, and which of them are accessed."""
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel()
-        if not len(addresses):
-            return
-        itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        base = self._bases[bisect_right(self._bases, int(addresses[0])) - 1]
-        role, marks = self._memory[base]
-        offsets = (addresses - np.uint64(base)) // np.uint64(itemsize)
-        marked, _ = marks.get(direction, (np.zeros(0, dtype=bool), itemsize))
-        if len(marked) <= offsets.max():
-            marked = np.concatenate([marked, np.zeros(int(offsets.max()) + 1, dtype=bool)])
-            marks[direction] = marked, itemsize
-        marked[offsets] = True
-        self._current.add(role, len(addresses) * itemsize, 0)
+    def access(self, written, pointers, mask):
+        """Count a load (``written`` is 0) or a store (1) at the addresses that the mask selects."""
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if len(addresses):
+            base = self._bases[bisect_right(self._bases, int(addresses[0])) - 1]
+            role, itemsize, marks = self._memory[base]
+            marks[written, (addresses - np.uint64(base)) // np.uint64(itemsize)] = True
+            self._current.requested[role] += len(addresses) * itemsize
 
     def product(self, a, b):
         """Count a product of two matrices."""
@@ -111,7 +91,7 @@ class _Counter:
 
 
 class _Others(TorchDispatchMode):
-    """Counts PyTorch's own operations by the bytes of their inputs and outputs with one of some lengths."""
+    """Counts the bytes of inputs and outputs of PyTorch's operations, if an axis has one of ``lengths``."""
 
     def __init__(self, launches, lengths):
         super().__init__()
@@ -121,59 +101,59 @@ class _Others(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if not (function.namespace.startswith("t2t_fast") or function.is_view or name.startswith(NO_TRAFFIC)):
-            everything = (*args, *(kwargs or {}).values(), *(result if isinstance(result, tuple) else (result,)))
-            tensors = [each for each in everything if isinstance(each, torch.Tensor)]
+            tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
             size = sum(each.nbytes for each in tensors if self._lengths.intersection(each.shape))
             if size:
-                self._launches.append(Launch(f"torch.{name}"))
-                self._launches[-1].add("tokens", size, size)
+                self._launches.append(Launch(f"torch.{name}", 0, Counter(tokens=size), Counter(tokens=size)))
         return result
 
 
 @contextmanager
 def counting(lengths, images=1):
-    """Inside, kernels, and PyTorch's operations on tensors with some ``lengths``, are counted in the yielded list."""
+    """Inside, launches and PyTorch's operations on tensors with an axis in ``lengths`` go to the yielded list."""
     from triton.runtime import interpreter
 
     from t2t_fast.ops._common import triton_runtime
 
-    counter, builder, function = _Counter(), interpreter.InterpreterBuilder, interpreter.InterpretedFunction
+    recorder, builder, function = _Recorder(), interpreter.InterpreterBuilder, interpreter.InterpretedFunction
 
-    def counted(method, count):
+    def recorded(name, record):
+        method = getattr(builder, name)
+
         def call(*arguments):
-            count(*arguments)
+            record(*arguments)
             return method(*arguments)
 
-        return call
+        return patch.object(builder, name, call)
 
-    methods = {
-        "create_masked_load": lambda builder, pointers, mask, *_: counter.access("read", pointers, mask),
-        "create_masked_store": lambda builder, pointers, value, mask, *_: counter.access("written", pointers, mask),
-        "create_dot": lambda builder, a, b, *_: counter.product(a, b),
-    }
     run, processors = function.run, MULTIPROCESSORS * images
     machine = {"architecture": lambda device: ARCHITECTURE, "multiprocessors": lambda device: processors}
-    with ExitStack() as stack:
-        for name, count in methods.items():
-            stack.enter_context(patch.object(builder, name, counted(getattr(builder, name), count)))
-        stack.enter_context(patch.object(function, "run", lambda *call, **named: counter.launch(run, *call, **named)))
-        stack.enter_context(patch.multiple(triton_runtime, trial=lambda *call: None, **machine))
-        stack.enter_context(_Others(counter.launches, lengths))
-        yield counter.launches
+    with (
+        recorded("create_masked_load", lambda builder, pointers, mask, *_: recorder.access(0, pointers, mask)),
+        recorded("create_masked_store", lambda builder, pointers, value, mask, *_: recorder.access(1, pointers, mask)),
+        recorded("create_dot", lambda builder, a, b, *_: recorder.product(a, b)),
+        patch.object(function, "run", lambda *call, **named: recorder.launch(run, *call, **named)),
+        patch.multiple(triton_runtime, trial=lambda *call: None, **machine),
+        _Others(recorder.launches, lengths),
+    ):
+        yield recorder.launches
 
 
 def measure(subject, size=224, images=1, dtype=torch.bfloat16):
     """The launches of a subject of ``suites/operators.py`` on some images: in inference, forward and backward.
 
     Everything but the random features is in ``dtype``; the first stage's image has no gradient. Returns lists of
-    :class:`Launch` by the name of the pass, and the operator's :class:`costs.Cost` per image. Kernels must be
-    interpreted here (RuntimeError).
+    :class:`Launch` by the name of the pass, and the operator's :class:`costs.Cost` per image. Raises RuntimeError if
+    the kernels are not interpreted.
     """
     import t2t_fast
     from t2t_fast.ops._common import triton_runtime
 
+    from ..suites import operators
+    from ..suites.costs import WIDTH
+
     if not triton_runtime.INTERPRETED:
-        raise RuntimeError("measure: needs TRITON_INTERPRET=1, set before Triton's kernels are imported")
+        raise RuntimeError("measure: needs TRITON_INTERPRET=1, set before t2t_fast is imported")
     op = operators.build(subject, size, images)
     parameters = {name: t if name == "w" else t.to(dtype).requires_grad_() for name, t in op.parameters.items()}
     moving = {name: t.to(dtype).requires_grad_(not op.image) for name, t in op.moving.items()}
@@ -198,21 +178,22 @@ COLUMNS = ("requested kB", "touched kB", "parameters: requested kB", "parameters
 
 def lines(title, launches):
     """One line for each launch, and one for their sum."""
-    total = Launch("sum", sum(launch.flops for launch in launches))
+    total = Launch("sum")
     for launch in launches:
-        for name, access in launch.accesses.items():
-            total.add(name, access.requested, access.touched)
+        total.flops += launch.flops
+        total.requested += launch.requested
+        total.touched += launch.touched
     rows = []
     for launch in [*launches, total]:
-        tokens, parameters, states = (launch.accesses[name] for name in ("tokens", "parameters", "states"))
-        sizes = (tokens.requested, tokens.touched, parameters.requested, parameters.touched, states.touched)
+        tokens, parameters = ((launch.requested[role], launch.touched[role]) for role in ("tokens", "parameters"))
+        sizes = (*tokens, *parameters, launch.touched["states"])
         rows.append((launch.name, *(f"{size / 1e3:.0f}" for size in sizes), f"{launch.flops / 1e6:.1f}"))
     return aligned((title, *COLUMNS, "MFLOP"), rows, right=(*COLUMNS, "MFLOP"))
 
 
 def main(argv=None):
     """Print the traffic and FLOPs of every launch of some subjects, and their compulsory minimum."""
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before t2t_fast is imported
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("subjects", nargs="*", default=list(SUBJECTS), help=f"default: {' '.join(SUBJECTS)}")
     parser.add_argument("--size", type=int, default=224, help="side of the image in pixels")

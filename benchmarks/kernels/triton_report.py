@@ -1,17 +1,12 @@
 """Compile the package's Triton kernels for an architecture without its GPU.
 
 The operators' own launch functions run on meta tensors. Each launch compiles its kernel instead of running it, so
-every constant, stride and launch parameter is that of a real call.
+every constant, stride and launch parameter is that of a real call. Parameters are float32, as under AMP.
 """
 
-import multiprocessing
-import os
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from types import SimpleNamespace
@@ -22,7 +17,6 @@ import torch
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops._common.pixels import normalisation
 from t2t_fast.ops._common.spec import T2T_WINDOWS, square
-from t2t_fast.ops.performer_attention.triton import launch
 from t2t_fast.ops.performer_attention.triton import operators as attention
 from t2t_fast.ops.soft_split_linear.triton import operators as split
 from t2t_fast.ops.soft_split_linear.triton.layout import layout
@@ -35,57 +29,41 @@ from . import machine_code
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 """Maximum shared memory per block in bytes (CUDA C++ programming guide, technical specifications)."""
 
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 188}
-"""Of an A100, H100, B200 and RTX PRO 6000; they set the number of splits of a call, not how a kernel is compiled."""
-
-FEW_TOKENS = 10_000
-"""With this many times as many multiprocessors, every call counts as one of few tokens."""
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 """fp32: float32 with PyTorch's default precision; tf32: float32 where PyTorch's setting allows TF32."""
 
 BATCH, LENGTH, IMAGE = 32, 12544, 224
-"""Large enough that with any launch parameters a sequence has several splits of several tiles each."""
+"""Large enough that a sequence has several splits of several tiles each with any launch parameters."""
+
+EVERY_SHAPE = tuple(product((16, 32, 64, 128, 256), repeat=2))
+"""E and m of the attention: every padded E, and m up to 256; more features only add chunks."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call to compile, forward and backward: of an operator, with its own sizes (:data:`OPERATORS`).
+    """A call to compile, forward and backward: an operator and its sizes (:data:`OPERATORS`).
 
-    ``full``: the attention with a key mask, a gradient for the features, and an extra gradient into v. ``few``: with
-    the launch parameters for few tokens.
+    ``few``: with the launch parameters for few tokens.
     """
 
     architecture: str
     dtype: str
     operator: str = "performer_attention"
     sizes: tuple[int, ...] = (64, 32)
-    full: bool = False
     few: bool = False
 
-    def words(self):
-        """The case as words."""
-        full = " with mask, skip and the gradient of w" if self.full else ""
-        few = ", few tokens," if self.few else ""
-        return f"{self.operator} in {self.dtype}, {' '.join(map(str, self.sizes))}{full}{few} on {self.architecture}"
 
+def cases(shapes=None, few=False, architectures=tuple(SHARED_LIMITS), dtypes=tuple(DTYPES)):
+    """The calls to compile: T2T's calls of every operator, or the attention in some shapes (E, m).
 
-def every_shape():
-    """E and m of the attention: every padded width, up to 256 features; more features only add chunks."""
-    sizes = (16, 32, 64, 128, 256)
-    return [(width, features) for width, features in product(sizes, sizes) if width <= launch.LARGEST_WIDTH]
-
-
-def cases(shapes=None, full=False, few=False, architectures=tuple(SHARED_LIMITS), dtypes=tuple(DTYPES)):
-    """The calls to compile: the attention in some shapes (E, m), or T2T's calls of every operator.
-
-    few: only operators with launch parameters of their own for few tokens, with these.
+    few: with the launch parameters for few tokens, and without the attention, which has none.
     """
-    names = OF_FEW if few else OPERATORS
-    calls = [(name, sizes) for name in names for sizes in OPERATORS[name][1]]
+    calls = [(name, sizes) for name, (_, all_sizes) in OPERATORS.items() for sizes in all_sizes]
     if shapes is not None:
         calls = [("performer_attention", shape) for shape in shapes]
-    return [Case(*target, *call, full, few) for call in calls for target in product(architectures, dtypes)]
+    elif few:
+        calls = [call for call in calls if call[0] != "performer_attention"]
+    return [Case(*target, *call, few) for call in calls for target in product(architectures, dtypes)]
 
 
 def reason():
@@ -94,30 +72,23 @@ def reason():
         return "Triton is not installed"
     if triton_runtime.INTERPRETED:
         return "under TRITON_INTERPRET=1 there is nothing to compile"
-    if _tool() is None:
-        return machine_code.NO_TOOL
-    return None
-
-
-@cache
-def _tool():
-    return machine_code.find_tool(triton_first=True)
+    return None if machine_code.find_tool(triton_first=True) else machine_code.NO_TOOL
 
 
 @contextmanager
 def _compiling(case):
-    """Inside, a launch of one of the operator's kernels compiles it; yields a list of (name, arguments, compiled).
+    """Inside, tensors are meta tensors, and a launch compiles its kernel if it is one of the operator's own.
 
-    Launches of other kernels do nothing. The process can launch nothing afterwards.
+    Yields a list of (name, arguments, compiled kernel). The process can launch no kernel afterwards.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
-    number = int(case.architecture.removeprefix("sm_"))
+    target = GPUTarget("cuda", int(case.architecture.removeprefix("sm_")), 32)
     # Triton caches compiled kernels by device, so each architecture is a device of its own
-    device = {"get_current_target": GPUTarget("cuda", number, 32), "get_current_device": number}
-    methods = {name: lambda value=value: value for name, value in device.items()}
-    driver.set_active(SimpleNamespace(**methods, get_current_stream=lambda device: 0))
+    active = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: target.arch)
+    active.get_current_stream = lambda device: 0
+    driver.set_active(active)
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
     launch, kernels = JITFunction.run, []
 
@@ -125,61 +96,49 @@ def _compiling(case):
         if f".{case.operator}." in kernel.fn.__module__:
             kernels.append((kernel.fn.__name__, named, launch(kernel, *arguments, grid=grid, warmup=True, **named)))
 
-    processors = MULTIPROCESSORS[case.architecture] * (FEW_TOKENS if case.few else 1)
+    # decides how many splits a call has and whether its tokens are few, not how a kernel is compiled; 132: an H100's
+    processors = 10**6 if case.few else 132
     machine = {"architecture": lambda device: case.architecture, "multiprocessors": lambda device: processors}
-    with patch.multiple(triton_runtime, **machine), patch.object(JITFunction, "run", compile_only):
+    tensors = torch.device("meta")
+    with tensors, patch.multiple(triton_runtime, **machine), patch.object(JITFunction, "run", compile_only):
         yield kernels
-
-
-def _meta(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _image(channels, dtype):
-    """The image of the first stage, or tokens of the second."""
-    side = IMAGE if channels == 3 else IMAGE // 4
-    x = _meta(BATCH, channels, side, side, dtype=dtype)
-    return x if channels == 3 else x.to(memory_format=torch.channels_last)
 
 
 def _mlp(width, hidden):
     """The parameters of token_mlp."""
-    shapes = (width, width), (width,), (width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)
-    return [_meta(*shape) for shape in shapes]
+    shapes = (width, width), width, width, width, (hidden, width), hidden, (width, hidden), width
+    return [torch.empty(shape) for shape in shapes]
 
 
-def _dropout(on):
-    """Dropout probability and seed."""
-    return (0.1, _meta(dtype=torch.int64)) if on else (0.0, None)
+def _image(channels, dtype):
+    """The image of the first stage, or tokens of the second."""
+    side, form = (IMAGE, torch.contiguous_format) if channels == 3 else (IMAGE // 4, torch.channels_last)
+    return torch.empty(BATCH, channels, side, side, dtype=dtype, memory_format=form)
 
 
 def _performer_attention(case):
-    """Forward and backward as under AMP: w stays float32."""
-    width, features = case.sizes
-    q, k, v, grad, d_q, d_k, d_v = (_meta(BATCH, LENGTH, width, dtype=DTYPES[case.dtype]) for _ in range(7))
-    w = _meta(features, width)
-    mask, skip = (_meta(BATCH, LENGTH, dtype=torch.bool), v) if case.full else (None, None)
+    """Forward and backward without a key mask or a gradient of w."""
     from t2t_fast.ops.performer_attention.triton.backward import launch_backward
 
-    _, lz, state = attention._forward(q, k, v, w, 1e-8, mask)
-    launch_backward(grad, q, k, v, w, 1e-8, mask, lz, state, skip, case.full, d_q, d_k, d_v)
+    width, features = case.sizes
+    q, k, v, grad, d_q, d_k, d_v = (torch.empty(BATCH, LENGTH, width, dtype=DTYPES[case.dtype]) for _ in range(7))
+    w = torch.empty(features, width)
+    _, lz, state = attention._forward(q, k, v, w, 1e-8, None)
+    launch_backward(grad, q, k, v, w, 1e-8, None, lz, state, None, False, d_q, d_k, d_v)
 
 
 def _soft_split_linear(case):
-    """Forward and backward, parameters in float32; without LayerNorm or bytes where its size for that is 0.
-
-    An image of bytes has no gradient.
-    """
+    """Forward and backward, without LayerNorm or bytes where its size for that is 0; bytes have no gradient."""
     channels, outputs, kernel, stride, padding, normed, as_bytes = case.sizes
     window, dtype = square(kernel, stride, padding), DTYPES[case.dtype]
     x = _image(channels, torch.uint8 if as_bytes else dtype)
-    pixels = normalisation([0.5] * channels, [0.25] * channels) if as_bytes else ()
     columns = channels * window.taps
-    weight, bias, gamma, beta = _meta(outputs, columns), _meta(outputs), _meta(columns), _meta(columns)
+    weight, bias, gamma, beta = map(torch.empty, ((outputs, columns), outputs, columns, columns))
     parameters = (weight, bias, gamma, beta, 1e-5) if normed else (weight, bias, None, None, None)
-    h, w = window.grid(*x.shape[2:])
-    grad = _meta(BATCH, h * w, outputs, dtype=dtype)
+    pixels = normalisation([0.5] * channels, [0.25] * channels) if as_bytes else ()
     pixels = pixel_columns(pixels, weight, channels, window)
+    h, w = window.grid(*x.shape[2:])
+    grad = torch.empty(BATCH, h * w, outputs, dtype=dtype)
     weights = packed(*parameters, channels, window, dtype)
     y, mean, rstd = split._forward(x, *weights, outputs, parameters[-1], *window, dtype, pixels)
     split._products(x, grad, mean, rstd, bool(normed), *window, pixels)
@@ -189,33 +148,35 @@ def _soft_split_linear(case):
 
 
 def _token_mlp(case):
-    """Forward and backward on a view of a packed v, parameters in float32, every gradient; dropout unless 0."""
+    """Forward and backward on a view of a packed v, with every gradient; ``dropout`` is 0 or 1."""
     width, hidden, dropout = case.sizes
-    kqv, y, grad = (_meta(BATCH, LENGTH, n, dtype=DTYPES[case.dtype]) for n in (3 * width, width, width))
+    kqv, y, grad = (torch.empty(BATCH, LENGTH, n, dtype=DTYPES[case.dtype]) for n in (3 * width, width, width))
     v, mlp = kqv[..., 2 * width :], _mlp(width, hidden)
-    drop, seed = _dropout(dropout)
+    drop, seed = 0.1 * dropout, torch.empty((), dtype=torch.int64)
     token_mlp._forward(y, v, seed, [1e-5, drop, drop], mlp)
     token_mlp._backward(grad, y, v, seed, [1e-5, drop, drop], mlp, True)
 
 
 def _performer_layer(case):
-    """Both launches of a layer's forward in training, in T2T's first or second stage; parameters in float32."""
+    """Both launches of a layer's forward in training, in T2T's first or second stage."""
+    from t2t_fast.ops.performer_layer.triton.forward import launch_read_out_mlp, launch_split_keys
+
     channels, width, features, hidden, dropout = case.sizes
     window, dtype = T2T_WINDOWS[0 if channels == 3 else 1], DTYPES[case.dtype]
     x, columns = _image(channels, dtype), channels * window.taps
-    weight, bias, gamma, beta = _meta(3 * width, columns), _meta(3 * width), _meta(columns), _meta(columns)
-    w, mlp = _meta(features, width), MlpParameters(*_mlp(width, hidden))
-    drop, seed = _dropout(dropout)
+    weight, bias, gamma, beta = map(torch.empty, ((3 * width, columns), 3 * width, columns, columns))
+    w, mlp = torch.empty(features, width), MlpParameters(*_mlp(width, hidden))
+    drop, seed = 0.1 * dropout, torch.empty((), dtype=torch.int64)
     folded, _ = operands(x, weight, bias, gamma, beta, 1e-5, window, dtype, (), False)
-    from t2t_fast.ops.performer_layer.triton.forward import launch_read_out_mlp, launch_split_keys
-
     kqv, _, _, lz, state = launch_split_keys(x, folded, w, 1e-5, window, dtype, None, bool(dropout))
     launch_read_out_mlp(kqv, w, 1e-8, lz, state, mlp, Options(1e-5, drop, drop), seed)
 
 
 def _rounds(name, case, arguments):
-    """How often all programs together run a kernel's main loop for one tile, and how often the code around it, where
-    that runs per tile; ``None``: unknown."""
+    """How often a kernel's main loop runs for one tile, and how often the code around it where that runs per tile.
+
+    Counts all programs together; ``None``: unknown.
+    """
     if "_chunked" in name:
         return None
     if not name.startswith(("split", "token_scalars")):
@@ -239,18 +200,13 @@ def _rounds(name, case, arguments):
 
 
 SPLITS = (3, 192, 7, 4, 2, 1, 0), (3, 192, 7, 4, 2, 1, 1), (64, 192, 3, 2, 1, 1, 0), (64, 384, 3, 2, 1, 0, 0)
-LAYERS = (3, 64, 32, 64, 1), (64, 64, 32, 64, 1)
-
 OPERATORS = {
     "performer_attention": (_performer_attention, ((64, 32),)),
     "soft_split_linear": (_soft_split_linear, SPLITS),
     "token_mlp": (_token_mlp, ((64, 64, 1),)),
-    "performer_layer": (_performer_layer, LAYERS),
+    "performer_layer": (_performer_layer, ((3, 64, 32, 64, 1), (64, 64, 32, 64, 1))),
 }
-"""A call of a case's operator, and T2T-ViT's sizes."""
-
-OF_FEW = ("soft_split_linear", "token_mlp", "performer_layer")
-"""Operators with launch parameters of their own for few tokens."""
+"""Name -> (the call of a :class:`Case`, the sizes of T2T-ViT's calls)."""
 
 
 @dataclass
@@ -269,12 +225,12 @@ class Row:
     instructions_per_token: float | None
 
     def faults(self):
-        """What is wrong with the kernel, as words."""
-        limit, found = SHARED_LIMITS[self.case.architecture], []
-        if self.kernel.code.spills or self.kernel.stack:
-            found.append(f"spills ({self.kernel.code.spills} instructions, {self.kernel.stack} bytes of stack)")
-        if self.kernel.shared > limit:
-            found.append(f"{self.kernel.shared} bytes of shared memory where {limit} are allowed")
+        """What is wrong with the kernel, as text."""
+        kernel, limit, found = self.kernel, SHARED_LIMITS[self.case.architecture], []
+        if kernel.code.spills or kernel.stack:
+            found.append(f"spills ({kernel.code.spills} instructions, {kernel.stack} bytes of stack)")
+        if kernel.shared > limit:
+            found.append(f"{kernel.shared} bytes of shared memory where {limit} are allowed")
         return found
 
     def plain(self):
@@ -283,8 +239,8 @@ class Row:
         return {**vars(self.case), **own, **vars(self.kernel), "faults": self.faults()}
 
 
-def compiled(case) -> list[Row]:
-    """Compile and read every kernel of a case."""
+def compiled(case):
+    """Compile every kernel of a case and read its machine code. Returns a list of :class:`Row`."""
     rows = []
     with _compiling(case) as kernels:
         OPERATORS[case.operator][0](case)
@@ -292,22 +248,13 @@ def compiled(case) -> list[Row]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(result.asm["cubin"])
             file.flush()
-            (kernel,) = machine_code.read(file.name, _tool())
+            (kernel,) = machine_code.read(file.name, machine_code.find_tool(triton_first=True))
         # the machine code declares less shared memory: the rest is requested at launch
         kernel.name, kernel.architecture, kernel.shared = name, case.architecture, result.metadata.shared
         tokens, warps = arguments.get("TOKENS", arguments.get("PIXELS")), result.metadata.num_warps
         rounds = _rounds(name, case, arguments) if tokens else None
         per_token = rounds and (kernel.once_round * rounds[0] + kernel.around * rounds[1]) * warps / tokens
-        chunk = arguments.get("FEATURES", arguments.get("BLOCK")) if tokens else None
-        if rounds == (1, 0) and "FEATURES" in arguments and arguments["FEATURES"] >= case.sizes[1]:
-            chunk = None
+        whole = rounds == (1, 0) and arguments.get("FEATURES", 0) >= case.sizes[1]
+        chunk = arguments.get("FEATURES", arguments.get("BLOCK")) if tokens and not whole else None
         rows.append(Row(case, warps, result.metadata.num_stages, tokens, chunk, kernel, per_token))
     return rows
-
-
-def rows(wanted) -> Iterator[list[Row]]:
-    """:func:`compiled` of each case, in order, with one process per core."""
-    cores = len(os.sched_getaffinity(0))  # Triton runs on Linux
-    # spawn: a process that has used CUDA or threads must not fork
-    with ProcessPoolExecutor(min(cores, len(wanted)), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(compiled, wanted)

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import ExitStack
 from importlib import import_module
-from pathlib import Path
+from itertools import product
 from unittest.mock import patch
 
 import numpy as np
@@ -50,7 +50,7 @@ class Problem:
     """
 
     def __init__(self, op, stage, size, batch, dtype, device="cuda", backend="triton"):
-        self.backend, self.name = backend, f"{op} {stage}, {dtype}, {size} px, batch {batch}"
+        self.name, self.table, self.backend = f"{op} {stage}, {dtype}, {size} px, batch {batch}", table(op), backend
         self._sides = []  # forward and backward: the subject and its implementation
         for mode in MODES:
             subject = subjects.build(Group("op", f"{op}-{stage}", size, batch, dtype, mode), device)
@@ -66,10 +66,10 @@ class Problem:
             return implementation.function(**implementation.inputs[index], **options)
 
     def check(self, backward):
-        """Check the output, or it and the gradients, without dropout; then run what is timed.
+        """Check the output, or the output and the gradients, without dropout; then run the timed call once.
 
         Raises:
-            AssertionError: an error is beyond the suites' tolerances; others: what a launch raises.
+            AssertionError: an error exceeds the suites' tolerances; others: what a launch raises.
         """
         subject, implementation = self._sides[backward]
         out, gradients = self._forward(backward, 0, {}), {}
@@ -93,81 +93,71 @@ class Problem:
         leaves = [*implementation.leaves.values(), *(t for t in inputs.values() if t.requires_grad)]
         torch.autograd.grad(out, leaves, subject.gradient.to(out.dtype), retain_graph=True)
 
-    def passes(self, launch_table):
-        """The passes of a table that the calls launch: name -> (whether in backward, architecture, dtype, *sizes)."""
-        found, chosen = {}, launch_table.chosen
+    def seconds(self, backward):
+        """GPU time of :meth:`call` by CUDA events. Its kernels queue behind a wait, which hides the launch overhead."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(CYCLES)
+        start.record()
+        self.call(backward)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def passes(self):
+        """The passes of the table that the calls launch: name -> (whether in backward, architecture, dtype, *sizes)."""
+        found = {}
         for backward in (True, False):
             self.call(backward)  # a first call runs the kernels' self-tests, with passes that this problem may not have
-
-            def note(name, *key, backward=backward):
-                found[name] = (backward, *key)
-                return chosen(name, *key)
-
-            with patch.object(launch_table, "chosen", note):
+            with patch.object(self.table, "chosen", wraps=self.table.chosen) as chosen:
                 self.call(backward)
-        return {name: found[name] for name in launch_table.passes if name in found}
-
-
-def gpu_seconds(call):
-    """GPU time of a call by CUDA events. Its kernels queue behind a wait, so the time has no launch overhead."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(CYCLES)
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+            found |= {name: (backward, *key) for (name, *key), _ in chosen.call_args_list}
+        return {name: found[name] for name in self.table.passes if name in found}
 
 
 def words(parameters):
-    """Parameters as words."""
+    """Parameters as text."""
     return " ".join(f"{name} {value}" for name, value in parameters.items())
 
 
-def times(table, name, backward, many, problem, seconds, rounds):
+def times(problem, name, backward, many, rounds):
     """Seconds for each of ``many`` parameters of a pass, in every round; the first round is not counted."""
     found = np.empty((len(many), rounds + 1))
     for turn in range(rounds + 1):
         for index in np.roll(range(len(many)), -turn):
-            with table.override(name, many[index]):
-                found[index, turn] = seconds(lambda: problem.call(backward))
+            with problem.table.override(name, many[index]):
+                found[index, turn] = problem.seconds(backward)
     return found[:, 1:]
 
 
-def tune_pass(table, name, backward, present, problem, seconds, rounds):
-    """Measure the candidates of a pass. Returns better parameters or ``None``, and a line for each candidate."""
-    tried, skipped = [present], []
+def tune_pass(problem, name, backward, present, rounds):
+    """Measure the candidates of a pass and print a line for each. Returns better parameters or ``None``."""
+    tried, candidates = [present], problem.table.candidates(name, present)
     problem.check(backward)
-    for parameters in table.candidates(name, present):
-        if parameters == present:
-            continue
+    for parameters in (each for each in candidates if each != present):
         try:
-            with table.override(name, parameters):
+            with problem.table.override(name, parameters):
                 problem.check(backward)
             tried.append(parameters)
         except Exception as failure:  # noqa: BLE001 - compilers and drivers raise any type; it becomes the reason
             text = (str(failure).strip().splitlines() or [""])[0]
-            skipped.append(f"{words(parameters)}: skipped, {type(failure).__name__}: {text[:200]}")
-    measured = times(table, name, backward, tried, problem, seconds, rounds)
+            print(f"  {words(parameters)}: skipped, {type(failure).__name__}: {text[:200]}")
+    measured = times(problem, name, backward, tried, rounds)
     speedups = np.median(measured[0] / measured, axis=1)
-    order = sorted(range(len(tried)), key=lambda index: -speedups[index])
-    lines = [
-        f"{words(tried[i])}: {1e6 * np.median(measured[i]):.1f} us, {speedups[i]:.3f}x" + (" (present)" * (i == 0))
-        for i in order
-    ]
-    better, best = None, tried[order[0]]
-    if best is not present:
-        once, other = times(table, name, backward, [present, best], problem, seconds, 2 * rounds)
-        low, middle, high = np.percentile(once / other, (20, 50, 80))
-        better = best if low > 1 else None
-        verdict = "accepted" if better else "not beyond the noise"
-        lines.append(f"once more, {words(best)}: {middle:.3f}x ({low:.3f} to {high:.3f}), {verdict}")
-    return better, lines + skipped
+    for index in np.argsort(-speedups, kind="stable"):
+        result = f"{1e6 * np.median(measured[index]):.1f} us, {speedups[index]:.3f}x"
+        print(f"  {words(tried[index])}: {result}{'' if index else ' (present)'}")
+    best = tried[np.argmax(speedups)]
+    if best is present:
+        return None
+    once, other = times(problem, name, backward, [present, best], 2 * rounds)
+    low, middle, high = np.percentile(once / other, (20, 50, 80))
+    verdict = "accepted" if low > 1 else "not beyond the noise"
+    print(f"  once more, {words(best)}: {middle:.3f}x ({low:.3f} to {high:.3f}), {verdict}")
+    return best if low > 1 else None
 
 
 def enter(path, architecture, name, shape_class, parameters):
     """Write the parameters of a pass into the table's file, which is replaced atomically."""
-    path = Path(path)
     rows = json.loads(path.read_text())
     rows.setdefault(architecture, {}).setdefault(name, {})[shape_class] = parameters
     partial = path.with_suffix(".part")
@@ -175,62 +165,53 @@ def enter(path, architecture, name, shape_class, parameters):
     partial.replace(path)
 
 
-def tune(table, problem, seconds, rounds, say, write, only=None, deadline=float("inf"), done=None):
-    """Tune the passes of one problem, one after the other. Returns how many parameters changed.
+def tune(problem, rounds, deadline=float("inf"), done=()):
+    """Tune the passes of one problem, one after the other, and write better parameters to the table's file.
 
     Args:
-        table: the operator's launch table; seconds: times a call; write: whether to change the table's file; only:
-            names of passes; deadline: no pass starts after it; done: what this run has measured already, which grows.
+        deadline: no pass starts after it; done: keys of the passes to leave out, as returned.
+
+    Returns:
+        The key of each tuned pass (architecture, name, shape class) -> better parameters or ``None``.
     """
-    changed, done = 0, set() if done is None else done
+    table, tuned = problem.table, {}
     with ExitStack() as better:
-        for name, (backward, architecture, *sizes) in problem.passes(table).items():
+        for name, (backward, architecture, *sizes) in problem.passes().items():
             key = (architecture, name, table.shape_class(name, *sizes))
-            if only is not None and name not in only:
+            if key in done or time.monotonic() > deadline:
+                print(f"{problem.name}, {name}: {'measured before' if key in done else 'no time left'}")
                 continue
-            if time.monotonic() > deadline or key in done:
-                say(f"{problem.name}, {name}: {'measured before' if key in done else 'no time left'}")
-                continue
-            done.add(key)
-            say(f"{architecture}, {problem.name}, {name}:")
+            print(f"{architecture}, {problem.name}, {name}:")
             present = table.chosen(name, architecture, *sizes)
-            faster, lines = tune_pass(table, name, backward, present, problem, seconds, rounds)
-            for line in lines:
-                say(f"  {line}")
+            tuned[key] = faster = tune_pass(problem, name, backward, present, rounds)
             if faster is not None:
-                changed += 1
                 better.enter_context(table.override(name, faster))
-                if write:
-                    enter(table.path, *key, faster)
-    return changed
+                enter(table.path, *key, faster)
+    return tuned
 
 
 def main(argv=None):
     """Tune on this machine's GPU. Returns 0, or 2 without one."""
-    dtypes, passes = ("bf16", "fp16", "fp32"), [name for op in STAGES for name in table(op).passes]
+    dtypes = ("bf16", "fp16", "fp32")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--op", nargs="+", choices=tuple(STAGES), default=list(STAGES), help="operators; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=list(dtypes))
-    parser.add_argument("--passes", nargs="+", choices=passes, help="default: all")
     parser.add_argument("--size", type=int, default=224, help="side of the image in pixels")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="start no new pass after this time")
-    parser.add_argument("--dry-run", action="store_true", help="measure and print, but do not change the tables")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("python -m benchmarks.kernels.tune: needs a GPU, torch.cuda.is_available() is False", file=sys.stderr)
         return 2
     changed, deadline = 0, time.monotonic() + arguments.max_seconds
-    for dtype in arguments.dtypes:
-        for op in arguments.op:
-            done = set()
-            for stage in STAGES[op]:
-                problem = Problem(op, stage, arguments.size, arguments.batch, dtype)
-                options = (arguments.rounds, print, not arguments.dry_run, arguments.passes, deadline, done)
-                changed += tune(table(op), problem, gpu_seconds, *options)
-    where = "tables unchanged" if arguments.dry_run or not changed else "written to launch.json"
-    print(f"{torch.cuda.get_device_name()}: {changed} better parameters, {where}")
+    for dtype, op in product(arguments.dtypes, arguments.op):
+        done = {}
+        for stage in STAGES[op]:
+            problem = Problem(op, stage, arguments.size, arguments.batch, dtype)
+            done |= tune(problem, arguments.rounds, deadline, done)
+        changed += sum(better is not None for better in done.values())
+    print(f"{torch.cuda.get_device_name()}: {changed} better parameters{' written to launch.json' * (changed > 0)}")
     return 0
 
 

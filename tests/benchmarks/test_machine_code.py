@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.kernels.machine_code import Code, Instruction, Kernel, main_loop, parse, readable, widths
+from benchmarks.kernels.machine_code import Code, Instruction, Kernel, main_loop, parse, readable
 
 USAGE = """
 Fatbin elf code:
@@ -69,16 +69,11 @@ def test_the_resources_of_one_kernel_have_no_architecture():
         ("_Z6squarev", "square"),
         ("_ZN1a1bIfEEvv", "b<float>"),
         ("_ZN8t2t_fast4cuda12_GLOBAL__N_x13compose_tilesINS0_8BFloat16EEEvNS0_4PlanEPKT_", "compose_tiles<BFloat16>"),
-        ("_ZN8t2t_fast4cuda12_GLOBAL__N_x13compose_tilesIdEEvNS0_4PlanEPKT_", "compose_tiles<double>"),
+        ("_ZN8t2t_fast4cuda12_GLOBAL__N_x13compose_tilesIjEEvNS0_4PlanEPKT_", "compose_tiles<4 bytes>"),
     ],
 )
 def test_names(mangled, name):
     assert readable(mangled) == name
-
-
-def test_widths():
-    assert widths({4: 1, 16: 2}) == "16B:2 4B:1"
-    assert widths({}) == "-"
 
 
 def instructions(text):

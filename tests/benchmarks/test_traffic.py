@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
 from benchmarks.kernels import traffic
-from benchmarks.kernels.traffic import Access, Launch
+from benchmarks.kernels.traffic import Launch
 from support import ROOT
 from t2t_fast.ops._common import triton_runtime
 
@@ -77,12 +78,11 @@ def ratios(launches, names, kernel, images):
     """What the launches of some kernels move and compute over what they must."""
     found = [launch for launch in launches if launch.name in names]
     assert {launch.name for launch in found} == set(names)
-    tokens, weights = ([each.accesses.get(role, Access()) for each in found] for role in ("tokens", "parameters"))
     moved, computed = images * kernel.bytes, images * kernel.flops
     return (
-        sum(each.touched for each in tokens) / moved,
-        sum(each.requested for each in tokens) / moved,
-        sum(each.requested for each in weights) / moved,
+        sum(each.touched["tokens"] for each in found) / moved,
+        sum(each.requested["tokens"] for each in found) / moved,
+        sum(each.requested["parameters"] for each in found) / moved,
         sum(each.flops for each in found) / computed,
     )
 
@@ -105,7 +105,7 @@ def test_traffic_is_within_what_is_stated(subject):
             )
             assert all(value <= limit + 0.005 for value, limit in zip(found, limits, strict=True)), where
             assert found[0] > 0.93 and found[3] > 0.99, where  # small states apart, less cannot be
-        touched = sum(launch.accesses.get("tokens", Access()).touched for launch in launches)
+        touched = sum(launch.touched["tokens"] for launch in launches)
         ratio = touched / images / sum(kernel.bytes for kernel in kernels)
         assert ratio <= STAGES[subject, direction] + 0.005, f"{subject} {direction}: {ratio:.3f}"
 
@@ -116,10 +116,9 @@ def test_a_launch_is_counted_byte_by_byte():
     split, *_ = passes["forward"]
     length, outputs, columns = 25, 384, 576
     assert split.name == "split_linear_kernel"
-    tokens, weights = split.accesses["tokens"], split.accesses["parameters"]
-    assert tokens.touched == 2 * (100 * 64 + length * outputs)
-    assert tokens.requested > tokens.touched
-    assert weights.touched == 2 * columns * outputs + 4 * outputs
+    assert split.touched["tokens"] == 2 * (100 * 64 + length * outputs)
+    assert split.requested["tokens"] > split.touched["tokens"]
+    assert split.touched["parameters"] == 2 * columns * outputs + 4 * outputs
     assert split.flops % (2 * columns * outputs) == 0
     assert split.flops >= 2 * columns * outputs * length
 
@@ -130,29 +129,24 @@ def test_what_pytorch_does_between_launches():
         x = torch.ones(2, 50, 3)
         x.transpose(1, 2).sum(-1)
         torch.ones(7).add(1)
-    assert [(each.name, each.accesses["tokens"].touched) for each in launches] == [
-        ("torch.ones", 1200),
-        ("torch.sum", 1200),
-    ]
+    found = [(each.name, each.requested["tokens"], each.touched["tokens"]) for each in launches]
+    assert found == [("torch.ones", 1200, 1200), ("torch.sum", 1200, 1200)]
 
 
 def test_lines_of_the_report():
-    launch = Launch("a_kernel", flops=2_000_000)
-    launch.add("tokens", 3000, 1000)
-    launch.add("states", 0, 500)
-    header, line, total = traffic.lines("title", [launch])
-    assert header.startswith("title") and line.split() == ["a_kernel", "3", "1", "0", "0", "0", "2.0"]
-    assert total.split()[1:] == line.split()[1:]
+    launch = Launch("a_kernel", 2_000_000, Counter(tokens=3000), Counter(tokens=1000, states=2000))
+    header, *rows = traffic.lines("title", [launch, launch])
+    assert header.startswith("title")
+    first, second, total = (row.split() for row in rows)
+    assert first == second == ["a_kernel", "3", "1", "0", "0", "2", "2.0"]
+    assert total == ["sum", "6", "2", "0", "0", "4", "4.0"]
 
 
 @pytest.mark.slow
 def test_the_command():
-    found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels.traffic", "soft_split_linear-stage3", "--size", "80"],
-        cwd=ROOT,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-    )
+    """The command sets TRITON_INTERPRET itself."""
+    command = [sys.executable, "-m", "benchmarks.kernels.traffic", "soft_split_linear-stage3", "--size", "80"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "split_linear_weight_kernel" in found.stdout and "compulsory, an image: " in found.stdout

@@ -48,13 +48,15 @@ class FakeTable:
 
 
 class FakeProblem:
+    """A call takes as long as all its parameters say, and some noise more."""
+
     name = "a problem"
 
-    def __init__(self, table):
-        self.table = table
+    def __init__(self, table, noise=0.0):
+        self.table, self.noise, self.turns = table, noise, 0
 
-    def passes(self, table):
-        return {name: (name in BACKWARD, "sm_90", "bf16", 64, 32) for name in table.passes}
+    def passes(self):
+        return {name: (name in BACKWARD, "sm_90", "bf16", 64, 32) for name in self.table.passes}
 
     def check(self, backward):
         if 13 in self.table.current.values():
@@ -62,38 +64,37 @@ class FakeProblem:
         if 7 in self.table.current.values() and backward:
             raise AssertionError("error 1.0e-01")
 
-    def call(self, backward):
+    def seconds(self, backward):
         self.table.seen.append(dict(self.table.current))
-
-
-class FakeTimer:
-    """A call takes as long as all its parameters say, and some noise more."""
-
-    def __init__(self, table, noise=0.0):
-        self.table, self.noise, self.turns = table, noise, 0
-
-    def __call__(self, call):
-        call()
         self.turns += 1
-        return sum(self.table.seen[-1].values()) + self.noise * (self.turns % 3)
+        return sum(self.table.current.values()) + self.noise * (self.turns % 3)
 
 
-def _tune(tmp_path, noise=0.0, write=True, **options):
-    path = tmp_path / "launch.json"
-    path.write_text('{"sm_80": {"keys": {"other": {"tokens": 1}}}, "sm_90": {"queries": {"other": {"tokens": 2}}}}')
-    table, lines = FakeTable(path), []
-    timer = FakeTimer(table, noise)
-    changed = tune.tune(table, FakeProblem(table), timer, 5, lines.append, write, **options)
-    return changed, lines, json.loads(path.read_text()), table
+@pytest.fixture
+def tuned(tmp_path, capsys):
+    """Function that tunes the stand-in: the keys with better parameters, the printed lines, the file, the table."""
+
+    def run(noise=0.0, **options):
+        path = tmp_path / "launch.json"
+        path.write_text('{"sm_80": {"keys": {"other": {"tokens": 1}}}, "sm_90": {"queries": {"other": {"tokens": 2}}}}')
+        table = FakeTable(path)
+        found = tune.tune(FakeProblem(table, noise), 5, **options)
+        return found, capsys.readouterr().out.splitlines(), json.loads(path.read_text()), table
+
+    return run
 
 
-def test_tuning_writes_what_is_faster_for_this_architecture_only(tmp_path):
-    changed, lines, rows, table = _tune(tmp_path)
-    assert changed == 3
+def keys(*names):
+    return {("sm_90", name, "bf16-64-32") for name in names}
+
+
+def test_tuning_writes_what_is_faster_for_this_architecture_only(tuned):
+    found, lines, rows, table = tuned()
+    assert found == {key: {"tokens": 4} for key in keys("keys", "queries", "keys_backward")}
     assert rows["sm_80"] == {"keys": {"other": {"tokens": 1}}}
     assert rows["sm_90"]["queries"] == {"other": {"tokens": 2}, "bf16-64-32": {"tokens": 4}}
     assert rows["sm_90"]["keys_backward"] == {"bf16-64-32": {"tokens": 4}}
-    # a pass is tuned with what the passes before it have been given, and everything is undone in the end
+    # a pass is tuned with the better parameters of the passes before it; all overrides are undone in the end
     assert {"keys": 4, "queries": 4, "keys_backward": 4} in table.seen
     assert table.current == {"keys": 5, "queries": 5, "keys_backward": 5}
     assert lines[0] == "sm_90, a problem, keys:"
@@ -104,45 +105,31 @@ def test_tuning_writes_what_is_faster_for_this_architecture_only(tmp_path):
     assert [line for line in lines if "tokens 7: 17" in line]
 
 
-def test_tuning_takes_nothing_within_the_noise(tmp_path):
-    changed, lines, rows, _ = _tune(tmp_path, noise=20.0)
-    assert changed == 0
+def test_tuning_takes_nothing_within_the_noise(tuned):
+    found, lines, rows, _ = tuned(noise=20.0)
+    assert found == dict.fromkeys(keys("keys", "queries", "keys_backward"))
     assert rows["sm_90"] == {"queries": {"other": {"tokens": 2}}}
     assert all(line.endswith("not beyond the noise") for line in lines if "once more" in line)
 
 
-def test_tuning_can_leave_the_table_alone(tmp_path):
-    changed, _, rows, _ = _tune(tmp_path, write=False)
-    assert changed == 3
-    assert "keys" not in rows["sm_90"]
-
-
-def test_tuning_leaves_out_what_it_has_measured(tmp_path):
+def test_tuning_leaves_out_what_it_has_measured(tuned):
     """Two stages may ask for the same parameters."""
-    done = {("sm_90", "keys", "bf16-64-32")}
-    changed, lines, _, _ = _tune(tmp_path, done=done)
-    assert changed == 2 and "a problem, keys: measured before" in lines
-    assert done == {("sm_90", name, "bf16-64-32") for name in ("keys", "queries", "keys_backward")}
+    found, lines, rows, _ = tuned(done=keys("keys"))
+    assert found.keys() == keys("queries", "keys_backward") and "keys" not in rows["sm_90"]
+    assert "a problem, keys: measured before" in lines
 
 
-def test_tuning_some_passes(tmp_path):
-    changed, lines, rows, _ = _tune(tmp_path, only=["queries"])
-    assert changed == 1
-    assert [line for line in lines if line.endswith(":")] == ["sm_90, a problem, queries:"]
-    assert "keys" not in rows["sm_90"]
-
-
-def test_tuning_starts_nothing_without_time(tmp_path):
-    changed, lines, _, _ = _tune(tmp_path, deadline=time.monotonic() - 1)
-    assert changed == 0
+def test_tuning_starts_nothing_without_time(tuned):
+    found, lines, _, _ = tuned(deadline=time.monotonic() - 1)
+    assert found == {}
     assert lines == [f"a problem, {name}: no time left" for name in ("keys", "queries", "keys_backward")]
 
 
-def test_a_wrong_start_is_an_error(tmp_path):
+def test_wrong_present_parameters_are_an_error(tmp_path):
     table = FakeTable(tmp_path / "never-written.json")
     table.current["keys"] = 13
     with pytest.raises(RuntimeError, match="out of shared memory"):
-        tune.tune(table, FakeProblem(table), None, 5, print, True)
+        tune.tune(FakeProblem(table), 5)
 
 
 QUICK = {("performer_attention", "bf16"), ("soft_split_linear", "fp32"), ("token_mlp", "bf16")}
@@ -203,26 +190,6 @@ def test_candidates_of_the_attention_with_chunks_and_without():
     assert len(chunked) == 2 * len(table.candidates("keys", {"features": 0}))
 
 
-class TokensTimer:
-    """Calls a problem and says that it took as long as the tokens of its tiles, over all passes, are many."""
-
-    def __init__(self, table):
-        self.table = table
-
-    def __call__(self, call):
-        tokens, chosen = [], self.table.chosen
-
-        def note(name, *key):
-            parameters = chosen(name, *key)
-            tokens.append(parameters["tokens"])
-            return parameters
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.table, "chosen", note)
-            call()
-        return float(sum(tokens))
-
-
 interpreted = pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="not under TRITON_INTERPRET=1")
 
 
@@ -233,7 +200,7 @@ def test_the_passes_of_a_problem():
     found = {}
     for stage in ("stage1", "stage2"):
         problem = tune.Problem("soft_split_linear", stage, 16, 1, "fp32", device="cpu")
-        found[stage] = {name: key[0] for name, key in problem.passes(TABLES["soft_split_linear"]).items()}
+        found[stage] = {name: key[0] for name, key in problem.passes().items()}
     assert found["stage1"].items() >= {"forward": False, "weight": True}.items()
     assert found["stage2"] == found["stage1"] | {"image": True, "scalars": True}
 
@@ -255,20 +222,38 @@ TUNED = {
         for op, name in TUNED.items()
     ],
 )
-def test_tuning_the_real_kernels(op, name, tmp_path, monkeypatch):
-    """From the passes of a call to the written table; only that a smaller tile is faster is made up."""
-    table, path, lines = TABLES[op], tmp_path / "launch.json", []
+def test_tuning_the_real_kernels(op, name, tmp_path, monkeypatch, capsys):
+    """From the passes of a call to the written table; only the times are made up: a smaller tile is faster."""
+    problem, path = tune.Problem(op, "stage1", 16, 1, "fp32", device="cpu"), tmp_path / "launch.json"
+    table, passes = problem.table, problem.passes()
     path.write_text("{}")
+
+    def seconds(backward):
+        """As many as the tokens of the call's tiles, over all passes."""
+        tokens, chosen = [], table.chosen
+
+        def note(name, *key):
+            parameters = chosen(name, *key)
+            tokens.append(parameters["tokens"])
+            return parameters
+
+        with monkeypatch.context() as patch:
+            patch.setattr(table, "chosen", note)
+            problem.call(backward)
+        return float(sum(tokens))
+
+    monkeypatch.setattr(problem, "seconds", seconds)
+    monkeypatch.setattr(problem, "passes", lambda: {name: passes[name]})
     monkeypatch.setattr(table, "path", path)
     monkeypatch.setattr(table, "candidates", lambda name, present: [{**present, "tokens": 16}])
-    problem = tune.Problem(op, "stage1", 16, 1, "fp32", device="cpu")
-    _, *key = problem.passes(table)[name]
-    present = table.chosen(name, *key)
+    _, architecture, *sizes = passes[name]
+    present = table.chosen(name, architecture, *sizes)
+    better, shape_class = {**present, "tokens": 16}, table.shape_class(name, *sizes)
     with table.override(name, {"tokens": 32}):
-        assert tune.tune(table, problem, TokensTimer(table), 1, lines.append, True, only=[name]) == 1
-    found = {table.shape_class(name, *key[1:]): {**present, "tokens": 16}}
-    assert json.loads(path.read_text()) == {"cpu": {name: found}}
-    assert table.chosen(name, *key) == present
+        assert tune.tune(problem, 1) == {(architecture, name, shape_class): better}
+    assert json.loads(path.read_text()) == {"cpu": {name: {shape_class: better}}}
+    assert table.chosen(name, architecture, *sizes) == present
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"cpu, {problem.name}, {name}:"
     assert sum("accepted" in line for line in lines) == 1
 
