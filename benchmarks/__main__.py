@@ -30,7 +30,7 @@ def parser():
     found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     add = found.add_argument
     add("--quick", action="store_true", help="only the headline rows: under ten minutes on two CPU cores")
-    add("--report", "--out", type=Path, metavar="DIR", help="folder, by default .benchmarks/<date-machine-commit>")
+    add("--report", "--out", type=Path, metavar="DIR", help="folder, by default .benchmarks/<date-machine-commit-time>")
     add("--resume", action="store_true", help="continue the run in that folder, if there is one")
     add("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"some of {', '.join(SUITES)}")
     add("--filter", default="", help='rows whose name matches, like -k of pytest: "module and performer and not 384px"')
@@ -138,10 +138,8 @@ def main(argv=None):
 
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = machine.run_name(arguments.device)
-    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
-    free = (folder for folder in (ROOT / ".benchmarks" / name for name in names) if not (folder / "rows.json").exists())
-    out = (arguments.report or next(free)).resolve()
+    name = f"{machine.run_name(arguments.device)}-{time.strftime('%H%M%S')}"
+    out = (arguments.report or ROOT / ".benchmarks" / name).resolve()
     if arguments.keep_memory:
         os.environ.update({name: f"{value:.0f}" for name, value in KEEP_MEMORY.items()})
     try:

@@ -64,7 +64,6 @@ def interleave(participants, clock, least, most=None, seconds=0.0, device="cpu")
     After the ``least`` rounds there are more, up to ``most``, until the seconds have passed.
     """
     gc.collect()
-    enabled = gc.isenabled()
     gc.disable()
     started = time.perf_counter()
     try:
@@ -76,8 +75,7 @@ def interleave(participants, clock, least, most=None, seconds=0.0, device="cpu")
                 with blaming(each.name, device):
                     each.times.append(clock.turn(each.step, each.implementation, each.calls))
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
 def _forward(subject, provider, implementation, device):

@@ -11,10 +11,11 @@ from pathlib import Path
 from ..measure import run_file
 
 
-def obstacle():
-    """Why no report can be made here, in one line, or ``None``: a machine that measures need not have the packages."""
-    missing = [name for name in ("pandas", "jinja2") if find_spec(name) is None]
-    return f"the report needs {' and '.join(missing)}: pip install 't2t_fast[bench]'" if missing else None
+def obstacle(what, *packages):
+    """Why ``what`` cannot be made here, or ``None``: a machine that only measures does not need the packages."""
+    missing = " and ".join(name for name in packages if find_spec(name) is None)
+    again = "pip install 't2t_fast[bench]', then python -m benchmarks.report"
+    return f"{what} needs {missing}: {again}" if missing else None
 
 
 def write(source, folder):
@@ -30,8 +31,8 @@ def write(source, folder):
     Raises:
         ValueError: ``source`` is no run file.
     """
-    if (reason := obstacle()) is not None:
-        print(f"report: {reason}; then python -m benchmarks.report {source}", file=sys.stderr)
+    if reason := obstacle("the report", "pandas", "jinja2"):
+        print(reason, source, file=sys.stderr)
         return []
     from . import charts, page
     from .frame import COLUMNS, frame
@@ -41,10 +42,9 @@ def write(source, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name in charts.PICTURES:
         (folder / f"{name}.png").unlink(missing_ok=True)
-    undrawn = charts.obstacle()
-    if undrawn is not None:
-        print(f"report: {undrawn}", file=sys.stderr)
-    paths = charts.draw(run, found, folder) if undrawn is None else {}
+    if undrawn := obstacle("a report with pictures", "matplotlib", "PIL"):
+        print(undrawn, source, file=sys.stderr)
+    paths = {} if undrawn else charts.draw(run, found, folder)
     path = folder / "report.html"
     path.write_text(page.report(run, found, paths, undrawn), encoding="utf-8")
     table = folder / "rows.csv"

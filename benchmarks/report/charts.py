@@ -1,7 +1,6 @@
 """The pictures of a run: :data:`PICTURES` says from which rows of the frame each is made, and by which function."""
 
 from functools import partial
-from importlib.util import find_spec
 
 from ..suites.groups import LITE, MODES
 from . import crossover as sweep
@@ -228,13 +227,6 @@ PICTURES = {
 }
 """Name -> (function of the frame that selects rows, function of run and rows that returns a figure), in the order of
 the report. A run without such rows has no such picture. The docstring of the second function describes the picture."""
-
-
-def obstacle():
-    """Why nothing can be drawn here, in words, or ``None``: a machine that measures need not be able to draw."""
-    if find_spec("matplotlib") and find_spec("PIL"):
-        return None
-    return "pictures need matplotlib and pillow: pip install 't2t_fast[bench]'; then python -m benchmarks.report"
 
 
 def figures(run, found):

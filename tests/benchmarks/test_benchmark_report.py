@@ -167,7 +167,7 @@ def test_report_without_pillow(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").glob("*.png"))
     page_text = (tmp_path / "out" / "report.html").read_text()
     for said in (page_text, capsys.readouterr().err):
-        assert "pictures need matplotlib and pillow" in said and "python -m benchmarks.report" in said
+        assert "a report with pictures needs PIL" in said and "python -m benchmarks.report" in said
 
 
 @pytest.mark.parametrize(
