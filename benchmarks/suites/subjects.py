@@ -193,7 +193,7 @@ def _operator(group, device):
         )
 
     cost, make_truth = op.cost(_element_size(group.dtype)), lambda: truth(op.sources["upstream"])
-    return Subject(group, device, make_truth, op.name, make, cost, gradient)
+    return Subject(group, device, make_truth, group.subject.partition("-")[0], make, cost, gradient)
 
 
 def _element_size(dtype):
