@@ -8,6 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import functional
@@ -51,7 +52,7 @@ def upstream(q, k, v, w):
 
 def sdpa(q, k, v, w):
     """Softmax attention; it ignores the features."""
-    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+    return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 def _half_square(x):
@@ -66,12 +67,10 @@ def two_sdpa(q, k, v, w):
     landmarks = w.to(q.dtype).expand(q.shape[0], 1, *w.shape)
     bias = -_half_square(k).mT.unsqueeze(1).to(q.dtype)  # (B, 1, 1, L)
     shape = (-1, -1, w.shape[0], -1)
-    state = F.scaled_dot_product_attention(
-        landmarks, k.unsqueeze(1), v.unsqueeze(1), attn_mask=bias.expand(shape), scale=1.0
-    )
+    state = attend(landmarks, k.unsqueeze(1), v.unsqueeze(1), attn_mask=bias.expand(shape), scale=1.0)
     shifted = (lz - lz.detach().amax(-1, keepdim=True)).to(q.dtype)
     mask = shifted[:, None, None].expand(-1, -1, q.shape[1], -1)
-    y = F.scaled_dot_product_attention(q.unsqueeze(1), landmarks, state, attn_mask=mask, scale=1.0).squeeze(1)
+    y = attend(q.unsqueeze(1), landmarks, state, attn_mask=mask, scale=1.0).squeeze(1)
     logit = (F.linear(q, w) + lz.unsqueeze(1)).logsumexp(-1, keepdim=True) - _half_square(q)
     return y * torch.sigmoid(logit - math.log(w.shape[0] * EPS)).to(y.dtype)
 
@@ -93,11 +92,11 @@ def _flash_linear_attention(device):
     if device != "cuda":
         raise LeftOut("flash-linear-attention's kernels need a GPU")
 
-    def attend(q, k, v, w):
+    def causal_attention(q, k, v, w):
         qp, kp = (positive_features(x, w).to(x.dtype).unsqueeze(2) for x in (q, k))
         return chunk_linear_attn(qp, kp, v.unsqueeze(2), scale=1.0, normalize=True)[0].squeeze(2)
 
-    return attend
+    return causal_attention
 
 
 def causal(q, k, v, w):

@@ -7,6 +7,7 @@ LayerNorm, softmax attention.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 import torch
@@ -102,7 +103,7 @@ def soft_split(stage, size, batch):
     split = Split(stage, size)
     sources = {
         "upstream": lambda x: split.unfold(x).contiguous(),
-        "t2t_fast": lambda x: functional.soft_split(x, **split.options, grid=split.grid),
+        "t2t_fast": partial(functional.soft_split, **split.options, grid=split.grid),
         "unfold": split.unfold,
     }
     return Operator(split.inputs(batch), {}, sources, lambda element: costs.soft_split(*split.shape, element))
@@ -113,7 +114,7 @@ def soft_composition(stage, size, batch):
     split = Split(stage, size)
     sources = {
         "upstream": lambda tokens: split.fold(tokens.transpose(1, 2)),
-        "t2t_fast": lambda tokens: functional.soft_composition(tokens, split.side, **split.options),
+        "t2t_fast": partial(functional.soft_composition, output_size=split.side, **split.options),
     }
     return Operator(split.tokens(batch), {}, sources, lambda element: costs.soft_composition(*split.shape, element))
 
@@ -127,9 +128,7 @@ def fused_fold_unfold(stage, size, batch):
         image = split.fold(tokens.permute(0, 2, 1)) / split.fold(ones.permute(0, 2, 1))
         return split.unfold(image).contiguous()
 
-    def ours(tokens):
-        return functional.fused_fold_unfold(tokens, split.side, **split.options)
-
+    ours = partial(functional.fused_fold_unfold, output_size=split.side, **split.options)
     sources = {"upstream": upstream, "t2t_fast": ours}
     return Operator(split.tokens(batch), {}, sources, lambda element: costs.fused_fold_unfold(*split.shape, element))
 
@@ -148,9 +147,7 @@ def soft_split_linear(stage, size, batch):
     split, norm = Split(stage, size), stage < 3
     out, eps = (3 * costs.WIDTH, 1e-5) if norm else (384, None)
     names = ("weight", "bias", "norm_weight", "norm_bias")[: 4 if norm else 2]
-
-    def ours(x, **parameters):
-        return functional.soft_split_linear(x, **parameters, **split.options, grid=split.grid, norm_eps=eps)
+    ours = partial(functional.soft_split_linear, **split.options, grid=split.grid, norm_eps=eps)
 
     def convolution(x, weight, bias, **affine):
         image = split.image(x).contiguous(memory_format=torch.channels_last)
@@ -207,9 +204,7 @@ def performer_layer(stage, size, batch):
         k, q, v = torch.split(kqv, costs.WIDTH, dim=-1)
         return _mlp(attention.upstream(q, k, v, w), v, norm="norm2", **mlp)
 
-    def ours(x, **parameters):
-        return functional.performer_layer(x, **parameters, **split.options, grid=split.grid)
-
+    ours = partial(functional.performer_layer, **split.options, grid=split.grid)
     return Operator(
         split.inputs(batch),
         {

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
-from . import costs
+from t2t_fast.models.registry import CONFIGS
+
 from .groups import LeftOut
 
 
@@ -32,8 +33,8 @@ class Model(NamedTuple):
 
 def _vit_pytorch(name, size):
     """Its T2TViT has softmax attention over all 147 and 1323 columns where T2T-ViT has 64: far more work."""
-    _, width, depth, ratio = costs.MODELS[name]
-    shape = dict(dim=width, depth=depth, heads=width // 64, mlp_dim=ratio * width, dim_head=64)
+    width, depth, ratio = (CONFIGS[name][key] for key in ("embed_dim", "depth", "mlp_ratio"))
+    shape = dict(dim=width, depth=depth, heads=width // 64, mlp_dim=int(ratio * width), dim_head=64)
     return load("vit-pytorch", "vit_pytorch.t2t").T2TViT(image_size=size, num_classes=1000, **shape)
 
 

@@ -68,25 +68,19 @@ def backends(device, dtype):
 
 
 def _sources(group, device):
-    sources, ops = ("upstream", OURS), None
-    if group.level == "op":
-        ops = (group.subject.partition("-")[0],)
-        sources = operators.OPERATORS[ops[0]][1]
+    operator = group.subject.partition("-")[0]
+    _, sources = operators.OPERATORS.get(operator, (None, operators.BOTH))
     if group.suite in ("memory", "processes"):
         return sources  # nobody would train with another backend
     if group.level == "model":
         sources = (*sources, *(name for name, model in packages.MODELS.items() if group.subject in model.beside))
-    verdicts = {
-        (op, backend): verdict
-        for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[group.dtype]).rows
-        if ops is None or op in ops
-    }
+    verdicts = {backend: set() for backend in BACKENDS}
+    for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[group.dtype]).rows:
+        if backend in BACKENDS and (group.level != "op" or op == operator):
+            verdicts[backend].add(verdict)
     # "t2t_fast" runs the selected backend; every other backend that supports all of the work is a row of its own
-    return sources + tuple(
-        backend
-        for backend in BACKENDS
-        if {verdicts.get((op, backend)) for op, _ in verdicts} in ({"available"}, {"available", "chosen"})
-    )
+    others = [name for name in BACKENDS if verdicts[name] in ({"available"}, {"available", "chosen"})]
+    return (*sources, *others)
 
 
 def providers(group, device):
