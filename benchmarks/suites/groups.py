@@ -1,9 +1,9 @@
 """The groups of every suite. A group is one measurement; each of its providers is a row.
 
-Suites: speed of T2T modules, whole models, their training steps, single images and operators; scaling; largest batch.
-Modes: "inference" is a forward pass without autograd in eval mode. "training" is, for an operator, forward and
-backward; for a T2T module, forward and backward in train mode (dropout active); for a model, a whole step with
-cross-entropy and AdamW.
+Suites: the time of T2T modules, whole models, their training steps, single images and operators; scaling with batch and
+image size; the largest batch that fits; several training processes side by side.
+Modes: "inference" is a forward pass in eval mode without autograd. "training" is forward and backward, for a T2T module
+in train mode (dropout active), and for a model a whole step with cross-entropy and AdamW.
 """
 
 from itertools import product
@@ -15,7 +15,7 @@ MIDDLE = {"cpu": 8, "cuda": 32}  # the batch for operators and for 384 px
 DTYPES = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
 MODES = ("inference", "training")
 MODULES = ("performer", "transformer")
-# measured models; the lite ones first, whose front end has the largest share
+# measured models; the lite ones first, because their T2T module has the largest share of the time
 LITE, LARGER = ("t2t_vit_7", "t2t_vit_10", "t2t_vit_12"), ("t2t_vit_14", "t2t_vit_t_14")
 
 _STAGES = ("stage1", "stage2", "stage3")
@@ -33,13 +33,12 @@ _COPIES = [f"{operator}-{stage}" for operator in ("soft_split", "soft_compositio
 # only in full runs; a quick run measures the attention of stage 1 at the headline length
 _FULL_ONLY = ("performer_attention-stage1", "performer_attention-stage2", *_COPIES)
 
-# lengths at which Performer attention is measured, to find where it becomes faster than softmax attention, and the
-# batch at each, for about the same number of tokens
+# length -> batch of Performer attention, with similar numbers of tokens; shows where it overtakes softmax attention
 LENGTHS = {
     "cpu": {196: 128, 784: 32, 3136: 8, 9216: 2, 12544: 2, 50176: 1, 200704: 1, 1_000_000: 1},
     "cuda": {196: 256, 784: 256, 3136: 64, 9216: 64, 12544: 16, 50176: 4, 200704: 1, 1_000_000: 1},
 }
-HEADLINE_LENGTH = 3136  # stage 1 at 224 px; quick runs and further dtypes measure this length only
+HEADLINE_LENGTH = 3136  # stage 1 at 224 px; the only length in quick runs and in other dtypes than the headline one
 _HEADLINE_ATTENTION = f"performer_attention-L{HEADLINE_LENGTH}"
 CROSSOVER = "crossover"  # in the name of every group of :data:`LENGTHS`, for ``--filter``
 
@@ -77,8 +76,8 @@ class ContextLost(RuntimeError):
 class Group(NamedTuple):
     """One measurement, whose providers are measured interleaved.
 
-    ``level``, of the subject: "op", "module" or "model"; ``size``: image side in pixels, ``None`` if the subject gives
-    the number of tokens; ``batch``: images per call, ``None`` if the largest is searched; ``compiled``: whether it has
+    ``level``: "op", "module" or "model"; ``size``: image side in pixels, ``None`` if the subject gives the number of
+    tokens; ``batch``: images per call, ``None`` if the largest is searched; ``compiled``: whether it has
     ``torch.compile`` rows (in a quick run for T2T modules only, because compilation takes most of the time);
     ``processes``: number of training processes, each with ``batch`` images.
     """
@@ -145,10 +144,9 @@ def groups(suite, device, quick):
     counts = (1,) if suite != "processes" else (2,) if quick else (1, 2)
     found = []
     for dtype, (subject, size, batch), mode, count in product(dtypes, cells, modes, counts):
-        if size is None and dtype != dtypes[0] and subject != _HEADLINE_ATTENTION:
-            continue
-        if suite == "scaling" and device == "cpu" and mode == "training" and batch > LARGEST_CPU_TRAINING:
-            continue
+        minor_length = size is None and dtype != dtypes[0] and subject != _HEADLINE_ATTENTION
+        slow = suite == "scaling" and device == "cpu" and mode == "training" and batch > LARGEST_CPU_TRAINING
         level = "op" if suite == "ops" else "module" if subject in MODULES else "model"
-        found.append(Group(level, subject, size, batch, dtype, mode, compiled, suite, count))
+        if not (minor_length or slow):
+            found.append(Group(level, subject, size, batch, dtype, mode, compiled, suite, count))
     return found

@@ -82,15 +82,13 @@ class Split:
     def linear(self, x, weight, bias, norm_weight=None, norm_bias=None):
         """Soft split, LayerNorm if it has parameters, Linear."""
         tokens = self.unfold(x)
-        return F.linear(tokens if norm_weight is None else _norm(tokens, norm_weight, norm_bias), weight, bias)
+        if norm_weight is not None:
+            tokens = F.layer_norm(tokens, (self.columns,), norm_weight, norm_bias)
+        return F.linear(tokens, weight, bias)
 
 
 def _generator():
     return torch.Generator().manual_seed(0)
-
-
-def _norm(x, weight, bias):
-    return F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
 def length(stage, size):
@@ -133,13 +131,13 @@ def fused_fold_unfold(stage, size, batch):
     return Operator(split.tokens(batch), {}, sources, lambda element: costs.fused_fold_unfold(*split.shape, element))
 
 
-def _linear_parameters(columns, out, gain=1.0):
-    """Weight and bias of a Linear, weight and bias of the LayerNorm before it."""
+def _linear_parameters(names, columns, out, gain=1.0):
+    """Weight and bias of a Linear; if there are four names, weight and bias of the LayerNorm before it."""
     generator = _generator()
     weight = gain * columns**-0.5 * torch.randn(out, columns, generator=generator)
     bias = 0.05 * torch.randn(out, generator=generator)
     norm_weight, norm_bias = (0.1 * torch.randn(columns, generator=generator) for _ in range(2))
-    return weight, bias, 1 + norm_weight, norm_bias
+    return dict(zip(names, (weight, bias, 1 + norm_weight, norm_bias), strict=False))
 
 
 def soft_split_linear(stage, size, batch):
@@ -151,13 +149,12 @@ def soft_split_linear(stage, size, batch):
 
     def convolution(x, weight, bias, **affine):
         image = split.image(x).contiguous(memory_format=torch.channels_last)
-        kernel, step, padding = split.window
-        y = F.conv2d(image, weight.unflatten(1, (-1, *kernel)), bias, step, padding)
+        y = F.conv2d(image, weight.unflatten(1, (-1, *split.window.kernel)), bias, *split.window[1:])
         return y.permute(0, 2, 3, 1).flatten(1, 2)
 
     return Operator(
         split.inputs(batch),
-        dict(zip(names, _linear_parameters(split.columns, out), strict=False)),
+        _linear_parameters(names, split.columns, out),
         {"upstream": split.linear, "t2t_fast": ours, "convolution": convolution},
         lambda element: costs.soft_split_linear(*split.shape, out, element, norm=norm, image_gradient=stage > 1),
         image=stage == 1,
@@ -180,8 +177,9 @@ def performer_attention(stage, size, batch, tokens=None):
 def _mlp(y, v, norm="norm", **p):
     """Upstream's ``v + proj(y)``, then ``x + mlp(norm(x))``; ``norm``: the name of its LayerNorm."""
     x = v + F.linear(y, p["proj_weight"], p["proj_bias"])
-    hidden = F.linear(_norm(x, p[f"{norm}_weight"], p[f"{norm}_bias"]), p["fc1_weight"], p["fc1_bias"])
-    return x + F.linear(F.gelu(hidden), p["fc2_weight"], p["fc2_bias"])
+    normed = F.layer_norm(x, x.shape[-1:], p[f"{norm}_weight"], p[f"{norm}_bias"])
+    hidden = F.gelu(F.linear(normed, p["fc1_weight"], p["fc1_bias"]))
+    return x + F.linear(hidden, p["fc2_weight"], p["fc2_bias"])
 
 
 def token_mlp(stage, size, batch):
@@ -197,7 +195,7 @@ def performer_layer(stage, size, batch):
     """The whole layer of stage 1 or 2, without dropout, so that every gradient can be checked."""
     split, generator = Split(stage, size), _generator()
     names = ("kqv_weight", "kqv_bias", "norm1_weight", "norm1_bias")
-    first = _linear_parameters(split.columns, 3 * costs.WIDTH, gain=2 * costs.WIDTH**-0.5)  # k and q of norm 2
+    gain = 2 * costs.WIDTH**-0.5  # k and q of norm 2
 
     def upstream(x, w, kqv_weight, kqv_bias, norm1_weight, norm1_bias, **mlp):
         kqv = split.linear(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias)
@@ -208,7 +206,7 @@ def performer_layer(stage, size, batch):
     return Operator(
         split.inputs(batch),
         {
-            **dict(zip(names, first, strict=True)),
+            **_linear_parameters(names, split.columns, 3 * costs.WIDTH, gain),
             "w": features(generator, costs.FEATURES, costs.WIDTH),
             **token_mlp_parameters(generator, costs.WIDTH, norm="norm2"),
         },

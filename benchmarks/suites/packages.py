@@ -5,6 +5,7 @@ package is missing, its row is left out with that reason.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
@@ -38,18 +39,15 @@ def _vit_pytorch(name, size):
     return load("vit-pytorch", "vit_pytorch.t2t").T2TViT(image_size=size, num_classes=1000, **shape)
 
 
-def _timm(model):
-    def build(name, size):
-        sized = {} if model.startswith("resnet") else {"img_size": size}
-        return load("timm", "timm").create_model(model, pretrained=False, **sized)
-
-    return build
+def _timm(model, name, size):
+    sized = {} if model.startswith("resnet") else {"img_size": size}
+    return load("timm", "timm").create_model(model, pretrained=False, **sized)
 
 
 _14 = ("t2t_vit_14",)
 MODELS = {
     "vit-pytorch": Model("vit-pytorch T2TViT, softmax attention, eager", ("t2t_vit_7", *_14), _vit_pytorch),
-    "timm-vit-small": Model("timm ViT-S/16, 22 M, eager", _14, _timm("vit_small_patch16_224")),
-    "timm-vit-little": Model("timm ViT-little/16, 23 M, eager", _14, _timm("vit_little_patch16_reg4_gap_256")),
-    "timm-resnet50": Model("timm ResNet-50, 26 M, eager", _14, _timm("resnet50")),
+    "timm-vit-small": Model("timm ViT-S/16, 22 M, eager", _14, partial(_timm, "vit_small_patch16_224")),
+    "timm-vit-little": Model("timm ViT-little/16, 23 M, eager", _14, partial(_timm, "vit_little_patch16_reg4_gap_256")),
+    "timm-resnet50": Model("timm ResNet-50, 26 M, eager", _14, partial(_timm, "resnet50")),
 }

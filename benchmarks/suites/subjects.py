@@ -23,7 +23,7 @@ from . import costs, operators, packages
 from .providers import BACKENDS, OURS
 
 COPIES = 3  # places in memory between which the inputs rotate
-UNCACHED = 2**28  # bytes; inputs of this size fit into no cache and need not rotate
+UNCACHED = 2**28  # bytes; inputs of this size exceed every cache and need not rotate
 # Factor on the tolerance table, whose cases are small and whose limits apply to this package only. Here sums have a
 # hundred times as many tokens, some windows are flat, and upstream's half-precision gradients must pass too.
 SLACK = 10
@@ -40,7 +40,7 @@ class Implementation:
     """One way to compute a subject.
 
     ``function``: takes the tensors of an input set; ``inputs``: the rotating sets; ``leaves``: name -> parameter with a
-    gradient; ``module``: is switched between eval and train mode; ``truth``: float64 output and gradients, if they
+    gradient; ``module``: to switch between eval and train mode; ``truth``: float64 output and gradients, if they
     differ from the subject's; ``optimizer``: for a model's training step.
     """
 
@@ -53,8 +53,7 @@ class Implementation:
 
     def gradients(self, index):
         """Name -> gradient, after a backward pass on input set ``index``."""
-        tensors = self.leaves | {name: t for name, t in self.inputs[index].items() if t.requires_grad}
-        return {name: tensor.grad for name, tensor in tensors.items()}
+        return {name: t.grad for name, t in (self.leaves | self.inputs[index]).items() if t.requires_grad}
 
     def clear(self):
         """Delete every gradient."""
@@ -131,10 +130,10 @@ class Subject:
     def _float64(self, function, inputs, leaves):
         """Output and name -> gradient of a float64 function.
 
-        It runs sample by sample (samples are independent) and again for the backward pass, to keep little in memory.
+        Samples are independent: they run one at a time, and again for the backward pass, which saves memory.
         """
-        samples = zip(*(t.split(1) for t in inputs.values()), strict=True)
         with torch.set_grad_enabled(self.training):
+            samples = zip(*(t.split(1) for t in inputs.values()), strict=True)
             named = (dict(zip(inputs, sample, strict=True)) for sample in samples)
             out = torch.cat([checkpoint(function, use_reentrant=False, **sample) for sample in named])
         if self.training:
@@ -167,8 +166,8 @@ class _Operator(Subject):
         self.moving = {name: t if op.image else t.to(self.dtype) for name, t in op.moving.items()}
         self.wants = [name for name in self.parameters if name != "w"] + ([] if op.image else list(self.moving))
         one = self.original(**{name: t[:1] for name, t in op.moving.items()}, **op.parameters)
-        shape, generator = (group.batch, *one.shape[1:]), torch.Generator().manual_seed(1)
-        self.gradient = torch.randn(shape, generator=generator).to(device, self.dtype)
+        gradient = torch.randn(group.batch, *one.shape[1:], generator=torch.Generator().manual_seed(1))
+        self.gradient = gradient.to(device, self.dtype)
 
     def _placed(self, tensors, dtype=None):
         """Copies on the device, with gradients if wanted."""
@@ -223,14 +222,11 @@ class _Network(Subject):
         return self._float64(lambda x: module(x), {"x": self.images.to(self.device).double()}, _trained(module))
 
     def make(self, source):
-        foreign = source in packages.MODELS
-        if foreign:
-            torch.manual_seed(0)
-            module = packages.MODELS[source].build(self.group.subject, self.group.size)
-        else:
-            module = deepcopy(self.original)
-            if source != "upstream":
-                t2t_fast.swap(module)
+        torch.manual_seed(0)
+        foreign = packages.MODELS.get(source)
+        module = foreign.build(self.group.subject, self.group.size) if foreign else deepcopy(self.original)
+        if not foreign and source != "upstream":
+            t2t_fast.swap(module)
         module = module.to(self.device).eval()
         leaves = _trained(module) if self.training else {}
         return Implementation(
