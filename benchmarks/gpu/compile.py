@@ -1,7 +1,7 @@
 """Compile the kernels of the headline rows without timing them: ``python -m benchmarks.gpu.compile --share 1 8``.
 
-Triton compiles a kernel at its first launch, in about a second on one core. Before the rows, ``make gpu`` runs several
-of these processes side by side: each makes the first calls of its share of the rows, which fills Triton's cache.
+Triton compiles a kernel at its first launch, in about a second on one core. Before it measures the rows, ``make gpu``
+runs several of these processes in parallel. Each makes the first calls of a share of the rows to fill Triton's cache.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from ..suites.providers import BACKENDS, OURS, providers
 
 
 def calls(suites, device):
-    """(group, provider) of each call of this package that a quick run makes without ``torch.compile``."""
+    """(group, provider) of each row of this package in a quick run, without ``torch.compile`` and CUDA graphs."""
     return [
         (group, provider)
         for suite in suites
@@ -29,26 +29,24 @@ def calls(suites, device):
 
 
 def main(argv=None):
-    """Make the first calls of a share, forward and backward. Returns the exit code: 1 if one failed.
+    """Make the first calls of a share, forward and backward. Returns the exit code: 1 if a call failed.
 
-    Calls that do not fit into the memory beside the other processes are compiled when they are measured.
+    If the other processes leave too little memory for a call, it is compiled when it is measured.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compile", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    share = "every N-th call, from the K-th on"
-    parser.add_argument("--share", nargs=2, type=int, default=(1, 1), metavar=("K", "N"), help=share)
+    parser.add_argument("--share", nargs=2, type=int, default=(1, 1), metavar=("K", "N"), help="calls K, K+N, ...")
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=SUITES, metavar="NAME")
     arguments = parser.parse_args(argv)
-    first, step = arguments.share
-    device, code = arguments.device, 0
+    device, (first, step), code = arguments.device, arguments.share, 0
     for group, provider in calls(arguments.suite, device)[first - 1 :: step]:
         try:
-            clock = clocks.clock(device, group.suite)
-            harness.prepare(subjects.build(group, device), provider, device, clock, check=False)
+            subject, clock = subjects.build(group, device), clocks.clock(device, group.suite)
+            harness.prepare(subject, provider, device, clock, check=False)
             said = "ready"
         except torch.OutOfMemoryError:
             said = "too little memory beside the other processes"
-        except Exception as failure:  # noqa: BLE001 - the others are still compiled
+        except Exception as failure:  # noqa: BLE001 - the other calls follow
             code, said = 1, f"{type(failure).__name__}: {failure}"
         print(f"{group.id}, {provider.name}: {said}", flush=True)
         if code and clocks.context_lost(device):

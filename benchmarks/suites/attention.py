@@ -1,13 +1,14 @@
-"""Performer attention and its peers, from short sequences to a million tokens.
+"""Performer attention and its peers, for sequences of up to a million tokens.
 
 Softmax attention and causal attention compute other functions and are measured for orientation. Other packages get the
-same positive features; a missing package is left out with that reason.
+same positive features; if a package is missing, its row is left out with that reason.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import functional
@@ -29,10 +30,9 @@ CHUNK = 64  # tokens that the float64 result of causal attention processes at a 
 
 def inputs(tokens, batch, generator):
     """q, k, v (batch, tokens, 64) and the random features w."""
-    shape = (batch, tokens, WIDTH)
-    q, k = (NORM * WIDTH**-0.5 * torch.randn(shape, generator=generator) for _ in range(2))
-    v = torch.randn(shape, generator=generator)
-    return {"q": q, "k": k, "v": v}, {"w": features(generator, FEATURES, WIDTH)}
+    q, k, v = (torch.randn(batch, tokens, WIDTH, generator=generator) for _ in range(3))
+    scale = NORM * WIDTH**-0.5
+    return {"q": scale * q, "k": scale * k, "v": v}, {"w": features(generator, FEATURES, WIDTH)}
 
 
 def upstream(q, k, v, w):
@@ -51,7 +51,7 @@ def upstream(q, k, v, w):
 
 def sdpa(q, k, v, w):
     """Softmax attention; it ignores the features."""
-    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+    return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 def _half_square(x):
@@ -59,19 +59,17 @@ def _half_square(x):
 
 
 def two_sdpa(q, k, v, w):
-    """The log-space form (docs/math.md, section 2b) by two fused attentions: features attend to tokens, then tokens to
-    features. The mask of the second is shifted by its maximum, which reduces rounding in half types."""
-    scores = F.linear(k, w) - _half_square(k)
-    lz = scores.logsumexp(1)  # (B, m)
+    """The log-space form (docs/math.md, section 2b): features attend to tokens, then tokens to features.
+
+    The mask of the second attention is shifted by its maximum, which reduces rounding in half types.
+    """
+    lz = (F.linear(k, w) - _half_square(k)).logsumexp(1)  # (B, m)
     landmarks = w.to(q.dtype).expand(q.shape[0], 1, *w.shape)
-    bias = -_half_square(k).mT.unsqueeze(1).to(q.dtype)  # (B, 1, 1, L)
-    shape = (-1, -1, w.shape[0], -1)
-    state = F.scaled_dot_product_attention(
-        landmarks, k.unsqueeze(1), v.unsqueeze(1), attn_mask=bias.expand(shape), scale=1.0
-    )
+    bias = -_half_square(k).mT.unsqueeze(1).to(q.dtype).expand(-1, -1, w.shape[0], -1)  # (B, 1, m, L)
+    state = attend(landmarks, k.unsqueeze(1), v.unsqueeze(1), attn_mask=bias, scale=1.0)
     shifted = (lz - lz.detach().amax(-1, keepdim=True)).to(q.dtype)
     mask = shifted[:, None, None].expand(-1, -1, q.shape[1], -1)
-    y = F.scaled_dot_product_attention(q.unsqueeze(1), landmarks, state, attn_mask=mask, scale=1.0).squeeze(1)
+    y = attend(q.unsqueeze(1), landmarks, state, attn_mask=mask, scale=1.0).squeeze(1)
     logit = (F.linear(q, w) + lz.unsqueeze(1)).logsumexp(-1, keepdim=True) - _half_square(q)
     return y * torch.sigmoid(logit - math.log(w.shape[0] * EPS)).to(y.dtype)
 
@@ -93,11 +91,11 @@ def _flash_linear_attention(device):
     if device != "cuda":
         raise LeftOut("flash-linear-attention's kernels need a GPU")
 
-    def attend(q, k, v, w):
+    def causal_attention(q, k, v, w):
         qp, kp = (positive_features(x, w).to(x.dtype).unsqueeze(2) for x in (q, k))
         return chunk_linear_attn(qp, kp, v.unsqueeze(2), scale=1.0, normalize=True)[0].squeeze(2)
 
-    return attend
+    return causal_attention
 
 
 def causal(q, k, v, w):
@@ -107,8 +105,7 @@ def causal(q, k, v, w):
     # queries of 1 in the padding avoid a division by 0
     qp = F.pad(positive_features(q, w), (0, 0, 0, missing), value=1.0).unflatten(1, (-1, CHUNK))
     kp, values = (F.pad(x, (0, 0, 0, missing)).unflatten(1, (-1, CHUNK)) for x in (positive_features(k, w), v))
-    ones = torch.ones_like(values[..., :1])
-    values = torch.cat([values, ones], -1)  # the last column accumulates the denominator
+    values = F.pad(values, (0, 1), value=1.0)  # the last column accumulates the denominator
     states = kp.mT @ values
     sums = qp @ (states.cumsum(1) - states) + (qp @ kp.mT).tril() @ values
     return (sums[..., :-1] / sums[..., -1:]).flatten(1, 2)[:, :length]
@@ -117,8 +114,7 @@ def causal(q, k, v, w):
 def softmax_in_blocks(q, k, v, w):
     """:func:`sdpa` for long sequences in any dtype: a block of queries at a time, recomputed for the backward pass."""
     rows = max(1, BLOCK // (k.shape[0] * k.shape[1]))
-    blocks = q.split(rows, dim=1)
-    return torch.cat([checkpoint(sdpa, block, k, v, w, use_reentrant=False) for block in blocks], dim=1)
+    return torch.cat([checkpoint(sdpa, block, k, v, w, use_reentrant=False) for block in q.split(rows, dim=1)], dim=1)
 
 
 # The float64 functions against which sources of another function are checked
@@ -126,7 +122,6 @@ TRUTHS = {"sdpa": softmax_in_blocks, "flash-linear-attention": causal}
 # The sources that need no other package
 FUNCTIONS = {"upstream": upstream, "t2t_fast": functional.performer_attention, "two-sdpa": two_sdpa, "sdpa": sdpa}
 PACKAGES = {"performer-pytorch": _performer_pytorch, "flash-linear-attention": _flash_linear_attention}
-
 SOURCES = (*FUNCTIONS, *PACKAGES)
 
 

@@ -2,17 +2,9 @@
 
 from math import prod
 
+from t2t_fast.models.registry import CONFIGS
 from t2t_fast.ops._common.costs import WIDTH, Cost, Kernel, chain, performer_layer, soft_split_linear, token_mlp
 from t2t_fast.ops._common.spec import T2T_WINDOWS
-
-# (tokens_type, width, depth, MLP ratio) of the measured models; heads have 64 columns
-MODELS = {
-    "t2t_vit_7": ("performer", 256, 7, 2),
-    "t2t_vit_10": ("performer", 256, 10, 2),
-    "t2t_vit_12": ("performer", 256, 12, 2),
-    "t2t_vit_14": ("performer", 384, 14, 3),
-    "t2t_vit_t_14": ("transformer", 384, 14, 3),
-}
 
 
 def softmax_attention(length, width=WIDTH, element=2):
@@ -46,32 +38,20 @@ def t2t_module(tokens_type, size=224, embed_dim=384, element=2):
     return chain(*t2t_stages(tokens_type, size, embed_dim, element))
 
 
-def backbone(tokens, dim, depth, mlp_ratio, element=2):
+def backbone(tokens, dim, depth, ratio, element=2):
     """Plain transformer blocks with flash attention, and LayerNorm fused into the following product."""
-    row, hidden, attention = tokens * dim * element, dim * mlp_ratio, 4 * tokens * tokens * dim
-
-    def product(columns_in, columns_out):
-        return 2 * tokens * columns_in * columns_out
-
-    forward = (
-        Kernel(4 * row, product(dim, 3 * dim)),
-        Kernel(4 * row, attention),
-        Kernel(3 * row, product(dim, dim)),
-        Kernel((1 + mlp_ratio) * row, product(dim, hidden)),
-        Kernel((mlp_ratio + 2) * row, product(hidden, dim)),
-    )
-    backward = (
-        Kernel(8 * row, 2 * product(dim, 3 * dim)),
-        Kernel(9 * row, 2.5 * attention),
-        Kernel(5 * row, 2 * product(dim, dim)),
-        Kernel((3 + 3 * mlp_ratio) * row, 2 * product(dim, hidden)),
-        Kernel((3 + 3 * mlp_ratio) * row, 2 * product(hidden, dim)),
-    )
-    return Cost(forward * depth, backward * depth)
+    row, product, attention = tokens * dim * element, 2 * tokens * dim * dim, 4 * tokens * tokens * dim
+    hidden = ratio * product
+    # (bytes in multiples of a row, FLOPs) of qkv, attention, projection and the two products of the MLP
+    forward = ((4, 3 * product), (4, attention), (3, product), (1 + ratio, hidden), (2 + ratio, hidden))
+    wide = (3 + 3 * ratio, 2 * hidden)
+    backward = ((8, 6 * product), (9, 2.5 * attention), (5, 2 * product), wide, wide)
+    return Cost(*(tuple(Kernel(rows * row, flops) for rows, flops in each) * depth for each in (forward, backward)))
 
 
 def t2t_vit(name, size, element=2):
     """A whole T2T-ViT without its classifier; what the backbone keeps for backward is not counted."""
-    tokens_type, dim, depth, mlp_ratio = MODELS[name]
-    module = t2t_module(tokens_type, size, dim, element)._replace(saved=0)
-    return chain(module, backbone((size // 16) ** 2 + 1, dim, depth, mlp_ratio, element))
+    config = CONFIGS[name]
+    width, tokens = config["embed_dim"], (size // 16) ** 2 + 1
+    module = t2t_module(config.get("tokens_type", "performer"), size, width, element)._replace(saved=0)
+    return chain(module, backbone(tokens, width, config["depth"], int(config["mlp_ratio"]), element))

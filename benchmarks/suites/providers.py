@@ -9,15 +9,15 @@ from t2t_fast.testing import DTYPES
 from . import operators, packages
 from .groups import groups
 
-COMPILE_MODES = {"cuda": "max-autotune", "cpu": "default"}  # Mode of ``torch.compile``, the same for everyone
+COMPILE_MODES = {"cuda": "max-autotune", "cpu": "default"}  # modes of ``torch.compile``, for every provider
 
 
 class Provider(NamedTuple):
     """One implementation.
 
-    ``source``: the implementation of a subject that it runs (see ``subjects.py``); ``another``: it computes another
-    function, for orientation only; ``package``: it is from an optional package, whose failure leaves out its row and
-    does not fail the run; ``captured``: it replays a CUDA graph; ``recompute``: of its Performer layers.
+    ``source``: which implementation of a subject it runs (see ``subjects.py``); ``another``: it computes another
+    function, for orientation only; ``package``: it needs an optional package, and its failure leaves out its row but
+    does not fail the run; ``captured``: it replays a CUDA graph; ``recompute``: its Performer layers recompute.
     """
 
     name: str
@@ -34,7 +34,7 @@ def _package(name, label):
     return Provider(name, label, name, another=True, package=True)
 
 
-# In the order of every table; the first is what the others are compared with
+# In the order of every table; the others are compared with the first
 PROVIDERS = (
     Provider("upstream", "upstream, eager", "upstream"),
     Provider("upstream-compiled", "upstream, torch.compile", "upstream", compiled=True),
@@ -68,25 +68,18 @@ def backends(device, dtype):
 
 
 def _sources(group, device):
-    sources, ops = ("upstream", OURS), None
-    if group.level == "op":
-        ops = (group.subject.partition("-")[0],)
-        sources = operators.OPERATORS[ops[0]][1]
+    operator = group.subject.partition("-")[0]
+    _, sources = operators.OPERATORS.get(operator, (None, operators.BOTH))
     if group.suite in ("memory", "processes"):
         return sources  # nobody would train with another backend
     if group.level == "model":
         sources = (*sources, *(name for name, model in packages.MODELS.items() if group.subject in model.beside))
-    verdicts = {
-        (op, backend): verdict
-        for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[group.dtype]).rows
-        if ops is None or op in ops
-    }
+    verdicts = {backend: set() for backend in BACKENDS}
+    for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[group.dtype]).rows:
+        if backend in BACKENDS and (group.level != "op" or op == operator):
+            verdicts[backend].add(verdict)
     # "t2t_fast" runs the selected backend; every other backend that supports all of the work is a row of its own
-    return sources + tuple(
-        backend
-        for backend in BACKENDS
-        if {verdicts.get((op, backend)) for op, _ in verdicts} in ({"available"}, {"available", "chosen"})
-    )
+    return (*sources, *(name for name in BACKENDS if verdicts[name] in ({"available"}, {"available", "chosen"})))
 
 
 def providers(group, device):
@@ -108,8 +101,7 @@ def providers(group, device):
 
 def named(group, name):
     """The keys that identify a row in the run file."""
-    provider = BY_NAME[name]
-    own = {"provider": name, "label": provider.label, "another_function": provider.another}
+    own = {"provider": name, "label": BY_NAME[name].label, "another_function": BY_NAME[name].another}
     return {"group": group.id, **group._asdict(), **own}
 
 
@@ -128,15 +120,11 @@ def matching(expression):
 
 def plan(suites, device, quick, wanted=lambda name: True):
     """The rows of a run: group -> names of its providers; ``wanted``: predicate of "<suite> <group>-<provider>"."""
-    found = {
-        group: [
-            provider.name
-            for provider in providers(group, device)
-            # compiled code takes most of a quick run's time
-            if not (quick and provider.compiled and provider.source in BACKENDS)
-            and wanted(f"{group.suite} {group.id}-{provider.name}")
-        ]
-        for suite in suites
-        for group in groups(suite, device, quick)
-    }
-    return {group: names for group, names in found.items() if names}
+    planned = {}
+    for group in (group for suite in suites for group in groups(suite, device, quick)):
+        for provider in providers(group, device):
+            # compilation takes most of a quick run's time
+            left_out = quick and provider.compiled and provider.source in BACKENDS
+            if not left_out and wanted(f"{group.suite} {group.id}-{provider.name}"):
+                planned.setdefault(group, []).append(provider.name)
+    return planned

@@ -32,7 +32,7 @@ def test_context_models_are_measured_beside_ours_or_say_why_not(name):
 def test_batch_norm_in_train_mode_must_be_finite_at_least():
     module = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
     implementation = subjects.Implementation(module, [], {}, module, truth=(torch.ones(2, 3), {}))
-    subject = subjects.Subject(FIRST, "cpu", lambda: (None, {}), None, None, None)
+    subject = subjects.Subject(FIRST, "cpu")
     subject.check(5 * torch.ones(2, 3), {}, implementation, noisy=True)
     with pytest.raises(AssertionError, match="wrong"):
         subject.check(torch.full((2, 3), float("nan")), {}, implementation, noisy=True)
