@@ -1,4 +1,1 @@
-"""Benchmarks: operators, T2T modules and whole models against their honest peers.
-
-``python -m benchmarks --help`` runs them; ``python -m benchmarks.gpu`` does everything that a GPU machine can tell.
-"""
+"""Benchmarks: operators, T2T modules and whole models against their peers; see ``python -m benchmarks --help``."""

@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-import time
+import timeit
 from datetime import datetime, timezone
 
 import torch
@@ -20,8 +20,7 @@ SIDE = {"cpu": 1536, "cuda": 8192}
 REPEATS = 7
 
 # Packages whose versions are recorded, ``None`` if not installed
-PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "performer-pytorch", "flash-linear-attention")
-PACKAGES += ("fla-core", "vit-pytorch", "timm", "torchvision")
+PACKAGES = ["torch", "triton", "performer-pytorch", "flash-linear-attention", "fla-core", "vit-pytorch", "timm"]
 
 
 def describe(device):
@@ -63,12 +62,7 @@ def _seconds(call, device):
         from triton.testing import do_bench
 
         return do_bench(call, warmup=20, rep=100, return_mode="min") / 1e3
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(call, number=1, repeat=REPEATS))
 
 
 def _product_speed(device, dtype):

@@ -3,7 +3,7 @@
 from ..suites import packages
 from ..suites.providers import BASELINE, BY_NAME, backends, named
 from .harness import FRONT_END
-from .statistics import percentile, ratios, summary
+from .statistics import ratios, summary
 
 
 def _against_cost(group, median, cost, limits):
@@ -57,7 +57,7 @@ def _row(group, name, times, visits, facts, cost, limits, device):
         "visits": visits,
         **facts,
         "images_per_s": group.batch / seconds["median"],
-        "p95_s": percentile(times[name], 0.95) if group.suite == "latency" else None,
+        "p95_s": summary(times[name], p95=0.95)["p95"] if group.suite == "latency" else None,
         # a model of another package has other costs
         **({} if name in packages.MODELS else _against_cost(group, seconds["median"], cost, limits)),
         # the bytes that must be kept for backward, over those that were kept

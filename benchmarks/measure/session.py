@@ -51,9 +51,8 @@ def visits(group, device, quick):
 def estimate(group, names, name, device, quick, visit):
     """Estimated seconds of one row at a visit (0 is the first); ``names``: all rows of its group."""
     rounds = _own(BUDGETS, group)[quick] / len(names) / visits(group, device, quick) if group.suite in TIMED else 0.0
-    return (
-        rounds + _own(SECONDS, group) + BY_NAME[name].compiled * (COMPILE_AGAIN_SECONDS if visit else COMPILE_SECONDS)
-    )
+    compilation = COMPILE_AGAIN_SECONDS if visit else COMPILE_SECONDS
+    return rounds + _own(SECONDS, group) + BY_NAME[name].compiled * compilation
 
 
 def describe(device, quick, command):
@@ -84,6 +83,7 @@ class Run:
 
     def __init__(self, planned, device, quick, path=None, command="", limit=None, write=print):
         self.plan, self.device, self.quick, self.path = planned, device, quick, path
+        self._visits = partial(visits, device=device, quick=quick)
         self.command, self.limit, self.write = command, limit, write
         self.started, self.environment, self.visit, self.failed = time.monotonic(), None, 0, False
         self.cells = [(group, name) for group, names in planned.items() for name in names]
@@ -108,9 +108,6 @@ class Run:
         self.found = {
             key: entry for key, entry in kept.items() if key[0] not in parts or LOST in entry.get("reason", "")
         }
-
-    def _visits(self, group):
-        return visits(group, self.device, self.quick)
 
     def visited(self, group, name):
         """The number of visits that a row has completed; all of them if it was left out."""

@@ -3,14 +3,10 @@
 import numpy as np
 
 
-def percentile(values, share):
-    """The ``share`` (0 to 1) percentile, linear between the two nearest values."""
-    return float(np.quantile(values, share))
-
-
-def summary(values):
-    """Median, 20th and 80th percentile."""
-    return {"median": percentile(values, 0.5), "p20": percentile(values, 0.2), "p80": percentile(values, 0.8)}
+def summary(values, **shares):
+    """Name -> percentile, linear between the two nearest values; by default the median, the 20th and the 80th."""
+    shares = shares or {"median": 0.5, "p20": 0.2, "p80": 0.8}
+    return dict(zip(shares, np.quantile(values, list(shares.values())).tolist(), strict=True))
 
 
 def ratios(numerators, denominators):
