@@ -1,5 +1,5 @@
 // The library t2t_fast._ops: schemas of the native operators. Python defines their fakes and gradients and checks their
-// arguments (t2t_fast/functional.py); cpu/ and cuda/ register the kernels.
+// arguments (t2t_fast/functional/); cpu/ and cuda/ register the kernels.
 // Written against LibTorch's stable ABI, so one build serves every torch from 2.11 on.
 #include <torch/csrc/stable/library.h>
 

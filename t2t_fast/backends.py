@@ -27,7 +27,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     sizes: dict[str, Any]
     transform: str | None = None
-    """The PyTorch transformation that follows the call's operations, if any (``ops/transforms.py``)."""
+    """The PyTorch transformation that follows the call's operations, if any (``ops/_common/transforms.py``)."""
 
 
 def always(request: Request) -> str | None:

@@ -40,6 +40,10 @@ class CheckpointError(ValueError):
     """A checkpoint could not be read or does not fit; the model is unchanged."""
 
 
+class LaunchTableError(ValueError):
+    """A ``launch.json`` has an unknown or repeated key, or a wrong value; the message names the file and the key."""
+
+
 class CommandError(Exception):
     """A command cannot do what was asked; the text is the whole message. The exit code is 1."""
 

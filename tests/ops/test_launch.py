@@ -1,4 +1,4 @@
-"""The launch table of the Triton attention, and the division of a call among programs."""
+"""The launch tables of the Triton kernels, and the division of a call among programs."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from t2t_fast.errors import LaunchTableError
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops._common.launch_table import Table, cut
 from t2t_fast.ops.performer_attention.triton import launch
@@ -47,7 +48,7 @@ def test_chosen_from_the_table_else_by_default(tmp_path):
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.path.parents[1].name)
-def test_the_committed_tables_have_no_misspelt_key(table):
+def test_the_committed_tables_are_valid(table):
     assert table.rows
 
 
@@ -65,18 +66,37 @@ WRONG = {
         {"sm_90": {"keys": {"bf16-E64-m32": {"tokens": "128"}}}},
         "tokens of sm_90, keys, bf16-E64-m32 must be an integer, got '128'",
     ),
+    "not padded": ({"sm_90": {"keys": {"bf16-E48-m32": ROW}}}, "shape class must be bf16-E64-m32, got 'bf16-E48-m32'"),
+    "twice": ('{"sm_90": {}, "sm_90": {}}', "key 'sm_90' must be there once, got '2 times'"),
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_misspelt_key_is_an_error(what, tmp_path):
-    rows, words = WRONG[what]
-    path = tmp_path / "performer_attention" / "triton" / "launch.json"
+def wrong_table(folder, rows):
+    """A table of the attention with these rows, or this text."""
+    path = folder / "performer_attention" / "triton" / "launch.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(rows))
-    table = Table(path, launch.PASSES, launch.shape_class, launch.default, launch.candidates)
-    with pytest.raises(ValueError, match=re.escape(f"launch.json of performer_attention: {words}")):
+    path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    return Table(path, launch.PASSES, launch.shape_class, launch.default, launch.candidates)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_table_is_an_error(what, tmp_path):
+    rows, words = WRONG[what]
+    table = wrong_table(tmp_path, rows)
+    with pytest.raises(LaunchTableError, match=re.escape(f"launch.json of performer_attention: {words}")):
         table.chosen("keys", "sm_80", torch.float16, 64, 32)
+
+
+def test_a_wrong_table_does_not_select_another_backend(tmp_path, monkeypatch):
+    table = wrong_table(tmp_path, WRONG["parameter"][0])
+
+    def run(device, dtype):
+        return table.chosen("keys", "cpu", dtype, 64, 32)
+
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", True)
+    for _ in range(2):
+        with pytest.raises(LaunchTableError, match="got 'tokns'"):
+            triton_runtime.trial("performer_attention", run, run, None, torch.float32)
 
 
 def test_override_ends_with_its_block():

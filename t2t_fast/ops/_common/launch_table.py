@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from ...errors import LaunchTableError
+
 Parameters: TypeAlias = dict[str, int]
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -71,9 +73,10 @@ class Table:
         """The file's content: architecture -> pass -> shape class -> parameters.
 
         Raises:
-            ValueError: an unknown architecture, pass, shape class or parameter, or a value that is no integer.
+            LaunchTableError: an unknown architecture, pass, shape class or parameter, a key that is there twice, or a
+                value that is no integer.
         """
-        rows = json.loads(self.path.read_text())
+        rows = json.loads(self.path.read_text(), object_pairs_hook=self._without_duplicates)
         for architecture, of_passes in rows.items():
             self._check(
                 re.fullmatch(r"sm_\d+(-few)?", architecture), "architecture", architecture, "sm_90 or sm_90-few"
@@ -86,9 +89,17 @@ class Table:
                     )
         return rows
 
+    def _without_duplicates(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """A JSON object as a dictionary, in which a repeated key would silently replace the first one."""
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            self._check(keys.count(key) == 1, f"key {key!r}", f"{keys.count(key)} times", "there once")
+        return dict(pairs)
+
     def _check(self, right: object, what: str, got: object, expected: str) -> None:
         if not right:
-            raise ValueError(f"{self.path.name} of {self.path.parents[1].name}: {what} must be {expected}, got {got!r}")
+            name = f"{self.path.name} of {self.path.parents[1].name}"
+            raise LaunchTableError(f"{name}: {what} must be {expected}, got {got!r}")
 
     def _sizes(self, name: str, shape: str) -> tuple[Any, ...]:
         """Dtype and sizes of a shape class."""
@@ -99,7 +110,10 @@ class Table:
         )
         pattern = re.sub(r"\d+", r"\\d+", expected.partition("-")[2])
         self._check(word in dtypes and re.fullmatch(pattern, "-".join(rest)), "shape class", shape, f"like {expected}")
-        return dtypes[word], *(int(re.sub(r"\D", "", size)) for size in rest)
+        sizes = dtypes[word], *(int(re.sub(r"\D", "", size)) for size in rest)
+        selected = self.shape_class(name, *sizes)  # with padded sizes: another row would never be used
+        self._check(selected == shape, "shape class", shape, selected)
+        return sizes
 
     def _check_parameters(self, where: str, name: str, sizes: Any, parameters: Parameters) -> None:
         self._check_keys(where, self.default(name, *sizes), parameters)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import config
 from ...backends import Request
+from ...errors import LaunchTableError
 from .library import AUTOCAST_DEVICES, accumulation_dtype, opaque_obstacle
 
 INTERPRETED = config.triton_interpreted()
@@ -163,8 +164,8 @@ def trial(
         dtype, call: the properties that select a kernel.
 
     A failure is warned about once, with the rank in a distributed run. The verdict is per rank, because a collective
-    would deadlock if not all ranks reach it. An out-of-memory error is raised and not cached as a verdict. While a CUDA
-    graph is captured, no test can run and nothing is cached.
+    would deadlock if not all ranks reach it. An out-of-memory error and a wrong launch table are raised and not cached
+    as a verdict. While a CUDA graph is captured, no test can run and nothing is cached.
     """
     if not INTERPRETED and index is None:
         if not torch.cuda.is_available():
@@ -228,7 +229,7 @@ def _try(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # launches are asynchronous
         except Exception as error:  # compilers and drivers raise various types; the error becomes the reason
-            if _out_of_memory(error):
+            if _out_of_memory(error) or isinstance(error, LaunchTableError):
                 raise
             text = str(error).strip().splitlines() or [""]
             return f"its first run failed with {type(error).__name__}: {text[-1][:300]}"

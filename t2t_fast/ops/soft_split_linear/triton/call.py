@@ -37,8 +37,7 @@ class Folded(NamedTuple):
     Attributes:
         weight: (columns, outputs) in the operands' dtype; outputs are padded to a multiple of NARROW (layout.py).
         used: (columns) in float32, 1 for each column that is one of a window's K values, else 0; ``None`` if all
-        columns
-            are, or if the others are 0 anyway.
+            columns are, or if the others are 0 anyway.
         row_sums: ``Wg 1`` of docs/math.md, section 1, (outputs) in float32; ``None`` without LayerNorm.
         offset: ``b'`` there, likewise; without LayerNorm the bias.
     """
@@ -54,7 +53,7 @@ class Call:
 
     Args:
         x: (B, C, H, W), any strides; dtype: of the operands of products; window, outputs: those of the call.
-        pixels: :func:`triton.pixel_columns`.
+        pixels: :func:`operands.pixel_columns`.
     """
 
     def __init__(self, x, dtype, window, outputs, pixels=None):

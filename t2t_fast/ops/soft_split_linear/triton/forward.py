@@ -325,7 +325,11 @@ def _groups(outputs, parts):
 
 
 def launch_split_linear(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, stride, padding, dtype, pixels):
+    """Launch :func:`split_linear_kernel`. Returns tokens (B, L, outputs), and each token's mean and 1 / deviation.
 
+    The parameters are those of :class:`call.Folded` and :class:`call.Call`; without LayerNorm (``norm_eps`` is
+    ``None``) the statistics are empty.
+    """
     call = Call(x, dtype, (kernel, stride, padding), outputs, pixels)
     parameters = call.parameters("forward")
     out = torch.empty((x.shape[0], call.length, outputs), dtype=dtype, device=x.device)

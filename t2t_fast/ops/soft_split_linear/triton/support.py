@@ -53,10 +53,6 @@ def _trial(index, dtype, *call):
 _trial._dynamo_marked_constant = True
 
 
-# what torch.compiler.assume_constant_result sets, without its import of the compiler
-_trial._dynamo_marked_constant = True
-
-
 def problem(device, dtype, image, channels, window, outputs, normed, least=1):
     """Two images of dtype ``image`` with at least 16, or ``least``, tokens each, and parameters in the dtypes of AMP.
 

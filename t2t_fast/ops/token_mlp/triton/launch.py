@@ -25,7 +25,7 @@ def candidates(name, present):
 
     tokens: tokens per tile; warps: warps per program; stages: pipeline stages; programs: target per multiprocessor;
     keep: 1 if a program holds the weights, 0 if it reads them again for every tile; split: 1 if backward is two
-    launches; lean: how registers are saved by recomputation (see LEAN of the kernels).
+    launches; lean: how registers are saved by recomputation (LEAN in backward.py).
     """
     backward = name == "token_mlp_backward"
     return [
