@@ -31,7 +31,7 @@ test-slow: $(READY) ## the slow tests
 test-all: $(READY) ## all tests
 	@$(TEST) $(ARGS)
 
-properties: $(READY) ## 20,000 random cases of all operators against the float64 reference: half an hour
+properties: $(READY) ## 20,000 random cases of all operators against the float64 reference: three minutes
 	@$(PY) -m pytest tests/ops/test_properties.py -q -s --hypothesis-profile=long --hypothesis-seed=0 $(ARGS)
 
 sanitize: $(READY) ## the native CPU operators under the address and undefined-behaviour sanitizers

@@ -36,13 +36,13 @@ def parser():
     add("--filter", default="", help='rows whose name matches, like -k of pytest: "module and performer and not 384px"')
     add("--device", choices=("cpu", "cuda"), help='by default "cuda" if there is a GPU')
     add("--keep-memory", action="store_true", help="let glibc keep freed memory, for all implementations")
-    add("--max-seconds", type=float, metavar="N", help="start no new group of rows after N seconds")
+    add("--max-seconds", type=float, metavar="N", help="start no group of rows, and no further visit, after N seconds")
     add(
         "--compare",
         nargs=2,
         type=Path,
         metavar=("A", "B"),
-        help="rows that are slower in run file B; exit code 1 if any",
+        help="runs: rows that are worse in B; exit code 1 if one is of t2t_fast",
     )
     add("--threshold", type=float, default=0.05, metavar="X", help="of --compare; by default %(default)s")
     add("--by", choices=("speedup", "time"), default="speedup", help="of --compare: over upstream in each run, or time")
@@ -132,7 +132,7 @@ def main(argv=None):
         found.error("--resume needs --report DIR, the folder of the run")
     import torch
 
-    from .measure import machine, run_file
+    from .measure import machine, run_file, session
     from .report import __main__ as report
     from .report.goals import judge
 
@@ -156,7 +156,8 @@ def main(argv=None):
         code = 128 - code
     rows = out / "rows.json"
     if not rows.exists():
-        print("python -m benchmarks: no row was measured", file=sys.stderr)
+        reason = "no row matches --suite and --filter" if code == session.NO_ROW else "no row was measured"
+        print(f"python -m benchmarks: {reason}", file=sys.stderr)
         return code or 1
     run = run_file.read(rows)
     print(rows, *report.write(rows, out), sep="\n")

@@ -44,12 +44,18 @@ class RunFile(NamedTuple):
 
 
 def read(path):
-    """The :class:`RunFile` at ``path``, which may be compressed by gzip (a name that ends in ``.gz``).
+    """The :class:`RunFile` at ``path``: a file, compressed by gzip if its name ends in ``.gz``, or a folder with one.
 
     Raises:
-        ValueError: it is no run file.
+        ValueError: it is no run file, or there is none in the folder.
     """
-    data = Path(path).read_bytes()
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("rows.json*"))
+        if not found:
+            raise ValueError(f"{path}: expected rows.json or rows.json.gz in this folder")
+        path = found[0]
+    data = path.read_bytes()
     try:
         content = json.loads(gzip.decompress(data) if str(path).endswith(".gz") else data)
     except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as failure:

@@ -51,7 +51,7 @@ KEY = ["group", "provider"]
 """Names an entry of a run."""
 
 HEADS = {name: name for name in ("verdict", *KEY, "what", "a", "b", "ratio", "low", "high", "reason")}
-HEADS |= {"what": "measure", "a": "A", "b": "B", "ratio": "ratio (> 1: worse)"}
+HEADS |= {"what": "measure", "a": "A", "b": "B", "ratio": "ratio (> 1: worse)", "low": "noise from", "high": "to"}
 """Column of the changes -> heading in the table."""
 
 NUMBERS = [*(f"{measure}{end}" for measure in MEASURES for end in ("", "_low", "_high")), "limit_bytes"]
@@ -227,22 +227,22 @@ def compare(a, b, threshold=THRESHOLD, by="speedup"):
 
 
 def summary(comparison):
-    """Counts of verdicts, and how many rows were the same by either measure; one line."""
+    """Lines: how many rows were the same by either measure, the machine's drift, and counts of verdicts."""
     counts, regressions = comparison.changes["verdict"].value_counts(), len(comparison.regressions)
-    words = [f"{counts[verdict]} {verdict}" for verdict in ORDER if verdict in counts]
-    words.append(f"{regressions or 'no'} regression{'s' * (regressions != 1)} of t2t_fast")
-    shares, drift = [], comparison.drift
+    lines, drift, limit = [], comparison.drift, f"differ by less than {comparison.threshold:.3g}"
     for measure, name in (("speedup", "speed-ups"), ("time", "times")):
         same, total = comparison.repeated(measure)
-        shares.append(f"{name} of {same} of {total} rows ({same / total:.0%})" if total else f"no {name}")
+        lines += [f"{name}: {same} of {total} rows {limit}"] * bool(total)
     if drift is not None:
         same, total = comparison.repeated("time", drift)
-        shares.append(f"and of {same} ({same / total:.0%}) without the machine's drift, {drift:.3f} by upstream's rows")
-    return f"{', '.join(words)}; within {comparison.threshold:.3g} of each other: {', '.join(shares)}"
+        lines.append(f"drift: upstream takes {drift:.3f} times as long in B; without it, {same} of {total} {limit}")
+    words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if verdict in counts)
+    ours = f"{regressions or 'no'} regression{'s' * (regressions != 1)} of t2t_fast's rows (with any backend)"
+    return [*lines, f"{words}; {ours}"]
 
 
 def text(comparison):
-    """The comparison as plain text: warnings, a table with the worst first, a last line with counts.
+    """The comparison as plain text: warnings, a table with the worst first, and the lines of :func:`summary`.
 
     Rows that are the same are only counted. Providers of a group that only one run has share a line.
     """
@@ -260,7 +260,7 @@ def text(comparison):
     shown = shown.replace({"what": names})[list(HEADS)].rename(columns=HEADS)
     cells = shown.map(lambda cell: cell if isinstance(cell, str) else "" if pd.isna(cell) else f"{cell:.4g}")
     lines += ["", *aligned(cells.columns, cells.itertuples(index=False), list(HEADS.values())[4:9])]
-    return "\n".join([*lines, "", summary(comparison)])
+    return "\n".join([*lines, "", *summary(comparison)])
 
 
 def run(a, b, threshold=THRESHOLD, by="speedup"):

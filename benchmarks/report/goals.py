@@ -8,7 +8,8 @@ from ..measure.statistics import ratios
 class Goal(NamedTuple):
     """A wanted ratio of ``field`` between two providers of a group: ``ours`` is that much faster or smaller.
 
-    With ``against`` None, a wanted share of 1: ``field`` of our row already compares it with a bound.
+    ``field``: "times" for the speed-up, or the name of a memory field. If ``against`` is ``None``, ``wanted`` is a
+    share (0.6 is 60 %), and ``field`` of our row is already a ratio to a bound.
     """
 
     group: str

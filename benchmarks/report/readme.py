@@ -153,22 +153,14 @@ def _fits(found):
 
 
 def _machine(folder, headline):
-    """What the template shows of a folder of results.
-
-    Raises:
-        ValueError: there is no run in it.
-    """
-    files = [file.name for file in sorted(folder.glob("*"))]
-    runs = [file for file in files if file in ("rows.json", "rows.json.gz")]
-    if not runs:
-        raise ValueError(f"numbers: expected a folder with rows.json or rows.json.gz, got {folder}")
-    run = run_file.read(folder / runs[0])
+    """What the template shows of a folder of results."""
+    run = run_file.read(folder)
     found = frame(run)
     ours = timed(found).dropna(subset="speedup_median").sort_index().query("own")
     chosen = ours["provider"].str.startswith(OURS)
     title = "one image, {precision}: median, 95th percentile"
     return {
-        "files": files,
+        "files": [file.name for file in folder.iterdir()],
         "environment": run.environment,
         "models": _models(found, headline),
         **_modules(found),

@@ -67,8 +67,8 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         help="folder for report.html, its pictures, CSV and JSON; default: a new one",
     )
     add("--resume", action="store_true", help="continue the run in that folder")
-    compare = "report what is slower in B than in A; the exit code is 1 if anything is"
-    add("--compare", nargs=2, metavar=("A.json", "B.json"), help=compare)
+    compare = "report the rows of run B that are worse than in A; the exit code is 1 if one is of t2t_fast"
+    add("--compare", nargs=2, metavar=("A", "B"), help=compare)
     parser.epilog = "Further arguments are passed to the suite (python -m benchmarks -h lists them)."
 
 

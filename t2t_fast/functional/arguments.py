@@ -73,7 +73,8 @@ def check_pixels(function: str, x: torch.Tensor, pixel_norm: PixelNorm | None) -
             raise ValueError(f"{function}: pixel_norm is for images of uint8, but x is {x.dtype}")
         return []
     if pixel_norm is None:
-        raise ValueError(f"{function}: x is an image of uint8, so pixel_norm=(mean, std) is needed")
+        where = "an argument of the function, an attribute of the T2T module"
+        raise ValueError(f"{function}: x is an image of uint8, so pixel_norm=(mean, std) is needed ({where})")
     return normalisation(*check_pixel_norm(function, pixel_norm, x.shape[1]))
 
 

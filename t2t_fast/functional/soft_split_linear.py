@@ -61,6 +61,7 @@ def soft_split_linear(
     h, w = check_window(function, win, x.shape)
     check_tensor(function, "weight", weight, ndim=2)
     check_filled(function, "weight", weight)
+    check_tensor(function, "bias", bias, ndim=1, optional=True)
     columns = x.shape[1] * win.taps
     check_shape(function, "weight", weight, (weight.shape[0], columns), "(O, channels * window pixels)")
     check_count(function, "the result", x.shape[0], h, w, weight.shape[0])

@@ -25,7 +25,8 @@ class Form:
 
     Attributes:
         kind: the fast class.
-        children, parameters: names of the module's own children, and of its own parameters and buffers.
+        children, parameters: names of the module's own children, and of its own parameters and buffers. A module with
+            any other is refused.
         attributes: names of other attributes that the module's ``forward`` may read.
         label: the name in reports, by default that of the class.
     """
@@ -54,9 +55,9 @@ class Rule:
         refusal: matching module -> the reason why it cannot be swapped, or ``None``.
         probes: matching module -> input shapes for the proof; the first on which the original runs is used.
         inner: child -> the fast class that it gets along with the module.
-        soft_splits: of a whole T2T module: soft split -> layer that computes it too. If the module cannot be swapped,
-            its soft splits are, where the proof allows it.
         operator: the operator whose backend reports show.
+        soft_splits: child that the fast form does not call -> layer that computes it too; reported as "(fused)". If the
+            module cannot be swapped, these soft splits are, if the proof allows it.
         caution: why a match is swapped only if a pattern of ``include`` matches its own path; empty if always.
     """
 
@@ -65,10 +66,10 @@ class Rule:
     form: Form
     matches: Callable[[Any], bool]
     probes: Callable[[Any], list[tuple[int, ...]]]
+    operator: str
     refusal: Callable[[Any], str | None] = lambda module: None
     inner: Mapping[str, Form] = field(default_factory=dict)
     soft_splits: Mapping[str, str] = field(default_factory=dict)
-    operator: str = "soft_split_linear"
     caution: str = ""
 
 
@@ -174,5 +175,6 @@ def tokeniser_rule(name: str, form: Form, layers: tuple[str, str], first_linear:
         matches=matches,
         refusal=refusal,
         probes=probes,
+        operator="soft_split_linear",
         soft_splits=dict(zip(SOFT_SPLITS, (*layers, "project"), strict=True)),
     )

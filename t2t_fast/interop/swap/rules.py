@@ -110,6 +110,7 @@ RULES = (
         matches=_is_token_transformer,
         refusal=_token_transformer_refusal,
         probes=token_probes,
+        operator="soft_split_linear",
         inner={
             "attn": Form(
                 TokenAttention,

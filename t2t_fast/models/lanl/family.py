@@ -35,6 +35,7 @@ LAYER = Rule(
     matches=_is_token_transformer,
     refusal=_refusal,
     probes=token_probes,
+    operator="soft_split_linear",
     inner={
         "attn": Form(Attention, ("qkv", "proj"), attributes=("num_heads", "chan", "head_dim", "scale")),
         "neuralnet": Form(NeuralNet, ("fc1", "act", "fc2")),
