@@ -60,9 +60,9 @@ def read(path):
         content = json.loads(gzip.decompress(data) if str(path).endswith(".gz") else data)
     except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as failure:
         raise ValueError(f"{path}: not JSON ({failure})") from failure
-    if not isinstance(content, dict) or not set(RunFile._fields) <= content.keys():
+    if not isinstance(content, dict) or content.keys() != set(RunFile._fields):
         raise ValueError(f"{path}: not a run of these benchmarks: expected {', '.join(RunFile._fields)}")
-    return RunFile(**{key: content[key] for key in RunFile._fields})
+    return RunFile(**content)
 
 
 def write(path, run):

@@ -178,8 +178,8 @@ def _mlp(y, v, norm="norm", **p):
     """Upstream's ``v + proj(y)``, then ``x + mlp(norm(x))``; ``norm``: the name of its LayerNorm."""
     x = v + F.linear(y, p["proj_weight"], p["proj_bias"])
     normed = F.layer_norm(x, x.shape[-1:], p[f"{norm}_weight"], p[f"{norm}_bias"])
-    hidden = F.gelu(F.linear(normed, p["fc1_weight"], p["fc1_bias"]))
-    return x + F.linear(hidden, p["fc2_weight"], p["fc2_bias"])
+    # without a name for the hidden tensor, which would keep its memory for longer than upstream does
+    return x + F.linear(F.gelu(F.linear(normed, p["fc1_weight"], p["fc1_bias"])), p["fc2_weight"], p["fc2_bias"])
 
 
 def token_mlp(stage, size, batch):
