@@ -192,6 +192,7 @@ def test_scope_is_the_file_if_it_has_a_module_fixture():
     assert [scope(nodeid) for nodeid in alone] == alone
 
 
+@pytest.mark.slow
 def test_a_file_with_a_module_fixture_runs_in_one_worker(pytester, monkeypatch):
     pytest.importorskip("xdist")
     own = Path(conftest.__file__)
