@@ -41,7 +41,7 @@ class CheckpointError(ValueError):
 
 
 class LaunchTableError(ValueError):
-    """A ``launch.json`` has an unknown or repeated key, or a wrong value; the message names the file and the key."""
+    """A ``launch.json`` cannot be read, or has a wrong key or value; the message names the file and the key."""
 
 
 class CommandError(Exception):

@@ -61,9 +61,7 @@ def soft_split_linear(
     h, w = check_window(function, win, x.shape)
     check_tensor(function, "weight", weight, ndim=2)
     check_filled(function, "weight", weight)
-    check_tensor(function, "bias", bias, ndim=1, optional=True)
     columns = x.shape[1] * win.taps
-    check_shape(function, "weight", weight, (weight.shape[0], columns), "(O, channels * window pixels)")
     check_count(function, "the result", x.shape[0], h, w, weight.shape[0])
     if norm_eps is None and (norm_weight is not None or norm_bias is not None):
         raise ValueError(f"{function}: norm_weight and norm_bias need norm_eps, got norm_eps=None")
@@ -72,6 +70,7 @@ def soft_split_linear(
     parameters = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     leader = check_parameters(function, x, pixels, parameters)
     for name, value, shape, meaning in (
+        ("weight", weight, (weight.shape[0], columns), "(O, channels * window pixels)"),
         ("bias", bias, (weight.shape[0],), "weight's rows"),
         ("norm_weight", norm_weight, (columns,), "channels * window pixels"),
         ("norm_bias", norm_bias, (columns,), "channels * window pixels"),

@@ -131,6 +131,9 @@ BAD = {
     "soft_split_linear: bias of the wrong type": (
         lambda: soft_split_linear(IMAGE, WEIGHT, 1.0, 7, 4, 2), TypeError, "bias must be a torch.Tensor or None, got float",
     ),
+    "soft_split_linear: sizes in place of the bias": (
+        lambda: soft_split_linear(IMAGE, WEIGHT, 7, 4, 2), TypeError, "bias must be a torch.Tensor or None, got int",
+    ),
     "performer_attention: rank": (lambda: performer_attention(W, QKV, QKV, W), ValueError, "q must be 3-D or 4-D, got 2-D"),
     "performer_attention: k shape": (
         lambda: performer_attention(QKV, QKV[:1], QKV, W), ValueError, "k must have shape (2, 5, 8) (batch and width of q)",

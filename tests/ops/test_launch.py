@@ -67,6 +67,9 @@ WRONG = {
         "tokens of sm_90, keys, bf16-E64-m32 must be an integer, got '128'",
     ),
     "not padded": ({"sm_90": {"keys": {"bf16-E48-m32": ROW}}}, "shape class must be bf16-E64-m32, got 'bf16-E48-m32'"),
+    "cut off": ('{"sm_90": {', "must be a readable JSON file, got Expecting property name"),
+    "a list": ({"sm_90": {"keys": [ROW]}}, "sm_90, keys must be an object, got [{"),
+    "no parameters": ({"sm_90": {"keys": {"bf16-E64-m32": 64}}}, "sm_90, keys, bf16-E64-m32 must be an object, got 64"),
     "twice": ('{"sm_90": {}, "sm_90": {}}', "key 'sm_90' must be there once, got '2 times'"),
 }
 

@@ -73,16 +73,22 @@ class Table:
         """The file's content: architecture -> pass -> shape class -> parameters.
 
         Raises:
-            LaunchTableError: an unknown architecture, pass, shape class or parameter, a key that is there twice, or a
-                value that is no integer.
+            LaunchTableError: no readable JSON, an unknown architecture, pass, shape class or parameter, a key that is
+                there twice, or a value that is no integer.
         """
-        rows = json.loads(self.path.read_text(), object_pairs_hook=self._without_duplicates)
+        try:
+            rows = json.loads(self.path.read_text(), object_pairs_hook=self._without_duplicates)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise LaunchTableError(f"{self._name}: must be a readable JSON file, got {error}") from error
+        self._check(type(rows) is dict, "the table", rows, "an object")
         for architecture, of_passes in rows.items():
             self._check(
                 re.fullmatch(r"sm_\d+(-few)?", architecture), "architecture", architecture, "sm_90 or sm_90-few"
             )
+            self._check(type(of_passes) is dict, architecture, of_passes, "an object")
             for name, of_shapes in of_passes.items():
                 self._check(name in self.passes, "pass", name, ", ".join(self.passes))
+                self._check(type(of_shapes) is dict, f"{architecture}, {name}", of_shapes, "an object")
                 for shape, parameters in of_shapes.items():
                     self._check_parameters(
                         f"{architecture}, {name}, {shape}", name, self._sizes(name, shape), parameters
@@ -96,10 +102,13 @@ class Table:
             self._check(keys.count(key) == 1, f"key {key!r}", f"{keys.count(key)} times", "there once")
         return dict(pairs)
 
+    @property
+    def _name(self) -> str:
+        return f"{self.path.name} of {self.path.parents[1].name}"
+
     def _check(self, right: object, what: str, got: object, expected: str) -> None:
         if not right:
-            name = f"{self.path.name} of {self.path.parents[1].name}"
-            raise LaunchTableError(f"{name}: {what} must be {expected}, got {got!r}")
+            raise LaunchTableError(f"{self._name}: {what} must be {expected}, got {got!r}")
 
     def _sizes(self, name: str, shape: str) -> tuple[Any, ...]:
         """Dtype and sizes of a shape class."""
@@ -119,6 +128,7 @@ class Table:
         self._check_keys(where, self.default(name, *sizes), parameters)
 
     def _check_keys(self, where: str, known: Parameters, parameters: Parameters) -> None:
+        self._check(type(parameters) is dict, where, parameters, "an object")
         for key, value in parameters.items():
             self._check(key in known, f"a parameter of {where}", key, f"one of {', '.join(known)}")
             self._check(type(value) is int, f"{key} of {where}", value, "an integer")
