@@ -138,6 +138,18 @@ def known_state():
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
+@pytest.fixture(autouse=True)
+def self_tests(request, monkeypatch):
+    """Interpreted kernels skip the self-test at their first call, which would take most of a test's time.
+
+    Tests marked ``self_test`` run it; there no kernel is known to work yet.
+    """
+    if request.node.get_closest_marker("self_test") is not None:
+        monkeypatch.setattr(triton_runtime, "_trials", {})
+    elif triton_runtime.INTERPRETED:
+        monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
+
+
 def _running(request):
     """The backend of a fixture's parameter; skips where it cannot run the test's ``dtype`` (float32 by default)."""
     dtype = request.node.callspec.params.get("dtype", torch.float32)

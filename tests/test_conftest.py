@@ -243,3 +243,34 @@ def test_the_interpreter_patches_its_language_once_per_launch(monkeypatch):
     CASES["performer_attention"]()[0].run("triton")
     assert launches and len(launches) <= len(modules) <= 6 * len(launches)
     assert vars(language) == before
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="not under TRITON_INTERPRET=1")
+@pytest.mark.parametrize("shape", [(), (16,), (1, 32, 4)], ids=str)
+@pytest.mark.parametrize("name", ["int1", "uint8", "int64", "float16", "bfloat16", "float32", "pointer"])
+def test_remembered_types_equal_computed_ones(name, shape):
+    """Twice: the first value of a type is computed, the next ones are looked up."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    element = core.pointer_type(core.float16) if name == "pointer" else getattr(core, name)
+    for _ in range(2):
+        found, expected = (core.block_type.__new__(core.block_type) for _ in range(2))
+        if shape:
+            core.block_type.__init__(found, element, [core.constexpr(shape[0]), *shape[1:]])
+            core.block_type.__init__.__wrapped__(expected, element, list(shape))
+            assert str(vars(found)) == str(vars(expected)) and found == expected
+        kind = found if shape else element
+        assert interpreter._get_np_dtype(kind) == interpreter._get_np_dtype.__wrapped__(kind)
+        values = [core.tensor.__new__(core.tensor) for _ in range(2)]
+        core.tensor.__init__(values[0], None, kind)
+        core.tensor.__init__.__wrapped__(values[1], None, kind)
+        assert repr(vars(values[0])["shape"].values) == repr(vars(values[1])["shape"].values)
+        assert values[0].numel == values[1].numel and values[0].dtype == values[1].dtype == element
+
+
+def test_a_shape_that_is_no_power_of_two_is_still_refused():
+    language = pytest.importorskip("triton.language")
+    with pytest.raises(ValueError, match="power of 2"):
+        language.block_type(language.float32, [3])

@@ -117,14 +117,14 @@ def _image(channels, dtype):
 
 
 def _performer_attention(case):
-    """Forward and backward without a key mask or a gradient of w."""
+    """Forward and backward; a third size of 1: with a key mask, a gradient of w, and one of v by another path."""
     from t2t_fast.ops.performer_attention.triton.backward import launch_backward
 
-    width, features = case.sizes
-    q, k, v, grad, d_q, d_k, d_v = (torch.empty(BATCH, LENGTH, width, dtype=DTYPES[case.dtype]) for _ in range(7))
-    w = torch.empty(features, width)
-    _, lz, state = attention._forward(q, k, v, w, 1e-8, None)
-    launch_backward(grad, q, k, v, w, 1e-8, None, lz, state, None, False, d_q, d_k, d_v)
+    width, features, full = (*case.sizes, False)[:3]
+    q, k, v, grad, skip, *found = (torch.empty(BATCH, LENGTH, width, dtype=DTYPES[case.dtype]) for _ in range(8))
+    w, mask = torch.empty(features, width), torch.empty(BATCH, LENGTH, dtype=torch.bool) if full else None
+    _, lz, state = attention._forward(q, k, v, w, 1e-8, mask)
+    launch_backward(grad, q, k, v, w, 1e-8, mask, lz, state, skip if full else None, bool(full), *found)
 
 
 def _soft_split_linear(case):

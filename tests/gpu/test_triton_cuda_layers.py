@@ -50,13 +50,6 @@ def _words(subject):
     return "-".join(subject).replace(",", "").replace(" ", "_")
 
 
-@pytest.fixture(autouse=True)
-def no_trials(monkeypatch):
-    """No self-tests at the first call: they are slow in the interpreter."""
-    if triton_runtime.INTERPRETED:
-        monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
-
-
 @contextmanager
 def triton():
     """Triton runs every operator that it implements, or raises."""

@@ -11,7 +11,6 @@ import t2t_fast
 from t2t_fast import backends, memory, models, reference, testing
 from t2t_fast.functional import performer_layer
 from t2t_fast.modules import T2TModule, TokenPerformer
-from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
 from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
 from t2t_fast.ops.token_mlp.triton.launch import TABLE as TOKEN_MLP
@@ -26,11 +25,10 @@ KQV_BYTES, STATISTICS_BYTES = TOKENS * 3 * WIDTH * 4, TOKENS * 2 * 4
 
 @pytest.fixture(params=["aten", "native", "triton", "reference"])
 def by(request, monkeypatch):
-    """Each backend that runs here. Triton's kernels use large tiles and skip the self-test, both tested elsewhere."""
+    """Each backend that runs here. Triton's kernels use large tiles."""
     reason = backends.reason("performer_layer", request.param, backends.Request("cpu", torch.float32, {}))
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
     if request.param == "triton":
         _round_products_once(monkeypatch)
     with ExitStack() as stack:

@@ -15,12 +15,6 @@ pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reas
 NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.fixture(autouse=True)
-def known_to_work(monkeypatch):
-    """Skip the operators' self-tests: they are tested elsewhere and would take most of the time here."""
-    monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
-
-
 def module(tokens_type, dtype, **options):
     """A narrow module in training mode, with biases and norms away from their initial values; rounded to a dtype."""
     torch.manual_seed(0)
@@ -57,7 +51,14 @@ def check(tokens_type, dtype, x, exact, **options):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "recompute"), [("fp32", False), ("fp16", False), ("bf16", False), ("fp32", True), ("fp16", True)]
+    ("dtype", "recompute"),
+    [
+        ("fp32", False),
+        ("bf16", False),
+        ("fp16", True),
+        pytest.param("fp16", False, marks=pytest.mark.slow),
+        pytest.param("fp32", True, marks=pytest.mark.slow),
+    ],
 )
 def test_performer_module_in_training(dtype, recompute):
     """Backward must draw forward's masks again. Both layers have two dropouts of 0.1."""

@@ -90,6 +90,7 @@ def test_a_wrong_table_is_an_error(what, tmp_path):
         table.chosen("keys", "sm_80", torch.float16, 64, 32)
 
 
+@pytest.mark.self_test
 def test_a_wrong_table_does_not_select_another_backend(tmp_path, monkeypatch):
     table = wrong_table(tmp_path, WRONG["parameter"][0])
 

@@ -16,7 +16,6 @@ from t2t_fast.functional import (
     soft_split_linear,
     token_mlp,
 )
-from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
 from t2t_fast.testing import errors, features, token_mlp_parameters, tolerance
 
@@ -25,12 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 
 FUSED = ["aten", "native", "triton"]
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(autouse=True)
-def untried(monkeypatch):
-    """No self-tests: other tests cover them."""
-    monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
 
 
 def assert_as(found, expected, op, dtype, label=""):

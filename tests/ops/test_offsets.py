@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from support.calls import skip_unless_available, with_gradients
 from t2t_fast.functional import soft_split_linear, token_mlp
-from t2t_fast.ops._common import triton_runtime
 from t2t_fast.testing import errors, token_mlp_parameters, tolerance
 
 OFFSETS = [0.0, 1e2, 1e4, 1e6]
@@ -16,12 +15,6 @@ WINDOWS = {
     "tokens": dict(channels=16, size=(9, 8), kernel_size=3, stride=2, padding=1),
     "one channel": dict(channels=1, size=(9, 8), kernel_size=3, stride=2, padding=0),
 }
-
-
-@pytest.fixture(autouse=True)
-def untried(monkeypatch):
-    """No self-tests: other tests cover them."""
-    monkeypatch.setattr(triton_runtime, "trial", lambda *call: None)
 
 
 def split_problem(channels, size, offset, dtype, **window):

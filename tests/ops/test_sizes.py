@@ -103,7 +103,7 @@ PROGRAMS = {
     "grid": lambda x, backend: soft_split(x.flatten(2).mT, 3, 2, 1, grid=x.shape[2:], backend=backend),
 }
 over_programs = pytest.mark.parametrize("name", PROGRAMS)
-over_backends = pytest.mark.parametrize("backend", ["aten", "reference"])
+over_backends = pytest.mark.parametrize("backend", ["aten", pytest.param("reference", marks=pytest.mark.slow)])
 
 
 def _tokens(x):
@@ -141,7 +141,7 @@ def test_symbolic_make_fx_keeps_free_sizes(name, backend):
     _check_free(program(torch.randn(1, 3, 16, 20)), name, backend)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
 @over_backends
 @over_programs
 def test_export_keeps_free_sizes(name, backend, strict):

@@ -192,8 +192,15 @@ def test_flops_of_a_model(kind):
     assert 0.9 < totals[1] / totals[0] < 1.1
 
 
-@TOKENS
-@MAKERS
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (swapped, "performer"),
+        (own, "transformer"),
+        pytest.param(swapped, "transformer", marks=pytest.mark.slow),
+        pytest.param(own, "performer", marks=pytest.mark.slow),
+    ],
+)
 def test_a_jit_trace_runs_without_the_package_for_other_sizes(make, kind, tmp_path):
     model = make(kind)
     with torch.no_grad():

@@ -17,7 +17,11 @@ from t2t_fast.ops.token_mlp.triton import support as mlp
 
 REASON = triton_runtime.reason(Request("cpu", torch.float32, {}))
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.self_test,
+    pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}"),
+]
 
 ALL_KERNELS = {
     "performer_attention": ("forward", "backward", "chunked"),
@@ -25,11 +29,6 @@ ALL_KERNELS = {
     "token_mlp": ("forward", "backward"),
     "performer_layer": ("forward",),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_tried(monkeypatch):
-    monkeypatch.setattr(triton_runtime, "_trials", {})
 
 
 # ---- which kernels are tried

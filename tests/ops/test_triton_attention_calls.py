@@ -99,10 +99,10 @@ def test_tensors_with_strides_beyond_32_bits_are_copied(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.self_test
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_one_graph_under_compile(dynamic, monkeypatch):
+def test_one_graph_under_compile(dynamic):
     """Forward, backward and self-test are opaque to the compiler: no graph break, bitwise equal to eager."""
-    monkeypatch.setattr(triton_runtime, "_trials", {})
     torch._dynamo.reset()
     q, k, v, w = T2T.tensors.values()
 
@@ -159,9 +159,8 @@ def test_module_runs_on_triton():
 
 
 @pytest.fixture
-def untried(monkeypatch):
-    """No kernel has been tried, and ``auto`` may select interpreted kernels."""
-    monkeypatch.setattr(triton_runtime, "_trials", {})
+def selectable(monkeypatch):
+    """``auto`` may select interpreted kernels."""
     table = backends._tables["performer_attention"]
     monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
 
@@ -177,7 +176,8 @@ WRONG = {
 }
 
 
-@pytest.mark.usefixtures("untried")
+@pytest.mark.self_test
+@pytest.mark.usefixtures("selectable")
 @pytest.mark.parametrize("how", list(WRONG))
 def test_failing_kernel_is_disabled_with_one_warning(how, monkeypatch):
     """``auto`` falls back to the next backend, an explicit choice raises, and both report the reason."""
@@ -202,7 +202,8 @@ def refused(name):
     return name if backends.reason("performer_attention", name, backends.Request("cpu", torch.float32, {})) else None
 
 
-@pytest.mark.usefixtures("untried")
+@pytest.mark.self_test
+@pytest.mark.usefixtures("selectable")
 def test_each_kind_of_call_is_tried_once(monkeypatch):
     """One run per dtype, size class, and forward or both passes, regardless of length and batch."""
     runs, trial = [], support._run
@@ -220,6 +221,7 @@ def test_each_kind_of_call_is_tried_once(monkeypatch):
     ]
 
 
+@pytest.mark.self_test
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_self_test_does_not_depend_on_its_context(dtype, monkeypatch, matrix_units):
     """It passes inside an autocast region, in inference mode, with TF32 allowed, and with emulated matrix units."""
@@ -233,9 +235,9 @@ def test_self_test_does_not_depend_on_its_context(dtype, monkeypatch, matrix_uni
         assert set(triton_runtime._trials.values()) == {None}
 
 
-def test_self_test_runs_on_real_tensors_and_keeps_the_rng_state(monkeypatch):
+@pytest.mark.self_test
+def test_self_test_runs_on_real_tensors_and_keeps_the_rng_state():
     """Even before a call with fake tensors."""
-    monkeypatch.setattr(triton_runtime, "_trials", {})
     state = torch.get_rng_state()
     with FakeTensorMode() as mode:
         out = performer_attention(*(mode.from_tensor(t) for t in T2T.tensors.values()), backend="triton")

@@ -57,12 +57,6 @@ def check(case, dtype):
         assert_close(gradient, expected_gradients[name], case.op, "backward", dtype, name)
 
 
-@pytest.fixture(autouse=True)
-def known_to_work(monkeypatch):
-    """No self-tests: other tests cover them, and they would take most of the time."""
-    monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
-
-
 SMALL = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "keep": 1, "lean": 0}
 SMALL_SPLIT = {"tokens": 16, "warps": 4, "stages": 1, "programs": 1, "block": 16}
 
@@ -301,10 +295,9 @@ def test_parameters_come_from_the_table(architecture, dtype, name, small, last):
     assert all(set(each) == set(found) for each in candidates) and candidates[-1]["fused"] == 0
 
 
+@pytest.mark.self_test
 def test_failing_fused_kernel_is_replaced_by_two_launches(monkeypatch):
     """One warning; the layer keeps its other Triton kernels."""
-    monkeypatch.undo()
-    monkeypatch.setattr(triton_runtime, "_trials", {})
     wrong = fusion._expected_queries
     monkeypatch.setattr(fusion, "_tried_queries", lambda *call: [2 * t for t in wrong(*call)])
     arguments = block_of(5)
@@ -316,9 +309,8 @@ def test_failing_fused_kernel_is_replaced_by_two_launches(monkeypatch):
     assert torch.equal(run(arguments, fused=0), out)
 
 
+@pytest.mark.self_test
 def test_failing_fused_projection_is_replaced_by_two_launches(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(triton_runtime, "_trials", {})
     wrong = fusion._expected_keys
     monkeypatch.setattr(fusion, "_tried_keys", lambda *call: [2 * t for t in wrong(*call)])
     arguments = projection_of(**TOKENS)
@@ -327,10 +319,9 @@ def test_failing_fused_projection_is_replaced_by_two_launches(monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(found, project(arguments, fused=0), strict=True))
 
 
+@pytest.mark.self_test
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_fused_kernels_pass_their_self_tests(dtype, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(triton_runtime, "_trials", {})
+def test_fused_kernels_pass_their_self_tests(dtype):
     dtype = DTYPES[dtype]
     for single in {dtype, torch.float32}:
         assert fusion._queries_trial(None, dtype, single, 16, 16, single, 16, 16, single == dtype) is None

@@ -277,10 +277,10 @@ def test_image_without_gradient():
 
 
 @pytest.mark.slow
+@pytest.mark.self_test
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_one_graph_under_compile(dynamic, monkeypatch):
+def test_one_graph_under_compile(dynamic):
     """Forward, backward and self-test are opaque to the compiler: no graph break, bitwise equal to eager."""
-    monkeypatch.setattr(triton_runtime, "_trials", {})
     torch._dynamo.reset()
     case = case_of()
     tensors = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
@@ -309,9 +309,9 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
 
+@pytest.mark.self_test
 def test_failing_kernel_is_disabled_with_a_warning(monkeypatch):
     """``auto`` falls back to the next backend, an explicit choice raises with the reason; each kind is tried once."""
-    monkeypatch.setattr(triton_runtime, "_trials", {})
     table = backends._tables["soft_split_linear"]
     monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
     case = case_of()

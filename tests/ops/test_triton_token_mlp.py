@@ -70,12 +70,6 @@ def check(case, dtype):
 
 
 @pytest.fixture
-def untried(monkeypatch):
-    """No self-tests: each takes as long as one of these tests and compares less."""
-    monkeypatch.setattr(triton_runtime, "trial", lambda *arguments: None)
-
-
-@pytest.fixture
 def large_tiles():
     """Large tiles save time: the interpreter takes as long for a small tile as for a large one."""
     with ExitStack() as stack:
@@ -84,7 +78,7 @@ def large_tiles():
         yield
 
 
-@pytest.mark.usefixtures("untried", "large_tiles")
+@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
 def test_shared_cases(case, dtype):
@@ -105,7 +99,7 @@ def small_tiles(request):
         yield
 
 
-@pytest.mark.usefixtures("untried", "small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(("length", "batch"), [(1, 1), (16, 1), (17, 3), (65, 2)])
 def test_tiles_and_programs(length, batch, dtype):
@@ -116,7 +110,6 @@ def test_tiles_and_programs(length, batch, dtype):
 SIZES = [(20, 60, (0.0, 0.0)), (60, 20, (0.3, 0.4)), (24, 24, (0.4, 0.0)), (7, 1, (0.0, 0.5)), (128, 128, (0.1, 0.1))]
 
 
-@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize(("width", "hidden", "drops"), SIZES)
 def test_widths(width, hidden, drops):
     """Padded widths, widths that are not multiples of eight, and only one of the two dropouts."""
@@ -126,13 +119,11 @@ def test_widths(width, hidden, drops):
 MISSING = ("proj_bias", "norm_weight", "norm_bias", "fc1_bias", "fc2_bias")
 
 
-@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("missing", [MISSING, *((name,) for name in MISSING)], ids=lambda names: "+".join(names))
 def test_absent_parameters(missing):
     check(case_of(20, 24, 16, missing=missing), torch.float32)
 
 
-@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("width", [8, 24, 12, 7])
 def test_masks_are_those_of_every_backend(width):
     """The weights are 0 and the biases constant, so the output shows the masks."""
@@ -224,9 +215,9 @@ def test_autocast_runs_the_kernels_in_its_dtype():
 
 
 @pytest.mark.slow
-def test_one_graph_under_compile(monkeypatch):
+@pytest.mark.self_test
+def test_one_graph_under_compile():
     """Forward, backward and self-test are opaque to the compiler: no graph break, bitwise equal to eager."""
-    monkeypatch.setattr(triton_runtime, "_trials", {})
     torch._dynamo.reset()
     tensors = {name: t for name, t in DROPOUT.tensors.items() if name not in ("y", "v", "proj_weight")}
 
@@ -276,11 +267,11 @@ WRONG = {
 }
 
 
+@pytest.mark.self_test
 @pytest.mark.parametrize("how", list(WRONG))
 def test_failing_kernel_is_disabled_with_one_warning(how, monkeypatch):
     """``auto`` falls back to the next backend, an explicit choice raises, and both report the reason."""
     run, words = WRONG[how]
-    monkeypatch.setattr(triton_runtime, "_trials", {})
     table = backends._tables["token_mlp"]
     monkeypatch.setitem(table, "triton", table["triton"]._replace(passed_over=backends.always))
     monkeypatch.setattr(support, "run", run)

@@ -50,17 +50,19 @@ def _patch_language_once(interpreter):
 
 
 def _remember_types(interpreter):
-    """Look up what depends only on a type or on a shape. The interpreter computes it again for every value of a kernel."""
+    """Look up what depends only on a type or a shape; the interpreter computes it again for every value of a kernel."""
     core = interpreter.tl.core
-    np_dtype, block_type = interpreter._get_np_dtype, core.block_type.__init__
+    np_dtype, block_type, tensor = interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__
     np_dtypes, shapes, sizes = {}, {}, {}
 
+    @wraps(np_dtype)
     def known_np_dtype(dtype):
         name = dtype.scalar.name
         if name not in np_dtypes:
             np_dtypes[name] = np_dtype(dtype)
         return np_dtypes[name]
 
+    @wraps(block_type)
     def known_block_type(self, element_ty, shape):
         key = tuple([size.value if isinstance(size, core.constexpr) else size for size in shape])
         if key not in shapes:
@@ -70,7 +72,8 @@ def _remember_types(interpreter):
         self.shape, self.numel, text = shapes[key]
         self.name = f"<{text}, {element_ty}>"
 
-    def tensor(self, handle, type):
+    @wraps(tensor)
+    def known_tensor(self, handle, type):
         key = tuple(type.shape.values) if type.is_block() else ()
         if key not in sizes:
             sizes[key] = core.constexpr(math.prod(key)), core.tuple([core.constexpr(size) for size in key])
@@ -79,7 +82,7 @@ def _remember_types(interpreter):
 
     interpreter._get_np_dtype = known_np_dtype
     core.block_type.__init__ = known_block_type
-    core.tensor.__init__ = tensor
+    core.tensor.__init__ = known_tensor
 
 
 def _check_no_overflow_in_vain(builder):
