@@ -200,10 +200,13 @@ def test_every_kernel_is_launched(rows):
 
 @pytest.mark.slow
 def test_machine_code_everywhere(tmp_path):
-    found, reason = report(sys.executable, tmp_path)
+    """Every architecture with a half type and float32, and every dtype on sm_90; another Triton's test has them all."""
+    first, reason = report(sys.executable, tmp_path, "--dtype", "bf16", "fp32")
     if reason is not None:
         pytest.skip(reason)
-    check_completeness(found, CASES)
+    rest, _ = report(sys.executable, tmp_path, "--dtype", "fp16", "tf32", "--architecture", "sm_90")
+    found = first + rest
+    check_completeness(found, [case for case in CASES if case[0] == "sm_90" or case[1] in ("bf16", "fp32")])
     for check in CHECKS:
         check(found)
 
