@@ -214,12 +214,12 @@ def test_machine_code_everywhere(tmp_path):
 @pytest.mark.slow
 def test_machine_code_for_few_tokens(tmp_path):
     """Smaller tiles, and as clean."""
-    found, reason = report(sys.executable, tmp_path, "--few", "--architecture", "sm_90")
+    found, reason = report(sys.executable, tmp_path, "--few", "--architecture", "sm_90", "--dtype", "bf16", "fp32")
     if reason is not None:
         pytest.skip(reason)
     forward = [row for row in found if row["name"] in FORWARD | {"token_mlp_kernel", "read_out_mlp_kernel"}]
     assert Counter(row["name"] for row in forward) == Counter(
-        split_linear_kernel=16, split_keys_kernel=8, token_mlp_kernel=4, read_out_mlp_kernel=8
+        split_linear_kernel=8, split_keys_kernel=4, token_mlp_kernel=2, read_out_mlp_kernel=4
     )
     assert all(row["few"] and row["tokens"] <= 32 for row in forward)
     assert not [f"{where(row)}: {row['faults']}" for row in forward if row["faults"]]
@@ -228,11 +228,11 @@ def test_machine_code_for_few_tokens(tmp_path):
 @pytest.mark.slow
 def test_a_large_state_fits_every_card(tmp_path):
     """E and m of 128, in chunks; a few registers may spill, of which the report tells."""
-    found, reason = report(sys.executable, tmp_path, "--shape", "128", "128", "0")
+    found, reason = report(sys.executable, tmp_path, "--shape", "128", "128", "0", "--dtype", "bf16", "fp32")
     if reason is not None:
         pytest.skip(reason)
     passes = {row["name"] for row in found} - {"merge_kernel"}
-    assert {name.replace("_chunked", "") for name in passes} == ATTENTION and len(found) == 5 * len(CASES)
+    assert {name.replace("_chunked", "") for name in passes} == ATTENTION and len(found) == 5 * len(CASES) / 2
     assert all(row["chunk"] for row in found if row["name"] in passes)
     check_shared_memory(found)
     # a twentieth of the instructions; of one kernel in float32, Triton 3.8 spills more on sm_100 and sm_120 (NOTES.md)
@@ -247,10 +247,10 @@ def test_an_attention_with_all_its_options(tmp_path):
 
     In float32 up to 17 instructions spill, in float16 35 on sm_90 (Triton 3.8); none of the forward pass.
     """
-    found, reason = report(sys.executable, tmp_path, "--shape", "64", "32", "1")
+    found, reason = report(sys.executable, tmp_path, "--shape", "64", "32", "1", "--dtype", "fp16", "fp32")
     if reason is not None:
         pytest.skip(reason)
-    assert {row["name"] for row in found} == ATTENTION | {"merge_kernel"} and len(found) == 5 * len(CASES)
+    assert {row["name"] for row in found} == ATTENTION | {"merge_kernel"} and len(found) == 5 * len(CASES) / 2
     check_shared_memory(found)
     check_matrix_instructions(found)
     spilling = {where(row): row["code"]["spills"] for row in found if row["faults"]}
