@@ -146,13 +146,13 @@ def test_registration(case, backend):
 
 # One case per graph structure. Tracing takes seconds per case, up to twenty where the graph is of ATen's operators.
 TRACED = {
-    "stage2",
-    "stage2, LayerNorm",
-    "stage2, Linear",
-    "one pixel window, LayerNorm",
-    "heads",
-    "dropout",
-    "odd sizes",
+    "soft_split": {"stage2"},
+    "soft_composition": {"stage2"},
+    "fused_fold_unfold": {"stage2"},
+    "soft_split_linear": {"stage2, LayerNorm", "stage2, Linear", "one pixel window, LayerNorm"},
+    "performer_attention": {"heads", "odd sizes"},
+    "token_mlp": {"dropout"},
+    "performer_layer": {"stage2", "dropout"},
 }
 TRACED_QUICKLY = {
     ("soft_split", "stage2"),
@@ -164,15 +164,13 @@ TRACED_QUICKLY = {
 
 
 def _traced_slowly(case, backend):
-    """Compositions of PyTorch's operators, except for a small case of most; cases of a layer that T2T does not have."""
-    if backend in ("aten", "reference"):
-        return backend == "reference" or (case.op, case.name) not in TRACED_QUICKLY
-    return case.op == "performer_layer" and case.name != "stage2"
+    """Compositions of PyTorch's operators, except for a small case of most."""
+    return backend == "reference" or (backend == "aten" and (case.op, case.name) not in TRACED_QUICKLY)
 
 
 @pytest.mark.parametrize(
     ("case", "backend"),
-    slow(with_backends(p for p in ALL_CASES if p.values[0].name in TRACED), _traced_slowly),
+    slow(with_backends(p for p in ALL_CASES if p.values[0].name in TRACED[p.values[0].op]), _traced_slowly),
 )
 def test_traced_with_free_sizes(case, backend):
     """Outputs and gradients of the graphs that AOTAutograd traces with symbolic sizes are the operator's own."""

@@ -165,6 +165,35 @@ def test_windows_of_few_values_pass(dtype, channels, window, normed):
         assert split.supports(Request("cpu", dtype, {**sizes, "image": torch.float32})) is None
 
 
+OTHER_SIZES = [
+    *(
+        (attention, {"width": width, "features": features, "masked": features % 3 == 0, "w_gradient": True})
+        for width, features in [(16, 8), (32, 16), (64, 48), (96, 40), (128, 128), (256, 16), (7, 100), (16, 300)]
+    ),
+    *(
+        (split, {"channels": channels, "window": square(*window), "outputs": outputs, "normed": outputs != 64})
+        for channels, window, outputs in [
+            (16, (3, 2, 1), 20),
+            (5, (3, 1, 0), 64),
+            (32, (3, 2, 1), 130),
+            (3, (7, 4, 2), 20),
+            (1, (9, 5, 2), 7),
+            (16, (2, 3, 0), 64),
+            (1, (21, 12, 5), 8),
+        ]
+    ),
+    *((mlp, {"width": width, "hidden": hidden}) for width, hidden in [(20, 60), (60, 20), (7, 1), (128, 128)]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", triton_runtime.DTYPES)
+@pytest.mark.parametrize(("module", "sizes"), OTHER_SIZES)
+def test_other_sizes_pass(module, sizes, dtype):
+    """The self-test accepts right kernels at every kind of size; other tests skip it."""
+    assert module.supports(Request("cpu", dtype, {**sizes, "training": True, "dropout": True})) is None
+
+
 @pytest.mark.parametrize("channels", [2, 16])
 @pytest.mark.parametrize("wrong", ["image", "weight"])
 def test_wrong_gradients_do_not_pass(wrong, channels, monkeypatch):

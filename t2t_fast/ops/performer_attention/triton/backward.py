@@ -213,7 +213,6 @@ def keys_backward_kernel(
 
 
 def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
-
     from . import chunked  # imports this module
 
     length = q.shape[-2]
@@ -242,7 +241,6 @@ def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
 
 
 def _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w, d_k, d_v):
-
     from . import chunked  # imports this module
 
     length = k.shape[-2]

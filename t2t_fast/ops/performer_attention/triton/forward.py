@@ -313,7 +313,6 @@ def queries_kernel(
 
 
 def launch_key_state(call, k, v, key_mask):
-
     length = k.shape[-2]
     splits, tiles, chunks, constants = call.plan("keys", length)
     lz, state = call.key_states(splits)

@@ -41,10 +41,6 @@ def _trial(index, dtype, *call):
 _trial._dynamo_marked_constant = True
 
 
-# what torch.compiler.assume_constant_result sets, without its import of the compiler
-_trial._dynamo_marked_constant = True
-
-
 def problem(device, dtype, w_dtype, width, features):
     """Two sequences of norm 2, longer than a tile, side by side in one tensor: q, k, v; w; and an upstream gradient."""
     generator = torch.Generator().manual_seed(0)

@@ -34,10 +34,6 @@ def _trial(index, dtype, *call):
 _trial._dynamo_marked_constant = True
 
 
-# what torch.compiler.assume_constant_result sets, without its import of the compiler
-_trial._dynamo_marked_constant = True
-
-
 class _Problem(NamedTuple):
     """A layer on two small images, whose keys and queries have norm 2; the arguments of ``run``, and an upstream
     gradient.

@@ -48,10 +48,6 @@ def _trial(index, dtype, *call):
 _trial._dynamo_marked_constant = True
 
 
-# what torch.compiler.assume_constant_result sets, without its import of the compiler
-_trial._dynamo_marked_constant = True
-
-
 def problem(device, dtype, parameters, width, hidden, dropout):
     """Two sequences longer than a tile, v inside a wider tensor; an upstream gradient, parameters and a seed."""
     generator = torch.Generator().manual_seed(0)
