@@ -266,6 +266,7 @@ def test_remembered_types_equal_computed_ones(name, shape):
         values = [core.tensor.__new__(core.tensor) for _ in range(2)]
         core.tensor.__init__(values[0], None, kind)
         core.tensor.__init__.__wrapped__(values[1], None, kind)
+        assert vars(values[0]).keys() == vars(values[1]).keys()
         assert repr(vars(values[0])["shape"].values) == repr(vars(values[1])["shape"].values)
         assert values[0].numel == values[1].numel and values[0].dtype == values[1].dtype == element
 

@@ -2,8 +2,7 @@
 
 CUDA kernels of the operators' library (the installed one, or LIBRARY) and Triton kernels, for every architecture:
 registers, spills, shared memory, matrix instructions, and the widths of global loads and stores, read from the machine
-code. The Triton kernels are compiled for T2T's shape, for another by ``--shape``, or for all with ``--all``.
-``python -m t2t_fast env`` lists the backends of every operator.
+code. The Triton kernels are compiled for T2T's shape, for another with ``--shape E M``, or for all with ``--all``.
 """
 
 import argparse
@@ -20,7 +19,6 @@ from t2t_fast import _extension
 from ..measure.text_tables import aligned
 from . import machine_code, triton_report
 
-ONE_SHAPE = "the attention in this shape instead; MORE = 1: with a key mask, a gradient of w and another one of v"
 RESOURCES = ("registers", "stack B", "spills", "shared B")
 
 
@@ -115,7 +113,8 @@ def main(argv=None):
     parser.add_argument("--triton-only", action="store_true", help="only the Triton kernels")
     shapes = parser.add_mutually_exclusive_group()
     shapes.add_argument("--all", action="store_true", help="the attention in every padded shape instead of T2T's calls")
-    shapes.add_argument("--shape", type=int, nargs=3, metavar=("E", "M", "MORE"), help=ONE_SHAPE)
+    shapes.add_argument("--shape", type=int, nargs=2, metavar=("E", "M"), help="the attention in this shape instead")
+    shapes.add_argument("--full", action="store_true", help="the attention with all its options instead")
     shapes.add_argument("--few", action="store_true", help="T2T's calls with the launch parameters for few tokens")
     for name, choices in (("architecture", triton_report.SHARED_LIMITS), ("dtype", triton_report.DTYPES)):
         words = f"compile Triton kernels for these; default: {' '.join(choices)}"
@@ -128,7 +127,8 @@ def main(argv=None):
     if not arguments.triton_only:
         cuda, reason = cuda_kernels(arguments.library)
         print(reason if reason else "\n".join(cuda_lines(cuda)), end="\n\n")
-    shapes = triton_report.EVERY_SHAPE if arguments.all else arguments.shape and [tuple(arguments.shape)]
+    shapes = triton_report.EVERY_SHAPE if arguments.all else arguments.shape and [arguments.shape]
+    shapes = [triton_report.FULL] if arguments.full else shapes
     triton, reason = triton_rows(shapes, arguments.few, arguments.architecture, arguments.dtype)
     print(reason if reason else "\n".join(triton_lines(triton)))
     if arguments.json is not None:

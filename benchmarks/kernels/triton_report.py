@@ -38,6 +38,8 @@ BATCH, LENGTH, IMAGE = 32, 12544, 224
 EVERY_SHAPE = tuple(product((16, 32, 64, 128, 256), repeat=2))
 """E and m of the attention: every padded E, and m up to 256; more features only add chunks."""
 
+FULL = (64, 32, 1)  # T2T's attention with a key mask, a gradient of w, and a gradient that reaches v by another path
+
 
 @dataclass(frozen=True)
 class Case:
@@ -60,7 +62,7 @@ def cases(shapes=None, few=False, architectures=tuple(SHARED_LIMITS), dtypes=tup
     """
     calls = [(name, sizes) for name, (_, all_sizes) in OPERATORS.items() for sizes in all_sizes]
     if shapes is not None:
-        calls = [("performer_attention", shape) for shape in shapes]
+        calls = [("performer_attention", tuple(shape)) for shape in shapes]
     elif few:
         calls = [call for call in calls if call[0] != "performer_attention"]
     return [Case(*target, *call, few) for call in calls for target in product(architectures, dtypes)]
@@ -117,10 +119,10 @@ def _image(channels, dtype):
 
 
 def _performer_attention(case):
-    """Forward and backward; a third size of 1: with a key mask, a gradient of w, and one of v by another path."""
+    """Forward and backward; with a third size (:data:`FULL`) also a key mask, d_w, and a gradient to add to d_v."""
     from t2t_fast.ops.performer_attention.triton.backward import launch_backward
 
-    width, features, full = (*case.sizes, False)[:3]
+    width, features, *full = case.sizes
     q, k, v, grad, skip, *found = (torch.empty(BATCH, LENGTH, width, dtype=DTYPES[case.dtype]) for _ in range(8))
     w, mask = torch.empty(features, width), torch.empty(BATCH, LENGTH, dtype=torch.bool) if full else None
     _, lz, state = attention._forward(q, k, v, w, 1e-8, mask)

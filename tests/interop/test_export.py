@@ -83,7 +83,7 @@ def agree(got, model, x):
         torch.testing.assert_close(got, model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-# The quick tests run "stage", with a dynamic batch, as upstream's users export their models.
+# The quick tests run "stage", with a free batch size.
 CASES = {
     "stage": (Stage, dict(dynamic_batch=True)),
     "performer": (lambda: T2TViT(**TINY), dict(dynamic_batch=True)),

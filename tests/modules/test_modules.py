@@ -133,10 +133,11 @@ def test_drop_path_and_dropout_rates_reach_the_blocks():
 
 @pytest.mark.parametrize("name", t2t_fast.list_models())
 def test_every_model_by_name(name):
-    """Shapes of logits and of stages at another image size, on the meta device; the strides are 4, 8 and 16."""
+    """Shapes of logits at two image sizes and of stages, on the meta device; the strides are 4, 8 and 16."""
     with torch.device("meta"):
         model = models.build_model(name, num_classes=7).eval()
-        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 7)
+        for size in ((224, 224), (96, 160)):
+            assert model(torch.empty(2, 3, *size)).shape == (2, 7)
         stages = model.forward_stages(torch.empty(2, 3, 96, 160))
     strides = (4, 8, 16) if name.startswith("t2t") else (16,)
     assert [tuple(s.shape[2:]) for s in stages] == [(96 // n, 160 // n) for n in strides]

@@ -22,7 +22,7 @@ ALL_CASES = [pytest.param(case, id=f"{op}: {case.name}") for op in OPS for case 
 
 @pytest.fixture(autouse=True)
 def large_tiles():
-    """The interpreter takes as long for a small tile as for a large one; the kernels' own tests cover small ones."""
+    """Large tiles save time: the interpreter takes as long for a small tile. The kernels' own tests use small ones."""
     with ExitStack() as stack:
         for table in (ATTENTION, LAYER, SPLIT, TOKEN_MLP):
             for name in table.passes:
@@ -144,7 +144,7 @@ def test_registration(case, backend):
     opcheck(case, backend, "test_schema", "test_autograd_registration", "test_faketensor")
 
 
-# One case per graph structure. Tracing takes seconds per case, up to twenty where the graph is of ATen's operators.
+# The cases that differ in the structure of their graph. Tracing takes seconds each, with aten up to twenty.
 TRACED = {
     "soft_split": {"stage2"},
     "soft_composition": {"stage2"},
@@ -154,7 +154,7 @@ TRACED = {
     "token_mlp": {"dropout"},
     "performer_layer": {"stage2", "dropout"},
 }
-TRACED_QUICKLY = {
+QUICK_WITH_ATEN = {
     ("soft_split", "stage2"),
     ("soft_composition", "stage2"),
     ("soft_split_linear", "one pixel window, LayerNorm"),
@@ -164,8 +164,8 @@ TRACED_QUICKLY = {
 
 
 def _traced_slowly(case, backend):
-    """Compositions of PyTorch's operators, except for a small case of most."""
-    return backend == "reference" or (backend == "aten" and (case.op, case.name) not in TRACED_QUICKLY)
+    """Whether the graph consists of many PyTorch operators; opaque operators are one node each."""
+    return backend == "reference" or (backend == "aten" and (case.op, case.name) not in QUICK_WITH_ATEN)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_swapped_model_forward_and_backward(tokens_type):
 
 
 def test_training_mode_with_dropout_compiles(by):
-    """Of ATen's operators without Inductor, which takes a minute; the test above has it for them."""
+    """aten is compiled without Inductor, which takes a minute; the test above compiles it with Inductor."""
     model = reference.T2T_ViT(**TINY).train()
     swap(model)
     backend = "aot_eager_decomp_partition" if by == "aten" else "inductor"
