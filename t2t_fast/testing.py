@@ -37,6 +37,12 @@ token_mlp            forward    1e-13 (1.8e-16)    1e-6 (1.6e-7)    1e-3 (3.3e-4
 token_mlp            backward   1e-13 (6.5e-16)    2e-6 (3.6e-7)  1.5e-3 (5.4e-4)  1.2e-2 (5.2e-3)
 performer_layer      forward      1e-13 (4e-16)    3e-6 (2.5e-7)    2e-3 (4.8e-4)  1.5e-2 (3.7e-3)
 performer_layer      backward   1e-13 (1.4e-15)    1e-5 (9.1e-7)    8e-3 (6.2e-4)    4e-2 (5.1e-3)
+add_layer_norm       forward     1e-13 (1e-16)    1e-6 (5.7e-8)    1e-3 (2.5e-4)      6e-3 (2e-3)
+add_layer_norm       backward  1e-13 (1.8e-16)    2e-6 (1.5e-7)    1.5e-3 (3e-4)  1.2e-2 (2.7e-3)
+layer_norm_linear    forward         1e-13 (0)    1e-6 (1.9e-7)    1e-3 (2.5e-4)      6e-3 (2e-3)
+layer_norm_linear    backward        1e-13 (0)      2e-6 (3e-7)  1.5e-3 (3.6e-4)  1.2e-2 (2.6e-3)
+layer_norm_mlp       forward   1e-13 (1.1e-15)    1e-6 (1.5e-7)      1e-3 (4e-4)    6e-3 (3.3e-3)
+layer_norm_mlp       backward  1e-13 (5.1e-16)    2e-6 (4.2e-7)  1.5e-3 (6.8e-4)  1.2e-2 (5.3e-3)
 t2t_module           forward    1e-13 (1.5e-15)    3e-6 (5.6e-7)    2e-3 (5.3e-4)  1.5e-2 (4.3e-3)
 t2t_module           backward     1e-13 (2e-15)    1e-5 (1.2e-6)    8e-3 (8.7e-4)      4e-2 (1e-2)
 """
@@ -115,8 +121,14 @@ class Case:
 
     @property
     def call(self) -> Callable[..., torch.Tensor]:
-        """The function of :mod:`t2t_fast.functional`."""
-        return getattr(functional, self.op)
+        """The function of :mod:`t2t_fast.functional`; several results are concatenated along the last axis."""
+        function = getattr(functional, self.op)
+
+        def call(*arguments: Any, **named: Any) -> torch.Tensor:
+            result = function(*arguments, **named)
+            return torch.cat(result, dim=-1) if isinstance(result, tuple) else result
+
+        return call
 
     def run(self, backend: str = "auto") -> torch.Tensor:
         """Forward only."""
@@ -342,6 +354,82 @@ def token_mlp_cases() -> list[Case]:
     return cases
 
 
+def _norm(generator: torch.Generator, width: int) -> dict[str, torch.Tensor]:
+    return {
+        "norm_weight": _normal(generator, width, std=0.1, mean=1.0),
+        "norm_bias": _normal(generator, width, std=0.1),
+    }
+
+
+def add_layer_norm_cases() -> list[Case]:
+    """Cases of ``add_layer_norm``: with and without dropout and stochastic depth."""
+    cases: list[Case] = []
+    for name, shape, drop, path in [
+        ("T2T-ViT-7", (2, 50, 256), 0.0, 0.0),
+        ("dropout, stochastic depth", (4, 13, 48), 0.1, 0.5),
+        ("odd sizes", (3, 7, 19), 0.0, 0.3),
+        ("batch 0", (0, 5, 16), 0.1, 0.0),
+    ]:
+        generator = torch.Generator().manual_seed(len(cases))
+        tensors = {"x": _normal(generator, *shape), "branch": _normal(generator, *shape)}
+        tensors.update(_norm(generator, shape[-1]))
+        wants = tuple(tensors)
+        tensors["seed"] = torch.tensor(1234567890123)
+        cases.append(Case("add_layer_norm", name, tensors, {"drop": drop, "drop_path": path}, wants))
+    return cases
+
+
+def layer_norm_linear_cases() -> list[Case]:
+    """Cases of ``layer_norm_linear``: with and without the bias and LayerNorm's parameters."""
+    cases: list[Case] = []
+    for name, shape, outputs in [
+        ("T2T-ViT-7", (2, 50, 256), 768),
+        ("odd sizes", (3, 7, 19), 11),
+        ("batch 0", (0, 5, 16), 8),
+    ]:
+        generator = torch.Generator().manual_seed(len(cases))
+        tensors = {"x": _normal(generator, *shape), **_norm(generator, shape[-1])}
+        tensors["weight"] = _normal(generator, outputs, shape[-1], std=shape[-1] ** -0.5)
+        tensors["bias"] = _normal(generator, outputs, std=0.05)
+        cases.append(Case("layer_norm_linear", name, tensors, {}, tuple(tensors)))
+    plain = cases[1].tensors
+    tensors = {"x": plain["x"], "norm_weight": None, "norm_bias": None, "weight": plain["weight"]}
+    options = {name: value for name, value in tensors.items() if value is None}
+    tensors = {name: value for name, value in tensors.items() if value is not None}
+    cases.append(Case("layer_norm_linear", "LayerNorm without affine, no bias", tensors, options, tuple(tensors)))
+    return cases
+
+
+def layer_norm_mlp_cases() -> list[Case]:
+    """Cases of ``layer_norm_mlp``: with and without a branch, LayerNorm, the residual, and every dropout."""
+    cases: list[Case] = []
+    drops = {"branch_drop": 0.1, "branch_path": 0.5, "hidden_drop": 0.2, "drop": 0.1, "drop_path": 0.3}
+    problems: list[tuple[str, tuple[int, int, int], int, bool, dict[str, Any]]] = [
+        ("T2T-ViT-7", (2, 50, 256), 512, True, {}),
+        ("every dropout", (4, 13, 48), 96, True, drops),
+        ("recompute, no branch", (2, 17, 32), 64, False, {"recompute": True}),
+        ("Mlp", (3, 7, 19), 33, False, {"norm_eps": None, "residual": False}),
+        ("batch 0", (0, 5, 16), 32, True, {}),
+    ]
+    for name, shape, hidden, with_branch, options in problems:
+        generator = torch.Generator().manual_seed(len(cases))
+        tensors = {"x": _normal(generator, *shape)}
+        if with_branch:
+            tensors["branch"] = _normal(generator, *shape)
+        if options.get("norm_eps", 1e-5) is None:
+            options = {**options, "norm_weight": None, "norm_bias": None}
+        else:
+            tensors.update(_norm(generator, shape[-1]))
+        tensors["fc1_weight"] = _normal(generator, hidden, shape[-1], std=shape[-1] ** -0.5)
+        tensors["fc1_bias"] = _normal(generator, hidden, std=0.05)
+        tensors["fc2_weight"] = _normal(generator, shape[-1], hidden, std=hidden**-0.5)
+        tensors["fc2_bias"] = _normal(generator, shape[-1], std=0.05)
+        wants = tuple(tensors)
+        tensors["seed"] = torch.tensor(1234567890123)
+        cases.append(Case("layer_norm_mlp", name, tensors, options, wants))
+    return cases
+
+
 def performer_layer_cases() -> list[Case]:
     """Cases of ``performer_layer``; k and q have the norms of a freshly initialised model."""
     cases: list[Case] = []
@@ -383,6 +471,9 @@ CASES = {
     "performer_attention": performer_attention_cases,
     "token_mlp": token_mlp_cases,
     "performer_layer": performer_layer_cases,
+    "add_layer_norm": add_layer_norm_cases,
+    "layer_norm_linear": layer_norm_linear_cases,
+    "layer_norm_mlp": layer_norm_mlp_cases,
 }
 
 

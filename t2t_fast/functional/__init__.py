@@ -6,8 +6,11 @@ memory: with ``grid=(h, w)`` they are not copied. Every function takes ``backend
 precedence over :func:`t2t_fast.backend`; an explicit backend that cannot run raises :class:`BackendUnavailable`.
 """
 
+from .add_layer_norm import add_layer_norm
 from .arguments import image_values, window
 from .fused_fold_unfold import fused_fold_unfold
+from .layer_norm_linear import layer_norm_linear
+from .layer_norm_mlp import layer_norm_mlp
 from .performer_attention import performer_attention
 from .performer_layer import performer_layer
 from .soft_composition import soft_composition
@@ -17,9 +20,12 @@ from .soft_split_linear import refold as refold  # deprecated
 from .token_mlp import token_mlp
 
 __all__ = [
+    "add_layer_norm",
     "clear_weight_cache",
     "fused_fold_unfold",
     "image_values",
+    "layer_norm_linear",
+    "layer_norm_mlp",
     "performer_attention",
     "performer_layer",
     "soft_composition",

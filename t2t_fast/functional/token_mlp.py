@@ -137,12 +137,10 @@ def check_token_mlp(
     )
 
 
-def seed_for(
-    function: str, x: torch.Tensor, seed: torch.Tensor | None, proj_drop: float, mlp_drop: float
-) -> torch.Tensor | None:
-    """The seed of the dropouts, a new one unless given; ``None`` without dropout."""
+def seed_for(function: str, x: torch.Tensor, seed: torch.Tensor | None, *drops: float) -> torch.Tensor | None:
+    """The seed of the dropouts with these probabilities, a new one unless given; ``None`` without dropout."""
     check_tensor(function, "seed", seed, ndim=0, dtypes=(torch.int64,), optional=True)
     check_together(function, "the tokens", x, same_dtype=False, dtypes=(torch.int64,), seed=seed)
-    if not proj_drop and not mlp_drop:
+    if not any(drops):
         return None
     return fresh_seed(x.device) if seed is None else seed

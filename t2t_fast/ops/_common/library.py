@@ -12,6 +12,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ... import backends
 from . import flops, transforms
@@ -31,14 +32,16 @@ def define(
     implementations: Mapping[str, backends.Implementation],
     absent: Mapping[str, str],
     autocast: Callable[..., Any],
+    returns: str = "Tensor",
 ) -> Callable[..., Any]:
-    """Define ``t2t_fast::<name>(<signature>, str backend) -> Tensor``.
+    """Define ``t2t_fast::<name>(<signature>, str backend) -> <returns>``.
 
     Args:
         name: the operator's name.
         signature: its arguments in ``torch.library`` schema language.
         implementations: backend name -> :class:`backends.Implementation`.
         absent: backend name -> why there is no such implementation.
+        returns: what it returns, in the same language.
         autocast: the operator's autocast rule, ``autocast(call, dtype, *args)``, which runs with autocast disabled;
             ``call(*args)`` runs the operator.
 
@@ -46,7 +49,7 @@ def define(
         the operator as a function.
     """
     backends.register(name, implementations, absent)
-    _library.define(f"{name}({signature}, str backend) -> Tensor")
+    _library.define(f"{name}({signature}, str backend) -> {returns}")
 
     def composite(*args: Any) -> Any:
         *values, backend = args
@@ -149,8 +152,10 @@ def matmul_precision(x: torch.Tensor) -> AbstractContextManager[None]:
     return _convolution_as_matmul() if x.is_cuda and x.dtype == torch.float32 else nullcontext()
 
 
-def product(x: torch.Tensor, matrix: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ matrix`` for (..., N, I) and (I, O), written into ``into`` (a dead buffer or a slice) if its shape fits.
+def product(
+    x: torch.Tensor, matrix: torch.Tensor, into: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x @ matrix + bias`` for (..., N, I) and (I, O), written into ``into`` (a dead buffer or a slice) if it fits.
 
     On a CPU, the first access to new memory costs more than such a product. Not under ``torch.jit.trace``, since a
     traced program may be differentiated.
@@ -161,6 +166,10 @@ def product(x: torch.Tensor, matrix: torch.Tensor, into: torch.Tensor | None = N
         or into.dtype != x.dtype
         or into.shape != (*x.shape[:-1], matrix.shape[1])
     ):
-        return x @ matrix
-    torch.mm(x.flatten(0, -2), matrix, out=into.flatten(0, -2))
+        return x @ matrix if bias is None else F.linear(x, matrix.T, bias)
+    rows, out = x.flatten(0, -2), into.flatten(0, -2)
+    if bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)
     return into

@@ -1,8 +1,9 @@
 """Counter-based dropout masks: (seed, element) determines the bits, so masks are recomputed and not stored.
 
 Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One call serves eight
-elements of a contiguous tensor: counter (element // 8 as two words, 0, 0), key = the two halves of the seed, eight
-16-bit lanes, low half of each word first. Masks do not depend on tiling, backend, device or launch.
+elements of a contiguous tensor: counter (element // 8 as two words, stream, 0), key = the two halves of the seed, eight
+16-bit lanes, low half of each word first. Masks do not depend on tiling, backend, device or launch. Streams are
+independent masks of one seed: an operator uses one stream for each shape of mask.
 
 A layer's two dropouts share the lane u of an element. The first drops [0, a) with ``a = 65536 p1``, the second
 [a - o, a - o + b) with ``b = 65536 p2``: the two intervals overlap by ``o = a b / 65536``, as for
@@ -11,10 +12,13 @@ independent masks: they are independent up to the rounding of o (a correlation b
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 ROUNDS = 7
+HIDDEN, PATHS = 1, 2
+"""Streams of a transformer block's masks: an MLP's hidden units, and stochastic depth; 0: the residual branches."""
 CPU_CALLS = 2**16
 """Calls per batch in eager mode on a CPU."""
 
@@ -49,14 +53,14 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _lanes(first: int, last: int, seed: torch.Tensor) -> list[torch.Tensor]:
+def _lanes(first: int, last: int, seed: torch.Tensor, stream: int = 0) -> list[torch.Tensor]:
     """The lanes of calls ``first`` to ``last``: eight (calls,) int64 tensors."""
     zero = seed & 0  # derived from the seed, of which each sample has one under torch.vmap
     calls = torch.arange(first, last, dtype=torch.int64, device=seed.device) + zero
     # A counter word that is the same for all calls stays a scalar, which halves the work of two rounds. The mask is
     # needed even where it has no effect: Inductor computes expressions linear in an arange in 32 bits.
     counter = (calls & _WORD, zero if last <= _WORD else calls >> 32)
-    words = philox((*counter, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
+    words = philox((*counter, zero + stream, zero), (seed & _WORD, (seed >> 32) & _WORD))
     return [half for word in words for half in (word & 0xFFFF, word >> 16)]
 
 
@@ -66,7 +70,7 @@ def _outside(lane: torch.Tensor, low: int, high: int) -> torch.Tensor:
 
 
 def keep_masks(
-    seed: torch.Tensor, shape: Sequence[int], p1: float, p2: float
+    seed: torch.Tensor, shape: Sequence[int], p1: float, p2: float, stream: int = 0
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The masks of the elements that two dropouts keep.
 
@@ -74,6 +78,7 @@ def keep_masks(
         seed: int64 scalar tensor; its device is the result's.
         shape: the masks' shape.
         p1, p2: the dropouts' probabilities in [0, 1), resolved to 1/65536.
+        stream: number of the stream.
 
     Returns:
         two bool tensors of ``shape``, False with probability ``p1`` and ``p2``; ``None`` where that is 0.
@@ -89,7 +94,7 @@ def keep_masks(
     step = calls if torch.compiler.is_compiling() or seed.device.type != "cpu" else CPU_CALLS
     pieces: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for first in range(0, calls, step) if calls else [0]:
-        lanes = _lanes(first, min(first + step, calls), seed)
+        lanes = _lanes(first, min(first + step, calls), seed, stream)
         for interval, parts in zip(intervals, pieces, strict=True):
             if interval:
                 parts.append(torch.stack([_outside(lane, *interval) for lane in lanes], dim=-1))
@@ -98,6 +103,37 @@ def keep_masks(
         for parts in pieces
     )
     return first_mask, second_mask
+
+
+class Drops(NamedTuple):
+    """The probabilities of dropout and of stochastic depth (of whole samples) of a residual branch."""
+
+    drop: float = 0.0
+    path: float = 0.0
+
+
+NONE = Drops()
+
+
+def branch_masks(
+    seed: torch.Tensor | None, shape: Sequence[int], first: Drops, second: Drops = NONE, index: int = 0
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The masks of one of the two residual branches of a transformer block.
+
+    Args:
+        seed: as :func:`keep_masks`; ``None`` only if all probabilities are 0.
+        shape: (B, N, D) of the branch.
+        first, second: the probabilities of both branches, which share random numbers.
+        index: which branch, 0 or 1.
+
+    Returns:
+        the bool mask of the elements that dropout keeps, of ``shape``, and that of the samples that stochastic depth
+        keeps, (B, 1, 1); ``None`` where the branch's probability is 0.
+    """
+    p, q = (first, second)[index]
+    keep = keep_masks(seed, shape, first.drop, second.drop)[index] if seed is not None and p else None
+    path = keep_masks(seed, shape[:1], first.path, second.path, PATHS)[index] if seed is not None and q else None
+    return keep, None if path is None else path.view(-1, 1, 1)
 
 
 def dropout_(x: torch.Tensor, p: float, keep: torch.Tensor | None) -> torch.Tensor:

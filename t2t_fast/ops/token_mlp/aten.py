@@ -17,11 +17,7 @@ from .autograd import MlpParameters, differentiable
 
 
 def _linear(x, weight, bias, into=None):
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if into is None:
-        return F.linear(x, weight, bias)
-    found = product(x, weight.T, into)
-    return found if bias is None else found.add_(bias)
+    return product(x, weight.to(x.dtype).T, into, None if bias is None else bias.to(x.dtype))
 
 
 def _skip(v, y, mlp, options, keep):

@@ -1,0 +1,109 @@
+"""The residual connection and the LayerNorm behind it."""
+
+import torch
+
+from ..errors import (
+    check_count,
+    check_filled,
+    check_number,
+    check_probability,
+    check_shape,
+    check_tensor,
+    check_together,
+)
+from ..ops._common.library import wants_gradient
+from ..ops.add_layer_norm.op import add_layer_norm as _add_layer_norm
+from .arguments import choose, running_dtype, same_dtype
+from .token_mlp import seed_for
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    *,
+    norm_eps: float = 1e-5,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    seed: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``t = x + drop_path(drop(branch))`` and ``LayerNorm(t)``: a residual connection and the next branch's input.
+
+    Upstream: ``Block.forward`` of ``models/transformer_block.py``, from the attention's result to ``norm2``.
+
+    Args:
+        x: (B, N, D), the stream of tokens; branch: (B, N, D), what is added to it.
+        norm_weight, norm_bias, norm_eps: of the LayerNorm; parameters (D) or ``None``.
+        drop, drop_path: probabilities of dropout and of stochastic depth (of a sample's whole branch), 0 for none.
+        seed: int64 scalar tensor that determines the masks (``ops/_common/philox.py``); drawn from torch's generator
+            if ``None``.
+
+    Returns:
+        t in x's dtype, and its LayerNorm in x's dtype (under autocast: autocast's).
+
+    Numerics:
+        the sum and LayerNorm in float32 (float64 for float64). Backward computes the statistics again from t; a second
+        derivative raises an error.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+    """
+    function = "add_layer_norm"
+    check_tokens(function, x)
+    check_branch(function, x, branch)
+    norm_eps = check_norm(function, x, norm_weight, norm_bias, norm_eps)
+    drop, drop_path = (check_probability(function, n, p) for n, p in (("drop", drop), ("drop_path", drop_path)))
+    seed = seed_for(function, x, seed, drop, drop_path)
+    chosen = choose(
+        function,
+        x,
+        backend,
+        dtype=running_dtype(x),
+        width=x.shape[2],
+        training=wants_gradient(x, branch, norm_weight, norm_bias),
+        index=x.device.index,
+    )
+    return _add_layer_norm(x, branch, norm_weight, norm_bias, norm_eps, drop, drop_path, running_dtype(x), seed, chosen)
+
+
+def check_tokens(function: str, x: torch.Tensor) -> None:
+    """Raise unless ``x`` is tokens (B, N, D) with D of at least 1."""
+    check_tensor(function, "x", x, ndim=3)
+    check_count(function, "x", *x.shape)
+    check_filled(function, "x", x, first=2)
+
+
+def check_branch(function: str, x: torch.Tensor, branch: torch.Tensor) -> None:
+    """Raise unless a residual branch fits the tokens ``x``."""
+    check_tensor(function, "branch", branch, ndim=3)
+    check_shape(function, "branch", branch, x.shape, "the shape of x")
+    check_together(function, "x", x, same_dtype=same_dtype(x), branch=branch)
+
+
+def check_norm(
+    function: str, x: torch.Tensor, norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, norm_eps: float
+) -> float:
+    """Check a LayerNorm over x's last axis; returns ``norm_eps`` as a Python number."""
+    parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_together(function, "x", x, same_dtype=same_dtype(x), **parameters)
+    for name, value in parameters.items():
+        if value is not None:
+            check_shape(function, name, value, x.shape[2:], "the width of x")
+    return check_number(function, "norm_eps", norm_eps, above=0)
+
+
+def check_linear(
+    function: str, x: torch.Tensor, name: str, weight: torch.Tensor, bias: torch.Tensor | None, inputs: int
+) -> int:
+    """Check a Linear's weight (O, ``inputs``) and bias (O), arguments ``name``_weight and so on; returns O."""
+    prefix = f"{name}_" if name else ""
+    check_tensor(function, f"{prefix}weight", weight, ndim=2)
+    check_filled(function, f"{prefix}weight", weight)
+    outputs = weight.shape[0]
+    check_together(function, "x", x, same_dtype=same_dtype(x), **{f"{prefix}weight": weight, f"{prefix}bias": bias})
+    check_shape(function, f"{prefix}weight", weight, (outputs, inputs), "outputs, inputs")
+    if bias is not None:
+        check_shape(function, f"{prefix}bias", bias, (outputs,), "outputs")
+    return outputs

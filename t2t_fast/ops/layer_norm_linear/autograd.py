@@ -1,0 +1,55 @@
+"""The operator's autograd function, composed of add_layer_norm's parts and PyTorch's matrix products."""
+
+import torch
+import torch.nn.functional as F
+
+from .._common.library import accumulation_dtype, first_order, wants_gradient
+
+
+def linear_gradients(grad, x, weight, bias, needed):
+    """The gradients of a Linear's weight and bias, ``None`` unless needed, from those of its output (..., O)."""
+    need_weight, need_bias = needed
+    grad = grad.flatten(0, -2)
+    d_weight = (grad.T @ x.flatten(0, -2)).to(weight.dtype) if need_weight else None
+    d_bias = grad.sum(0, dtype=accumulation_dtype(grad.dtype)).to(bias.dtype) if need_bias else None
+    return d_weight, d_bias
+
+
+def differentiable(norm):
+    """The operator's forward; saves x and the parameters, and no normalised tokens.
+
+    norm: add_layer_norm's implementation, a module with the functions of its ``aten.py``.
+    """
+
+    def run(x, norm_weight, norm_bias, norm_eps, weight, bias, dtype):
+        n = norm.normalised(x, norm_weight, norm_bias, norm_eps, dtype)
+        return F.linear(n, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    class LayerNormLinear(torch.autograd.Function):
+        """Gradients for x and every parameter; x's own path and LayerNorm's are added where they are computed."""
+
+        @staticmethod
+        def forward(x, norm_weight, norm_bias, norm_eps, weight, bias, dtype):
+            return run(x, norm_weight, norm_bias, norm_eps, weight, bias, dtype), x.view_as(x)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            *norm_and_x, ctx.norm_eps, weight, bias, _ = inputs
+            ctx.save_for_backward(*norm_and_x, weight, bias)
+
+        @staticmethod
+        @first_order
+        def backward(ctx, grad, skip):
+            x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+            d_n = grad @ weight.to(grad.dtype)
+            n, d_x, *d_norm = norm.normalised_backward(d_n, skip, x, norm_weight, norm_bias, ctx.norm_eps)
+            d_linear = linear_gradients(grad, n, weight, bias, ctx.needs_input_grad[4:6])
+            return d_x.to(x.dtype), *d_norm, None, *d_linear, None
+
+    def forward(x, norm_weight, norm_bias, norm_eps, weight, bias, dtype):
+        arguments = x, norm_weight, norm_bias, norm_eps, weight, bias, dtype
+        if wants_gradient(x, norm_weight, norm_bias, weight, bias):
+            return LayerNormLinear.apply(*arguments)
+        return run(*arguments), x
+
+    return forward

@@ -1,0 +1,26 @@
+"""``t2t_fast::layer_norm_linear``: LayerNorm and Linear, and the tokens for the residual connection around them."""
+
+from ...backends import Implementation, always
+from .._common import transforms
+from .._common.library import define
+from . import aten, reference
+
+DTYPE = 6  # index of the argument
+
+
+def _autocast(call, dtype, *args):
+    """The product runs in autocast's dtype, LayerNorm in float32."""
+    return call(*args[:DTYPE], dtype)
+
+
+layer_norm_linear = define(
+    "layer_norm_linear",
+    "Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor weight, Tensor? bias, ScalarType dtype",
+    returns="(Tensor, Tensor)",
+    implementations={
+        "aten": Implementation(aten.forward, transforms.plain),
+        "reference": Implementation(reference.forward, always),
+    },
+    absent={"native": "no native kernel; on a CPU the aten form runs", "triton": "todo"},
+    autocast=_autocast,
+)
