@@ -34,8 +34,12 @@ LAYERS = [
     ["benchmarks.gpu*"],
     ["benchmarks*"],
 ]
-# Operators do not import each other, except this one, which is composed of three others.
-COMPOSITES = {"performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"}}
+# Operators do not import each other, except those that are composed of others.
+COMPOSITES = {
+    "performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"},
+    "layer_norm_linear": {"add_layer_norm"},
+    "layer_norm_mlp": {"add_layer_norm", "layer_norm_linear"},
+}
 # Modules that import optional packages at the top: the command imports them after checking that the extra is installed.
 DRAWING = {f"t2t_fast.demo.{name}" for name in ("charts", "page", "pictures", "run", "style")}
 # Heavy or optional packages, which other modules import only inside the functions that use them.

@@ -1,7 +1,8 @@
 """Backbone blocks with upstream's parameter names: plain, squeeze-and-excitation, ghost, dense.
 
 Sources in yitu-opensource/T2T-ViT: ``models/transformer_block.py``, ``t2t_vit_se.py``, ``t2t_vit_ghost.py``,
-``t2t_vit_dense.py``. Attention runs through ``scaled_dot_product_attention``: the same numbers, no N x N tensor.
+``t2t_vit_dense.py``. A class with "Plain" in its name calls its children one by one, as upstream; the others are fused
+(``modules/block.py``) unless a child prevents it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import fusion
 from ..modules.attention import attend, heads, merged
+from ..modules.block import (
+    FusedAttention,
+    FusedAttentionGhost,
+    FusedAttentionSE,
+    FusedBlock,
+    FusedBlockDense,
+    FusedBlockSE,
+    FusedMlpGhost,
+    FusedResidual,
+)
 from ..modules.drop_path import DropPath
 from ..modules.options import check_options
 from ..modules.token_transformer import Mlp
 
 
-class Attention(nn.Module):
+class PlainAttention(nn.Module):
     """Multi-head self-attention on (B, N, dim); ``qk_scale`` replaces ``head_dim ** -0.5``."""
 
     def __init__(
@@ -78,7 +88,7 @@ class SELayer(nn.Module):
         return x * self.fc(x.mean(dim=1)).unsqueeze(1)
 
 
-class AttentionSE(Attention):
+class PlainAttentionSE(PlainAttention):
     """Self-attention whose projected output passes an :class:`SELayer`."""
 
     def __init__(self, dim: int, **options: Any) -> None:
@@ -89,22 +99,30 @@ class AttentionSE(Attention):
         return self.se_layer(y)
 
 
+class Attention(FusedAttention, PlainAttention):
+    """Multi-head self-attention, fused."""
+
+    _unfused = PlainAttention.forward
+
+
+class AttentionSE(FusedAttentionSE, PlainAttentionSE):
+    """Self-attention with squeeze-and-excitation, fused."""
+
+    _unfused = PlainAttentionSE.forward
+
+
 def _cheap_operation(channels: int) -> nn.Conv1d:
     """A learned factor per channel, stored as upstream's depthwise 1x1 convolution."""
     return nn.Conv1d(channels, channels, kernel_size=1, groups=channels, bias=False)
 
 
-def scale_channels(convolution: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
-    """A cheap operation on (B, N, C): a product, or the convolution itself if it has hooks or was replaced."""
-    if fusion.difference(convolution, nn.Conv1d) is None and not fusion.watched():
-        return x * convolution.weight.flatten()
+def _convolved(convolution: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
+    """A cheap operation on (B, N, C) as upstream computes it."""
     return convolution(x.transpose(1, 2)).transpose(1, 2)
 
 
-class AttentionGhost(Attention):
+class PlainAttentionGhost(PlainAttention):
     """Self-attention that computes q, k and v for half of the channels; the others are scaled copies of them."""
-
-    scale_channels = staticmethod(scale_channels)
 
     def _make_projections(self, dim: int, qkv_bias: bool) -> None:
         half = dim // 2
@@ -118,7 +136,7 @@ class AttentionGhost(Attention):
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         def ghost_heads(linear: nn.Linear, cheap: nn.Conv1d) -> torch.Tensor:
             half = linear(x)
-            full = torch.cat([half, self.scale_channels(cheap, half)], dim=2)
+            full = torch.cat([half, _convolved(cheap, half)], dim=2)
             return full.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
         return (
@@ -128,10 +146,14 @@ class AttentionGhost(Attention):
         )
 
 
-class MlpGhost(nn.Module):
-    """MLP of three parts: one is computed, two are scaled copies of it, activated again."""
+class AttentionGhost(FusedAttentionGhost, PlainAttentionGhost):
+    """Self-attention with ghost features, fused."""
 
-    scale_channels = staticmethod(scale_channels)
+    _unfused = PlainAttentionGhost.forward
+
+
+class PlainMlpGhost(nn.Module):
+    """MLP of three parts: one is computed, two are scaled copies of it, activated again."""
 
     def __init__(
         self,
@@ -156,14 +178,20 @@ class MlpGhost(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, in_features) -> (B, N, out_features)."""
         x = self.act(self.fc1(x))
-        copies = (self.act(self.scale_channels(cheap, x)) for cheap in (self.cheap_operation2, self.cheap_operation3))
+        copies = (self.act(_convolved(cheap, x)) for cheap in (self.cheap_operation2, self.cheap_operation3))
         return self.drop(self.fc2(self.drop(torch.cat([x, *copies], dim=2))))
 
 
-class Block(nn.Module):
+class MlpGhost(FusedMlpGhost, PlainMlpGhost):
+    """MLP with ghost features, fused."""
+
+    _unfused = PlainMlpGhost.forward
+
+
+class PlainBlock(nn.Module):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
-    attention_layer: type[nn.Module] = Attention
+    attention_layer: type[nn.Module] = PlainAttention
     mlp_layer: type[nn.Module] = Mlp
 
     def __init__(
@@ -195,20 +223,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class BlockSE(Block):
-    """Block with squeeze-and-excitation after the attention."""
-
-    attention_layer = AttentionSE
-
-
-class BlockGhost(Block):
-    """Block with ghost features in attention and MLP; ``mlp_ratio`` must be 3."""
-
-    attention_layer = AttentionGhost
-    mlp_layer = MlpGhost
-
-
-class BlockDense(Block):
+class PlainBlockDense(PlainBlock):
     """Block that appends ``growth_rate`` new channels to its input: (B, N, dim) -> (B, N, dim + growth_rate)."""
 
     def __init__(self, growth_rate: int, dim: int, num_heads: int, **options: Any) -> None:
@@ -218,6 +233,38 @@ class BlockDense(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, dim) -> (B, N, dim + growth_rate)."""
         return torch.cat([x, self.dense_linear(super().forward(x))], dim=2)
+
+
+class Block(FusedBlock, PlainBlock):
+    """Transformer block, fused."""
+
+    attention_layer = Attention
+    containers = (("attn", Attention), ("mlp", Mlp))
+    _unfused = PlainBlock.forward
+
+
+class BlockSE(FusedBlockSE, PlainBlock):
+    """Block with squeeze-and-excitation after the attention, fused."""
+
+    attention_layer = AttentionSE
+    containers = (("attn", AttentionSE), ("mlp", Mlp))
+    _unfused = PlainBlock.forward
+
+
+class BlockGhost(FusedResidual, PlainBlock):
+    """Block with ghost features in attention and MLP; ``mlp_ratio`` must be 3."""
+
+    attention_layer = AttentionGhost
+    mlp_layer = MlpGhost
+    _unfused = PlainBlock.forward
+
+
+class BlockDense(FusedBlockDense, PlainBlockDense):
+    """Block that appends new channels, fused."""
+
+    attention_layer = Attention
+    containers = (("attn", Attention), ("mlp", Mlp))
+    _unfused = PlainBlockDense.forward
 
 
 class Transition(nn.Module):

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isqrt, prod
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
 from ..functional import window as make_window
+from ..modules.block import Fused
 from ..modules.t2t_module import window_of
 
 SOFT_SPLITS = ("soft_split0", "soft_split1", "soft_split2")
@@ -55,7 +57,8 @@ class Rule:
         refusal: matching module -> the reason why it cannot be swapped, or ``None``.
         probes: matching module -> input shapes for the proof; the first on which the original runs is used.
         inner: child -> the fast class that it gets along with the module.
-        operator: the operator whose backend reports show.
+        containers: path of a child whose parts the module's fast class reads -> what it may have, with its own class.
+        operator: the operator whose backend reports show; empty if PyTorch's own functions do the work.
         soft_splits: child that the fast form does not call -> layer that computes it too; reported as "(fused)". If the
             module cannot be swapped, these soft splits are, if the proof allows it.
         caution: why a match is swapped only if a pattern of ``include`` matches its own path; empty if always.
@@ -69,6 +72,7 @@ class Rule:
     operator: str
     refusal: Callable[[Any], str | None] = lambda module: None
     inner: Mapping[str, Form] = field(default_factory=dict)
+    containers: Mapping[str, Form] = field(default_factory=dict)
     soft_splits: Mapping[str, str] = field(default_factory=dict)
     caution: str = ""
 
@@ -177,4 +181,75 @@ def tokeniser_rule(name: str, form: Form, layers: tuple[str, str], first_linear:
         probes=probes,
         operator="soft_split_linear",
         soft_splits=dict(zip(SOFT_SPLITS, (*layers, "project"), strict=True)),
+    )
+
+
+_LINEAR = ("qkv", "proj", "fc1", "fc2")
+
+
+def _at(module: Any, path: str) -> Any:
+    """The attribute at a dotted path, ``None`` where there is none."""
+    try:
+        return attrgetter(path)(module)
+    except AttributeError:
+        return None
+
+
+def fused_rule(
+    name: str,
+    kind: type[Fused],
+    operator: str = "layer_norm_mlp",
+    *,
+    attributes: Mapping[str, tuple[str, ...]] | None = None,
+    only: Callable[[Any], bool] = lambda module: True,
+    refusal: Callable[[Any], str | None] = lambda module: None,
+) -> Rule:
+    """The rule of a fused class, which follows from its parts.
+
+    Args:
+        name: as :class:`Rule`; kind: the fused class, with ``parts``.
+        attributes: container, or "" for the module itself -> other attributes that its ``forward`` may read.
+        only: a further condition of a match.
+        refusal: as :class:`Rule`.
+    """
+    parts, given = kind.parts, attributes or {}
+    linears = [getattr(parts, role) for role in _LINEAR if getattr(parts, role)] + list(parts.linears)
+    needed: dict[str, type] = dict.fromkeys(linears, nn.Linear) | dict.fromkeys(parts.cheap, nn.Conv1d)
+    needed |= dict.fromkeys(parts.paths().difference(needed, parts.idle), nn.Module)
+    numbers = tuple(path for path in (parts.num_heads, parts.scale) if path)
+    paths = (*parts.paths(), *numbers)
+
+    def names(container: str) -> set[str]:
+        """The parts' names inside a container, ``""`` for the module itself."""
+        start = f"{container}." if container else ""
+        return {path.removeprefix(start).partition(".")[0] for path in paths if path.startswith(start)}
+
+    def form(container: str, kind: type[nn.Module]) -> Form:
+        found = tuple(sorted(names(container)))
+        return Form(kind, found, attributes=(*found, *given.get(container, ())))
+
+    def matches(module: Any) -> bool:
+        if not all(isinstance(_at(module, path), cls) for path, cls in needed.items()):
+            return False
+        if any(_at(module, path) is None for path in numbers) or not only(module):
+            return False
+        if not parts.qkv:
+            return True
+        qkv, proj = _at(module, parts.qkv), _at(module, parts.proj) if parts.proj else None
+        width = qkv.out_features // 3 if proj is None else proj.in_features
+        return qkv.out_features == 3 * width and (proj is None or proj.out_features == qkv.in_features)
+
+    def width(module: Any) -> int:
+        first = _at(module, next(iter(linears), parts.norm2))
+        return first.in_features if isinstance(first, nn.Linear) else first.normalized_shape[-1]
+
+    return Rule(
+        name=name,
+        structure=", ".join((*sorted(needed), *numbers)),
+        form=form("", kind),
+        matches=matches,
+        refusal=refusal,
+        probes=lambda module: [(2, 7, width(module))],
+        operator=operator,
+        containers={path: form(path, nn.Module) for path in parts.containers()},
     )

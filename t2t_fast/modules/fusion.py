@@ -10,7 +10,7 @@ Only properties of classes are cached between calls, so every change takes effec
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -78,7 +78,10 @@ def linear(child: Any) -> str | None:
 
 
 def layer_norm(child: Any) -> str | None:
+    """``nn.LayerNorm`` over one axis, or a subclass that computes the same (timm has one)."""
     why = difference(child, nn.LayerNorm)
+    if why is not None and isinstance(child, nn.LayerNorm) and difference(child, type(child)) is None:
+        why = None if _behaves(type(child), child, _is_layer_norm) else why
     if why is None and len(child.normalized_shape) != 1:
         return f"normalises {len(child.normalized_shape)} dimensions"
     return why
@@ -108,6 +111,35 @@ def no_drop_path(child: Any) -> str | None:
     return "is active" if why is None and child.training and child.drop_prob > 0 else why
 
 
+def drop_path(child: Any) -> str | None:
+    """Stochastic depth, or ``nn.Identity``; also another project's class that does the same with ``drop_prob``."""
+    if type(child) is nn.Identity:
+        return difference(child, nn.Identity)
+    why = difference(child, DropPath)
+    if why is not None and isinstance(child, nn.Module) and difference(child, type(child)) is None:
+        why = None if _behaves(type(child), child, _is_drop_path) else why
+    return why
+
+
+def channel_factors(child: Any) -> str | None:
+    """A factor for each channel, stored as a depthwise ``nn.Conv1d`` with one tap and no bias."""
+    why = difference(child, nn.Conv1d)
+    if why is None and (child.weight.shape != (child.in_channels, 1, 1) or child.bias is not None):
+        return "is no factor for each channel"
+    return why
+
+
+def idle(child: Any) -> str | None:
+    """A child without effect: absent, or ``nn.Identity``."""
+    return None if child is None else difference(child, nn.Identity)
+
+
+def softmax(child: Any) -> str | None:
+    """``nn.Softmax`` over the last axis."""
+    why = difference(child, nn.Softmax)
+    return f"is a softmax over axis {child.dim}" if why is None and child.dim != -1 else why
+
+
 def gelu(child: Any) -> str | None:
     """Exact GELU: ``nn.GELU``, or a class without state that computes the same."""
     if isinstance(child, nn.GELU):
@@ -121,35 +153,76 @@ def gelu(child: Any) -> str | None:
     return why
 
 
-_exact: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+_known: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
 def _is_exact_gelu(cls: type) -> bool:
-    """Whether modules of a class without state compute GELU; tested once per class."""
-    if cls not in _exact:
-        _exact[cls] = _computes_gelu(cls)
-    return _exact[cls]
+    """Whether modules of a class without state compute GELU."""
+    return _behaves(cls, None, _is_gelu)
 
 
-_is_exact_gelu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _behaves(cls: type, child: Any, test: Callable[[Any], bool]) -> bool:
+    """Whether a module of a foreign class does what ``test`` tests, on a copy of its attributes; once per class."""
+    if cls not in _known:
+        module: Any = cls.__new__(cls)
+        nn.Module.__init__(module)
+        if child is not None:
+            module.__dict__.update({name: value for name, value in child.__dict__.items() if name not in _BARE})
+        with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                _known[cls] = test(module)
+            except Exception:  # noqa: BLE001 - foreign code, on an input that it may not expect
+                _known[cls] = False
+    return _known[cls]
 
 
-def _computes_gelu(cls: Any) -> bool:
-    module = cls.__new__(cls)
-    nn.Module.__init__(module)
-    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for dtype in (torch.float32, torch.float64):
-            x = torch.linspace(-9, 9, 999, dtype=dtype, device="cpu").view(3, 9, 37)
-            for training in (False, True):
-                try:
-                    y = module.train(training)(x.clone())
-                except Exception:  # noqa: BLE001 - foreign code, on an input that it may not expect
-                    return False
-                if not isinstance(y, torch.Tensor) or y.dtype != dtype or y.shape != x.shape:
-                    return False
-                if not torch.allclose(y, F.gelu(x), rtol=1e-6, atol=1e-6):
-                    return False
+_behaves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_gelu(module: Any) -> bool:
+    return _agrees(module, (3, 9, 37), F.gelu)
+
+
+def _is_layer_norm(module: Any) -> bool:
+    width = 37
+    module.normalized_shape = (width,)
+    for name, value in (("weight", torch.linspace(-1, 2, width)), ("bias", torch.linspace(1, -1, width))):
+        module._parameters[name] = value.cpu()
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (module._parameters[name].to(x.dtype) for name in ("weight", "bias"))
+        return F.layer_norm(x, (width,), weight, bias, module.eps)
+
+    return _agrees(module, (3, 9, width), expected)
+
+
+def _agrees(module: Any, shape: tuple[int, ...], expected: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether a module computes a function of one tensor, in two dtypes and both modes."""
+    for dtype in (torch.float32, torch.float64):
+        x = torch.linspace(-9, 9, 999, dtype=dtype, device="cpu").view(shape)
+        module.to(dtype)
+        for training in (False, True):
+            y = module.train(training)(x.clone())
+            if not isinstance(y, torch.Tensor) or y.dtype != dtype or y.shape != x.shape:
+                return False
+            if not torch.allclose(y, expected(x), rtol=1e-6, atol=1e-6):
+                return False
     return True
+
+
+def _is_drop_path(module: Any) -> bool:
+    """Whether a module is the identity in eval mode, and in training drops half of the samples and doubles the others
+    with ``drop_prob`` 0.5."""
+    if module._parameters or module._buffers or module._modules or not hasattr(module, "drop_prob"):
+        return False
+    module.drop_prob = 0.5
+    x = torch.ones(4096, 3, 2, device="cpu")
+    if not torch.equal(module.eval()(x.clone()), x):
+        return False
+    y = module.train()(x.clone())
+    kept = y[:, 0, 0]
+    uniform = torch.equal(y, kept.view(-1, 1, 1).expand_as(y))
+    return uniform and set(kept.tolist()) == {0.0, 2.0} and abs(kept.mean().item() - 1.0) < 0.1  # 6 deviations
 
 
 def container(kind: type[nn.Module], *names: str) -> Check:
@@ -164,9 +237,29 @@ def container(kind: type[nn.Module], *names: str) -> Check:
     return check
 
 
+ORIGINAL = "_t2t_fast_original"
+"""Attribute of a swapped module's class: the class that the module had before (``interop/swap/classes.py``)."""
+
+
+def holder(kind: type[nn.Module], names: Collection[str]) -> Check:
+    """A child that was of class ``kind`` before any swap, has no other children than the named ones, and no hooks."""
+
+    def check(child: Any) -> str | None:
+        cls = type(child)
+        why = difference(child, cls) if vars(cls).get(ORIGINAL, cls) is kind else difference(child, kind)
+        if why is None:
+            others = [name for name, each in child._modules.items() if each is not None and name not in names]
+            return f"has the child {', '.join(others)}" if others else None
+        return why
+
+    return check
+
+
 def rate(child: Any) -> float:
-    """The current probability of a dropout that :func:`dropout` accepts: 0 in eval mode."""
-    return child.p if child.training and type(child) is not nn.Identity else 0.0
+    """The current probability of a dropout or stochastic depth that the checks accept: 0 in eval mode."""
+    if not child.training or type(child) is nn.Identity:
+        return 0.0
+    return child.p if isinstance(child, nn.Dropout) else child.drop_prob or 0.0
 
 
 _FAKES = ("torch._subclasses.fake_tensor.FakeTensor", "torch._subclasses.functional_tensor.FunctionalTensor")
@@ -231,6 +324,8 @@ def obstacle(layer: nn.Module, parts: Mapping[str, Check]) -> str | None:
         why = check(child)
         if why is not None:
             return f"{path} {why}"
+        if child is None:
+            continue
         if first is None:
             first = next((t for t in child._parameters.values() if t is not None), None)
         why = unreadable(child, first)

@@ -13,6 +13,7 @@ from ..ops._common.pixels import PixelNorm
 from ..ops._common.spec import Window, square
 from . import fusion
 from .attention import attend, heads, merged
+from .block import FusedMlp
 from .drop_path import DropPath
 from .options import check_options
 
@@ -67,7 +68,7 @@ class TokenAttention(nn.Module):
         return v + self.proj_drop(self.proj(y))
 
 
-class Mlp(nn.Module):
+class Mlp(FusedMlp):
     """Linear, activation, dropout, Linear, dropout; upstream's names ``fc1`` and ``fc2``."""
 
     def __init__(
@@ -86,7 +87,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _unfused(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 

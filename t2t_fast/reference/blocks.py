@@ -1,12 +1,13 @@
 """The backbone blocks of :mod:`t2t_fast.models`, computed as upstream does: softmax attention step by step.
 
-Parameters, their order and their initialisation are those of the blocks in ``models/blocks.py``. Upstream's attention
-forms the N x N weights, and its ghost blocks call a convolution. Both cost time and memory, so the "before" of every
-comparison must do the same.
+Parameters, their order and their initialisation are those of the blocks in ``models/blocks.py``, whose plain forms are
+the base. Upstream's attention forms the N x N weights, and its ghost blocks call a convolution. Both cost time and
+memory, so the "before" of every comparison must do the same.
 """
 
 from ..models import blocks
 from ..models.blocks import Transition
+from .layers import Mlp
 
 __all__ = ["BLOCKS", "Attention", "Block", "BlockDense", "BlockGhost", "BlockSE", "Transition"]
 
@@ -17,54 +18,43 @@ class _Softmax:
         return weights @ v
 
 
-def _convolved(convolution, x):
-    """Upstream's "cheap operation": a depthwise 1x1 convolution of (B, N, C) along N."""
-    return convolution(x.transpose(1, 2)).transpose(1, 2)
-
-
-class Attention(_Softmax, blocks.Attention):
+class Attention(_Softmax, blocks.PlainAttention):
     """Multi-head self-attention on (B, N, dim)."""
 
 
-class AttentionSE(_Softmax, blocks.AttentionSE):
+class AttentionSE(_Softmax, blocks.PlainAttentionSE):
     """Self-attention with squeeze-and-excitation of its output."""
 
 
-class AttentionGhost(_Softmax, blocks.AttentionGhost):
+class AttentionGhost(_Softmax, blocks.PlainAttentionGhost):
     """Self-attention with ghost features."""
 
-    scale_channels = staticmethod(_convolved)
 
-
-class MlpGhost(blocks.MlpGhost):
-    """MLP with ghost features."""
-
-    scale_channels = staticmethod(_convolved)
-
-
-class Block(blocks.Block):
+class Block(blocks.PlainBlock):
     """Pre-norm transformer block."""
 
     attention_layer = Attention
+    mlp_layer = Mlp
 
 
-class BlockSE(blocks.BlockSE):
+class BlockSE(Block):
     """Block with squeeze-and-excitation after the attention."""
 
     attention_layer = AttentionSE
 
 
-class BlockGhost(blocks.BlockGhost):
+class BlockGhost(Block):
     """Block with ghost features in attention and MLP."""
 
     attention_layer = AttentionGhost
-    mlp_layer = MlpGhost
+    mlp_layer = blocks.PlainMlpGhost
 
 
-class BlockDense(blocks.BlockDense):
+class BlockDense(blocks.PlainBlockDense):
     """Block that appends ``growth_rate`` new channels to its input."""
 
     attention_layer = Attention
+    mlp_layer = Mlp
 
 
 BLOCKS = {"plain": Block, "se": BlockSE, "ghost": BlockGhost, "dense": BlockDense}

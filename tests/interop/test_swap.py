@@ -12,7 +12,9 @@ from t2t_fast import backends, models, reference
 from t2t_fast.errors import NothingToSwap
 from t2t_fast.interop.swap import swap, swapped, unswap
 from t2t_fast.interop.swap.rules import RULES
+from t2t_fast.models.lanl.layers import FusedEncoding
 from t2t_fast.modules import Fold, T2TModule, TokenPerformer, TokenTransformer, Unfold
+from t2t_fast.modules.block import FusedBlock
 from t2t_fast.testing import errors
 
 DEFAULT = backends.explain("performer_layer", device="cpu").chosen("performer_layer")
@@ -105,15 +107,20 @@ def test_report_is_a_table():
     assert lines[0].split() == ["path", "from", "to", "backend", "reason"]
     assert lines[1].split() == ["tokens_to_token", "T2T_module", "T2TModule", DEFAULT]
     assert lines[2].split() == ["tokens_to_token.soft_split0", "Unfold", "(fused)", "-", "with", "attention1"]
-    assert lines[-1] == "3 modules swapped, 0 left"
-    assert report.swapped == ["tokens_to_token", "tokens_to_token.attention1", "tokens_to_token.attention2"]
+    assert lines[-2].split() == ["blocks.1", "Block", "FusedBlock", "aten"]
+    assert lines[-1] == "5 modules swapped, 0 left"
+    assert report.swapped == [
+        *("tokens_to_token", "tokens_to_token.attention1", "tokens_to_token.attention2"),
+        *("blocks.0", "blocks.1"),
+    ]
 
 
 def test_dry_run_changes_nothing():
     model = tiny()
     report = swap(model, dry_run=True)
-    assert "would be swapped" in str(report) and len(report.swapped) == 3
+    assert "would be swapped" in str(report) and len(report.swapped) == 5
     assert type(model.tokens_to_token) is reference.T2T_module
+    assert type(model.blocks[0]) is reference.Block
     assert not unswap(model).rows
 
 
@@ -153,7 +160,7 @@ def test_nothing_to_swap_lists_what_was_looked_for():
     assert "nothing to swap in Sequential" in text
     assert {rule.name for rule in RULES} >= {"T2T_module", "Tokens2Token", "Token_performer", "nn.Unfold", "nn.Fold"}
     for rule in RULES:
-        assert f"{rule.name}: {rule.structure}" in text and rule.operator in backends.operators()
+        assert f"{rule.name}: {rule.structure}" in text and rule.operator in ("", *backends.operators())
     with pytest.raises(NothingToSwap, match="not selected"):
         swap(tiny(), include="no.such.path")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
@@ -247,7 +254,7 @@ def test_copies_and_pickles_of_a_swapped_model():
 def test_context_manager():
     model = tiny()
     with swapped(model) as report:
-        assert len(report.swapped) == 3 and isinstance(model.tokens_to_token, T2TModule)
+        assert len(report.swapped) == 5 and isinstance(model.tokens_to_token, T2TModule)
     assert type(model.tokens_to_token) is reference.T2T_module
     with pytest.raises(KeyError), swapped(model):
         raise KeyError
@@ -400,11 +407,11 @@ def test_backbone_blocks_are_not_token_layers():
     """A backbone block has the same children as a token layer, but a skip connection around its attention."""
     model = tiny("transformer")
     swap(model)
-    assert all(type(block) is reference.Block for block in model.blocks)
+    assert all(isinstance(block, FusedBlock) for block in model.blocks)
     assert isinstance(model.tokens_to_token.attention1, TokenTransformer)
     model = articles()
     swap(model)
-    assert all(type(block) is reference.lanl.Encoding for block in model.vit_backbone.blocks)
+    assert all(isinstance(block, FusedEncoding) for block in model.vit_backbone.blocks)
 
 
 def test_the_probe_leaves_no_trace():

@@ -1,13 +1,11 @@
 """Other projects' modules: mmpretrain, the articles, vit-pytorch, video inpainting."""
 
-import pytest
 import torch
 import torch.nn.utils.prune
 from torch import nn
 
 from support.swapping import images, same
 from t2t_fast import reference
-from t2t_fast.errors import NothingToSwap
 from t2t_fast.interop.swap import swap
 
 
@@ -105,15 +103,20 @@ def test_the_articles_module():
 
 
 def test_vit_pytorch():
-    """A Transpose, which takes any strides, follows its unfolds: they are swapped if include names them."""
+    """Attention and MLP are swapped. A Transpose, which takes any strides, follows the unfolds: they are swapped if
+    include names them.
+    """
     from support import vit_pytorch
 
     torch.manual_seed(0)
     options = dict(image_size=32, num_classes=4, dim=24, depth=1, heads=2, mlp_dim=48, dim_head=8)
     model = vit_pytorch.T2TViT("reference", **options, t2t_layers=((3, 2), (3, 2))).eval()
     expected = model(images())
-    with pytest.raises(NothingToSwap, match=r"left: to_patch_embedding.1 \(Unfold\): .*name it in include"):
-        swap(model)
+    layers = ["to_patch_embedding.3.layers.0.0", "to_patch_embedding.3.layers.0.1"]
+    layers += ["transformer.layers.0.0", "transformer.layers.0.1"]
+    report = swap(model)
+    assert report.swapped == layers
+    assert "name it in include" in report.left["to_patch_embedding.1"]
     report = swap(model, include=["to_patch_embedding.1", "to_patch_embedding.5"])
     assert report.swapped == ["to_patch_embedding.1", "to_patch_embedding.5"]
     same(model(images()), expected)

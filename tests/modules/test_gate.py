@@ -419,7 +419,7 @@ def test_cached_checks_belong_to_a_class():
     watch = weakref.ref(layer)
     del layer
     gc.collect()
-    assert watch() is None and GELU in fusion._exact
+    assert watch() is None and GELU in fusion._known
 
 
 def test_reports_say_what_runs_unfused():

@@ -17,13 +17,14 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, dim_head**-0.5
         self.norm = nn.LayerNorm(dim)
+        self.attend, self.dropout = nn.Softmax(dim=-1), nn.Dropout(0.0)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         single = heads == 1 and dim_head == dim
-        self.to_out = nn.Identity() if single else nn.Sequential(nn.Linear(heads * dim_head, dim))
+        self.to_out = nn.Identity() if single else nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(0.0))
 
     def forward(self, x):
         q, k, v = self.to_qkv(self.norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.mT * self.scale).softmax(-1)
+        weights = self.dropout(self.attend(q @ k.mT * self.scale))
         return self.to_out((weights @ v).transpose(1, 2).flatten(2))
 
 
@@ -31,7 +32,12 @@ class FeedForward(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
         self.net = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Identity(), nn.Linear(hidden, dim)
+            nn.LayerNorm(dim),
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Dropout(0.0),
+            nn.Linear(hidden, dim),
+            nn.Dropout(0.0),
         )
 
     def forward(self, x):

@@ -9,7 +9,7 @@ every match is proved on a twin before anything is changed (``proof.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -18,12 +18,13 @@ from torch import nn
 
 from ...errors import NothingToSwap
 from .classes import is_swapped, original_class
-from .explain import backend_of
-from .match import Change, match
-from .proof import apply, prove
+from .explain import backend_of, skipped
+from .match import Change
+from .match import match as match_of
+from .proof import apply, prove, signature
 from .report import FUSED, Row, SwapReport
 from .rules import FAST, RULES
-from .template import Mismatch
+from .template import Mismatch, Template
 
 
 def _patterns(name, value):
@@ -60,17 +61,18 @@ def _find(model, include, exclude):
             continue
         source = type(module).__name__
         if isinstance(module, FAST):
-            claimed.update(id(child) for child in module.children() if isinstance(child, nn.Unfold))
+            claimed |= skipped(module)
             left.append(Row(path, source, "", "", "is fast already"))
             continue
         try:
-            plan = match(module)
+            plan = match_of(module)
         except Mismatch as mismatch:
             left.append(Row(path, source, "", "", str(mismatch)))
             continue
         if plan is None:
             continue
-        if not _selected(path, include, exclude):
+        inside = (f"{path}.{name}" if path else name for name in plan.rule.containers)
+        if not all(_selected(each, include, exclude) for each in (path, *inside)):
             left.append(Row(path, source, "", "", "not selected by include and exclude"))
         elif plan.rule.caution and not _named(path, include):
             left.append(Row(path, source, "", "", plan.rule.caution))
@@ -89,20 +91,40 @@ class _Swap(NamedTuple):
 
 
 def _prove_all(model, found, include, exclude):
-    """A :class:`_Swap` for each proved match, and a :class:`Row` for each other one; inner modules first."""
+    """A :class:`_Swap` for each proved match, and a :class:`Row` for each other one; inner modules first.
+
+    A match inside a block is tried only if the block cannot be swapped, since the block's fused form skips it.
+    """
     proved, left = [], []
-    for path, module, plan in reversed(found):
-        inside = {id(each) for each in module.modules()}
-        inner = [change for swap in proved for change in swap.changes if id(change.module) in inside]
+    matches = {id(module): (path, module, plan) for path, module, plan in found}
+    inside = {
+        id(module): [id(module.get_submodule(path)) for path in plan.rule.containers] for _, module, plan in found
+    }
+    templates: dict[Hashable, Template | None] = {}
+
+    def attempt(path, module, plan):
+        own = {id(each) for each in module.modules()}
+        inner = [change for swap in proved for change in swap.changes if id(change.module) in own]
         try:
             if plan.reason:
                 raise Mismatch(plan.reason)
-            template = prove(module, [*inner, *plan.changes], plan.probes)
-            whole = plan.changes[-1]._replace(template=template)
+            changes = [*inner, *plan.changes]
+            known = signature(module, changes)
+            if known is None or known not in templates:
+                templates[known] = prove(module, changes, plan.probes)
+            whole = plan.changes[-1]._replace(template=templates[known])
             proved.append(_Swap(path, [*plan.changes[:-1], whole], plan.rule.soft_splits))
         except Mismatch as mismatch:
             left.append(Row(path, type(module).__name__, "", "", str(mismatch)))
-            proved += _prove_parts(module, path, plan, inner, include, exclude)
+            proved.extend(_prove_parts(module, path, plan, inner, include, exclude))
+            for each in inside[id(module)]:
+                if each in matches:
+                    attempt(*matches[each])
+
+    deferred = {each for containers in inside.values() for each in containers}
+    for match in reversed(found):
+        if id(match[1]) not in deferred:
+            attempt(*match)
     return proved, left
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from ...modules.block import Fused
+from ...modules.fusion import ORIGINAL
 from .template import Template
-
-_ORIGINAL = "_t2t_fast_original"
 
 
 @cache
@@ -25,6 +25,7 @@ def swapped_class(
     argument: str | None = None,
     template: Template | None = None,
     hidden: tuple[str, ...] = (),
+    containers: tuple[tuple[str, type], ...] = (),
 ) -> type:
     """A class that is both ``original`` and ``fast``, one for each combination.
 
@@ -33,6 +34,7 @@ def swapped_class(
         argument: the name of the input of ``original.forward``, if that of ``fast`` differs.
         template: describes what ``forward`` returns; ``None`` if it returns what ``fast`` returns.
         hidden: properties of ``fast`` that must not hide attributes of the instance.
+        containers: those of a :class:`modules.block.Fused`.
     """
     forward = fast.forward if template is None else _returning(fast, template)
     forward = forward if argument is None else _renamed(forward, argument, argument_of(fast))
@@ -40,22 +42,24 @@ def swapped_class(
         "__doc__": f"``{original.__name__}`` with the forward of ``{fast.__name__}``.",
         "__module__": __name__,
         "__reduce_ex__": _reduce,
-        _ORIGINAL: original,
-        "_t2t_fast_arguments": (original, fast, argument, template, hidden),
+        ORIGINAL: original,
+        "_t2t_fast_arguments": (original, fast, argument, template, hidden, containers),
         **dict.fromkeys(hidden),
         "forward": forward,
     }
+    if issubclass(fast, Fused):
+        namespace |= {"containers": containers, "_unfused": original.forward}
     return type(fast.__name__, (fast,) if issubclass(fast, original) else (original, fast), namespace)
 
 
 def original_class(module: nn.Module) -> type | None:
     """The class that a module had before it was swapped, or ``None``."""
-    return type(module).__dict__.get(_ORIGINAL)
+    return type(module).__dict__.get(ORIGINAL)
 
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether a module was swapped, even if its class was changed again afterwards."""
-    return any(_ORIGINAL in vars(cls) for cls in type(module).__mro__)
+    return any(ORIGINAL in vars(cls) for cls in type(module).__mro__)
 
 
 def collisions(module: nn.Module, fast: type) -> set[str]:

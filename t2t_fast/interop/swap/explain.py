@@ -10,23 +10,34 @@ from torch import nn
 
 from ... import backends
 from ...errors import BackendUnavailable
+from ...modules.block import Fused
 from .rules import FAST, RULES
 
 
 def backend_of(module: Any) -> str:
     """The backend of a fast module's main operator for the device and dtype of its parameters.
 
-    "unfused: " and the reason if the module calls its children one by one; "none" if no backend is available.
+    "PyTorch" if its own functions do the work; "unfused: " and the reason if the module calls its children one by one;
+    "none" if no backend is available.
     """
     why = module.obstacle() if hasattr(module, "obstacle") else None
     if why is not None:
         return f"unfused: {why}"
     op = next(rule.operator for rule in RULES if isinstance(module, rule.form.kind))
+    if not op:
+        return "PyTorch"
     tensor = next(module.parameters(), torch.empty(0))
     try:
         return backends.resolve(op, backends.Request(tensor.device.type, tensor.dtype, {}))
     except BackendUnavailable:
         return "none"
+
+
+def skipped(module: Any) -> set[int]:
+    """The ids of children that a fast module fuses, and that reports therefore do not list."""
+    if isinstance(module, Fused):
+        return set() if module.obstacle() else {id(module.get_submodule(path)) for path, _ in module.containers}
+    return {id(child) for child in module.children() if isinstance(child, nn.Unfold)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ def explain(
     if not isinstance(op, nn.Module):
         return backends.explain(op, device=device, dtype=dtype, **sizes)
     modules = [(path, module) for path, module in op.named_modules() if isinstance(module, FAST)]
-    parents = {id(child) for _, module in modules for child in module.children() if isinstance(child, nn.Unfold)}
+    hidden = {each for _, module in modules for each in skipped(module)}
     return ModelExplanation(
-        tuple((path, type(m).__name__, backend_of(m)) for path, m in modules if id(m) not in parents)
+        tuple((path, type(m).__name__, backend_of(m)) for path, m in modules if id(m) not in hidden)
     )

@@ -11,7 +11,8 @@ from torch import nn
 
 from ...models.family import Form, Rule
 from ...modules import Unfold
-from .classes import argument_of, collisions
+from ...modules.block import Fused
+from .classes import argument_of, collisions, original_class
 from .rules import RULES
 from .template import Mismatch, Template
 
@@ -28,6 +29,7 @@ class Change(NamedTuple):
     argument: str | None = None
     hidden: tuple[str, ...] = ()
     template: Template | None = None
+    containers: tuple[tuple[str, type], ...] = ()
 
 
 class Plan(NamedTuple):
@@ -46,18 +48,24 @@ class Plan(NamedTuple):
 
 
 def match(module: nn.Module) -> Plan | None:
-    """The :class:`Plan` of the first rule that fits, or ``None``.
+    """The :class:`Plan` of the first rule that fits and whose form the module can get, or ``None`` if no rule fits.
 
     Raises:
-        Mismatch: a rule fits, and the module cannot be swapped.
+        Mismatch: rules fit, and the module cannot be swapped by any of them; the reason is the first one's.
     """
+    reasons: list[Mismatch] = []
     try:
-        rule = next((rule for rule in RULES if rule.matches(module)), None)
-        return None if rule is None else _plan(rule, module)
-    except Mismatch:
-        raise
+        for rule in RULES:
+            if rule.matches(module):
+                try:
+                    return _plan(rule, module)
+                except Mismatch as mismatch:
+                    reasons.append(mismatch)
     except Exception as error:  # a property or __getattr__ of another project may raise anything
         raise Mismatch(f"it could not be examined: {type(error).__name__}: {error}") from error
+    if reasons:
+        raise reasons[0]
+    return None
 
 
 def _plan(rule, module):
@@ -69,7 +77,7 @@ def _plan(rule, module):
     parts = tuple(_change(split, Form(Unfold)) for split in splits if type(split).forward is nn.Unfold.forward)
     try:
         changes = [_change(getattr(module, name), form) for name, form in rule.inner.items()]
-        changes.append(_change(module, rule.form))
+        changes.append(_change(module, rule.form)._replace(containers=_containers(rule, module)))
     except Mismatch as mismatch:
         if not rule.soft_splits:
             raise
@@ -77,8 +85,28 @@ def _plan(rule, module):
     return Plan(rule, changes, probes, parts=parts)
 
 
+def _containers(rule, module):
+    """Path and class of each container of a fused class; :class:`Mismatch` if it would ignore a part of one."""
+    found = []
+    for path, form in rule.containers.items():
+        container = module.get_submodule(path)
+        _check(container, form)
+        found.append((path, original_class(container) or type(container)))
+    return tuple(found)
+
+
 def _change(module, form):
     """The change of ``module`` into ``form``; :class:`Mismatch` if the fast class would ignore a part of the module."""
+    _check(module, form)
+    taken = collisions(module, form.kind)
+    if clash := sorted(taken - _YIELDING):
+        raise Mismatch(f"it defines {', '.join(clash)}, which the fast form defines too")
+    hidden = tuple(sorted(name for name in taken if isinstance(getattr(form.kind, name), property)))
+    return Change(module, form, _argument(module, form.kind), hidden)
+
+
+def _check(module, form):
+    """Raise :class:`Mismatch` if a module has parameters, children or attributes that its form does not have."""
     extra = [name for held in (module._parameters, module._buffers) for name in held if name not in form.parameters]
     if extra:
         raise Mismatch(f"{type(module).__name__} has {', '.join(extra)}, which the fast form does not have")
@@ -92,11 +120,6 @@ def _change(module, form):
     data = set(vars(module)) - _BARE | {name for cls in _own_classes(type(module)) for name in _data(cls)}
     if unknown := sorted(names & data - known):
         raise Mismatch(f"its forward reads {', '.join(unknown)}, which the fast form does not")
-    taken = collisions(module, form.kind)
-    if clash := sorted(taken - _YIELDING):
-        raise Mismatch(f"it defines {', '.join(clash)}, which the fast form defines too")
-    hidden = tuple(sorted(name for name in taken if isinstance(getattr(form.kind, name), property)))
-    return Change(module, form, _argument(module, form.kind), hidden)
 
 
 def _own_classes(cls):
@@ -145,6 +168,8 @@ def _parts(code):
 def _argument(module, kind):
     """The name of ``forward``'s only argument, or ``None`` if the fast one has the same name."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    if len(parameters) != 1 or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+    optional = [p for p in parameters[1:] if issubclass(kind, Fused) and p.default is not inspect.Parameter.empty]
+    required = [p for p in parameters if p not in optional]
+    if len(required) != 1 or required[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         raise Mismatch(f"its forward takes ({', '.join(map(str, parameters))}), the fast one an input alone")
     return None if parameters[0].name == argument_of(kind) else parameters[0].name

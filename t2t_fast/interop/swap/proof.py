@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,12 @@ import torch
 from torch import nn
 
 from ...backends import backend
+from ...modules.block import Fused
 from .classes import swapped_class
 from .match import Change
 from .template import Mismatch, Template, recognised
+
+_BARE = frozenset(nn.Module().__dict__)
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative difference between a module and its fast form, in results and in each gradient."""
@@ -43,6 +46,8 @@ def prove(module: nn.Module, changes: Sequence[Change], probes: Iterable[tuple[i
             if not isinstance(original, torch.Tensor) and changes[-1].module is module:
                 template = _template(module, changes, x, original)
             fast = _swapped_twin(module, changes, x.dtype, template)
+            if isinstance(fast, Fused) and (why := fast.obstacle()) is not None:
+                raise Mismatch(why)  # it would run its own forward, and the comparison would show nothing
             found = _fast_results(fast, x)
             if template is not None:
                 _check_sizes(module, fast, probes, x.dtype)
@@ -52,6 +57,37 @@ def prove(module: nn.Module, changes: Sequence[Change], probes: Iterable[tuple[i
     except Exception as error:  # code, classes and attributes of another project
         raise Mismatch(f"it cannot be tried out on a copy: {_words(error)}") from error
     return template
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_NEUTRAL = ("p", "drop_prob", "training")
+"""Attributes that a proof sets itself."""
+
+
+def signature(module: nn.Module, changes: Sequence[Change]) -> Hashable | None:
+    """What a proof of some changes depends on, other than values of tensors; ``None`` if that is not known.
+
+    Equal for the blocks of a backbone, of which one proof is then enough.
+    """
+    forms = {id(change.module): change[1:] for change in changes}
+    found: list[Hashable] = []
+    for path, each in module.named_modules():
+        plain: list[Hashable] = []
+        for name, value in each.__dict__.items():
+            if name in _BARE or name in _NEUTRAL:
+                continue
+            values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+            if not all(isinstance(item, _PLAIN) for item in values):
+                return None
+            plain.append((name, values))
+        tensors = [
+            (name, t.shape, t.dtype, t.device.type, t.requires_grad, type(t), t.layout)
+            for held in (each._parameters, each._buffers)
+            for name, t in held.items()
+            if t is not None
+        ]
+        found.append((path, type(each), tuple(plain), tuple(tensors), forms.get(id(each))))
+    return tuple(found)
 
 
 def _fast_results(twin, x):
@@ -187,7 +223,7 @@ def apply(change: Change) -> None:
     module = change.module
     original: Any = type(module)
     kind: Any = change.form.kind
-    module.__class__ = swapped_class(original, kind, change.argument, change.template, change.hidden)
+    module.__class__ = swapped_class(original, kind, change.argument, change.template, change.hidden, change.containers)
 
 
 def _evaluate(twin, x):

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..family import Family, Form, Rule, has_token_layer, token_probes, tokeniser_rule
-from .layers import Attention, NeuralNet, TokenTransformer
+from ..family import Family, Form, Rule, fused_rule, has_token_layer, token_probes, tokeniser_rule
+from .layers import Attention, FusedEncoding, NeuralNet, TokenTransformer
 from .tokens import Tokens2Token
 
 
@@ -41,9 +41,10 @@ LAYER = Rule(
         "neuralnet": Form(NeuralNet, ("fc1", "act", "fc2")),
     },
 )
+BLOCK = fused_rule("Encoding", FusedEncoding, attributes={"attn": ("chan", "head_dim")})
 FAMILY = Family(
     name="lanl",
-    swap_rules=(TOKENISER, LAYER),
+    swap_rules=(TOKENISER, LAYER, BLOCK),
     checkpoint_names=r"(?<![^.])tokens_to_token\.transformer[12]\.",
     model="t2t_fast.models.lanl.T2TViT",
 )

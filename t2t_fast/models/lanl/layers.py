@@ -9,6 +9,7 @@ from torch import nn
 
 from ...modules import fusion
 from ...modules.attention import attend, heads, merged
+from ...modules.block import FusedBlock, Parts, block_parts
 from ...modules.options import check_options
 from ...modules.token_transformer import TokenTransformer as _TokenTransformer
 
@@ -108,7 +109,7 @@ class TokenTransformer(_TokenTransformer):
         return x + self.neuralnet(self.norm2(x))
 
 
-class Encoding(nn.Module):
+class PlainEncoding(nn.Module):
     """Backbone block: pre-norm attention and MLP, both with skips (and the skip through ``v`` inside)."""
 
     attention_layer: type[nn.Module] = Attention
@@ -134,3 +135,23 @@ class Encoding(nn.Module):
         """(B, T, dim) -> (B, T, dim)."""
         x = x + self.attn(self.norm1(x))
         return x + self.neuralnet(self.norm2(x))
+
+
+class FusedEncoding(FusedBlock):
+    """The fused form of a block with these names."""
+
+    parts = block_parts(
+        Parts(qkv="qkv", num_heads="num_heads", scale="scale", proj="proj", skip=True),
+        "attn",
+        Parts(fc1="fc1", act="act", fc2="fc2"),
+        "neuralnet",
+        norm1="norm1",
+        norm2="norm2",
+    )
+
+
+class Encoding(FusedEncoding, PlainEncoding):
+    """Backbone block, fused."""
+
+    containers = (("attn", Attention), ("neuralnet", NeuralNet))
+    _unfused = PlainEncoding.forward

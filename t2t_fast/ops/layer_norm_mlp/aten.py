@@ -34,7 +34,7 @@ def fc1_gelu(n, parameters, options, seed, keep):
 
 
 def fc2_add(a, t, parameters, options, seed, buffer):
-    """The output: fc2, dropout, stochastic depth and, with ``residual``, the stream. ``buffer``: a dead tensor or ``None``."""
+    """The output: fc2, dropout, stochastic depth, with ``residual`` the stream; buffer: a dead tensor or ``None``."""
     weight, bias = (None if p is None else p.to(a.dtype) for p in parameters[4:])
     if not options.residual:
         return norm.dropped(_linear(a, weight, bias, buffer), seed, options.drops, 1, a.dtype)

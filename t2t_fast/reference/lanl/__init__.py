@@ -5,6 +5,7 @@ The backbone is that of :mod:`t2t_fast.models.lanl` with the attention of ``toke
 """
 
 from ...models import lanl
+from ...models.lanl.layers import PlainEncoding
 from ..layers import init_weights
 from .tokens import Attention, NeuralNet, Patch_Tokenization, Tokens2Token, TokenTransformer, count_tokens
 
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 
-class Encoding(lanl.Encoding):
+class Encoding(PlainEncoding):
     """Backbone block: pre-norm attention and MLP, both with skips (and the skip through ``v`` inside)."""
 
     attention_layer = Attention

@@ -1,0 +1,147 @@
+"""The rules of transformer blocks, attention and MLP: one record for each way in which projects name their parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...models.family import fused_rule
+from ...modules.block import (
+    ATTENTION,
+    MLP,
+    FusedAttention,
+    FusedAttentionGhost,
+    FusedAttentionSE,
+    FusedBlock,
+    FusedBlockDense,
+    FusedBlockSE,
+    FusedMlp,
+    FusedMlpGhost,
+    FusedResidual,
+    Parts,
+    block_parts,
+)
+
+TIMM_ATTENTION = ATTENTION._replace(idle=("q_norm", "k_norm", "norm", "gate"))
+TIMM_MLP = MLP._replace(hidden_drop="drop1", drop="drop2", idle=("norm",))
+
+
+class TimmAttention(FusedAttention):
+    """Self-attention of timm."""
+
+    parts = TIMM_ATTENTION
+
+
+class TimmMlp(FusedMlp):
+    """MLP of timm."""
+
+    parts = TIMM_MLP
+
+
+class TimmBlock(FusedBlock):
+    """Block of timm's vision transformers."""
+
+    parts = block_parts(
+        TIMM_ATTENTION,
+        "attn",
+        TIMM_MLP,
+        "mlp",
+        norm1="norm1",
+        norm2="norm2",
+        drop_path1="drop_path1",
+        drop_path2="drop_path2",
+        idle=("ls1", "ls2"),
+    )
+
+
+class PreNormAttention(FusedAttention):
+    """Self-attention of vit-pytorch, with its LayerNorm."""
+
+    parts = Parts(
+        norm1="norm",
+        qkv="to_qkv",
+        num_heads="heads",
+        scale="scale",
+        softmax="attend",
+        attn_drop="dropout",
+        proj="to_out.0",
+        proj_drop="to_out.1",
+    )
+
+
+class PreNormHead(PreNormAttention):
+    """The same with one head of the tokens' width, which has no projection."""
+
+    parts = PreNormAttention.parts._replace(proj="", proj_drop="", idle=("to_out",))
+
+
+class PreNormMlp(FusedMlp):
+    """MLP of vit-pytorch, with its LayerNorm."""
+
+    parts = Parts(norm2="net.0", fc1="net.1", act="net.2", hidden_drop="net.3", fc2="net.4", drop="net.5")
+
+
+class MmpretrainBlock(FusedBlock):
+    """Block of mmpretrain's T2T-ViT: its attention divides q k^T by ``scale``, which is 1 / sqrt(head width)."""
+
+    parts = block_parts(
+        Parts(qkv="qkv", num_heads="num_heads", proj="proj", proj_drop="proj_drop", idle=("gamma1",)),
+        "attn",
+        Parts(
+            fc1="layers.0.0", act="layers.0.1", hidden_drop="layers.0.2", fc2="layers.1", drop="layers.2",
+            idle=("gamma2",),
+        ),
+        "ffn",
+        norm1="ln1",
+        norm2="ln2",
+        drop_path1="attn.out_drop",
+        drop_path2="ffn.dropout_layer",
+    )  # fmt: skip
+
+    def _scale(self) -> float:
+        attention: Any = self.attn
+        scale = getattr(attention.scaled_dot_product_attention, "keywords", {}).get("scale")
+        return attention.head_dims**-0.5 if scale is None else 1.0 / scale
+
+
+def _mmpretrain_refusal(module: Any) -> str | None:
+    if module.v_shortcut or module.attn.v_shortcut:
+        return "v_shortcut is True"
+    return f"attn.attn_drop is {module.attn.attn_drop}" if module.attn.attn_drop else None
+
+
+def _keeps_width(module: Any) -> bool:
+    """Whether a block's tokens keep their width, unlike in a token layer with the same names."""
+    shapes = [getattr(norm, "normalized_shape", None) for norm in (module.norm1, module.norm2)]
+    return shapes[0] is not None and shapes[0] == shapes[1]
+
+
+_HEADS = {"attn": ("head_dim",)}
+_TIMM = ("fused_attn", "head_dim", "attn_dim")
+
+RULES = (
+    fused_rule("Block of T2T_ViT_SE", FusedBlockSE, attributes=_HEADS),
+    fused_rule("Block of T2T_ViT_Dense", FusedBlockDense, attributes=_HEADS),
+    fused_rule("Block of timm", TimmBlock, attributes={"attn": _TIMM}),
+    fused_rule("Block", FusedBlock, attributes=_HEADS),
+    fused_rule(
+        "T2TTransformerLayer of mmpretrain",
+        MmpretrainBlock,
+        attributes={
+            "": ("v_shortcut",),
+            "attn": ("head_dims", "embed_dims", "attn_drop", "scaled_dot_product_attention", "v_shortcut"),
+            "ffn": ("add_identity",),
+        },
+        refusal=_mmpretrain_refusal,
+    ),
+    fused_rule("Block with another attention or MLP", FusedResidual, "add_layer_norm", only=_keeps_width),
+    fused_rule("Attention of T2T_ViT_Ghost", FusedAttentionGhost, "", attributes={"": _HEADS["attn"]}),
+    fused_rule("Mlp of T2T_ViT_Ghost", FusedMlpGhost, ""),
+    fused_rule("Attention of T2T_ViT_SE", FusedAttentionSE, "", attributes={"": _HEADS["attn"]}),
+    fused_rule("Attention of timm", TimmAttention, "", attributes={"": _TIMM}),
+    fused_rule("Attention", FusedAttention, "", attributes={"": _HEADS["attn"]}),
+    fused_rule("Mlp of timm", TimmMlp),
+    fused_rule("Mlp", FusedMlp),
+    fused_rule("Attention of vit-pytorch", PreNormAttention, "layer_norm_linear"),
+    fused_rule("Attention of vit-pytorch with one head", PreNormHead, "layer_norm_linear"),
+    fused_rule("FeedForward of vit-pytorch", PreNormMlp),
+)
