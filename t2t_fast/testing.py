@@ -392,10 +392,8 @@ def layer_norm_linear_cases() -> list[Case]:
         tensors["weight"] = _normal(generator, outputs, shape[-1], std=shape[-1] ** -0.5)
         tensors["bias"] = _normal(generator, outputs, std=0.05)
         cases.append(Case("layer_norm_linear", name, tensors, {}, tuple(tensors)))
-    plain = cases[1].tensors
-    tensors = {"x": plain["x"], "norm_weight": None, "norm_bias": None, "weight": plain["weight"]}
-    options = {name: value for name, value in tensors.items() if value is None}
-    tensors = {name: value for name, value in tensors.items() if value is not None}
+    tensors = {name: cases[1].tensors[name] for name in ("x", "weight")}
+    options: dict[str, Any] = {"norm_weight": None, "norm_bias": None}
     cases.append(Case("layer_norm_linear", "LayerNorm without affine, no bias", tensors, options, tuple(tensors)))
     return cases
 

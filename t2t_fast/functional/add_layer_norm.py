@@ -1,5 +1,7 @@
 """The residual connection and the LayerNorm behind it."""
 
+from typing import Any
+
 import torch
 
 from ..errors import (
@@ -86,9 +88,8 @@ def check_norm(
     function: str, x: torch.Tensor, norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, norm_eps: float
 ) -> float:
     """Check a LayerNorm over x's last axis; returns ``norm_eps`` as a Python number."""
-    parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    check_together(function, "x", x, same_dtype=same_dtype(x), **parameters)
-    for name, value in parameters.items():
+    check_together(function, "x", x, same_dtype=same_dtype(x), norm_weight=norm_weight, norm_bias=norm_bias)
+    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if value is not None:
             check_shape(function, name, value, x.shape[2:], "the width of x")
     return check_number(function, "norm_eps", norm_eps, above=0)
@@ -102,7 +103,8 @@ def check_linear(
     check_tensor(function, f"{prefix}weight", weight, ndim=2)
     check_filled(function, f"{prefix}weight", weight)
     outputs = weight.shape[0]
-    check_together(function, "x", x, same_dtype=same_dtype(x), **{f"{prefix}weight": weight, f"{prefix}bias": bias})
+    given: dict[str, Any] = {f"{prefix}weight": weight, f"{prefix}bias": bias}
+    check_together(function, "x", x, same_dtype=same_dtype(x), **given)
     check_shape(function, f"{prefix}weight", weight, (outputs, inputs), "outputs, inputs")
     if bias is not None:
         check_shape(function, f"{prefix}bias", bias, (outputs,), "outputs")

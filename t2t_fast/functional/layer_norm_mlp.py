@@ -65,7 +65,11 @@ def layer_norm_mlp(
         check_branch(function, x, branch)
     check_bool(function, "residual", residual)
     check_bool(function, "recompute", recompute)
-    norm_eps = None if norm_eps is None else check_norm(function, x, norm_weight, norm_bias, norm_eps)
+    if norm_eps is not None:
+        norm_eps = check_norm(function, x, norm_weight, norm_bias, norm_eps)
+    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if norm_eps is None and value is not None:
+            raise ValueError(f"{function}: {name} must be None without LayerNorm (norm_eps=None), got a tensor")
     hidden = check_linear(function, x, "fc1", fc1_weight, fc1_bias, x.shape[2])
     outputs = check_linear(function, x, "fc2", fc2_weight, fc2_bias, hidden)
     if residual and outputs != x.shape[2]:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..errors import check_pair
+from ..modules import fusion
 from ..modules.options import check_choice, check_options
 from ..ops._common.spec import Window, grid_after
 from .blocks import BLOCKS, block_stack
-from .position import resize_position_table, same_grid, sinusoid_table
+from .position import add_positions, resize_position_table, same_grid, sinusoid_table
 
 
 def init_weights(module: nn.Module) -> None:
@@ -142,14 +143,17 @@ class Backbone(nn.Module):
         """
         return self.tokeniser(x), grid_after(self.windows, *x.shape[2:])
 
-    def encode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Tokens (B, h*w, embed_dim) -> normalised (B, extra + h*w, num_features)."""
-        extra = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        x = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in extra), tokens], dim=1)
-        x = self.pos_drop(x + self.positions(grid))
+    def encode(self, tokens: torch.Tensor, grid: tuple[int, int], kept: slice = slice(None)) -> torch.Tensor:
+        """Tokens (B, h*w, embed_dim) -> normalised (B, extra + h*w, num_features), or those of them that are ``kept``.
+
+        The others are not normalised, unless a hook could see them.
+        """
+        extra = self.cls_token if self.dist_token is None else torch.cat([self.cls_token, self.dist_token], dim=1)
+        x = self.pos_drop(add_positions(tokens, extra, self.positions(grid)))
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        plain = fusion.layer_norm(self.norm) is None and not fusion.watched()
+        return self.norm(x[:, kept]) if plain else self.norm(x)[:, kept]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that upstream's recipes exempt from weight decay."""

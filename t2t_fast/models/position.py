@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from ..ops._common.transforms import is_exporting
+from ..ops._common.transforms import active, is_exporting
 
 
 def sinusoid_table(positions: int, width: int) -> torch.Tensor:
@@ -70,3 +72,45 @@ def square_grid(entries: int, extra: int = 1) -> tuple[int, int]:
     if side * side != area:
         raise ValueError(f"a position table of {extra} + {area} entries has no square grid; give the grid")
     return side, side
+
+
+class _AddPositions(torch.autograd.Function):
+    """One pass over the tokens, forward and backward."""
+
+    @staticmethod
+    def forward(tokens: torch.Tensor, extra: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        count = extra.shape[1]
+        dtype = torch.promote_types(tokens.dtype, torch.promote_types(extra.dtype, table.dtype))
+        shape = tokens.shape[0], count + tokens.shape[1], tokens.shape[2]
+        out = torch.empty(shape, dtype=dtype, device=tokens.device)
+        out[:, :count] = extra + table[:, :count]
+        torch.add(tokens, table[:, count:], out=out[:, count:])
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.count, ctx.dtypes = inputs[1].shape[1], [t.dtype for t in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        needed, (tokens, extra, table) = ctx.needs_input_grad, ctx.dtypes
+        return (
+            grad[:, ctx.count :].to(tokens) if needed[0] else None,
+            grad[:, : ctx.count].sum(0, keepdim=True).to(extra) if needed[1] else None,
+            grad.sum(0, keepdim=True).to(table) if needed[2] else None,
+        )
+
+
+def add_positions(tokens: torch.Tensor, extra: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Tokens with extra ones in front, plus a position table.
+
+    Args:
+        tokens: (B, L, D); extra: (1, E, D), the same for every sample; table: (1, E + L, D).
+
+    Returns:
+        (B, E + L, D) in the widest of the three dtypes.
+    """
+    if torch.compiler.is_compiling() or is_exporting() or active() is not None:
+        return torch.cat([extra.expand(tokens.shape[0], -1, -1), tokens], dim=1) + table
+    found: torch.Tensor = _AddPositions.apply(tokens, extra, table)
+    return found

@@ -99,7 +99,7 @@ class T2TViT(Backbone):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The normalised class token (B, num_features)."""
-        return self.encode(*self.tokens(x))[:, 0]
+        return self.encode(*self.tokens(x), slice(1))[:, 0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
@@ -113,7 +113,7 @@ class T2TViT(Backbone):
         """
         stages = [self.tokens(x)] if len(self.windows) == 1 else self.tokeniser(x, stages=True)
         tokens, grid = stages[-1]
-        stages[-1] = self.encode(tokens, grid)[:, self.extra_tokens :], grid
+        stages[-1] = self.encode(tokens, grid, slice(self.extra_tokens, None)), grid
         return [as_image(tokens, grid) for tokens, grid in stages]
 
 

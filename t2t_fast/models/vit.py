@@ -106,7 +106,7 @@ class ViT(Backbone):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The input of the head: (B, num_features), or a pair of (B, embed_dim) with ``distilled``."""
-        x = self.encode(*self.tokens(x))
+        x = self.encode(*self.tokens(x), slice(self.extra_tokens))
         if self.dist_token is None:
             return self.pre_logits(x[:, 0])
         return x[:, 0], x[:, 1]
@@ -122,5 +122,5 @@ class ViT(Backbone):
     def forward_stages(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The one feature map of a plain ViT: a list of one (B, C, h, w) at the patch's stride."""
         tokens, grid = self.tokens(x)
-        x = self.encode(tokens, grid)[:, self.extra_tokens :]
+        x = self.encode(tokens, grid, slice(self.extra_tokens, None))
         return [as_image(x, grid)]

@@ -135,7 +135,8 @@ class Fused(nn.Module):
 
     def obstacle(self) -> str | None:
         """Why this module runs unfused, or ``None``."""
-        return fusion.obstacle(self, _checks(type(self)))
+        kind: Any = type(self)
+        return fusion.obstacle(self, _checks(kind))
 
     def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         """(B, N, dim) -> (B, N, dim); with other arguments, which only a swapped module takes, unfused."""
@@ -155,7 +156,7 @@ class Fused(nn.Module):
 
 
 @cache
-def _checks(cls: type[Fused]) -> dict[str, fusion.Check]:
+def _checks(cls: Any) -> dict[str, fusion.Check]:
     """The table of :func:`fusion.obstacle` for a class: its containers first, then its parts."""
     paths, checks = cls.parts.paths(), {}
     for path, kind in cls.containers:

@@ -161,7 +161,7 @@ def _is_exact_gelu(cls: type) -> bool:
     return _behaves(cls, None, _is_gelu)
 
 
-def _behaves(cls: type, child: Any, test: Callable[[Any], bool]) -> bool:
+def _behaves(cls: Any, child: Any, test: Callable[[Any], bool]) -> bool:
     """Whether a module of a foreign class does what ``test`` tests, on a copy of its attributes; once per class."""
     if cls not in _known:
         module: Any = cls.__new__(cls)

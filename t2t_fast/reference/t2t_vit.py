@@ -6,6 +6,7 @@ Sources in yitu-opensource/T2T-ViT: ``models/t2t_vit.py``, ``t2t_vit_se.py``, ``
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from .. import models
@@ -24,6 +25,14 @@ class Upstream:
 
     def tokens(self, x):
         return self.tokeniser(x), self.grid_size
+
+    def encode(self, tokens, grid, kept=slice(None)):
+        extra = [token for token in (self.cls_token, self.dist_token) if token is not None]
+        x = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in extra), tokens], dim=1)
+        x = self.pos_drop(x + self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, kept]
 
 
 class T2T_ViT(Upstream, models.T2TViT):

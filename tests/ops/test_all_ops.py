@@ -84,7 +84,7 @@ def schema_arguments(case, backend):
     calls = []
     operator = registered(case)
     name = f"_{case.op}"
-    module = sys.modules[case.call.__module__]
+    module = sys.modules[getattr(testing.functional, case.op).__module__]
     original = getattr(module, name)
     setattr(module, name, lambda *args: calls.append(args) or original(*args))
     try:
@@ -153,6 +153,9 @@ TRACED = {
     "performer_attention": {"heads", "odd sizes"},
     "token_mlp": {"dropout"},
     "performer_layer": {"stage2", "dropout"},
+    "add_layer_norm": {"dropout, stochastic depth"},
+    "layer_norm_linear": {"odd sizes"},
+    "layer_norm_mlp": {"every dropout", "recompute, no branch"},
 }
 QUICK_WITH_ATEN = {
     ("soft_split", "stage2"),
@@ -160,6 +163,8 @@ QUICK_WITH_ATEN = {
     ("soft_split_linear", "one pixel window, LayerNorm"),
     ("performer_attention", "odd sizes"),
     ("token_mlp", "dropout"),
+    ("layer_norm_linear", "odd sizes"),
+    ("layer_norm_mlp", "recompute, no branch"),
 }
 
 
@@ -196,6 +201,15 @@ SMALL = {
         norm2_weight=(4,), norm2_bias=(4,), fc1_weight=(4, 4), fc1_bias=(4,), fc2_weight=(4, 4), fc2_bias=(4,),
         norm1_weight=(18,), norm1_bias=(18,), kernel_size=3, stride=2, padding=1,
         eps=1e-2, proj_drop=0.25, mlp_drop=0.5, seed=torch.tensor(7),
+    ),
+    "add_layer_norm": lambda: dict(
+        x=(2, 3, 4), branch=(2, 3, 4), norm_weight=(4,), norm_bias=(4,), drop=0.25, drop_path=0.5, seed=torch.tensor(7),
+    ),
+    "layer_norm_linear": lambda: dict(x=(2, 3, 4), norm_weight=(4,), norm_bias=(4,), weight=(6, 4), bias=(6,)),
+    "layer_norm_mlp": lambda: dict(
+        x=(2, 3, 4), branch=(2, 3, 4), norm_weight=(4,), norm_bias=(4,), fc1_weight=(6, 4), fc1_bias=(6,),
+        fc2_weight=(4, 6), fc2_bias=(4,), branch_drop=0.25, branch_path=0.5, hidden_drop=0.25, drop=0.5, drop_path=0.25,
+        seed=torch.tensor(7),
     ),
 }  # fmt: skip
 

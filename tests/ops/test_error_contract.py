@@ -42,6 +42,7 @@ LAYER = {
     **{name.replace("norm", "norm1"): value for name, value in NORM.items()}, "norm1_eps": 1e-5,
     **{name.replace("norm", "norm2"): value for name, value in TOKEN_MLP.items()},
 }  # fmt: skip
+BLOCK_NORM = {"norm_weight": torch.ones(8), "norm_bias": torch.zeros(8), "norm_eps": 1e-5}
 CALLS = {
     "window": WINDOW,
     "image_values": {"x": BYTES, "pixel_norm": PIXEL_NORM, "dtype": torch.float32},
@@ -58,6 +59,16 @@ CALLS = {
     "performer_attention": {**QKV, "w": torch.randn(4, 8), "eps": 1e-8, "key_mask": torch.ones(2, 5, dtype=torch.bool)},
     "token_mlp": {"y": QKV["q"], "v": QKV["v"], **TOKEN_MLP},
     "performer_layer": {"x": IMAGE, **LAYER, "recompute": False},
+    "add_layer_norm": {
+        "x": QKV["q"], "branch": QKV["k"], **BLOCK_NORM, "drop": 0.1, "drop_path": 0.1, "seed": torch.tensor(1),
+    },
+    "layer_norm_linear": {"x": QKV["q"], **BLOCK_NORM, "weight": torch.randn(5, 8), "bias": torch.randn(5)},
+    "layer_norm_mlp": {
+        "x": QKV["q"], "branch": QKV["k"], **BLOCK_NORM,
+        **{name: value for name, value in TOKEN_MLP.items() if name.startswith("fc")},
+        **dict.fromkeys(("branch_drop", "branch_path", "hidden_drop", "drop", "drop_path"), 0.1),
+        "residual": True, "recompute": False, "seed": torch.tensor(1),
+    },
     "performer_layer of bytes": {"x": BYTES, **LAYER, "pixel_norm": PIXEL_NORM},
 }  # fmt: skip
 
@@ -90,6 +101,7 @@ SPOILT = {
 OPTIONAL = {
     "bias", "norm_weight", "norm_bias", "kqv_bias", "proj_bias", "fc1_bias", "fc2_bias", "norm1_weight", "norm1_bias",
     "norm2_weight", "norm2_bias", "key_mask", "seed", "norm_eps", "pixel_norm",
+    "branch",
 }  # fmt: skip
 SIZES = {
     "float": 1.5, "NaN": float("nan"), "str": "3", "None": None, "three": (1, 2, 3), "bool": True, "-1": -1,
@@ -104,7 +116,9 @@ PROBABILITIES = NUMBERS | {"1": 1.0, "2": 2}
 OPTIONS = {
     **dict.fromkeys(("kernel_size", "stride", "padding", "output_size", "grid"), SIZES),
     **dict.fromkeys(("eps", "norm_eps", "norm1_eps", "norm2_eps"), NUMBERS),
-    **dict.fromkeys(("proj_drop", "mlp_drop"), PROBABILITIES),
+    **dict.fromkeys(("proj_drop", "mlp_drop", "drop", "drop_path"), PROBABILITIES),
+    **dict.fromkeys(("branch_drop", "branch_path", "hidden_drop"), PROBABILITIES),
+    "residual": {"str": "yes", "None": None, "int": 1},
     "recompute": {"str": "low", "None": None, "int": 1},
     "backend": {"str": "cuda", "None": None, "int": 1},
     "pixel_norm": {

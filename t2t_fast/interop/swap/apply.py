@@ -9,7 +9,7 @@ every match is proved on a twin before anything is changed (``proof.py``).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from .match import match as match_of
 from .proof import apply, prove, signature
 from .report import FUSED, Row, SwapReport
 from .rules import FAST, RULES
-from .template import Mismatch, Template
+from .template import Mismatch
 
 
 def _patterns(name, value):
@@ -100,7 +100,7 @@ def _prove_all(model, found, include, exclude):
     inside = {
         id(module): [id(module.get_submodule(path)) for path in plan.rule.containers] for _, module, plan in found
     }
-    templates: dict[Hashable, Template | None] = {}
+    templates = {}  # signature -> Template or None
 
     def attempt(path, module, plan):
         own = {id(each) for each in module.modules()}

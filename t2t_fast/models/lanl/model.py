@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ...errors import check_pair
+from ...modules import fusion
 from ...modules.options import check_options
 from ...ops._common.spec import grid_after, square
 from ..backbone import init_weights
-from ..position import resize_position_table, sinusoid_table
+from ..position import add_positions, resize_position_table, sinusoid_table
 from .layers import Encoding
 from .tokens import PatchTokenization, Tokens2Token, check_image, split_window
 
@@ -57,10 +58,11 @@ class ViTBackbone(nn.Module):
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Tokens (B, h*w, token_len) -> (B, preds); positions are resized if ``grid`` is not the stored one."""
         table = resize_position_table(self.pos_embed, self.grid_size, self.grid_size if grid is None else grid)
-        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + table
+        x = add_positions(tokens, self.cls_token, table)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)[:, 0])
+        plain = fusion.layer_norm(self.norm) is None and not fusion.watched()
+        return self.head(self.norm(x[:, :1] if plain else x)[:, 0])
 
 
 class ViTModel(nn.Module):

@@ -40,8 +40,9 @@ def fc2_add(a, t, parameters, options, seed, buffer):
         return norm.dropped(_linear(a, weight, bias, buffer), seed, options.drops, 1, a.dtype)
     if any(options.drops[1]) or a.dtype != t.dtype or torch.jit.is_tracing():
         return (t + norm.dropped(_linear(a, weight, bias, buffer), seed, options.drops, 1, a.dtype)).to(t.dtype)
-    out = t.clone() if bias is None else t + bias
-    out.flatten(0, -2).addmm_(a.flatten(0, -2), weight.T)  # accumulates, so the sum needs no pass of its own
+    out = (t.clone() if bias is None else t + bias).contiguous()
+    rows = out.flatten(0, -2)  # accumulates onto the stream, so the sum needs no pass of its own
+    torch.addmm(rows, a.flatten(0, -2), weight.T, out=rows)
     return out
 
 
