@@ -92,7 +92,7 @@ class _AddPositions(torch.autograd.Function):
         ctx.count, ctx.dtypes = inputs[1].shape[1], [t.dtype for t in inputs]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         needed, (tokens, extra, table) = ctx.needs_input_grad, ctx.dtypes
         return (
             grad[:, ctx.count :].to(tokens) if needed[0] else None,
