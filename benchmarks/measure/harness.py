@@ -22,11 +22,10 @@ from t2t_fast import memory
 
 from ..suites import operators, subjects
 from ..suites.groups import ContextLost, LeftOut
-from ..suites.providers import BACKENDS, BASELINE, BY_NAME, COMPILE_MODES
+from ..suites.providers import BACKENDS, BY_NAME, COMPILE_MODES
 from ..suites.subjects import Implementation
 from . import clocks
 
-FRONT_END = "front end"
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
 # minimum and maximum of rounds of other suites: a distribution needs more, a curve of slow points fewer
 ROUNDS = {"latency": (30, 300), "scaling": (5, 60)}
@@ -157,24 +156,8 @@ def prepare(subject, provider, device, clock, thorough=True, check=True):
     warm = [clock.once(step, implementation) for _ in range(1 if first > LONG else WARM_UP_CALLS)]
     calls = clock.calls(warm[-1])
     facts = {"error": errors[0], "gradient_error": errors[1], "first_call_s": first, "warm_up_s": sum(warm)}
-    return Participant(provider.name, implementation, forward, step, calls, [], {**facts, "calls_per_round": calls})
-
-
-def front_end(subject, implementation, clock):
-    """The part of upstream's model that this package replaces, timed with the model for Amdahl's limit."""
-    module = implementation.module.tokens_to_token
-    part = Implementation(module, implementation.inputs, implementation.leaves, module=module)
-    forward = _forward(subject, BY_NAME[BASELINE], part, subject.device)
-    backward = None
-    if subject.training:
-        gradient = torch.randn_like(forward(0))
-
-        def backward(out):
-            out.backward(gradient)
-
-    step = _step(subject, part, forward, backward)
-    warm = [clock.once(step, part) for _ in range(1 + WARM_UP_CALLS)]
-    return Participant(FRONT_END, part, forward, step, clock.calls(warm[-1]))
+    facts |= {"calls_per_round": calls, "unfused": implementation.unfused}
+    return Participant(provider.name, implementation, forward, step, calls, [], facts)
 
 
 def measure_memory(subject, provider, participant, device):
@@ -239,7 +222,7 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
             then not checked and memory is not measured again.
 
     Returns:
-        name -> :class:`Participant` (and :data:`FRONT_END` for a model), or the exception that it raised.
+        name -> :class:`Participant`, or the exception that it raised.
 
     Raises:
         ContextLost: nothing else can be measured in this process.
@@ -258,8 +241,6 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
         say(f"{provider.label}: {'check, ' if first else ''}{'compile, ' if provider.compiled else ''}warm up")
         call = partial(prepare, subject, provider, device, clock, thorough, check=first)
         results[name] = _attempt(call, name, device)
-    if group.level == "model" and isinstance(results.get(BASELINE), Participant):
-        results[FRONT_END] = front_end(subject, results[BASELINE].implementation, clock)
     timed = [result for result in results.values() if isinstance(result, Participant)]
     least, most = (ceil(limit / visits) for limit in ROUNDS.get(group.suite, (MIN_ROUNDS, MAX_ROUNDS)))
     if timed:
@@ -267,7 +248,7 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
         interleave(timed, clock, rounds or least, rounds or most, budget / visits, device)
     for each in timed:
         each.facts["cost"] = subject.cost
-        if first and each.name != FRONT_END:
+        if first:
             found = _attempt(partial(measure_memory, subject, BY_NAME[each.name], each, device), each.name, device)
             if isinstance(found, Exception):
                 results[each.name] = found

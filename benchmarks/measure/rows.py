@@ -2,7 +2,6 @@
 
 from ..suites import packages
 from ..suites.providers import BASELINE, BY_NAME, backends, named
-from .harness import FRONT_END
 from .statistics import ratios, summary
 
 
@@ -20,7 +19,10 @@ def _against_cost(group, median, cost, limits):
 
 
 # Measurements of :func:`harness.measure` besides times, at a first visit only
-FACTS = ("error", "gradient_error", "first_call_s", "warm_up_s", "calls_per_round", "saved_bytes", "peak_bytes")
+FACTS = (
+    *("error", "gradient_error", "first_call_s", "warm_up_s", "calls_per_round", "unfused", "saved_bytes"),
+    "peak_bytes",
+)
 
 
 def rows(group, results, limits, device, earlier):
@@ -31,23 +33,18 @@ def rows(group, results, limits, device, earlier):
             after the visit before this one, none at the first visit.
     """
     times = {name: earlier.get(name, {}).get("times", []) + each.times for name, each in results.items()}
-    if FRONT_END in times and earlier:
-        times[FRONT_END] = earlier[BASELINE]["front_end_times"] + times[FRONT_END]
     found = {}
     for name, participant in results.items():
-        if name != FRONT_END:
-            before = earlier.get(name, {"visits": [], **participant.facts})
-            visits = [*before["visits"], len(participant.times)]
-            facts = {key: before[key] for key in FACTS}
-            found[name] = _row(group, name, times, visits, facts, participant.facts["cost"], limits, device)
+        before = earlier.get(name, {"visits": [], **participant.facts})
+        visits = [*before["visits"], len(participant.times)]
+        facts = {key: before[key] for key in FACTS}
+        found[name] = _row(group, name, times, visits, facts, participant.facts["cost"], limits, device)
     return found
 
 
 def _row(group, name, times, visits, facts, cost, limits, device):
     """The row of a provider. Args: times: of all providers; visits: number of its rounds in each visit."""
-    seconds, baseline, part = summary(times[name]), times.get(BASELINE), times.get(FRONT_END)
-    # the front end is timed beside upstream's model
-    share = None if part is None else ratios(part, baseline)["median"]
+    seconds, baseline = summary(times[name]), times.get(BASELINE)
     saved = facts["saved_bytes"]
     return {
         **named(group, name),
@@ -63,7 +60,4 @@ def _row(group, name, times, visits, facts, cost, limits, device):
         # the bytes that must be kept for backward, over those that were kept
         "saved_share": group.batch * cost.saved / saved if saved and cost.saved else None,
         "speedup": None if baseline is None else ratios(baseline, times[name]),
-        "front_end_times": part if name == BASELINE else None,
-        "front_end_share": share,
-        "amdahl_limit": 1 / (1 - share) if share is not None and share < 1 else None,
     }

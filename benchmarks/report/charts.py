@@ -6,7 +6,7 @@ from ..suites.groups import LITE, MODES
 from . import crossover as sweep
 from .frame import BASELINE, OURS, SIDE, headline, in_main_dtype, main_dtype, pd, timed
 from .style import COLORS, INK, MUTED, STYLE, blank, legend, listing, logarithmic, look, save
-from .words import amdahl, number, percent
+from .words import number, percent
 
 FAR = 0.25
 """Below this share of its floor, our number is red."""
@@ -17,7 +17,8 @@ def _bars(run, rows, words, draw):
     lines = []
     for case, group in rows.groupby("case", sort=False):
         members = list(group.itertuples())
-        lines.append(("; ".join(filter(None, (case, amdahl(members)))), []))
+        left = next((f"; not fused: {row.unfused}" for row in members if isinstance(row.unfused, str)), "")
+        lines.append((case + left, []))
         lines += [(row.name, [row]) for row in members]
     figure, (axis,) = listing(lines, run.environment, {words: draw})
     axis.grid(visible=False, axis="y")

@@ -28,11 +28,23 @@ COLUMNS = [
     *("backends", "median_s", "p20_s", "p80_s", "p95_s", "visits", "rounds"),
     *("speedup_median", "speedup_p20", "speedup_p80", "images_per_s", "gb_per_s", "tflop_per_s", "copy_share"),
     *("floor_s", "floor_share", "saved_bytes", "peak_bytes", "first_call_s", "warm_up_s", "error", "gradient_error"),
-    *("front_end_share", "amdahl_limit", "limit_bytes", "used_bytes", "over_bytes", "processes", "threads"),
+    *("unfused", "limit_bytes", "used_bytes", "over_bytes", "processes", "threads"),
 ]
 """Of ``rows.csv``: seconds, bytes, shares of 1."""
 
-_TEXT = {"suite", "group", "level", "subject", "dtype", "mode", "provider", "label", "another_function", "backends"}
+_TEXT = {
+    "suite",
+    "group",
+    "level",
+    "subject",
+    "dtype",
+    "mode",
+    "provider",
+    "label",
+    "another_function",
+    "backends",
+    "unfused",
+}
 _NESTED = {f"seconds.{key}": f"{key}_s" for key in ("median", "p20", "p80")}
 _NESTED |= {f"speedup.{key}": f"speedup_{key}" for key in ("median", "p20", "p80")}
 

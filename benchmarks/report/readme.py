@@ -55,7 +55,7 @@ def _worded(found, *suites):
         cell=time.where(baseline, time + ", " + spread),
         latency=latency.where(baseline | (speedup == EMPTY), latency + "; " + speedup),
         share=_text("{:.0f} %".format, 100 * rows["floor_share"]),
-        limit=_text("{:.2f}×".format, rows["amdahl_limit"]),
+        left=_text(str, rows["unfused"]),
         kept=_text("{} MB".format, rows["saved_mb"].map(number, na_action="ignore")),
         precision=rows["dtype"].map(DTYPES),
         where=where,
@@ -106,7 +106,7 @@ def _models(found, headline):
     heads = {("change", "inference"): "inference", ("spread", "inference"): "speed-up"}
     heads |= {("change", "training"): "training step", ("spread", "training"): "speed-up"}
     table = _pivot("whole model, {precision}", rows, "model", "mode", heads)
-    return table if table is None else table.assign(limit=rows.groupby("model")["limit"].agg(" / ".join))
+    return table if table is None else table.assign(**{"not fused": rows.groupby("model")["left"].first()})
 
 
 def _modules(found):

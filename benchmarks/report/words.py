@@ -60,16 +60,6 @@ def left_out(entries):
     return [(", ".join(each) if len(each) <= 3 else f"{len(each)} cases", *key) for key, each in found["group"]]
 
 
-def amdahl(rows):
-    """The bound on the speed-up of a model whose front end alone is replaced; "" where it is not known."""
-    for row in rows:
-        if row.front_end_share > 0:
-            # timed apart, the front end can take longer than inside a model whose memory is already mapped
-            limit = "" if pd.isna(row.amdahl_limit) else f"Amdahl's limit {row.amdahl_limit:.2f}×"
-            return f"front end {100 * row.front_end_share:.0f} % of upstream's time, {limit or 'which sets no limit'}"
-    return ""
-
-
 def template(name, **options):
     """A file of the folder ``templates``, with some functions of this module as filters."""
     options |= dict(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

@@ -15,8 +15,9 @@ MIDDLE = {"cpu": 8, "cuda": 32}  # the batch for operators and for 384 px
 DTYPES = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
 MODES = ("inference", "training")
 MODULES = ("performer", "transformer")
-# measured models; the lite ones first, because their T2T module has the largest share of the time
+# measured models, all six sizes; the lite ones first, because their T2T module has the largest share of the time
 LITE, LARGER = ("t2t_vit_7", "t2t_vit_10", "t2t_vit_12"), ("t2t_vit_14", "t2t_vit_t_14")
+LARGEST = ("t2t_vit_19", "t2t_vit_24")
 
 _STAGES = ("stage1", "stage2", "stage3")
 _WHERE = {
@@ -106,7 +107,7 @@ def _cells(device):
     """Suite -> (subject, image side, batch) of its groups, the important ones first."""
     batch, other_batch = BATCHES[device]
     middle, model, module = MIDDLE[device], LITE[0], MODULES[0]
-    models = [(name, 224, batch) for name in (*LITE, *LARGER)]
+    models = [(name, 224, batch) for name in (*LITE, *LARGER, *LARGEST)]
     models += [(model, 224, other_batch), *((name, 384, middle) for name in (model, *LARGER))]
     operators = [(name, size, middle) for size in (224, 384) for name in OPERATORS]
     lengths = [(f"performer_attention-L{length}", None, batch) for length, batch in LENGTHS[device].items()]

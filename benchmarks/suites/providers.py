@@ -85,7 +85,7 @@ def _sources(group, device):
 def providers(group, device):
     """The providers of a group, in the table's order."""
     sources = _sources(group, device)
-    graphs = device == "cuda" and group.suite == "latency"
+    graphs = device == "cuda" and group.suite in ("latency", "module") and group.mode == "inference"
     # on a CPU the native layers keep little without recompute
     performer = group.level != "op" and group.subject != "transformer" and "_t_" not in group.subject
     keeping = device == "cuda" and performer and group.mode == "training" and group.suite in ("module", "memory")

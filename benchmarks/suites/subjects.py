@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import t2t_fast
 from t2t_fast import reference
+from t2t_fast.interop.swap import FAST
 from t2t_fast.reference.layers import init_weights
 from t2t_fast.reference.token_performer import at_least_float32
 from t2t_fast.testing import DTYPES, ROW_FACTOR, errors, natural_images, tolerance
@@ -41,7 +42,7 @@ class Implementation:
 
     ``function``: takes the tensors of an input set; ``inputs``: the rotating sets; ``leaves``: name -> parameter with a
     gradient; ``module``: to switch between eval and train mode; ``truth``: float64 output and gradients, if they
-    differ from the subject's; ``optimizer``: for a model's training step.
+    differ from the subject's; ``optimizer``: for a model's training step; ``unfused``: what ``swap`` left.
     """
 
     function: Callable
@@ -50,6 +51,7 @@ class Implementation:
     module: torch.nn.Module | None = None
     truth: tuple | None = None
     optimizer: torch.optim.Optimizer | None = None
+    unfused: str | None = None
 
     def gradients(self, index):
         """Name -> gradient, after a backward pass on input set ``index``."""
@@ -237,7 +239,19 @@ class _Network(Subject):
             truth=self.truth_of(module) if foreign else None,
             # with a learning rate of 0 the optimizer does all its work and the parameters stay as checked
             optimizer=torch.optim.AdamW(leaves.values(), lr=0.0) if leaves and self.gradient is None else None,
+            unfused=None if foreign or source == "upstream" else _unfused(module),
         )
+
+
+def _unfused(module):
+    """The parameters' modules, or the model's own parameters, that no fast module reads; ``None`` if there are none."""
+    fused = {id(each) for fast in module.modules() if isinstance(fast, FAST) for each in fast.modules()}
+    left = [
+        path or ", ".join(each._parameters)
+        for path, each in module.named_modules()
+        if id(each) not in fused and each._parameters
+    ]
+    return ", ".join(left) or None
 
 
 def _trained(module):

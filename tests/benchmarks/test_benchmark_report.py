@@ -212,19 +212,6 @@ def test_headline_is_one_group_of_a_subject_and_mode():
         assert list(frame.headline(frame.frame(_run(members)))["group"]) == [group]
 
 
-@pytest.mark.parametrize(
-    ("share", "limit", "expected"),
-    [
-        (0.6, 2.5, "front end 60 % of upstream's time, Amdahl's limit 2.50×"),
-        (1.05, None, "front end 105 % of upstream's time, which sets no limit"),
-        (None, None, ""),
-    ],
-)
-def test_amdahls_limit_in_words(share, limit, expected):
-    rows = [made_row("aten", [0.1]), made_row("t2t_fast", [0.1], front_end_share=share, amdahl_limit=limit)]
-    assert words.amdahl(frame.frame(_run(rows)).itertuples()) == expected
-
-
 def test_farthest_from_the_floor_first(made):
     figure, _ = _figure(made[1], "floor")
     shares = {}

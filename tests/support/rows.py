@@ -33,9 +33,7 @@ def made_row(provider, times, *, group="module-performer-224px-b8-fp32-inference
         "calls_per_round": 1,
         "error": 1e-6,
         "gradient_error": None,
-        "front_end_times": None,
-        "front_end_share": None,
-        "amdahl_limit": None,
+        "unfused": None,
     }
     return {**row, **more}
 
@@ -60,8 +58,8 @@ def made_run():
         made_row("t2t_fast-compiled", [0.2, 0.2, 0.2]),
         made_row("upstream", [0.1, 0.1, 0.1], group=training, mode="training", saved=160e6, gradient_error=1e-5),
         made_row("t2t_fast", [0.1, 0.1, 0.1], group=training, mode="training", saved=16e6, gradient_error=1e-5),
-        made_row("upstream", [0.1, 0.1, 0.1], **model, front_end_share=0.25, amdahl_limit=4 / 3),
-        made_row("t2t_fast", [0.09, 0.09, 0.09], **model, front_end_share=0.25, amdahl_limit=4 / 3),
+        made_row("upstream", [0.1, 0.1, 0.1], **model, unfused="norm, head"),
+        made_row("t2t_fast", [0.09, 0.09, 0.09], **model, unfused="norm, head"),
     ]
 
 
@@ -197,7 +195,7 @@ def made_of_everything():
         for suite, mode in (("models", "inference"), ("training", "training")):
             group = Group("model", subject, 224, 8, "fp32", mode, suite=suite)
             rows = _competition(group, upstream__compiled=0.09, t2t_fast=0.04, t2t_fast__compiled=0.12)
-            found += [{**row, "front_end_share": 0.6, "amdahl_limit": 2.5} for row in rows]
+            found += [{**row, "unfused": "norm, head"} for row in rows]
     unknown = dict.fromkeys(("gb_per_s", "tflop_per_s", "copy_share", "floor_s", "floor_share"))
     found.append(
         timed("timm-resnet50", Group("model", "t2t_vit_14", 224, 8, "fp32", "inference", suite="models"), 0.05)
