@@ -130,6 +130,8 @@ def _quick(suite, cells):
         return [cell for cell in cells if cell[1] == 224 and cell[0] not in _FULL_ONLY] + attention
     if suite == "scaling":
         return [cell for cell in cells if cell[1:] in QUICK_SCALED]
+    if suite in ("models", "training"):
+        return [next(cell for cell in cells if cell[0] == name) for name in (LITE[0], LARGER[0])]
     return cells[: 2 if suite == "latency" else 1]
 
 
