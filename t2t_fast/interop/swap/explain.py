@@ -23,7 +23,8 @@ def backend_of(module: Any) -> str:
     why = module.obstacle() if hasattr(module, "obstacle") else None
     if why is not None:
         return f"unfused: {why}"
-    op = next(rule.operator for rule in RULES if isinstance(module, rule.form.kind))
+    operators = {rule.form.kind: rule.operator for rule in RULES}
+    op = next(operators[cls] for cls in type(module).__mro__ if cls in operators)
     if not op:
         return "PyTorch"
     tensor = next(module.parameters(), torch.empty(0))
