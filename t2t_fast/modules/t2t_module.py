@@ -1,6 +1,7 @@
 """The tokens-to-token module, with upstream's parameter names, for any image size."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import isqrt, prod
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from ..functional.performer_layer import recompute_of
 from ..ops._common.pixels import PixelNorm
 from ..ops._common.spec import T2T_WINDOWS, Pair, Window, grid_after
 from ..ops._common.windows import as_image
-from . import fusion
+from . import fusion, remembered
 from .options import check_choice, check_options, deprecated_memory
 from .soft_split import Unfold
 from .token_performer import TokenPerformer
@@ -84,6 +85,18 @@ def _grid_of(split: nn.Module, tokens: torch.Tensor, height: int, width: int) ->
     return side, side
 
 
+def _projected(x: torch.Tensor, project: nn.Linear, window: Window) -> torch.Tensor:
+    """The last stage: soft split and Linear."""
+    run: Any = soft_split_linear
+    if not torch.compiler.is_compiling():
+        tensors = x, project.weight, project.bias, None, None
+        call = remembered.recall(project, soft_split_linear, tensors, (window,))
+        if call is not None:
+            return call(*tensors)
+        run = partial(remembered.first, project, soft_split_linear, tensors, (window,))
+    return run(x, project.weight, project.bias, *window)
+
+
 def walk(
     x: torch.Tensor,
     splits: Sequence[nn.Module],
@@ -111,7 +124,7 @@ def walk(
         if stage_obstacle(split, layer) is not None:
             tokens = layer(split(image_values(x, pixel_norm, fusion.values_dtype(layer))).transpose(1, 2))
         elif isinstance(layer, nn.Linear):
-            tokens = soft_split_linear(x, layer.weight, layer.bias, *window)
+            tokens = _projected(x, layer, window)
         else:
             norm = pixel_norm if x.dtype == torch.uint8 else None
             tokens = layer(x, window=window, pixel_norm=norm)

@@ -6,6 +6,7 @@ hand-written ``autograd.Function``) or Inductor lowering, and ``torch.export`` c
 backend with compiled kernels calls separate opaque operators, which register a fake implementation and autograd.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
@@ -15,6 +16,7 @@ import torch
 
 from ... import backends
 from . import flops, transforms
+from .spec import Window
 
 OPAQUE = ("triton", "native")
 """Backends whose kernels are opaque to PyTorch."""
@@ -71,6 +73,20 @@ def define(
 
     @wraps(operator)
     def run(*args: Any) -> Any:
+        if direct(args):
+            *values, backend = args
+            call, device = backends.implementation(name, backend).call, values[0].device.type
+            mixed = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+            before, checked.done = checked.done, True
+            try:
+                if not mixed:
+                    return call(*values)
+                torch.set_autocast_enabled(device, False)  # torch.autocast takes ten times as long
+                return autocast(call, torch.get_autocast_dtype(device), *values)
+            finally:
+                checked.done = before
+                if mixed:
+                    torch.set_autocast_enabled(device, True)
         if transforms.active() is None:
             return operator(*args)
         # Transformations have no rule for the operator itself, and a trace would record it as one opaque node.
@@ -81,6 +97,51 @@ def define(
             return under_autocast(device, composite, *args) if autocasts else composite(*args)
 
     return run
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_CONSTANT = frozenset((int, float, bool, str, type(None), torch.dtype, Window))
+
+
+def direct(arguments: Sequence[Any]) -> bool:
+    """Whether a Python kernel may be called with these arguments instead of its operator, with the same result.
+
+    PyTorch's dispatcher takes about 10 microseconds for such a call. It is needed if anything but the kernel's own code
+    depends on the call: a compiler, a trace, a mode, a transformation, the profiler, or a tensor whose memory is not
+    its value.
+    """
+    if torch.compiler.is_compiling() or (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or transforms.active() is not None
+    ):
+        return False
+    return _plain(arguments)
+
+
+def _plain(values: Sequence[Any]) -> bool:
+    """Whether none of these values (and of lists among them) is a tensor that a kernel cannot read as it is."""
+    for value in values:
+        kind = type(value)
+        if kind in _CONSTANT:
+            continue
+        if kind in _PLAIN:
+            if value.is_neg() or value._is_zerotensor():
+                return False
+        elif isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and not _plain(value)):
+            return False
+    return True
+
+
+class _Checked(threading.local):
+    """``done``: whether this thread is in a call that :func:`direct` allowed, with tensors made from its own."""
+
+    done = False
+
+
+checked = _Checked()
 
 
 def opaque_obstacle(request: backends.Request, dtypes: Sequence[torch.dtype], kind: str) -> str | None:
@@ -107,7 +168,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     once = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
-    def checked(ctx: Any, *grads: torch.Tensor | None) -> Any:
+    def guarded(ctx: Any, *grads: torch.Tensor | None) -> Any:
         if torch.is_grad_enabled() and any(grad is not None and grad.requires_grad for grad in grads):
             raise RuntimeError(
                 "t2t_fast: this operator has no second derivative (its backward was asked for one by "
@@ -116,12 +177,12 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         kind = grads[0].device.type
-        if kind not in AUTOCAST_DEVICES:
+        if kind not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
             return once(ctx, *grads)
         with torch.autocast(kind, enabled=False):
             return once(ctx, *grads)
 
-    return checked
+    return guarded
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

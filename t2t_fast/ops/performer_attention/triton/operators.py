@@ -7,7 +7,7 @@ floats a sequence. No float32 tensor of token length is written. Triton is impor
 import torch
 
 from ..._common.library import first_order, wants_gradient
-from ..._common.triton_runtime import fake, operator
+from ..._common.triton_runtime import fake, operator, operators
 from .call import Call
 
 
@@ -63,7 +63,7 @@ class PerformerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, w, eps, key_mask):
-        return torch.ops.t2t_fast_triton.performer_attention(q, k, v, w, eps, key_mask)
+        return operators.performer_attention(q, k, v, w, eps, key_mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -77,7 +77,7 @@ class PerformerAttention(torch.autograd.Function):
     def backward(ctx, grad, _lz, _state):
         q, k, v, w, key_mask, lz, state = ctx.saved_tensors
         need_w = ctx.needs_input_grad[3]
-        *found, d_w = torch.ops.t2t_fast_triton.performer_attention_backward(
+        *found, d_w = operators.performer_attention_backward(
             grad, q, k, v, w, ctx.eps, key_mask, lz, state, need_w
         )
         return *found, d_w.to(w.dtype) if need_w else None, None, None
@@ -86,4 +86,4 @@ class PerformerAttention(torch.autograd.Function):
 def forward(q, k, v, w, eps, key_mask):
     if wants_gradient(q, k, v, w):
         return PerformerAttention.apply(q, k, v, w, eps, key_mask)[0]
-    return torch.ops.t2t_fast_triton.performer_attention(q, k, v, w, eps, key_mask)[0]
+    return operators.performer_attention(q, k, v, w, eps, key_mask)[0]

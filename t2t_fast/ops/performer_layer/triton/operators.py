@@ -9,7 +9,7 @@ launch.
 import torch
 
 from ..._common.spec import Window
-from ..._common.triton_runtime import fake, operator
+from ..._common.triton_runtime import fake, operator, operators
 from ...soft_split_linear.triton import operators as split
 from ...soft_split_linear.triton.operands import operands
 from ...token_mlp.triton import operators as mlp
@@ -62,7 +62,7 @@ def _project(x, linear, w, layer, whole, keep):
     arguments = layer.norm1_eps, layer.window, layer.dtype, layer.pixels
     found, columns = operands(x, *linear, *arguments, keep)
     fused = keys_fused(x, layer.dtype, layer.window, w, whole)
-    return torch.ops.t2t_fast_triton.performer_project(
+    return operators.performer_project(
         x, *found, w, layer.norm1_eps, *layer.window, layer.dtype, columns, fused, whole
     )
 
@@ -83,17 +83,17 @@ def _fake_output(kqv, w, eps, lz, state, seed, options, parameters):
 
 
 def _output(kqv, w, eps, lz, state, parameters, options, seed):
-    return torch.ops.t2t_fast_triton.performer_output(kqv, w, eps, lz, state, seed, list(options), list(parameters))
+    return operators.performer_output(kqv, w, eps, lz, state, seed, list(options), list(parameters))
 
 
 def _recompute_attention(kqv, w, eps, lz, state):
     _, q, v = kqv.chunk(3, dim=-1)
 
     def attention_backward(d_y, d_skip, need_w):
-        d_kqv, d_w = torch.ops.t2t_fast_triton.performer_kqv_backward(d_y, kqv, w, eps, lz, state, d_skip, need_w)
+        d_kqv, d_w = operators.performer_kqv_backward(d_y, kqv, w, eps, lz, state, d_skip, need_w)
         return d_kqv, d_w.to(w.dtype) if need_w else None
 
-    return torch.ops.t2t_fast_triton.performer_read_out(q, w, eps, lz, state), v, attention_backward
+    return operators.performer_read_out(q, w, eps, lz, state), v, attention_backward
 
 
 forward, run, run_backward = compose(split, _project, _output, _recompute_attention, mlp.run_backward)

@@ -65,7 +65,7 @@ def _fake_image_gradient(grad, x, *rest):
 
 def _run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep):
     found, columns = operands(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep)
-    return torch.ops.t2t_fast_triton.soft_split_linear(x, *found, weight.shape[0], norm_eps, *window, dtype, columns)
+    return runtime.operators.soft_split_linear(x, *found, weight.shape[0], norm_eps, *window, dtype, columns)
 
 
 def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
@@ -81,7 +81,7 @@ def infer(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixe
 def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels=()):
     """Gradients of the image and every parameter (:func:`autograd.differentiable`)."""
     need_x, need_weight, _, need_gamma, _ = needed
-    norm, operators = norm_eps is not None, torch.ops.t2t_fast_triton
+    norm, operators = norm_eps is not None, runtime.operators
     channels = runtime.fixed(x.shape[1])
     d_x = products = None
     if need_weight or need_gamma:

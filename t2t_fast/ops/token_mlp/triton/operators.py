@@ -6,7 +6,7 @@ length that the kernels write are the results. Triton is imported at the first l
 
 import torch
 
-from ..._common.triton_runtime import fake, operator
+from ..._common.triton_runtime import fake, operator, operators
 from ..autograd import MlpParameters, differentiable
 
 _ORDER = (
@@ -58,12 +58,12 @@ def _fake_backward(grad, y, v, seed, options, mlp, need_parameters):
 
 def run(y, v, mlp, options, seed):
     """Forward without autograd."""
-    return torch.ops.t2t_fast_triton.token_mlp(y, v, seed, list(options), list(mlp))
+    return operators.token_mlp(y, v, seed, list(options), list(mlp))
 
 
 def run_backward(grad, y, v, mlp, options, seed, needed):
     """All gradients, those of y and v in y's dtype."""
-    d_y, d_v, flat = torch.ops.t2t_fast_triton.token_mlp_backward(
+    d_y, d_v, flat = operators.token_mlp_backward(
         grad, y, v, seed, list(options), list(mlp), any(needed)
     )
     if not any(needed):
