@@ -11,6 +11,7 @@ transformation follows the call, nothing is recalled.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -123,10 +124,8 @@ def first(
         calls = _calls.setdefault(module, {})
         if len(calls) >= _MOST:
             calls.clear()
-        try:
+        with suppress(TypeError):  # an option that is not hashable
             calls[key] = Call(function.operator, tuple(constants), function.places, seed)
-        except TypeError:
-            pass
     return function.operator(*arguments)
 
 

@@ -32,15 +32,7 @@ class Image(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """The parameters of a forward kernel: LayerNorm is folded in, and columns are in the layout's order.
-
-    Attributes:
-        weight: (columns, outputs) in the operands' dtype; outputs are padded to a multiple of NARROW (layout.py).
-        used: (columns) in float32, 1 for each column that is one of a window's K values, else 0; ``None`` if all
-            columns are, or if the others are 0 anyway.
-        row_sums: ``Wg 1`` of docs/math.md, section 1, (outputs) in float32; ``None`` without LayerNorm.
-        offset: ``b'`` there, likewise; without LayerNorm the bias.
-    """
+    """The parameters of a forward kernel (``layout.Operands``)."""
 
     weight: torch.Tensor
     used: torch.Tensor | None
@@ -53,7 +45,7 @@ class Call:
 
     Args:
         x: (B, C, H, W), any strides; dtype: of the operands of products; window, outputs: those of the call.
-        pixels: :func:`operands.pixel_columns`.
+        pixels: scale and shift of every column (``layout.Operands``), or ``None``.
     """
 
     def __init__(self, x, dtype, window, outputs, pixels=None):
