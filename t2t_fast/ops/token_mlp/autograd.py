@@ -61,14 +61,12 @@ def differentiable(run, run_backward):
     class TokenMlp(torch.autograd.Function):
         """Gradients for y, v and every parameter."""
 
+        # not setup_context, for which PyTorch inspects the signature in every call
         @staticmethod
-        def forward(y, v, seed, options, *mlp):
-            return run(y, v, MlpParameters(*mlp), options, seed)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            y, v, seed, ctx.options, *mlp = inputs
+        def forward(ctx, y, v, seed, options, *mlp):
+            ctx.options = options
             ctx.save_for_backward(y, v, seed, *mlp)
+            return run(y, v, MlpParameters(*mlp), options, seed)
 
         @staticmethod
         @first_order
