@@ -32,9 +32,9 @@ TOKENS_TYPES = ("performer", "transformer", "convolution")
 def window_of(split: nn.Module) -> Window | None:
     """The :class:`Window` that the attributes of an ``nn.Unfold`` or a convolution describe; ``None`` if dilated."""
     numbers: list[Any] = [getattr(split, name, None) for name in ("kernel_size", "stride", "padding")]
-    if any(n is None for n in numbers) or getattr(split, "dilation", 1) not in (1, (1, 1)):
+    if None in numbers or getattr(split, "dilation", 1) not in (1, (1, 1)):
         return None
-    return Window(*((n, n) if isinstance(n, int) else tuple(n) for n in numbers))
+    return Window(*[(n, n) if isinstance(n, int) else tuple(n) for n in numbers])
 
 
 def windows_of(splits: Sequence[nn.Module]) -> list[Window]:
@@ -71,9 +71,10 @@ def stages_obstacle(module: nn.Module, *layers: str) -> str | None:
     return None
 
 
-def _grid_of(split: nn.Module, tokens: torch.Tensor, height: int, width: int) -> tuple[int, int]:
+def _grid_of(
+    split: nn.Module, window: Window | None, tokens: torch.Tensor, height: int, width: int
+) -> tuple[int, int]:
     """The grid of a soft split's tokens (B, L, C): from its window; without one, a square grid as upstream."""
-    window = window_of(split)
     if window is not None:
         return window.grid(height, width)
     side = isqrt(tokens.shape[1])
@@ -128,7 +129,7 @@ def walk(
         else:
             norm = pixel_norm if x.dtype == torch.uint8 else None
             tokens = layer(x, window=window, pixel_norm=norm)
-        stages.append((tokens, _grid_of(split, tokens, *x.shape[2:])))
+        stages.append((tokens, _grid_of(split, window, tokens, *x.shape[2:])))
     return stages
 
 

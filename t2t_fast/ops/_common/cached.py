@@ -15,8 +15,7 @@ _SIZE = 256
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A tensor's storage and layout, unique as long as a weak reference to the storage is held."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:

@@ -76,17 +76,13 @@ def define(
         if direct(args):
             *values, backend = args
             call, device = backends.implementation(name, backend).call, values[0].device.type
-            mixed = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-            before, checked.done = checked.done, True
+            if not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
+                return _trusting(True, call, *values)
+            torch.set_autocast_enabled(device, False)  # torch.autocast takes ten times as long
             try:
-                if not mixed:
-                    return call(*values)
-                torch.set_autocast_enabled(device, False)  # torch.autocast takes ten times as long
-                return autocast(call, torch.get_autocast_dtype(device), *values)
+                return _trusting(True, autocast, call, torch.get_autocast_dtype(device), *values)
             finally:
-                checked.done = before
-                if mixed:
-                    torch.set_autocast_enabled(device, True)
+                torch.set_autocast_enabled(device, True)
         if transforms.active() is None:
             return operator(*args)
         # Transformations have no rule for the operator itself, and a trace would record it as one opaque node.
@@ -135,13 +131,29 @@ def _plain(values: Sequence[Any]) -> bool:
     return True
 
 
-class _Checked(threading.local):
-    """``done``: whether this thread is in a call that :func:`direct` allowed, with tensors made from its own."""
+class _Trust(threading.local):
+    """``given``: whether this thread is in a call that :func:`direct` allowed, whose tensors it made itself or knows."""
 
-    done = False
+    given = False
 
 
-checked = _Checked()
+trust = _Trust()
+
+
+def _trusting(given: bool, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """``call(*args, **named)``, in which :data:`trust` is ``given`` or not."""
+    before, trust.given = trust.given, given
+    try:
+        return call(*args, **named)
+    finally:
+        trust.given = before
+
+
+def directly(tensors: Sequence[torch.Tensor | None], call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """``call(*args, **named)`` of a backward pass with these tensors, which are checked once for all its operators."""
+    if torch.compiler.is_compiling():
+        return call(*args, **named)
+    return _trusting(direct(tensors), call, *args, **named)
 
 
 def opaque_obstacle(request: backends.Request, dtypes: Sequence[torch.dtype], kind: str) -> str | None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import config
 from ...backends import Request
 from ...errors import LaunchTableError
-from .library import AUTOCAST_DEVICES, accumulation_dtype, checked, direct, opaque_obstacle
+from .library import AUTOCAST_DEVICES, accumulation_dtype, direct, opaque_obstacle, trust
 
 INTERPRETED = config.triton_interpreted()
 """Whether kernels run on the CPU; Triton decides this when they are defined, so it is constant."""
@@ -93,7 +93,7 @@ def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or not (checked.done or direct(arguments)):
+            if torch.compiler.is_compiling() or not (trust.given or direct(arguments)):
                 return registered(*arguments)
             if INTERPRETED or arguments[0].get_device() == torch.cuda.current_device():
                 return function(*arguments)
@@ -186,6 +186,8 @@ def trial(
             return "PyTorch finds no CUDA device"
         index = torch.cuda.current_device()
     key = (name, index, dtype, dtype == torch.float32 and allows_tf32(), *call)
+    if key in _trials:
+        return _trials[key]
     with _trying:  # threads of DataParallel call this concurrently
         if key in _trials:
             return _trials[key]

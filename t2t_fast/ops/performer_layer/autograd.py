@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._common.library import first_order, wants_gradient
+from .._common.library import directly, first_order, wants_gradient
 from .._common.spec import Window
 from ..token_mlp.autograd import MlpParameters, Options, unpack
 
@@ -101,7 +101,8 @@ def compose(split, project, output, recompute_attention, run_mlp_backward):
         def backward(ctx, grad):
             saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
             kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-            return None, None, *run_backward(grad, kept, ctx.layer, *tensors, needed=needed)
+            gradients = directly((grad, *saved), run_backward, grad, kept, ctx.layer, *tensors, needed=needed)
+            return None, None, *gradients
 
     def forward(
         x,

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._common.library import accumulation_dtype, first_order, wants_gradient
+from .._common.library import accumulation_dtype, directly, first_order, wants_gradient
 from .._common.spec import Window
 
 
@@ -34,10 +34,9 @@ def differentiable(run, run_backward, infer=None):
         @staticmethod
         @first_order
         def backward(ctx, grad):
-            *tensors, y, mean, rstd = ctx.saved_tensors
-            needed = ctx.needs_input_grad[:5]
-            constants = ctx.norm_eps, ctx.window
-            gradients = run_backward(grad, *tensors, *constants, y, mean, rstd, needed, ctx.pixels)
+            saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:5]
+            arguments = grad, *saved[:5], ctx.norm_eps, ctx.window, *saved[5:], needed, ctx.pixels
+            gradients = directly((grad, *saved), run_backward, *arguments)
             return *gradients, None, None, None, None
 
     def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._common.library import first_order, wants_gradient
+from .._common.library import directly, first_order, wants_gradient
 
 
 class MlpParameters(NamedTuple):
@@ -71,9 +71,10 @@ def differentiable(run, run_backward):
         @staticmethod
         @first_order
         def backward(ctx, grad):
-            y, v, seed, *mlp = ctx.saved_tensors
-            needed = ctx.needs_input_grad[4:]
-            d_y, d_v, gradients = run_backward(grad, y, v, MlpParameters(*mlp), ctx.options, seed, needed)
+            saved, needed = ctx.saved_tensors, ctx.needs_input_grad[4:]
+            y, v, seed, *mlp = saved
+            arguments = grad, y, v, MlpParameters(*mlp), ctx.options, seed, needed
+            d_y, d_v, gradients = directly((grad, *saved), run_backward, *arguments)
             return d_y, d_v.to(v.dtype), None, None, *gradients
 
     def forward(y, v, *arguments):

@@ -30,7 +30,7 @@ def _fake_read_out(q, w, eps, lz, state):
 def _forward(q, k, v, w, eps, key_mask):
     from .forward import launch_key_state, launch_read_out
 
-    lz, state = launch_key_state(Call(q, w), k, v, key_mask)
+    lz, state = launch_key_state(Call(q.shape, w, q.dtype), k, v, key_mask)
     return launch_read_out(q, w, eps, lz, state), lz, state
 
 

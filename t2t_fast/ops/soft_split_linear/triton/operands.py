@@ -19,7 +19,11 @@ def packed(*parameters, channels, window, dtype, pixels):
     """The parameters (four tensors and ``norm_eps``) for a forward kernel, a :class:`Folded`; and scale and shift of
     every column for an image of bytes (``ops/pixels.py``), ``None`` for values.
     """
-    found = _operands(*parameters, channels, window, dtype, pixels, False)
+    return folded_of(_operands(*parameters, channels, window, dtype, pixels, False))
+
+
+def folded_of(found):
+    """:class:`layout.Operands` as :func:`packed` returns them."""
     columns = None if found.scale is None else [found.scale, found.shift]
     return Folded(found.weight, found.used, found.row_sums, found.offset), columns
 
