@@ -169,6 +169,14 @@ def rate(child: Any) -> float:
     return child.p if child.training and type(child) is not nn.Identity else 0.0
 
 
+def weights(child: Any) -> tuple[Any, Any]:
+    """``child.weight, child.bias`` of a Linear or LayerNorm that passed its check."""
+    own = child._parameters
+    if "weight" in own and "bias" in own:  # faster than the attributes
+        return own["weight"], own["bias"]
+    return child.weight, child.bias
+
+
 _FAKES = ("torch._subclasses.fake_tensor.FakeTensor", "torch._subclasses.functional_tensor.FunctionalTensor")
 
 

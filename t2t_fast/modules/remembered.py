@@ -1,8 +1,8 @@
 """Calls whose arguments were checked before: a module skips the checks of its fused functions if nothing has changed.
 
 The checks of a call, the gate's view of its parameters, and the choice of the backend take longer than anything else
-that a call does in Python. They depend on the properties of the tensors (:func:`_form`), on the other arguments, and on
-a few global states (:func:`_state`). A module remembers a call by all of these, read anew at every call: a call
+that a call does in Python. They depend on the properties of the tensors, on the other arguments, and on a few global
+states (:func:`_key`). A module remembers a call by all of these, read anew at every call: a call
 with other properties is checked like the first one. Nothing else is remembered. In particular not the children, which
 :func:`fusion.children` looks at in every call, nor any tensor, so that a remembered call cannot become stale.
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import backends
 from ..ops._common import transforms
-from ..ops._common.library import AUTOCAST_DEVICES
+from ..ops._common.library import AUTOCAST_DEVICES, PLAIN, undisturbed
 from ..ops._common.philox import fresh_seed
 from ..ops._common.spec import Window
 from ..ops._common.triton_runtime import allows_tf32
@@ -28,13 +28,12 @@ from ..ops._common.triton_runtime import allows_tf32
 _MOST = 64
 """Calls that a module remembers; beyond it, it forgets all."""
 
-_PLAIN = frozenset((torch.Tensor, nn.Parameter, type(None)))
 _CONSTANT = frozenset((int, float, bool, str, type(None), Window))
 _SEQUENCES = (tuple, list)
 
 
 class Call(NamedTuple):
-    """A checked call of an operator: its arguments, with ``None`` in the ``places`` of tensors."""
+    """A checked call of an operator (``library.define``'s ``straight``), with ``None`` in the ``places`` of tensors."""
 
     operator: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -54,35 +53,27 @@ class Call(NamedTuple):
 _calls: WeakKeyDictionary[nn.Module, dict[Any, Call]] = WeakKeyDictionary()
 
 
-def _form(tensor: torch.Tensor | None) -> Any:
-    """All that checks and choices may depend on, except what autograd records; strides are for the launches."""
-    return tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+def _key(function: Any, tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
+    """All on which the checks and choices of a call depend; ``None``: it must be checked.
 
-
-def _state(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> Any:
-    """The states besides the arguments on which checks and choices depend; ``None``: the call must be checked."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or transforms.active() is not None
-        or transforms.is_exporting()
-    ):
-        return None
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind) else None
-    gradient = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-    return autocast, gradient, autocast is None and allows_tf32(), backends.selection()
-
-
-def _key(function: Any, tensors: Sequence[Any], options: Sequence[Any]) -> Any:
-    """All on which the checks of a call depend, hashable; ``None``: it must be checked."""
-    if not _PLAIN.issuperset(map(type, tensors)) or tensors[0] is None or tensors[0].is_nested:
-        return None
+    Not the strides: only launches depend on them.
+    """
     kinds = tuple(map(type, options))
-    if not _CONSTANT.issuperset(kinds):
+    if not (undisturbed() and _CONSTANT.issuperset(kinds)) or transforms.is_exporting():
         return None
-    state = _state(tensors[0], tensors)
-    return None if state is None else (function, state, kinds, options, *map(_form, tensors))
+    gradient, recording = False, torch.is_grad_enabled()
+    key = [function, kinds, options, backends.selection()]
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+            continue
+        if type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested:
+            return None
+        key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        gradient = gradient or (recording and tensor.requires_grad)
+    device = tensors[0].device.type
+    mixed = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+    return (*key, gradient, torch.get_autocast_dtype(device) if mixed else allows_tf32())
 
 
 def recall(module: nn.Module, function: Any, tensors: Sequence[Any], options: tuple[Any, ...]) -> Call | None:
@@ -125,7 +116,7 @@ def first(
         if len(calls) >= _MOST:
             calls.clear()
         with suppress(TypeError):  # an option that is not hashable
-            calls[key] = Call(function.operator, tuple(constants), function.places, seed)
+            calls[key] = Call(function.operator.straight, tuple(constants), function.places, seed)
     return function.operator(*arguments)
 
 

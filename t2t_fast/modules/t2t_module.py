@@ -53,8 +53,10 @@ def stage_obstacle(
     if fusion.watched():
         return "a hook is registered for all modules"
     why = fusion.difference(split, Unfold if isinstance(split, Unfold) else nn.Unfold)
-    if why is not None or window_of(split) is None:
-        return f"{names[0]} {why or 'is dilated'}"
+    if why is None and window_of(split) is None:
+        why = "is dilated"
+    if why is not None:
+        return f"{names[0]} {why}"
     kinds = [kind for kind in (TokenPerformer, TokenTransformer) if isinstance(layer, kind)]
     why = fusion.difference(layer, kinds[0]) if kinds else fusion.linear(layer) or fusion.unreadable(layer)
     return None if why is None else f"{names[1]} {why}"

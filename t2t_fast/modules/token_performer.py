@@ -133,12 +133,11 @@ class TokenPerformer(nn.Module):
 
     def _call(self, parts: dict[str, Any], x: torch.Tensor, window: Window | None, pixel_norm: PixelNorm | None) -> Any:
         """The tensors of a call, in the operator's order, and the other values on which it depends."""
-        norm1, kqv, proj, norm2 = parts["norm1"], parts["kqv"], parts["proj"], parts["norm2"]
-        fc1, fc2 = parts["mlp.0"], parts["mlp.2"]
-        weights = (kqv.weight, kqv.bias, norm1.weight, norm1.bias, self.w, proj.weight, proj.bias)
-        tensors = (x, *weights, norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        names = ("kqv", "norm1", "proj", "norm2", "mlp.0", "mlp.2")
+        kqv, norm1, proj, norm2, fc1, fc2 = [fusion.weights(parts[name]) for name in names]
+        tensors = (x, *kqv, *norm1, self.w, *proj, *norm2, *fc1, *fc2)
         rates = fusion.rate(parts["dp"]), fusion.rate(parts["mlp.3"])
-        numbers = (norm1.eps, self.epsilon, norm2.eps, *rates, self.recompute)
+        numbers = (parts["norm1"].eps, self.epsilon, parts["norm2"].eps, *rates, self.recompute)
         return tensors, (window, *numbers, *remembered.constants_of(pixel_norm))
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:

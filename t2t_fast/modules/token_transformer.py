@@ -172,11 +172,10 @@ class TokenTransformer(nn.Module):
         end: Any = token_mlp
         call = None
         if parts is not None:
-            norm1, qkv, proj, norm2 = parts["norm1"], parts["attn.qkv"], parts["attn.proj"], parts["norm2"]
-            fc1, fc2 = parts[f"{self.mlp_name}.fc1"], parts[f"{self.mlp_name}.fc2"]
-            mlp_weights = (proj.weight, proj.bias, norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            weights = (qkv.weight, qkv.bias, norm1.weight, norm1.bias, *mlp_weights)
-            options = (window, norm1.eps, *remembered.constants_of(pixel_norm))
+            names = ("attn.proj", "norm2", f"{self.mlp_name}.fc1", f"{self.mlp_name}.fc2")
+            mlp_weights = [tensor for name in names for tensor in fusion.weights(parts[name])]
+            weights = (*fusion.weights(parts["attn.qkv"]), *fusion.weights(parts["norm1"]), *mlp_weights)
+            options = (window, parts["norm1"].eps, *remembered.constants_of(pixel_norm))
             call = remembered.recall(self, soft_split_linear, (x, *weights), options)
             split = partial(remembered.first, self, soft_split_linear, (x, *weights), options)
         if call is not None:
@@ -201,7 +200,7 @@ class TokenTransformer(nn.Module):
         y, v = self.attn.mix(tokens)
         rate = self._projection_dropout()
         if parts is not None:
-            tensors, options = (y, v, *mlp_weights), (norm2.eps, rate)
+            tensors, options = (y, v, *mlp_weights), (parts["norm2"].eps, rate)
             call = remembered.recall(self, token_mlp, tensors, options)
             if call is not None:
                 return call(*tensors)

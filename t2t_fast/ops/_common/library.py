@@ -45,7 +45,7 @@ def define(
             ``call(*args)`` runs the operator.
 
     Returns:
-        the operator as a function.
+        the operator as a function; its attribute ``straight`` is a function for arguments that :func:`direct` allows.
     """
     backends.register(name, implementations, absent)
     _library.define(f"{name}({signature}, str backend) -> Tensor")
@@ -71,18 +71,21 @@ def define(
     for device in ("cpu", "cuda"):
         _library.impl(name, partial(under_autocast, device, operator), f"Autocast{device.upper()}")
 
+    def straight(*args: Any) -> Any:
+        *values, backend = args
+        call, device = backends.implementation(name, backend).call, values[0].device.type
+        if not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
+            return _trusting(True, call, *values)
+        torch.set_autocast_enabled(device, False)  # torch.autocast takes ten times as long
+        try:
+            return _trusting(True, autocast, call, torch.get_autocast_dtype(device), *values)
+        finally:
+            torch.set_autocast_enabled(device, True)
+
     @wraps(operator)
     def run(*args: Any) -> Any:
         if direct(args):
-            *values, backend = args
-            call, device = backends.implementation(name, backend).call, values[0].device.type
-            if not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
-                return _trusting(True, call, *values)
-            torch.set_autocast_enabled(device, False)  # torch.autocast takes ten times as long
-            try:
-                return _trusting(True, autocast, call, torch.get_autocast_dtype(device), *values)
-            finally:
-                torch.set_autocast_enabled(device, True)
+            return straight(*args)
         if transforms.active() is None:
             return operator(*args)
         # Transformations have no rule for the operator itself, and a trace would record it as one opaque node.
@@ -92,29 +95,32 @@ def define(
         with torch.no_grad() if torch.onnx.is_in_onnx_export() else nullcontext():
             return under_autocast(device, composite, *args) if autocasts else composite(*args)
 
+    setattr(run, "straight", straight)  # noqa: B010 - functions have no such attribute for mypy
     return run
 
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _CONSTANT = frozenset((int, float, bool, str, type(None), torch.dtype, Window))
 
 
-def direct(arguments: Sequence[Any]) -> bool:
-    """Whether a Python kernel may be called with these arguments instead of its operator, with the same result.
-
-    PyTorch's dispatcher takes about 10 microseconds for such a call. It is needed if anything but the kernel's own code
-    depends on the call: a compiler, a trace, a mode, a transformation, the profiler, or a tensor whose memory is not
-    its value.
-    """
-    if torch.compiler.is_compiling() or (
+def undisturbed() -> bool:
+    """Whether nothing but the kernels' own code depends on a call: no compiler, trace, mode, transformation, profiler."""
+    return not torch.compiler.is_compiling() and not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
         or transforms.active() is not None
-    ):
-        return False
-    return _plain(arguments)
+    )
+
+
+def direct(arguments: Sequence[Any]) -> bool:
+    """Whether a Python kernel may be called with these arguments instead of its operator, with the same result.
+
+    PyTorch's dispatcher takes about 10 microseconds for such a call. It is needed if something else follows the call
+    (:func:`undisturbed`), and for tensors whose memory is not their value.
+    """
+    return undisturbed() and _plain(arguments)
 
 
 def _plain(values: Sequence[Any]) -> bool:
@@ -123,7 +129,7 @@ def _plain(values: Sequence[Any]) -> bool:
         kind = type(value)
         if kind in _CONSTANT:
             continue
-        if kind in _PLAIN:
+        if kind in PLAIN:
             if value.is_neg() or value._is_zerotensor():
                 return False
         elif isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and not _plain(value)):
