@@ -75,7 +75,7 @@ def differentiable(run, run_backward):
             y, v, seed, *mlp = saved
             arguments = grad, y, v, MlpParameters(*mlp), ctx.options, seed, needed
             d_y, d_v, gradients = directly((grad, *saved), run_backward, *arguments)
-            return d_y, d_v.to(v.dtype), None, None, *gradients
+            return d_y, d_v if d_v.dtype == v.dtype else d_v.to(v.dtype), None, None, *gradients
 
     def forward(y, v, *arguments):
         mlp, options, seed = unpack(*arguments)
