@@ -59,7 +59,9 @@ def _key(function: Any, tensors: Sequence[Any], options: tuple[Any, ...]) -> Any
     Not the strides: only launches depend on them.
     """
     kinds = tuple(map(type, options))
-    if not (undisturbed() and _CONSTANT.issuperset(kinds)) or transforms.is_exporting():
+    if type(tensors[0]) not in PLAIN or not _CONSTANT.issuperset(kinds):
+        return None
+    if not undisturbed() or transforms.is_exporting():
         return None
     gradient, recording = False, torch.is_grad_enabled()
     key = [function, kinds, options, backends.selection()]
