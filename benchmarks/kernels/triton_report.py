@@ -19,8 +19,7 @@ from t2t_fast.ops._common.pixels import normalisation
 from t2t_fast.ops._common.spec import T2T_WINDOWS, square
 from t2t_fast.ops.performer_attention.triton import operators as attention
 from t2t_fast.ops.soft_split_linear.triton import operators as split
-from t2t_fast.ops.soft_split_linear.triton.layout import layout
-from t2t_fast.ops.soft_split_linear.triton.layout import operand_shapes
+from t2t_fast.ops.soft_split_linear.triton.layout import layout, operand_shapes
 from t2t_fast.ops.soft_split_linear.triton.operands import folded_of
 from t2t_fast.ops.token_mlp.autograd import MlpParameters, Options
 from t2t_fast.ops.token_mlp.triton import operators as token_mlp
@@ -123,7 +122,8 @@ def _folded(weight, bias, gamma, beta, channels, window, dtype, pixels):
     """The operands of a forward kernel, and the columns of an image of bytes."""
     norm = gamma is not None
     shapes = operand_shapes(*weight.shape, norm, channels, window, bool(pixels), False)
-    return folded_of(shapes.filled(split._fold(weight, bias, gamma, beta, norm, channels, *window, dtype, pixels, False)))
+    found = split._fold(weight, bias, gamma, beta, norm, channels, *window, dtype, pixels, False)
+    return folded_of(shapes.filled(found))
 
 
 def _performer_attention(case):

@@ -95,9 +95,9 @@ def calls_of(run):
 
 
 def measure(names=None, seconds=1.0):
-    """A row of :data:`HEADS` for each subject and pass: the first decile of the times of ``seconds`` of calls, in turns.
+    """A row of :data:`HEADS` for each subject and pass: the first decile of the times of calls, for ``seconds``.
 
-    Other processes on the machine only add to a time.
+    Not the median, since other processes on the machine only add to a time.
     """
     import torch
 

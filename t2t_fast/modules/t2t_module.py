@@ -73,9 +73,7 @@ def stages_obstacle(module: nn.Module, *layers: str) -> str | None:
     return None
 
 
-def _grid_of(
-    split: nn.Module, window: Window | None, tokens: torch.Tensor, height: int, width: int
-) -> tuple[int, int]:
+def _grid_of(split: nn.Module, window: Window | None, tokens: torch.Tensor, height: int, width: int) -> tuple[int, int]:
     """The grid of a soft split's tokens (B, L, C): from its window; without one, a square grid as upstream."""
     if window is not None:
         return window.grid(height, width)

@@ -90,7 +90,7 @@ def test_a_weight_without_norm(name):
 @pytest.mark.parametrize("norm_eps", [1e-5, None])
 @pytest.mark.parametrize("name", ["tokens", "gathered"])
 def test_fold_for_the_gradient_of_the_image(name, norm_eps):
-    channels, window, (weight, bias, gamma, beta) = parameters(name)
+    channels, window, (weight, bias, gamma, _) = parameters(name)
     norm = (gamma, None) if norm_eps else (None, None)
     found, offset = packed_taps(weight, bias, *norm, norm_eps, channels, window, torch.float32)
     expected = fold_norm(weight, bias, *norm, torch.float32)[0] if norm_eps else weight

@@ -57,7 +57,7 @@ def define(
                 raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} does not support {transform}")
             if torch._C._len_torch_dispatch_stack():
                 flops.teach()
-        return backends.implementation(name, backend).call(*values)
+        return _trusting(False, backends.implementation(name, backend).call, *values)
 
     _library.impl(name, composite, "CompositeImplicitAutograd")
     operator = getattr(torch.ops.t2t_fast, name).default
@@ -104,7 +104,7 @@ _CONSTANT = frozenset((int, float, bool, str, type(None), torch.dtype, Window))
 
 
 def undisturbed() -> bool:
-    """Whether nothing but the kernels' own code depends on a call: no compiler, trace, mode, transformation, profiler."""
+    """Whether only the kernels' own code depends on a call: no compiler, trace, mode, transformation, profiler."""
     return not torch.compiler.is_compiling() and not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -138,7 +138,7 @@ def _plain(values: Sequence[Any]) -> bool:
 
 
 class _Trust(threading.local):
-    """``given``: whether this thread is in a call that :func:`direct` allowed, whose tensors it made itself or knows."""
+    """``given``: whether this thread is in a call that :func:`direct` allowed, with its tensors or those it made."""
 
     given = False
 

@@ -77,9 +77,7 @@ class PerformerAttention(torch.autograd.Function):
     def backward(ctx, grad, _lz, _state):
         q, k, v, w, key_mask, lz, state = ctx.saved_tensors
         need_w = ctx.needs_input_grad[3]
-        *found, d_w = operators.performer_attention_backward(
-            grad, q, k, v, w, ctx.eps, key_mask, lz, state, need_w
-        )
+        *found, d_w = operators.performer_attention_backward(grad, q, k, v, w, ctx.eps, key_mask, lz, state, need_w)
         return *found, d_w.to(w.dtype) if need_w else None, None, None
 
 

@@ -61,9 +61,7 @@ def sizes(shape, window):
     """The :class:`Sizes` of an image of ``shape`` (B, C, H, W)."""
     found, grid = layout(shape[1], window), window.grid(*shape[2:])
     length = grid[0] * grid[1]
-    covered = tuple(
-        min(n, (steps - 1) * s + k - p) for n, steps, k, s, p in zip(shape[2:], grid, *window, strict=True)
-    )
+    covered = tuple(min(n, (steps - 1) * s + k - p) for n, steps, k, s, p in zip(shape[2:], grid, *window, strict=True))
     cells = ()
     if found.cell is not None:
         rows = grid[0] + found.window.kernel[0] - 1

@@ -70,9 +70,7 @@ def _like(values, parameter):
 
 def run_backward(grad, y, v, mlp, options, seed, needed):
     """All gradients, those of y and v in y's dtype."""
-    d_y, d_v, flat = operators.token_mlp_backward(
-        grad, y, v, seed, list(options), list(mlp), any(needed)
-    )
+    d_y, d_v, flat = operators.token_mlp_backward(grad, y, v, seed, list(options), list(mlp), any(needed))
     if not any(needed):
         return d_y, d_v, [None] * len(mlp)
     found = dict(zip(_ORDER, flat.split_with_sizes(lengths(mlp)), strict=True))
