@@ -2,7 +2,8 @@
 
 Writes into the folder ``report.html`` with its pictures, ``rows.csv`` and ``rows.json``, from which the others are made
 and which grows row by row. A run that was stopped keeps what it measured and continues with ``--resume``.
-``--compare A.json B.json`` measures nothing and reports what became slower.
+``--compare A.json B.json`` measures nothing and reports what became slower. ``python -m benchmarks host`` measures the
+time of the package's own Python instead.
 """
 
 import argparse
@@ -122,8 +123,13 @@ def main(argv=None):
         0; 1 if a row failed; 2 for bad usage; 5 if no row was selected; 130 after an interrupt; 128 plus the number of
         a signal that ended the suites. With ``--compare``: 0; 1 if something became slower; 2 for unsuitable files.
     """
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["host"]:
+        from .questions import host
+
+        return host.main(words[1:])
     found = parser()
-    arguments = found.parse_args(argv)
+    arguments = found.parse_args(words)
     if arguments.compare is not None:
         from .report import compare
 

@@ -90,6 +90,11 @@ def _selected(op: str) -> str:
     return _DEFAULT
 
 
+def selection() -> object:
+    """A hashable value that changes with the backends that :func:`backend` selects in this context."""
+    return _open.get()
+
+
 def register(op: str, implementations: Mapping[str, Implementation], absent: Mapping[str, str]) -> None:
     """Set the table of operator ``op``; ``absent`` has the reason for each backend without an implementation."""
     missing = set(ORDER) - set(implementations) - set(absent)

@@ -241,7 +241,7 @@ def check_number(
     if number != number or not all(holds for _, _, holds in bounds):
         expected = " and ".join(f"{word} {bound}" for word, bound, _ in bounds if bound is not None) or "a number"
         raise ValueError(f"{function}: {name} must be {expected}, got {value!r}")
-    return number
+    return float(number) if isinstance(number, int) else number
 
 
 def check_probability(function: str, name: str, value: Any) -> Any:

@@ -19,8 +19,8 @@ from t2t_fast.ops._common.pixels import normalisation
 from t2t_fast.ops._common.spec import T2T_WINDOWS, square
 from t2t_fast.ops.performer_attention.triton import operators as attention
 from t2t_fast.ops.soft_split_linear.triton import operators as split
-from t2t_fast.ops.soft_split_linear.triton.layout import layout
-from t2t_fast.ops.soft_split_linear.triton.operands import operands, packed, packed_taps, pixel_columns
+from t2t_fast.ops.soft_split_linear.triton.layout import layout, operand_shapes
+from t2t_fast.ops.soft_split_linear.triton.operands import folded_of
 from t2t_fast.ops.token_mlp.autograd import MlpParameters, Options
 from t2t_fast.ops.token_mlp.triton import operators as token_mlp
 
@@ -118,6 +118,14 @@ def _image(channels, dtype):
     return torch.empty(BATCH, channels, side, side, dtype=dtype, memory_format=form)
 
 
+def _folded(weight, bias, gamma, beta, channels, window, dtype, pixels):
+    """The operands of a forward kernel, and the columns of an image of bytes."""
+    norm = gamma is not None
+    shapes = operand_shapes(*weight.shape, norm, channels, window, bool(pixels), False)
+    found = split._fold(weight, bias, gamma, beta, norm, channels, *window, dtype, pixels, False)
+    return folded_of(shapes.filled(found))
+
+
 def _performer_attention(case):
     """Forward and backward; with a third size (:data:`FULL`) also a key mask, d_w, and a gradient to add to d_v."""
     from t2t_fast.ops.performer_attention.triton.backward import launch_backward
@@ -136,17 +144,19 @@ def _soft_split_linear(case):
     x = _image(channels, torch.uint8 if as_bytes else dtype)
     columns = channels * window.taps
     weight, bias, gamma, beta = map(torch.empty, ((outputs, columns), outputs, columns, columns))
-    parameters = (weight, bias, gamma, beta, 1e-5) if normed else (weight, bias, None, None, None)
+    if not normed:
+        gamma = beta = None
     pixels = normalisation([0.5] * channels, [0.25] * channels) if as_bytes else ()
-    pixels = pixel_columns(pixels, weight, channels, window)
     h, w = window.grid(*x.shape[2:])
     grad = torch.empty(BATCH, h * w, outputs, dtype=dtype)
-    weights = packed(*parameters, channels, window, dtype)
-    y, mean, rstd = split._forward(x, *weights, outputs, parameters[-1], *window, dtype, pixels)
-    split._products(x, grad, mean, rstd, bool(normed), *window, pixels)
+    folded, pixels = _folded(weight, bias, gamma, beta, channels, window, dtype, pixels)
+    y, mean, rstd = split._forward(x, *folded, outputs, 1e-5 if normed else None, *window, dtype, pixels)
+    needed = [True, True, bool(normed), bool(normed)]
+    products = x, grad, mean, rstd, bool(normed), *window, pixels
+    split._products(*products, weight, gamma, beta, torch.float32, needed)
     if not as_bytes:
-        taps = packed_taps(*parameters, channels, dtype)
-        split._image_gradient(grad, x, *taps, y, mean, rstd, *window)
+        taps, offset, *_ = split._fold(weight, bias, gamma, beta, bool(normed), channels, *window, dtype, (), True)
+        split._image_gradient(grad, x, taps, offset if normed else None, y, mean, rstd, *window)
 
 
 def _token_mlp(case):
@@ -169,8 +179,8 @@ def _performer_layer(case):
     weight, bias, gamma, beta = map(torch.empty, ((3 * width, columns), 3 * width, columns, columns))
     w, mlp = torch.empty(features, width), MlpParameters(*_mlp(width, hidden))
     drop, seed = 0.1 * dropout, torch.empty((), dtype=torch.int64)
-    folded, _ = operands(x, weight, bias, gamma, beta, 1e-5, window, dtype, (), False)
-    kqv, _, _, lz, state = launch_split_keys(x, folded, w, 1e-5, window, dtype, None, bool(dropout))
+    folded, _ = _folded(weight, bias, gamma, beta, channels, window, dtype, ())
+    kqv, lz, state, *_ = launch_split_keys(x, folded, w, 1e-5, window, dtype, None, bool(dropout))
     launch_read_out_mlp(kqv, w, 1e-8, lz, state, mlp, Options(1e-5, drop, drop), seed)
 
 

@@ -1,8 +1,9 @@
 """Argument checks and backend selection, shared by the functions."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, Protocol
 
 import torch
 
@@ -24,6 +25,38 @@ from ..ops._common.library import AUTOCAST_DEVICES, wants_gradient
 from ..ops._common.native_library import noticed
 from ..ops._common.pixels import PixelNorm, normalisation, values
 from ..ops._common.spec import Pair, Window
+
+P = ParamSpec("P")
+
+
+class Checked(Protocol[P]):
+    """A function that checks its arguments and calls an operator (:func:`checked`)."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor: ...
+
+
+def checked(
+    operator: Callable[..., Any], places: tuple[int, ...], seed: int | None = None
+) -> Callable[[Callable[P, tuple[Any, ...]]], Checked[P]]:
+    """Decorator for a function that returns the checked arguments of ``operator``: the function that calls it.
+
+    Modules call both steps by themselves (``modules/remembered.py``). For them the function has the attributes
+    ``arguments`` (the decorated function), ``operator``, ``places`` and ``seed``.
+
+    Args:
+        places: the positions of tensors among the operator's arguments; seed: that of the dropouts' seed.
+    """
+
+    def decorate(arguments: Callable[P, tuple[Any, ...]]) -> Checked[P]:
+        @wraps(arguments)
+        def function(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+            return operator(*arguments(*args, **kwargs))
+
+        vars(function).update(arguments=arguments, operator=operator, places=places, seed=seed)
+        return function
+
+    return decorate
+
 
 IMAGES = (*FLOATING, torch.uint8)
 """Dtypes of an image for operators that convert uint8 while reading."""

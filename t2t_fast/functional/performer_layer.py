@@ -1,5 +1,7 @@
 """A whole Performer layer on the soft split of an image."""
 
+from typing import Any
+
 import torch
 
 from .._deprecated import renamed_arguments
@@ -8,7 +10,17 @@ from ..ops._common.library import wants_gradient
 from ..ops._common.pixels import PixelNorm
 from ..ops._common.spec import Pair
 from ..ops.performer_layer.op import performer_layer as _performer_layer
-from .arguments import IMAGES, as_image, check_parameters, check_pixels, check_window, choose, running_dtype, window
+from .arguments import (
+    IMAGES,
+    as_image,
+    check_parameters,
+    check_pixels,
+    check_window,
+    checked,
+    choose,
+    running_dtype,
+    window,
+)
 from .performer_attention import check_features
 from .token_mlp import check_token_mlp, seed_for
 
@@ -26,6 +38,7 @@ def recompute_of(memory: object, function: str = "performer_layer") -> bool:
     norm_bias="norm2_bias",
     norm_eps="norm2_eps",
 )
+@checked(_performer_layer, places=(0, 1, 2, 3, 4, 11, 13, 14, 15, 16, 18, 19, 20, 21), seed=24)
 def performer_layer(
     x: torch.Tensor,
     kqv_weight: torch.Tensor,
@@ -55,7 +68,7 @@ def performer_layer(
     grid: Pair | None = None,
     recompute: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> tuple[Any, ...]:
     """A whole Performer layer on the soft split of ``x``: LayerNorm, ``kqv``, :func:`performer_attention`, token_mlp.
 
     Upstream: ``Token_performer.forward`` of the unfolded, transposed image. As one operator, it saves neither the
@@ -133,7 +146,7 @@ def performer_layer(
         training=wants_gradient(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *mlp.values()),
         index=x.device.index,
     )
-    return _performer_layer(
+    return (
         x,
         kqv_weight,
         kqv_bias,

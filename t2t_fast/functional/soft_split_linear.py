@@ -1,5 +1,7 @@
 """Soft split, LayerNorm and Linear in one operator; and the cache of folded weights of its Triton kernels."""
 
+from typing import Any
+
 import torch
 
 from .._deprecated import deprecated_alias
@@ -9,9 +11,20 @@ from ..ops._common.library import wants_gradient
 from ..ops._common.pixels import PixelNorm
 from ..ops._common.spec import Pair
 from ..ops.soft_split_linear.op import soft_split_linear as _soft_split_linear
-from .arguments import IMAGES, as_image, check_parameters, check_pixels, check_window, choose, running_dtype, window
+from .arguments import (
+    IMAGES,
+    as_image,
+    check_parameters,
+    check_pixels,
+    check_window,
+    checked,
+    choose,
+    running_dtype,
+    window,
+)
 
 
+@checked(_soft_split_linear, places=(0, 1, 2, 3, 4))
 def soft_split_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -26,7 +39,7 @@ def soft_split_linear(
     pixel_norm: PixelNorm | None = None,
     grid: Pair | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> tuple[Any, ...]:
     """Soft split, LayerNorm and Linear in one: ``Linear(LayerNorm(soft_split(x)))`` without the unfolded tokens.
 
     Upstream: ``self.kqv(self.norm1(self.soft_split0(x).transpose(1, 2)))`` of ``Token_performer``, ``self.project`` of
@@ -90,7 +103,7 @@ def soft_split_linear(
         training=wants_gradient(x, weight, bias, norm_weight, norm_bias),
         index=x.device.index,
     )
-    return _soft_split_linear(x, weight, bias, norm_weight, norm_bias, norm_eps, *win, leader.dtype, pixels, chosen)
+    return x, weight, bias, norm_weight, norm_bias, norm_eps, *win, leader.dtype, pixels, chosen
 
 
 def clear_weight_cache() -> None:

@@ -9,9 +9,10 @@ from ..errors import check_count, check_number, check_probability, check_shape, 
 from ..ops._common.library import wants_gradient
 from ..ops._common.philox import fresh_seed
 from ..ops.token_mlp.op import token_mlp as _token_mlp
-from .arguments import choose, running_dtype, same_dtype
+from .arguments import checked, choose, running_dtype, same_dtype
 
 
+@checked(_token_mlp, places=(0, 1, 2, 3, 4, 5, 7, 8, 9, 10), seed=13)
 def token_mlp(
     y: torch.Tensor,
     v: torch.Tensor,
@@ -29,7 +30,7 @@ def token_mlp(
     mlp_drop: float = 0.0,
     seed: torch.Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> tuple[Any, ...]:
     """token_mlp: ``t = v + drop(proj(y))``, then ``t + drop(fc2(gelu(fc1(LayerNorm(t)))))``.
 
     Upstream: ``Token_performer.single_attn``'s last line and ``forward``'s last; ``Token_transformer`` likewise.
@@ -81,7 +82,7 @@ def token_mlp(
         training=wants_gradient(y, v, *mlp.values()),
         index=y.device.index,
     )
-    return _token_mlp(
+    return (
         y,
         v,
         proj_weight,

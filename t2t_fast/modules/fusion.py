@@ -11,6 +11,7 @@ Only properties of classes are cached between calls, so every change takes effec
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,6 @@ from .drop_path import DropPath
 Check: TypeAlias = Callable[[Any], str | None]
 """Function of a child module: why the child cannot be skipped, for a message, or ``None``."""
 
-_OVERRIDES = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
 _BARE = frozenset(nn.Module().__dict__)
 """Names in the ``__dict__`` of a module without any state."""
@@ -66,7 +66,7 @@ def difference(child: Any, kind: type[nn.Module]) -> str | None:
         or state["_backward_pre_hooks"]
     ):
         return "has hooks"
-    if any(name in state for name in _OVERRIDES):
+    if "forward" in state or "__call__" in state or "_call_impl" in state or "_wrapped_call_impl" in state:
         return "overrides forward"
     if state.get("_compiled_call_impl") is not None:
         return "is compiled"
@@ -262,6 +262,14 @@ def rate(child: Any) -> float:
     return child.p if isinstance(child, nn.Dropout) else child.drop_prob or 0.0
 
 
+def weights(child: Any) -> tuple[Any, Any]:
+    """``child.weight, child.bias`` of a Linear or LayerNorm that passed its check."""
+    own = child._parameters
+    if "weight" in own and "bias" in own:  # faster than the attributes
+        return own["weight"], own["bias"]
+    return child.weight, child.bias
+
+
 _FAKES = ("torch._subclasses.fake_tensor.FakeTensor", "torch._subclasses.functional_tensor.FunctionalTensor")
 
 
@@ -304,6 +312,30 @@ def unreadable(module: nn.Module, first: torch.Tensor | None = None, *allowed: t
             if why is not None:
                 return f"{name} {why}"
     return None
+
+
+@cache
+def _place(path: str) -> tuple[str, str]:
+    """The parent's path and the name of a child."""
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+def children(layer: nn.Module, parts: Mapping[str, Check]) -> dict[str, Any] | None:
+    """Path -> child for each of ``parts`` (and "" -> ``layer``) if all pass their checks, else ``None``.
+
+    Unlike :func:`obstacle`, it does not look at parameters: those of a remembered call (``remembered.py``) have the
+    properties of others that passed.
+    """
+    if watched():
+        return None
+    found: dict[str, Any] = {"": layer}
+    for path, check in parts.items():
+        parent, name = _place(path)
+        child = found[path] = found[parent]._modules.get(name)
+        if check(child) is not None:
+            return None
+    return found
 
 
 def obstacle(layer: nn.Module, parts: Mapping[str, Check]) -> str | None:

@@ -1,6 +1,7 @@
 """The tokens-to-token module, with upstream's parameter names, for any image size."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import isqrt, prod
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from ..functional.performer_layer import recompute_of
 from ..ops._common.pixels import PixelNorm
 from ..ops._common.spec import T2T_WINDOWS, Pair, Window, grid_after
 from ..ops._common.windows import as_image
-from . import fusion
+from . import fusion, remembered
 from .options import check_choice, check_options, deprecated_memory
 from .soft_split import Unfold
 from .token_performer import TokenPerformer
@@ -31,9 +32,9 @@ TOKENS_TYPES = ("performer", "transformer", "convolution")
 def window_of(split: nn.Module) -> Window | None:
     """The :class:`Window` that the attributes of an ``nn.Unfold`` or a convolution describe; ``None`` if dilated."""
     numbers: list[Any] = [getattr(split, name, None) for name in ("kernel_size", "stride", "padding")]
-    if any(n is None for n in numbers) or getattr(split, "dilation", 1) not in (1, (1, 1)):
+    if None in numbers or getattr(split, "dilation", 1) not in (1, (1, 1)):
         return None
-    return Window(*((n, n) if isinstance(n, int) else tuple(n) for n in numbers))
+    return Window(*[(n, n) if isinstance(n, int) else tuple(n) for n in numbers])
 
 
 def windows_of(splits: Sequence[nn.Module]) -> list[Window]:
@@ -52,8 +53,10 @@ def stage_obstacle(
     if fusion.watched():
         return "a hook is registered for all modules"
     why = fusion.difference(split, Unfold if isinstance(split, Unfold) else nn.Unfold)
-    if why is not None or window_of(split) is None:
-        return f"{names[0]} {why or 'is dilated'}"
+    if why is None and window_of(split) is None:
+        why = "is dilated"
+    if why is not None:
+        return f"{names[0]} {why}"
     kinds = [kind for kind in (TokenPerformer, TokenTransformer) if isinstance(layer, kind)]
     why = fusion.difference(layer, kinds[0]) if kinds else fusion.linear(layer) or fusion.unreadable(layer)
     return None if why is None else f"{names[1]} {why}"
@@ -70,9 +73,8 @@ def stages_obstacle(module: nn.Module, *layers: str) -> str | None:
     return None
 
 
-def _grid_of(split: nn.Module, tokens: torch.Tensor, height: int, width: int) -> tuple[int, int]:
+def _grid_of(split: nn.Module, window: Window | None, tokens: torch.Tensor, height: int, width: int) -> tuple[int, int]:
     """The grid of a soft split's tokens (B, L, C): from its window; without one, a square grid as upstream."""
-    window = window_of(split)
     if window is not None:
         return window.grid(height, width)
     side = isqrt(tokens.shape[1])
@@ -82,6 +84,18 @@ def _grid_of(split: nn.Module, tokens: torch.Tensor, height: int, width: int) ->
             f"give a square number of tokens, got {tokens.shape[1]}"
         )
     return side, side
+
+
+def _projected(x: torch.Tensor, project: nn.Linear, window: Window) -> torch.Tensor:
+    """The last stage: soft split and Linear."""
+    run: Any = soft_split_linear
+    if not torch.compiler.is_compiling():
+        tensors = x, project.weight, project.bias, None, None
+        call = remembered.recall(project, soft_split_linear, tensors, (window,))
+        if call is not None:
+            return call(*tensors)
+        run = partial(remembered.first, project, soft_split_linear, tensors, (window,))
+    return run(x, project.weight, project.bias, *window)
 
 
 def walk(
@@ -111,11 +125,11 @@ def walk(
         if stage_obstacle(split, layer) is not None:
             tokens = layer(split(image_values(x, pixel_norm, fusion.values_dtype(layer))).transpose(1, 2))
         elif isinstance(layer, nn.Linear):
-            tokens = soft_split_linear(x, layer.weight, layer.bias, *window)
+            tokens = _projected(x, layer, window)
         else:
             norm = pixel_norm if x.dtype == torch.uint8 else None
             tokens = layer(x, window=window, pixel_norm=norm)
-        stages.append((tokens, _grid_of(split, tokens, *x.shape[2:])))
+        stages.append((tokens, _grid_of(split, window, tokens, *x.shape[2:])))
     return stages
 
 

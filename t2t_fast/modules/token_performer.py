@@ -1,6 +1,7 @@
 """The Performer layer of the T2T module, with upstream's parameter names."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from ..functional import image_values, performer_attention, performer_layer, sof
 from ..functional.arguments import IMAGES
 from ..ops._common.pixels import PixelNorm
 from ..ops._common.spec import Window, square
-from . import fusion
+from ..ops._common.windows import as_image
+from . import fusion, remembered
 from .options import check_options, deprecated_memory
 
 _SINGLE = square(1, 1, 0)
@@ -90,13 +92,20 @@ class TokenPerformer(nn.Module):
         Returns:
             (B, T, in_dim * head_cnt), T = h*w with ``window``.
         """
+        run: Any = performer_layer
+        if not torch.compiler.is_compiling() and (parts := fusion.children(self, _PARTS)) is not None:
+            tensors, options = self._call(parts, x, window, pixel_norm)
+            call = remembered.recall(self, performer_layer, tensors, options)
+            if call is not None:
+                return call(as_image(x, (1, x.shape[1])) if window is None else x, *tensors[1:])
+            run = partial(remembered.first, self, performer_layer, tensors, options)
         check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
         if self.obstacle() is not None:
             if window is not None:
                 x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
             return self._unfused(x)
         mlp: Any = self.mlp
-        return performer_layer(
+        return run(
             x,
             self.kqv.weight,
             self.kqv.bias,
@@ -121,6 +130,15 @@ class TokenPerformer(nn.Module):
             grid=(1, x.shape[1]) if window is None else None,
             recompute=self.recompute,
         )
+
+    def _call(self, parts: dict[str, Any], x: torch.Tensor, window: Window | None, pixel_norm: PixelNorm | None) -> Any:
+        """The tensors of a call, in the operator's order, and the other values on which it depends."""
+        names = ("kqv", "norm1", "proj", "norm2", "mlp.0", "mlp.2")
+        kqv, norm1, proj, norm2, fc1, fc2 = [fusion.weights(parts[name]) for name in names]
+        tensors = (x, *kqv, *norm1, self.w, *proj, *norm2, *fc1, *fc2)
+        rates = fusion.rate(parts["dp"]), fusion.rate(parts["mlp.3"])
+        numbers = (parts["norm1"].eps, self.epsilon, parts["norm2"].eps, *rates, self.recompute)
+        return tensors, (window, *numbers, *remembered.constants_of(pixel_norm))
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:
         """Call the children one by one, as upstream."""

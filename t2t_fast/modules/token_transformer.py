@@ -1,6 +1,7 @@
 """The Transformer layer of the T2T module, with upstream's parameter names."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from ..functional import image_values, soft_split, soft_split_linear, token_mlp
 from ..functional.arguments import IMAGES
 from ..ops._common.pixels import PixelNorm
 from ..ops._common.spec import Window, square
-from . import fusion
+from ..ops._common.windows import as_image
+from . import fusion, remembered
 from .attention import attend, heads, merged
 from .block import FusedMlp
 from .drop_path import DropPath
@@ -166,25 +168,46 @@ class TokenTransformer(nn.Module):
         Returns:
             (B, T, in_dim), T = h*w with ``window``.
         """
-        check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
-        if self.obstacle() is not None:
-            if window is not None:
-                x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
-            return self._unfused(x)
-        qkv = soft_split_linear(
-            x,
-            self.attn.qkv.weight,
-            self.attn.qkv.bias,
-            *(_SINGLE if window is None else window),
-            norm_weight=self.norm1.weight,
-            norm_bias=self.norm1.bias,
-            norm_eps=self.norm1.eps,
-            pixel_norm=pixel_norm,
-            grid=(1, x.shape[1]) if window is None else None,
-        )
-        y, v = self.attn.mix(qkv)
+        parts = None if torch.compiler.is_compiling() else fusion.children(self, self._parts)
+        split: Any = soft_split_linear
+        end: Any = token_mlp
+        call = None
+        if parts is not None:
+            names = ("attn.proj", "norm2", f"{self.mlp_name}.fc1", f"{self.mlp_name}.fc2")
+            mlp_weights = [tensor for name in names for tensor in fusion.weights(parts[name])]
+            weights = (*fusion.weights(parts["attn.qkv"]), *fusion.weights(parts["norm1"]), *mlp_weights)
+            options = (window, parts["norm1"].eps, *remembered.constants_of(pixel_norm))
+            call = remembered.recall(self, soft_split_linear, (x, *weights), options)
+            split = partial(remembered.first, self, soft_split_linear, (x, *weights), options)
+        if call is not None:
+            tokens = call(as_image(x, (1, x.shape[1])) if window is None else x, *weights)
+        else:
+            check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
+            if self.obstacle() is not None:
+                if window is not None:
+                    x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
+                return self._unfused(x)
+            tokens = split(
+                x,
+                self.attn.qkv.weight,
+                self.attn.qkv.bias,
+                *(_SINGLE if window is None else window),
+                norm_weight=self.norm1.weight,
+                norm_bias=self.norm1.bias,
+                norm_eps=self.norm1.eps,
+                pixel_norm=pixel_norm,
+                grid=(1, x.shape[1]) if window is None else None,
+            )
+        y, v = self.attn.mix(tokens)
+        rate = self._projection_dropout()
+        if parts is not None:
+            tensors, options = (y, v, *mlp_weights), (parts["norm2"].eps, rate)
+            call = remembered.recall(self, token_mlp, tensors, options)
+            if call is not None:
+                return call(*tensors)
+            end = partial(remembered.first, self, token_mlp, tensors, options)
         mlp = getattr(self, self.mlp_name)
-        return token_mlp(
+        return end(
             y,
             v,
             self.attn.proj.weight,
@@ -196,7 +219,7 @@ class TokenTransformer(nn.Module):
             mlp.fc2.weight,
             mlp.fc2.bias,
             norm_eps=self.norm2.eps,
-            proj_drop=self._projection_dropout(),
+            proj_drop=rate,
         )
 
     def _projection_dropout(self) -> float:

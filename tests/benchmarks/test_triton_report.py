@@ -91,6 +91,8 @@ def check_completeness(rows, cases):
         "split_linear_image_kernel": 3,  # not of bytes
         "token_scalars_kernel": 2,  # nor without LayerNorm
         "cells_kernel": 4,  # of two images, forward and backward
+        "fold_kernel": 7,  # for the forward kernel, and for the image's gradient but of bytes
+        "parameter_gradients_kernel": 4,
         "split_keys_kernel": 2,  # of both stages, like
         "read_out_mlp_kernel": 2,
     }
@@ -141,8 +143,8 @@ def check_accesses(rows):
             assert {16} <= loads and min(loads) >= 4, (where(row), loads)
         if row["name"] == "cells_kernel":  # pixels are read one by one, and cells written whole
             assert {int(width) for width in row["code"]["stores"]} == {16}, where(row)
-        if row["name"] in SPLIT | FORWARD | {"cells_kernel"}:
-            continue  # of windows the centre is one value
+        if row["name"] in SPLIT | FORWARD | {"cells_kernel", "fold_kernel", "parameter_gradients_kernel"}:
+            continue  # of windows the centre is one value; parameters are packed in another order
         everything = {int(width) for kind in ("loads", "stores") for width in row["code"][kind]}
         assert min(everything) >= 4, (where(row), everything)
 

@@ -214,23 +214,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
-def test_unpack_inverts_pack(name):
-    """Every element of the weight is packed once, the other elements are zero, and all blocks are complete."""
-    channels, window = LAYOUTS[name]
-    window = Window(*window)
-    found = layout(channels, window)
-    assert (found.cell is None, found.gather) == (not name.startswith("cells"), name == "gathered")
-    weight = 1 + torch.rand(20, channels * window.taps)
-    packed = found.pack(weight)
-    assert packed.shape[0] % found.block(64) == 0 and packed.shape[1] == 64
-    assert torch.equal(found.unpack(packed, 20), weight)
-    assert packed.count_nonzero() == weight.numel()
-
-
-@pytest.mark.parametrize("name", list(LAYOUTS))
 def test_every_layout_against_float64(name):
     """Cells times the packed weight is the convolution, for any values in the spare columns."""
     channels, window = LAYOUTS[name]
+    found = layout(channels, Window(*window))
+    assert (found.cell is None, found.gather) == (not name.startswith("cells"), name == "gathered")
     case = case_of(channels, (13, 12), 20, *(pair for pair in window), normed=False)
     check(case, torch.float32, name)
 

@@ -44,7 +44,8 @@ def weights_of_a_linear():
     grad = torch.rand(1, TOKENS, 16, generator=generator)
     single = torch.empty(0)
     with SPLIT.override("weight", {"tokens": 32, "warps": 4, "stages": 1, "programs": 0}):
-        found = split._products(x, grad, single, single, False, *square(1, 1, 0), None)
+        rest = None, torch.empty(16, 16), None, None, torch.float32, [True, False, False, False]
+        (found,) = split._products(x, grad, single, single, False, *square(1, 1, 0), *rest)
     return {"weight": (found, grad[0].double().T @ x.permute(0, 2, 3, 1).reshape(TOKENS, 16).double())}
 
 
@@ -67,7 +68,7 @@ def state_of_keys():
     k, v = torch.rand(2, 1, TOKENS, 16, generator=generator)
     w = torch.randn(8, 16, generator=generator) / 4
     with ATTENTION.override("keys", {"tokens": 32, "warps": 4, "stages": 1, "programs": 0}):
-        _, found = kernels.launch_key_state(Call(k, w), k, v, None)
+        _, found = kernels.launch_key_state(Call(k.shape, w, k.dtype), k, v, None)
     a = k.double() @ w.double().T - k.double().square().sum(-1, keepdim=True) / 2
     return {"state": (found, a.softmax(-2).mT @ v.double())}
 

@@ -11,22 +11,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ...errors import FLOATING
 
 _SIZE = 256
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A tensor's storage and layout, unique as long as a weak reference to the storage is held."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
     """Why values derived from these tensors must not be cached, or ``None``."""
     if torch.compiler.is_compiling():
         return "torch.compile folds constants itself"
-    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or t.dtype not in FLOATING for t in tensors):
-        return "a tensor of a subclass may change unseen"
-    if any(t.is_inference() for t in tensors):
-        return "tensors made in inference mode count no changes"
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.dtype not in FLOATING:
+            return "a tensor of a subclass may change unseen"
+        if tensor.is_inference():
+            return "tensors made in inference mode count no changes"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "FSDP gathers parameters without counting that as a change"
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -52,7 +53,7 @@ class WeightCache:
         if obstacle(given) is not None:
             return make()
         stream = torch.cuda.current_stream(given[0].device).cuda_stream if given[0].is_cuda else None
-        full = (key, stream, *(None if t is None else _place(t) for t in tensors))
+        full = (key, stream, *[None if t is None else _place(t) for t in tensors])
         versions = [t._version for t in given]
         with self._lock:
             entry = self._entries.get(full)

@@ -21,11 +21,8 @@ class Window(NamedTuple):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid (h, w) of an image: ``floor((n + 2p - k) / s) + 1`` along each axis."""
-        h, w = (
-            (n + 2 * p - k) // s + 1
-            for n, k, s, p in zip((height, width), self.kernel, self.stride, self.padding, strict=True)
-        )
-        return h, w
+        (kh, kw), (sh, sw), (ph, pw) = self
+        return (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
 
     def remainder(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns at the far border that no window reaches (a convolution's ``output_padding``)."""

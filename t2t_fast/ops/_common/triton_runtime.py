@@ -9,8 +9,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import config
 from ...backends import Request
 from ...errors import LaunchTableError
-from .library import AUTOCAST_DEVICES, accumulation_dtype, opaque_obstacle
+from .library import AUTOCAST_DEVICES, accumulation_dtype, direct, opaque_obstacle, trust
 
 INTERPRETED = config.triton_interpreted()
 """Whether kernels run on the CPU; Triton decides this when they are defined, so it is constant."""
@@ -27,6 +28,8 @@ INTERPRETED = config.triton_interpreted()
 _MISSING = None if find_spec("triton") is not None else "Triton is not installed (pip install triton)"
 _DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 _library = torch.library.Library("t2t_fast_triton", "DEF")
+operators = SimpleNamespace()
+"""The operators ``torch.ops.t2t_fast_triton`` as functions, which skip the dispatcher where that is safe."""
 _trials: dict[tuple, str | None] = {}
 _trying = threading.RLock()
 
@@ -86,6 +89,17 @@ def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
                 return function(*arguments)
 
         _library.impl(name, function if INTERPRETED else run, "CPU" if INTERPRETED else "CUDA")
+        registered = getattr(torch.ops.t2t_fast_triton, name).default
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or not (trust.given or direct(arguments)):
+                return registered(*arguments)
+            if INTERPRETED or arguments[0].get_device() == torch.cuda.current_device():
+                return function(*arguments)
+            return run(*arguments)
+
+        setattr(operators, name, call)
         return function
 
     return register
@@ -172,6 +186,8 @@ def trial(
             return "PyTorch finds no CUDA device"
         index = torch.cuda.current_device()
     key = (name, index, dtype, dtype == torch.float32 and allows_tf32(), *call)
+    if key in _trials:
+        return _trials[key]
     with _trying:  # threads of DataParallel call this concurrently
         if key in _trials:
             return _trials[key]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._common.library import first_order, wants_gradient
+from .._common.library import directly, first_order, wants_gradient
 from .._common.spec import Window
 from ..token_mlp.autograd import MlpParameters, Options, unpack
 
@@ -88,23 +88,21 @@ def compose(split, project, output, recompute_attention, run_mlp_backward):
     class PerformerLayer(torch.autograd.Function):
         """Gradients for the image, every parameter, and w if it requires one."""
 
-        forward = staticmethod(run)
-
+        # not setup_context, for which PyTorch inspects the signature in every call
         @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.layer, *tensors = inputs
-            _, *kept = output
-            ctx.mark_non_differentiable(*kept)
-            ctx.set_materialize_grads(False)  # otherwise autograd would allocate zeros as large as kqv
-            ctx.kept = len(kept)
+        def forward(ctx, layer, *tensors):
+            out, *kept = run(layer, *tensors)
+            ctx.layer, ctx.kept = layer, len(kept)
             ctx.save_for_backward(*kept, *tensors)
+            return out
 
         @staticmethod
         @first_order
-        def backward(ctx, grad, *_):
+        def backward(ctx, grad):
             saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
             kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-            return None, None, *run_backward(grad, kept, ctx.layer, *tensors, needed=needed)
+            gradients = directly((grad, *saved), run_backward, grad, kept, ctx.layer, *tensors, needed=needed)
+            return None, None, *gradients
 
     def forward(
         x,
@@ -128,7 +126,7 @@ def compose(split, project, output, recompute_attention, run_mlp_backward):
         window = Window(tuple(kernel), tuple(stride), tuple(padding))
         layer = Layer(norm1_eps, window, dtype, pixels, eps, options, recompute)
         if wants_gradient(x, *linear, w, *mlp):
-            return PerformerLayer.apply(layer, seed, w, x, *linear, *mlp)[0]
+            return PerformerLayer.apply(layer, seed, w, x, *linear, *mlp)
         kqv, _, _, lz, state = project(x, linear, w, layer, False, True)
         return output(kqv, w, eps, lz, state, mlp, options, seed)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._common.library import accumulation_dtype, first_order, wants_gradient
+from .._common.library import accumulation_dtype, directly, first_order, wants_gradient
 from .._common.spec import Window
 
 
@@ -22,32 +22,28 @@ def differentiable(run, run_backward, infer=None):
     class SoftSplitLinear(torch.autograd.Function):
         """Gradients for the image and every parameter (derivation: docs/math.md, section 1)."""
 
+        # not setup_context, for which PyTorch inspects the signature in every call
         @staticmethod
-        def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels):
-            return run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
+        def forward(ctx, *inputs):
             *tensors, ctx.norm_eps, ctx.window, _, ctx.pixels = inputs
-            y, mean, rstd = output
-            ctx.mark_non_differentiable(mean, rstd)
+            y, mean, rstd = run(*inputs)
             keep = ctx.needs_input_grad[0] and ctx.norm_eps is not None
             ctx.save_for_backward(*tensors, y if keep else None, mean, rstd)
+            return y
 
         @staticmethod
         @first_order
-        def backward(ctx, grad, _mean, _rstd):
-            *tensors, y, mean, rstd = ctx.saved_tensors
-            needed = ctx.needs_input_grad[:5]
-            constants = ctx.norm_eps, ctx.window
-            gradients = run_backward(grad, *tensors, *constants, y, mean, rstd, needed, ctx.pixels)
+        def backward(ctx, grad):
+            saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:5]
+            arguments = grad, *saved[:5], ctx.norm_eps, ctx.window, *saved[5:], needed, ctx.pixels
+            gradients = directly((grad, *saved), run_backward, *arguments)
             return *gradients, None, None, None, None
 
     def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):
         window = Window(tuple(kernel), tuple(stride), tuple(padding))
         record = wants_gradient(x, weight, bias, norm_weight, norm_bias)
-        call = SoftSplitLinear.apply if record else infer or run
-        return call(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels)[0]
+        inputs = x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels
+        return SoftSplitLinear.apply(*inputs) if record else (infer or run)(*inputs)[0]
 
     return forward
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._common.library import first_order, wants_gradient
+from .._common.library import directly, first_order, wants_gradient
 
 
 class MlpParameters(NamedTuple):
@@ -61,22 +61,21 @@ def differentiable(run, run_backward):
     class TokenMlp(torch.autograd.Function):
         """Gradients for y, v and every parameter."""
 
+        # not setup_context, for which PyTorch inspects the signature in every call
         @staticmethod
-        def forward(y, v, seed, options, *mlp):
-            return run(y, v, MlpParameters(*mlp), options, seed)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            y, v, seed, ctx.options, *mlp = inputs
+        def forward(ctx, y, v, seed, options, *mlp):
+            ctx.options = options
             ctx.save_for_backward(y, v, seed, *mlp)
+            return run(y, v, MlpParameters(*mlp), options, seed)
 
         @staticmethod
         @first_order
         def backward(ctx, grad):
-            y, v, seed, *mlp = ctx.saved_tensors
-            needed = ctx.needs_input_grad[4:]
-            d_y, d_v, gradients = run_backward(grad, y, v, MlpParameters(*mlp), ctx.options, seed, needed)
-            return d_y, d_v.to(v.dtype), None, None, *gradients
+            saved, needed = ctx.saved_tensors, ctx.needs_input_grad[4:]
+            y, v, seed, *mlp = saved
+            arguments = grad, y, v, MlpParameters(*mlp), ctx.options, seed, needed
+            d_y, d_v, gradients = directly((grad, *saved), run_backward, *arguments)
+            return d_y, d_v if d_v.dtype == v.dtype else d_v.to(v.dtype), None, None, *gradients
 
     def forward(y, v, *arguments):
         mlp, options, seed = unpack(*arguments)

@@ -269,7 +269,7 @@ def _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w,
 
 def launch_backward(grad, q, k, v, w, eps, key_mask, lz, state, skip, need_w, d_q, d_k, d_v):
     """Write d_q, d_k and d_v (any strides; ``skip`` is added to d_v). Returns d_w (m, E) float32, or ``None``."""
-    call = Call(q, w)
+    call = Call(q.shape, w, q.dtype)
     d_lz, d_state, from_queries = _queries_backward(call, grad, q, eps, lz, state, need_w, d_q)
     from_keys = _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w, d_k, d_v)
-    return from_queries.sum((0, 1)) + from_keys.sum((0, 1)) if need_w else None
+    return from_queries.flatten(0, -3).sum(0) + from_keys.flatten(0, -3).sum(0) if need_w else None

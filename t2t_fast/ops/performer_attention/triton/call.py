@@ -50,11 +50,10 @@ def _plan(selected, dtype, width, features, length, sequences, processors, tf32,
 
 
 class Call:
-    """State shared by the passes of one call, such as the shape of its sequences."""
+    """State shared by the passes of one call on sequences of ``shape`` (B, L, E) or (B, heads, L, E) in ``dtype``."""
 
-    def __init__(self, like, w):
-        shape = like.shape
-        self.dtype, self.device, self.w = like.dtype, like.device, w
+    def __init__(self, shape, w, dtype):
+        self.dtype, self.device, self.w = dtype, w.device, w
         self.outer, self.width, self.features = shape[:-2], shape[-1], w.shape[0]
         self.heads = shape[1] if len(shape) == 4 else 1
         self.sequences = shape[0] * self.heads
@@ -84,9 +83,10 @@ class Call:
         return math.log2(self.features * eps) if eps > 0 else -math.inf
 
     def key_states(self, *splits):
-        """Empty lz and S in float32."""
-        lz = torch.empty((self.sequences, *splits, self.features), dtype=torch.float32, device=self.device)
-        return lz, lz.new_empty((*lz.shape, self.width))
+        """Empty lz and S in float32; one split has no axis."""
+        outer = self.outer if splits in ((), (1,)) else (self.sequences, *splits)
+        lz = torch.empty((*outer, self.features), dtype=torch.float32, device=self.device)
+        return lz, torch.empty((*outer, self.features, self.width), dtype=torch.float32, device=self.device)
 
 
 def strided(x):

@@ -329,27 +329,27 @@ def launch_key_state(call, k, v, key_mask):
             SPECULATE=call.dtype != torch.float32,  # in float32, products in three parts need the registers
             **constants,
         )
-    return merged(call, lz, state)
+    return merged(call, splits, lz, state)
 
 
-def merged(call, lz, state):
-    """Merge the splits' ``lz`` (sequences, splits, m) and ``state`` (sequences, splits, m, E)."""
+def merged(call, splits, lz, state):
+    """The key state of whole sequences, from those of their splits (``Call.key_states``)."""
 
-    splits = lz.shape[1]
-    if splits > 1 and call.sequences:
+    if splits > 1:
         parts, (lz, state) = (lz, state), call.key_states()
-        merge_kernel[call.sequences, call.features](
-            *parts,
-            lz,
-            state,
-            call.width,
-            call.features,
-            splits,
-            WIDTH=padded(call.width),
-            BLOCK=32,
-            **runtime.FUSION,
-        )
-    return lz.view(*call.outer, call.features), state.view(*call.outer, call.features, call.width)
+        if call.sequences:
+            merge_kernel[call.sequences, call.features](
+                *parts,
+                lz,
+                state,
+                call.width,
+                call.features,
+                splits,
+                WIDTH=padded(call.width),
+                BLOCK=32,
+                **runtime.FUSION,
+            )
+    return lz, state
 
 
 def launch_read_out(q, w, eps, lz, state):
@@ -357,7 +357,7 @@ def launch_read_out(q, w, eps, lz, state):
 
     from . import chunked  # imports this module
 
-    call, length = Call(q, w), q.shape[-2]
+    call, length = Call(q.shape, w, q.dtype), q.shape[-2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     splits, tiles, chunks, constants = call.plan("queries", length)
     kernel = chunked.queries_chunked_kernel if chunks else queries_kernel

@@ -7,7 +7,7 @@ floats a sequence. No float32 tensor of token length is written. Triton is impor
 import torch
 
 from ..._common.library import first_order, wants_gradient
-from ..._common.triton_runtime import fake, operator
+from ..._common.triton_runtime import fake, operator, operators
 from .call import Call
 
 
@@ -30,7 +30,7 @@ def _fake_read_out(q, w, eps, lz, state):
 def _forward(q, k, v, w, eps, key_mask):
     from .forward import launch_key_state, launch_read_out
 
-    lz, state = launch_key_state(Call(q, w), k, v, key_mask)
+    lz, state = launch_key_state(Call(q.shape, w, q.dtype), k, v, key_mask)
     return launch_read_out(q, w, eps, lz, state), lz, state
 
 
@@ -63,7 +63,7 @@ class PerformerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, w, eps, key_mask):
-        return torch.ops.t2t_fast_triton.performer_attention(q, k, v, w, eps, key_mask)
+        return operators.performer_attention(q, k, v, w, eps, key_mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -77,13 +77,11 @@ class PerformerAttention(torch.autograd.Function):
     def backward(ctx, grad, _lz, _state):
         q, k, v, w, key_mask, lz, state = ctx.saved_tensors
         need_w = ctx.needs_input_grad[3]
-        *found, d_w = torch.ops.t2t_fast_triton.performer_attention_backward(
-            grad, q, k, v, w, ctx.eps, key_mask, lz, state, need_w
-        )
+        *found, d_w = operators.performer_attention_backward(grad, q, k, v, w, ctx.eps, key_mask, lz, state, need_w)
         return *found, d_w.to(w.dtype) if need_w else None, None, None
 
 
 def forward(q, k, v, w, eps, key_mask):
     if wants_gradient(q, k, v, w):
         return PerformerAttention.apply(q, k, v, w, eps, key_mask)[0]
-    return torch.ops.t2t_fast_triton.performer_attention(q, k, v, w, eps, key_mask)[0]
+    return operators.performer_attention(q, k, v, w, eps, key_mask)[0]

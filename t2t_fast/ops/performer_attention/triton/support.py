@@ -59,10 +59,10 @@ def _mask_of_problem(k, masked):
 def _run(device, dtype, w_dtype, width, features, masked, training, w_gradient):
     *tensors, grad = problem(device, dtype, w_dtype, width, features)
     rest = 1e-8, _mask_of_problem(tensors[1], masked)
-    y, lz, state = torch.ops.t2t_fast_triton.performer_attention(*tensors, *rest)
+    y, lz, state = runtime.operators.performer_attention(*tensors, *rest)
     if not training:
         return (y,)
-    *found, d_w = torch.ops.t2t_fast_triton.performer_attention_backward(grad, *tensors, *rest, lz, state, w_gradient)
+    *found, d_w = runtime.operators.performer_attention_backward(grad, *tensors, *rest, lz, state, w_gradient)
     return (y, *found, d_w) if w_gradient else (y, *found)
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..._common import triton_runtime as runtime
 from ..._common.launch_table import cut, padded
+from ..._common.spec import Window
 from ..._common.tiles import narrowed, rounded
 from ...performer_attention.triton import call as attention
 from ...performer_attention.triton.forward import (
@@ -31,7 +32,7 @@ from ...performer_attention.triton.forward import (
     store_key_state,
     store_tile,
 )
-from ...soft_split_linear.triton.call import Call, Folded
+from ...soft_split_linear.triton.call import Call, Folded, products
 from ...soft_split_linear.triton.forward import launch_split_linear, normalised, places_of, tile_products
 from ...token_mlp.autograd import MlpParameters, Options
 from ...token_mlp.triton import operators as mlp
@@ -232,24 +233,59 @@ def read_out_mlp_kernel(
         store_tile(out, value, start, rows, there, columns, WIDTH, True)
 
 
+@lru_cache(maxsize=1024)
+def _split_plan(selected, found, images, width, features, packed, dtype, shift, whole, processors, tf32):
+    """Splits of an image's tokens, their tiles, and the kernel's constants. found: call.py's ``Sizes``."""
+    parameters = dict(selected)
+    wanted = parameters["programs"] * processors
+    splits, tiles = cut(found.length, images, parameters["tokens"], wanted)
+    constants = {
+        "LAYOUT": found.layout,
+        "SHIFT": shift,
+        "TOKENS": parameters["tokens"],
+        "BLOCK": found.layout.block(parameters["block"]),
+        "PACKED": packed,
+        "WIDTH": width,
+        "FEATURES": padded(features),
+        "HEADROOM": attention.HEADROOM[dtype],
+        "SPECULATE": dtype != torch.float32,
+        "WHOLE": whole,
+        **products(dtype, tf32),
+        "num_warps": parameters["warps"],
+        "num_stages": parameters["stages"],
+    }
+    return splits, tiles, constants
+
+
 def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
-    """kqv (only q and v unless ``whole``), the windows' statistics (empty unless ``whole``), and the key state.
+    """kqv (only q and v unless ``whole``), the key state, and with ``whole`` the windows' statistics; a list.
 
     One launch, for the sizes that launch.py accepts. folded, pixels: ``soft_split_linear``'s ``operands``.
     """
 
     features, width = w.shape
-    call = Call(x, dtype, window, 3 * width, pixels)
-    section = runtime.section(x.device, call.tokens)
+    call, device, images = Call(x, dtype, window, 3 * width, pixels), x.device, x.shape[0]
+    section = runtime.section(device, call.tokens)
     selected = launch.TABLE.chosen("split_keys", section, dtype, width, features, call.layout.channels)
-    wanted = selected["programs"] * runtime.multiprocessors(x.device)
-    splits, tiles = cut(call.length, x.shape[0], selected["tokens"], wanted)
-    out = torch.empty(x.shape[0], call.length, (3 if whole else 2) * width, dtype=dtype, device=x.device)
-    mean, rstd = (call.singles() if whole else None for _ in range(2))
-    sequences = attention.Call(out[..., :width], w)
+    splits, tiles, constants = _split_plan(
+        tuple(selected.items()),
+        call.sizes,
+        images,
+        width,
+        features,
+        folded.weight.shape[1],
+        dtype,
+        x.dtype == torch.float32 or x.dtype != dtype,
+        whole,
+        runtime.multiprocessors(device),
+        dtype == torch.float32 and runtime.allows_tf32(),
+    )
+    out = torch.empty((images, call.length, (3 if whole else 2) * width), dtype=dtype, device=device)
+    mean, rstd = (call.singles(), call.singles()) if whole else (None, None)
+    sequences = attention.Call((images, call.length, width), w, dtype)
     lz, state = sequences.key_states(splits)
-    if sequences.sequences:
-        split_keys_kernel[x.shape[0], splits](
+    if images:
+        split_keys_kernel[images, splits](
             call.image(),
             folded,
             norm_eps,
@@ -264,20 +300,10 @@ def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
             call.length,
             features,
             tiles,
-            LAYOUT=call.layout,
-            SHIFT=x.dtype == torch.float32 or x.dtype != dtype,
-            TOKENS=selected["tokens"],
-            BLOCK=call.layout.block(selected["block"]),
-            PACKED=folded.weight.shape[1],
-            WIDTH=width,
-            FEATURES=padded(features),
-            HEADROOM=attention.HEADROOM[dtype],
-            SPECULATE=dtype != torch.float32,
-            WHOLE=whole,
-            **call.products(selected),
+            **constants,
         )
-    statistics = (mean, rstd) if whole else (lz.new_empty(0), lz.new_empty(0))
-    return out, *statistics, *merged(sequences, lz, state)
+    lz, state = merged(sequences, splits, lz, state)
+    return [out, lz, state, mean, rstd] if whole else [out, lz, state]
 
 
 @lru_cache(maxsize=1024)
@@ -302,18 +328,19 @@ def _plan(selected, dtype, width, features, hidden, length, sequences, processor
 
 def queries_and_values(kqv, width):
     """q and v of kqv, or of a tensor with q and v only."""
-    return kqv[..., -2 * width : -width], kqv[..., -width:]
+    first = kqv.shape[2] - 2 * width
+    return kqv.narrow(2, first, width), kqv.narrow(2, first + width, width)
 
 
 def launch_read_out_mlp(kqv, w, eps, lz, state, parameters, options, seed):
     """The layer's output from the key state, q and v, in one launch, for the sizes that launch.py accepts."""
     q, v = queries_and_values(kqv, w.shape[1])
-    call, length = attention.Call(q, w), q.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not out.numel():
+    call, length, device = attention.Call(q.shape, w, q.dtype), q.shape[1], q.device
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    if not call.sequences:
         return out
     hidden = parameters.fc1_weight.shape[0]
-    section = runtime.section(q.device, call.sequences * length)
+    section = runtime.section(device, call.sequences * length)
     selected = launch.TABLE.chosen("read_out_mlp", section, q.dtype, call.width, call.features, hidden)
     splits, sizes, constants = _plan(
         tuple(selected.items()),
@@ -323,7 +350,7 @@ def launch_read_out_mlp(kqv, w, eps, lz, state, parameters, options, seed):
         hidden,
         length,
         call.sequences,
-        runtime.multiprocessors(q.device),
+        runtime.multiprocessors(device),
         q.dtype == torch.float32 and runtime.allows_tf32(),
     )
     q, v = attention.readable(q), attention.readable(v)
@@ -348,19 +375,20 @@ def launch_read_out_mlp(kqv, w, eps, lz, state, parameters, options, seed):
 def launch_project(
     x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, dtype, pixels, fused, whole
 ):
-    """kqv (or its q and v), the windows' statistics and the key state, in one launch or in two."""
-    window, folded = (kernel, stride, padding), Folded(weight, used, row_sums, offset)
+    """The result of :func:`launch_split_keys`, in one launch or in two, which write all of kqv."""
+    window, folded = Window(tuple(kernel), tuple(stride), tuple(padding)), Folded(weight, used, row_sums, offset)
     if fused:
         return launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole)
     kqv, mean, rstd = launch_split_linear(x, *folded, 3 * w.shape[1], norm_eps, *window, dtype, pixels)
     k, q, v = kqv.chunk(3, dim=-1)
-    return kqv, mean, rstd, *launch_key_state(attention.Call(q, w), k, v, None)
+    lz, state = launch_key_state(attention.Call(q.shape, w, q.dtype), k, v, None)
+    return [kqv, lz, state, mean, rstd] if whole else [kqv, lz, state]
 
 
 def launch_output(kqv, w, eps, lz, state, seed, options, parameters):
     """The layer's output from the key state, q and v, in one launch or in two."""
     parameters, options = MlpParameters(*parameters), Options(*options)
-    q, v = queries_and_values(kqv, w.shape[1])
-    if queries_fused(q, w, parameters, seed is not None):
+    if queries_fused(kqv, w, parameters, seed is not None):
         return launch_read_out_mlp(kqv, w, eps, lz, state, parameters, options, seed)
+    q, v = queries_and_values(kqv, w.shape[1])
     return mlp.run(launch_read_out(q, w, eps, lz, state), v, parameters, options, seed)

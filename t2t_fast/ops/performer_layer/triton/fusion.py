@@ -35,7 +35,7 @@ def _tried_keys(device, dtype, *call):
     arguments = x, found, w, 1e-5, window, dtype, columns, whole
     with runtime.crowded():
         again = launch_split_keys(*arguments)
-    return [t for t in (*launch_split_keys(*arguments), *again) if t.numel()]
+    return [*launch_split_keys(*arguments), *again]
 
 
 def _expected_keys(device, dtype, *call):
@@ -46,8 +46,8 @@ def _expected_keys(device, dtype, *call):
     k, q, v = kqv.chunk(3, dim=-1)
     lz, state = plain_attention.key_state(k, v, w.float())
     mean, rest = plain_split.patch_statistics(plain_split.centred_pixels(x), window, 1e-5)[0][-1]
-    found = [kqv, mean + rest, rstd] if whole else [torch.cat([q, v], -1)]
-    return 2 * [*found, lz.squeeze(-1), state]
+    found = [kqv if whole else torch.cat([q, v], -1), lz.squeeze(-1), state]
+    return 2 * [*found, *((mean + rest, rstd) if whole else ())]
 
 
 def keys_fused(x, dtype, window, w, whole):
@@ -93,13 +93,14 @@ def _expected_queries(device, dtype, *call):
     return 2 * [plain_mlp.run(y, v, MlpParameters(*(t.float() for t in parameters)), *rest)]
 
 
-def queries_fused(q, w, parameters, dropout):
+def queries_fused(kqv, w, parameters, dropout):
     """Whether the pass over the queries and token_mlp are fused: by sizes, launch table and self-test."""
     (features, width), hidden = w.shape, parameters.fc1_weight.shape[0]
     if not launch.fits(width, features, hidden):
         return False
-    section = runtime.section(q.device, q.shape[0] * q.shape[1])
-    if not launch.TABLE.chosen("read_out_mlp", section, q.dtype, width, features, hidden)["fused"]:
+    device, dtype = kqv.device, kqv.dtype
+    section = runtime.section(device, kqv.shape[0] * kqv.shape[1])
+    if not launch.TABLE.chosen("read_out_mlp", section, dtype, width, features, hidden)["fused"]:
         return False
     call = w.dtype, width, features, parameters.proj_weight.dtype, width, hidden, dropout
-    return _queries_trial(q.device.index, q.dtype, *call) is None
+    return _queries_trial(device.index, dtype, *call) is None

@@ -9,7 +9,7 @@ launch.
 import torch
 
 from ..._common.spec import Window
-from ..._common.triton_runtime import fake, operator
+from ..._common.triton_runtime import fake, operator, operators
 from ...soft_split_linear.triton import operators as split
 from ...soft_split_linear.triton.operands import operands
 from ...token_mlp.triton import operators as mlp
@@ -39,7 +39,7 @@ def _fake_kqv_backward(grad, kqv, w, eps, lz, state, skip, need_w):
 @operator(
     "performer_project(Tensor x, Tensor weight, Tensor? used, Tensor row_sums, Tensor offset, Tensor w, "
     "float norm_eps, int[] kernel, int[] stride, int[] padding, ScalarType dtype, Tensor[]? pixels, bool fused, "
-    "bool whole) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool whole) -> Tensor[]"
 )
 def _project_op(*arguments):
     from .forward import launch_project
@@ -51,20 +51,21 @@ def _project_op(*arguments):
 def _fake_project(x, weight, used, row_sums, offset, w, norm_eps, kernel, stride, padding, dtype, pixels, fused, whole):
     h, w_grid = Window(tuple(kernel), tuple(stride), tuple(padding)).grid(*x.shape[2:])
     features, width = w.shape
-    parts, statistics = (2, (0,)) if fused and not whole else (3, (x.shape[0], h, w_grid))
-    mean, rstd = (x.new_empty(statistics, dtype=torch.float32) for _ in range(2))
+    parts = 2 if fused and not whole else 3
+    statistics = [x.new_empty((x.shape[0], h, w_grid), dtype=torch.float32) for _ in range(2)] if whole else []
     lz = x.new_empty((x.shape[0], features), dtype=torch.float32)
     out = x.new_empty((x.shape[0], h * w_grid, parts * width), dtype=dtype)
-    return out, mean, rstd, lz, lz.new_empty(x.shape[0], features, width)
+    return [out, lz, lz.new_empty(x.shape[0], features, width), *statistics]
 
 
 def _project(x, linear, w, layer, whole, keep):
     arguments = layer.norm1_eps, layer.window, layer.dtype, layer.pixels
     found, columns = operands(x, *linear, *arguments, keep)
     fused = keys_fused(x, layer.dtype, layer.window, w, whole)
-    return torch.ops.t2t_fast_triton.performer_project(
+    out, lz, state, *statistics = operators.performer_project(
         x, *found, w, layer.norm1_eps, *layer.window, layer.dtype, columns, fused, whole
     )
+    return out, *(statistics or (None, None)), lz, state
 
 
 @operator(
@@ -83,17 +84,17 @@ def _fake_output(kqv, w, eps, lz, state, seed, options, parameters):
 
 
 def _output(kqv, w, eps, lz, state, parameters, options, seed):
-    return torch.ops.t2t_fast_triton.performer_output(kqv, w, eps, lz, state, seed, list(options), list(parameters))
+    return operators.performer_output(kqv, w, eps, lz, state, seed, options, parameters)
 
 
 def _recompute_attention(kqv, w, eps, lz, state):
     _, q, v = kqv.chunk(3, dim=-1)
 
     def attention_backward(d_y, d_skip, need_w):
-        d_kqv, d_w = torch.ops.t2t_fast_triton.performer_kqv_backward(d_y, kqv, w, eps, lz, state, d_skip, need_w)
+        d_kqv, d_w = operators.performer_kqv_backward(d_y, kqv, w, eps, lz, state, d_skip, need_w)
         return d_kqv, d_w.to(w.dtype) if need_w else None
 
-    return torch.ops.t2t_fast_triton.performer_read_out(q, w, eps, lz, state), v, attention_backward
+    return operators.performer_read_out(q, w, eps, lz, state), v, attention_backward
 
 
 forward, run, run_backward = compose(split, _project, _output, _recompute_attention, mlp.run_backward)

@@ -1,5 +1,6 @@
 """State shared by the Triton kernels of one call: sizes, launch parameters, constants, and the image."""
 
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from ..._common import triton_runtime as runtime
 from ..._common.spec import Window
 from . import launch
-from .layout import NARROW, layout
+from .layout import NARROW, Layout, layout
 
 CELLS = 64
 """Cells in a tile of ``cells_kernel``."""
@@ -32,15 +33,7 @@ class Image(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """The parameters of a forward kernel: LayerNorm is folded in, and columns are in the layout's order.
-
-    Attributes:
-        weight: (columns, outputs) in the operands' dtype; outputs are padded to a multiple of NARROW (layout.py).
-        used: (columns) in float32, 1 for each column that is one of a window's K values, else 0; ``None`` if all
-            columns are, or if the others are 0 anyway.
-        row_sums: ``Wg 1`` of docs/math.md, section 1, (outputs) in float32; ``None`` without LayerNorm.
-        offset: ``b'`` there, likewise; without LayerNorm the bias.
-    """
+    """The parameters of a forward kernel (``layout.Operands``)."""
 
     weight: torch.Tensor
     used: torch.Tensor | None
@@ -48,22 +41,48 @@ class Folded(NamedTuple):
     offset: torch.Tensor
 
 
+class Sizes(NamedTuple):
+    """What follows from the shape of an image and its windows."""
+
+    layout: Layout
+    grid: tuple
+    length: int
+    """Tokens of an image."""
+    tokens: int
+    """Tokens of all images."""
+    covered: tuple
+    """Height and width of the part of the image that windows cover; pixels outside it are in no cell."""
+    cells: tuple
+    """Rows and columns of an image's cells, and the cells of all images; empty without cells."""
+
+
+@lru_cache(maxsize=1024)
+def sizes(shape, window):
+    """The :class:`Sizes` of an image of ``shape`` (B, C, H, W)."""
+    found, grid = layout(shape[1], window), window.grid(*shape[2:])
+    length = grid[0] * grid[1]
+    covered = tuple(min(n, (steps - 1) * s + k - p) for n, steps, k, s, p in zip(shape[2:], grid, *window, strict=True))
+    cells = ()
+    if found.cell is not None:
+        rows = grid[0] + found.window.kernel[0] - 1
+        columns = grid[1] + found.channels // found.cell_size - 1
+        cells = rows, columns, shape[0] * rows * columns
+    return Sizes(found, grid, length, shape[0] * length, covered, cells)
+
+
 class Call:
     """State shared by the kernels of one call.
 
     Args:
         x: (B, C, H, W), any strides; dtype: of the operands of products; window, outputs: those of the call.
-        pixels: :func:`operands.pixel_columns`.
+        pixels: scale and shift of every column (``layout.Operands``), or ``None``.
     """
 
     def __init__(self, x, dtype, window, outputs, pixels=None):
-        self.x, self.dtype, self.outputs = x, dtype, outputs
-        self.window = Window(*(tuple(pair) for pair in window))
-        self.layout = layout(x.shape[1], self.window)
-        self.grid = self.window.grid(*x.shape[2:])
-        self.length = self.grid[0] * self.grid[1]
-        self.tokens = x.shape[0] * self.length
-        self.pixels = pixels
+        self.x, self.dtype, self.outputs, self.pixels = x, dtype, outputs, pixels
+        self.window = Window(*(tuple(pair) for pair in window)) if type(window) is not Window else window
+        self.sizes = sizes(x.shape, self.window)
+        self.layout, self.grid, self.length, self.tokens = self.sizes[:4]
 
     def parameters(self, name):
         """Launch parameters of a pass; those of the forward pass also depend on the number of tokens."""
@@ -78,13 +97,7 @@ class Call:
     def products(self, parameters):
         """Compile-time constants of the products, and launch options."""
         tf32 = self.dtype == torch.float32 and runtime.allows_tf32()
-        return {
-            "OPERAND": triton_dtype(self.dtype),
-            "PRECISION": "tf32" if tf32 else "tf32x3",
-            "num_warps": parameters["warps"],
-            "num_stages": parameters["stages"],
-            **runtime.FUSION,
-        }
+        return {**products(self.dtype, tf32), "num_warps": parameters["warps"], "num_stages": parameters["stages"]}
 
     def image(self):
         """The :class:`Image` from which the kernels read windows."""
@@ -105,21 +118,15 @@ class Call:
         """
         from . import forward as kernels
 
-        covered = [
-            min(n, (steps - 1) * s + k - p)
-            for n, steps, k, s, p in zip(self.x.shape[2:], self.grid, *self.window, strict=True)
-        ]
-        rows = self.grid[0] + self.layout.window.kernel[0] - 1
+        rows, columns, cells = self.sizes.cells
         size = self.layout.cell_size
-        columns = self.grid[1] + self.layout.channels // size - 1
-        cells = self.x.shape[0] * rows * columns
         dtype = self.x.dtype if self.pixels is None else self.dtype
-        out = torch.empty(cells, size, dtype=dtype, device=self.x.device)
+        out = torch.empty((cells, size), dtype=dtype, device=self.x.device)
         kernels.cells_kernel[(-(-cells // CELLS),)](
             self.x,
             self.x.stride(),
             out,
-            *covered,
+            *self.sizes.covered,
             rows,
             columns,
             cells,
@@ -138,11 +145,13 @@ class Call:
         return torch.empty((self.x.shape[0], *self.grid), dtype=torch.float32, device=self.x.device)
 
 
-def triton_dtype(dtype):
-    """Triton's name of a torch dtype."""
+@cache
+def products(dtype, tf32):
+    """Constants of products with operands of a dtype."""
     from triton import language as tl
 
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return {"OPERAND": names[dtype], "PRECISION": "tf32" if tf32 else "tf32x3", **runtime.FUSION}
 
 
 def divisor(number, most):

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-
-import torch
-import torch.nn.functional as F
+from typing import Any, NamedTuple
 
 from ..._common.spec import Window
 
@@ -55,44 +53,6 @@ class Layout:
         """Columns of a product: at most ``wanted``, and within a tap unless values are gathered."""
         return next(size for size in _BLOCKS if size <= wanted and (self.gather or self.channels % size == 0))
 
-    def pack(self, weight):
-        """Pack (O, K) in upstream's column order as (columns, O padded to a multiple of NARROW)."""
-        outputs = weight.shape[0]
-        columns = self.columns + -self.columns % _BLOCKS[0] if self.gather else self.columns
-        if self.cell is None:
-            packed = weight.reshape(outputs, self.channels, -1).permute(2, 1, 0)
-        else:
-            packed = F.pad(weight.reshape(outputs, *self._taps()), self._margin()).reshape(outputs, *self._cells())
-            packed = packed.permute(2, 4, 1, 3, 5, 0)
-        packed = packed.reshape(-1, outputs)
-        return _padded(packed, -outputs % NARROW, columns - packed.shape[0])
-
-    def spread(self, row):
-        """Pack (K) in upstream's column order as (columns)."""
-        return self.pack(row.unsqueeze(0))[:, 0].contiguous()
-
-    def unpack(self, packed, outputs):
-        """The (O, K) matrix of a packed one, (columns or more, O or more); the inverse of :meth:`pack`."""
-        packed = packed[: self.columns, :outputs]
-        if self.cell is None:
-            return packed.view(-1, self.channels, outputs).permute(2, 1, 0).reshape(outputs, -1)
-        channels, down, high, right, wide = self._cells()
-        found = packed.reshape(down, right, channels, high, wide, outputs).permute(5, 2, 0, 3, 1, 4)
-        _, kh, kw = self._taps()
-        return found.reshape(outputs, channels, down * high, right * wide)[..., :kh, :kw].reshape(outputs, -1)
-
-    def _taps(self):
-        _, _, channels, kh, kw = self.cell
-        return channels, kh, kw
-
-    def _cells(self):
-        high, wide, channels, kh, kw = self.cell
-        return channels, -(-kh // high), high, -(-kw // wide), wide
-
-    def _margin(self):
-        high, wide, _, kh, kw = self.cell
-        return 0, -kw % wide, 0, -kh % high
-
 
 @lru_cache(maxsize=256)
 def layout(channels, window):
@@ -113,22 +73,50 @@ def layout(channels, window):
     return Layout(channels, window, None, True)
 
 
-def _padded(x, columns, rows):
-    """``x`` padded with columns and rows, contiguous.
+class Operands(NamedTuple):
+    """What the kernels read of a call's parameters, as tensors (or their shapes); what they do not need is ``None``.
 
-    ``contiguous`` is called before the padding: an empty padding keeps the strides, which a traced graph cannot know.
+    Attributes:
+        weight: in the operands' dtype, LayerNorm folded in: (columns, outputs), or for the image's gradient (taps,
+            outputs, channels). Outputs are padded to a multiple of NARROW, columns to whole blocks.
+        offset: ``b'`` of docs/math.md, section 1, (outputs) in float32; without LayerNorm the bias.
+        row_sums: ``Wg 1`` there, likewise; ``None`` without LayerNorm.
+        used: (columns) in float32, 1 for each column that is one of a window's K values, else 0; ``None`` if all
+            columns are, or if the others are 0 anyway.
+        scale, shift: of the values of an image of bytes, (columns) in float32.
     """
-    return F.pad(x.contiguous(), (0, columns, 0, rows))
+
+    weight: Any
+    offset: Any
+    row_sums: Any
+    used: Any
+    scale: Any
+    shift: Any
+
+    def present(self):
+        """The fields that are not ``None``, in order."""
+        return [field for field in self if field is not None]
+
+    def filled(self, values):
+        """These operands with the fields of :meth:`present` replaced by ``values``, in order."""
+        values = iter(values)
+        return Operands(*(None if field is None else next(values) for field in self))
 
 
-def pack_taps(weight, channels):
-    """Pack (O, K) in upstream's column order as (taps, O padded to NARROW, channels padded to blocks)."""
-    outputs = weight.shape[0]
-    packed = weight.reshape(outputs, channels, -1).permute(2, 0, 1)
-    block = next((size for size in reversed(_BLOCKS) if size >= channels), _BLOCKS[0])
-    return _padded(packed, -channels % block, -outputs % NARROW)
+@lru_cache(maxsize=256)
+def operand_shapes(outputs, values, norm, channels, window, as_bytes, turned):
+    """The shapes of the :class:`Operands` of a weight (outputs, values).
 
-
-def pad_outputs(vector):
-    """(O) in float32, padded to a multiple of NARROW."""
-    return F.pad(vector.to(torch.float32), (0, -vector.shape[0] % NARROW))
+    turned: of those for the image's gradient; else of those for the forward kernels.
+    """
+    width = outputs + -outputs % NARROW
+    if turned:
+        block = next((size for size in reversed(_BLOCKS) if size >= channels), _BLOCKS[0])
+        return Operands((values // channels, width, channels + -channels % block), (width,), None, None, None, None)
+    found = layout(channels, window)
+    columns = found.columns + -found.columns % _BLOCKS[0] if found.gather else found.columns
+    used = found.columns != values or (found.gather and norm)
+    pixels = (columns,) if as_bytes else None
+    return Operands(
+        (columns, width), (width,), (width,) if norm else None, (columns,) if used else None, pixels, pixels
+    )

@@ -1,63 +1,48 @@
 """The kernels' operands made of a call's parameters: LayerNorm folded in, packed, cached between inference calls."""
 
-import torch
-
 from ..._common import triton_runtime as runtime
 from ..._common.cached import FOLDED
-from ..aten import fold_norm
 from .call import Folded
-from .layout import layout, pack_taps, pad_outputs
+from .layout import operand_shapes
 
 
-def _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype):
-    """The weight as an operand, its row sums (``None`` without LayerNorm) and the offset."""
-    if norm_eps is not None:
-        return fold_norm(weight, bias, norm_weight, norm_bias, dtype)
-    offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return weight.to(dtype), None, offset
+def _operands(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype, pixels, turned):
+    """The :class:`layout.Operands` of a call."""
+    norm, sizes = norm_eps is not None, [runtime.fixed(size) for size in weight.shape]
+    found = runtime.operators.soft_split_linear_fold(
+        weight, bias, norm_weight, norm_bias, norm, channels, *window, dtype, pixels, turned
+    )
+    return operand_shapes(*sizes, norm, channels, window, bool(pixels), turned).filled(found)
 
 
-def pixel_columns(pixels, weight, channels, window):
-    """Scale and shift of every column of windows over an image of bytes (``ops/pixels.py``); ``None`` for values.
-
-    Filled value by value, because a copy from the host is not allowed while a CUDA graph is captured.
+def packed(*parameters, channels, window, dtype, pixels):
+    """The parameters (four tensors and ``norm_eps``) for a forward kernel, a :class:`Folded`; and scale and shift of
+    every column for an image of bytes (``ops/pixels.py``), ``None`` for values.
     """
-    if not pixels:
-        return None
-    filled = [torch.stack([weight.new_full((), p, dtype=torch.float32) for p in part]) for part in _halves(pixels)]
-    return [layout(channels, window).spread(row.repeat_interleave(window.taps)) for row in filled]
+    return folded_of(_operands(*parameters, channels, window, dtype, pixels, False))
 
 
-def _halves(pixels):
-    return pixels[: len(pixels) // 2], pixels[len(pixels) // 2 :]
+def folded_of(found):
+    """:class:`layout.Operands` as :func:`packed` returns them."""
+    columns = None if found.scale is None else [found.scale, found.shift]
+    return Folded(found.weight, found.used, found.row_sums, found.offset), columns
 
 
-def packed(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype):
-    """The parameters for a forward kernel, a :class:`Folded`."""
-    operand, row_sums, offset = _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype)
-    found = layout(channels, window)
-    used = None
-    if found.columns != weight.shape[1] or (found.gather and row_sums is not None):
-        used = found.spread(torch.ones_like(weight[0], dtype=torch.float32))
-    if row_sums is not None:
-        row_sums = pad_outputs(row_sums)
-    return Folded(found.pack(operand), used, row_sums, pad_outputs(offset))
-
-
-def packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, dtype):
+def packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype):
     """The parameters for the image's gradient: weight, offset (``None`` without LayerNorm)."""
-    operand, row_sums, offset = _folded(weight, bias, norm_weight, norm_bias, norm_eps, dtype)
-    return pack_taps(operand, channels), None if row_sums is None else pad_outputs(offset)
+    found = _operands(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype, (), True)
+    return found.weight, None if norm_eps is None else found.offset
 
 
 def operands(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep):
-    """A forward kernel's operands other than the image: :func:`packed` and :func:`pixel_columns`.
+    """A forward kernel's operands other than the image: :func:`packed`.
 
     keep: whether to cache them for the next call with the same parameters.
     """
-    tensors, rest = (weight, bias, norm_weight, norm_bias), (runtime.fixed(x.shape[1]), window)
+    tensors, channels = (weight, bias, norm_weight, norm_bias), runtime.fixed(x.shape[1])
 
     def make():
-        return packed(*tensors, norm_eps, *rest, dtype), pixel_columns(pixels, weight, *rest)
+        return packed(*tensors, norm_eps, channels=channels, window=window, dtype=dtype, pixels=pixels)
 
-    return FOLDED.get(tensors, (norm_eps is not None, *rest, dtype, *pixels), make) if keep else make()
+    key = norm_eps is not None, channels, window, dtype, *pixels
+    return FOLDED.get(tensors, key, make) if keep else make()

@@ -11,7 +11,26 @@ from ..._common.spec import Window
 from ..._common.triton_runtime import fake, operator
 from ..._common.windows import in_layout
 from ..autograd import differentiable, parameter_gradients
-from .operands import operands, packed_taps, pixel_columns
+from .layout import operand_shapes
+from .operands import operands, packed, packed_taps
+
+
+@operator(
+    "soft_split_linear_fold(Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, bool norm, "
+    "int channels, int[] kernel, int[] stride, int[] padding, ScalarType dtype, float[] pixels, bool turned) "
+    "-> Tensor[]"
+)
+def _fold(*arguments):
+    from .parameters import launch_fold
+
+    return launch_fold(*arguments)
+
+
+@fake("soft_split_linear_fold")
+def _fake_fold(weight, bias, norm_weight, norm_bias, norm, channels, kernel, stride, padding, dtype, pixels, turned):
+    window = Window(tuple(kernel), tuple(stride), tuple(padding))
+    shapes = operand_shapes(*weight.shape, norm, channels, window, bool(pixels), turned).present()
+    return [weight.new_empty(shape, dtype=torch.float32 if index else dtype) for index, shape in enumerate(shapes)]
 
 
 @operator(
@@ -35,17 +54,22 @@ def _fake(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, stride, 
 
 @operator(
     "soft_split_linear_products(Tensor x, Tensor grad, Tensor mean, Tensor rstd, bool norm, int[] kernel, "
-    "int[] stride, int[] padding, Tensor[]? pixels) -> Tensor"
+    "int[] stride, int[] padding, Tensor[]? pixels, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, "
+    "ScalarType bias_dtype, bool[] needed) -> Tensor[]"
 )
 def _products(*arguments):
-    from .weight_gradient import launch_weight_products
+    from .weight_gradient import launch_weight_gradient
 
-    return launch_weight_products(*arguments)
+    return launch_weight_gradient(*arguments)
 
 
 @fake("soft_split_linear_products")
-def _fake_products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
-    return x.new_empty((grad.shape[2], x.shape[1] * kernel[0] * kernel[1]), dtype=torch.float32)
+def _fake_products(
+    x, grad, mean, rstd, norm, kernel, stride, padding, pixels, weight, norm_weight, norm_bias, bias_dtype, needed
+):
+    bias = weight.new_empty(weight.shape[0], dtype=bias_dtype)
+    tensors = zip((weight, bias, norm_weight, norm_bias), needed, strict=True)
+    return [t.new_empty(t.shape) for t, wanted in tensors if wanted]
 
 
 @operator(
@@ -65,7 +89,7 @@ def _fake_image_gradient(grad, x, *rest):
 
 def _run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep):
     found, columns = operands(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels, keep)
-    return torch.ops.t2t_fast_triton.soft_split_linear(x, *found, weight.shape[0], norm_eps, *window, dtype, columns)
+    return runtime.operators.soft_split_linear(x, *found, weight.shape[0], norm_eps, *window, dtype, columns)
 
 
 def run(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixels=()):
@@ -80,17 +104,27 @@ def infer(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, pixe
 
 def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window, y, mean, rstd, needed, pixels=()):
     """Gradients of the image and every parameter (:func:`autograd.differentiable`)."""
-    need_x, need_weight, _, need_gamma, _ = needed
-    norm, operators = norm_eps is not None, torch.ops.t2t_fast_triton
+    need_x, *rest = needed
+    norm, operators = norm_eps is not None, runtime.operators
     channels = runtime.fixed(x.shape[1])
-    d_x = products = None
-    if need_weight or need_gamma:
-        columns = pixel_columns(pixels, weight, channels, window)
-        products = operators.soft_split_linear_products(x, grad, mean, rstd, norm, *window, columns)
-    if need_x:
-        found = packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, grad.dtype)
-        d_x = operators.soft_split_linear_image_gradient(grad, x, *found, y, mean, rstd, *window)
-    return d_x, *parameter_gradients(products, grad, weight, bias, norm_weight, norm_bias, needed[1:])
+    if rest[0] or rest[2]:
+        columns = None
+        if pixels:
+            parameters = weight, bias, norm_weight, norm_bias, norm_eps
+            columns = packed(*parameters, channels=channels, window=window, dtype=grad.dtype, pixels=pixels)[1]
+        dtype = weight.dtype if bias is None else bias.dtype
+        found = iter(
+            operators.soft_split_linear_products(
+                x, grad, mean, rstd, norm, *window, columns, weight, norm_weight, norm_bias, dtype, rest
+            )
+        )
+        gradients = [next(found) if wanted else None for wanted in rest]
+    else:
+        gradients = parameter_gradients(None, grad, weight, bias, norm_weight, norm_bias, rest)
+    if not need_x:
+        return None, *gradients
+    found = packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, grad.dtype)
+    return operators.soft_split_linear_image_gradient(grad, x, *found, y, mean, rstd, *window), *gradients
 
 
 forward = differentiable(run, run_backward, infer)

@@ -14,6 +14,7 @@ from ..._common.tiles import dot, rounded
 from .call import Call, divisor
 from .forward import VARYING, tile_places, window_tile
 from .layout import NARROW
+from .parameters import launch_parameter_gradients
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -120,21 +121,25 @@ def split_linear_weight_kernel(
             tl.store(d_weight + places, sums[block * PARTS + part])
 
 
-def launch_weight_products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
-    """``sum_t G_t xhat_t^T`` as (O, K) float32."""
+def launch_weight_gradient(
+    x, grad, mean, rstd, norm, kernel, stride, padding, pixels, weight, norm_weight, norm_bias, bias_dtype, needed
+):
+    """The gradients of weight, bias and LayerNorm's two parameters that are ``needed``, each in its dtype."""
 
     FOLDED.clear()  # in training, parameters may be written without a change of their version counters
     call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
+    parameters = weight, norm_weight, norm_bias, bias_dtype, x.shape[1], call.layout, needed
     if not grad.numel():
-        return grad.new_zeros((call.outputs, call.layout.values), dtype=torch.float32)
-    parameters = call.parameters("weight")
-    parts = divisor(-(-call.outputs // NARROW), parameters["parts"])
+        found = grad.new_zeros((1, call.outputs, call.layout.columns), dtype=torch.float32)
+        return launch_parameter_gradients(found, grad, *parameters)
+    selected = call.parameters("weight")
+    parts = divisor(-(-call.outputs // NARROW), selected["parts"])
     groups = -(-call.outputs // (NARROW * parts))
-    block = call.layout.block(parameters["block"])
-    blocks = divisor(-(-call.layout.columns // block), parameters["blocks"])
+    block = call.layout.block(selected["block"])
+    blocks = divisor(-(-call.layout.columns // block), selected["blocks"])
     column_groups = -(-call.layout.columns // (block * blocks))
-    wanted = parameters["programs"] * runtime.multiprocessors(x.device)
-    splits, tiles = cut(call.tokens, column_groups * groups, parameters["tokens"], wanted)
+    wanted = selected["programs"] * runtime.multiprocessors(x.device)
+    splits, tiles = cut(call.tokens, column_groups * groups, selected["tokens"], wanted)
     shape = splits, groups * parts * NARROW, column_groups * blocks * block
     found = torch.empty(shape, dtype=torch.float32, device=x.device)
     split_linear_weight_kernel[column_groups, groups, splits](
@@ -151,11 +156,11 @@ def launch_weight_products(x, grad, mean, rstd, norm, kernel, stride, padding, p
         tiles,
         LAYOUT=call.layout,
         NORM=norm,
-        TOKENS=parameters["tokens"],
+        TOKENS=selected["tokens"],
         BLOCK=block,
         BLOCKS=blocks,
         PARTS=parts,
-        TURNED=parameters["turned"],
-        **call.constants(parameters),
+        TURNED=selected["turned"],
+        **call.constants(selected),
     )
-    return call.layout.unpack(found.sum(0).t(), call.outputs).contiguous()
+    return launch_parameter_gradients(found, grad, *parameters)

@@ -123,9 +123,15 @@ def inner_strides(operands):
 
 def dropout(options, seed):
     """The seed and the mask parameters of projection and MLP (philox.py), ``None`` without dropout."""
-    p1, p2 = options.proj_drop, options.mlp_drop
+    masks = _masks(options.proj_drop, options.mlp_drop)
+    return seed if options.proj_drop > 0 or options.mlp_drop > 0 else None, *masks
+
+
+@lru_cache(maxsize=256)
+def _masks(p1, p2):
     a, b = round(65536 * p1), round(65536 * p2)
     begin = a - round(a * b / 65536)
-    proj_mask = None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)
-    mlp_mask = float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2)
-    return seed if p1 > 0 or p2 > 0 else None, proj_mask, mlp_mask
+    return (
+        (None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)),
+        (float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2)),
+    )

@@ -6,7 +6,7 @@ length that the kernels write are the results. Triton is imported at the first l
 
 import torch
 
-from ..._common.triton_runtime import fake, operator
+from ..._common.triton_runtime import fake, operator, operators
 from ..autograd import MlpParameters, differentiable
 
 _ORDER = (
@@ -58,19 +58,24 @@ def _fake_backward(grad, y, v, seed, options, mlp, need_parameters):
 
 def run(y, v, mlp, options, seed):
     """Forward without autograd."""
-    return torch.ops.t2t_fast_triton.token_mlp(y, v, seed, list(options), list(mlp))
+    return operators.token_mlp(y, v, seed, list(options), list(mlp))
+
+
+def _like(values, parameter):
+    """A flat gradient in the shape and dtype of its parameter."""
+    if parameter.ndim > 1:
+        values = values.view(parameter.shape)
+    return values if values.dtype == parameter.dtype else values.to(parameter.dtype)
 
 
 def run_backward(grad, y, v, mlp, options, seed, needed):
     """All gradients, those of y and v in y's dtype."""
-    d_y, d_v, flat = torch.ops.t2t_fast_triton.token_mlp_backward(
-        grad, y, v, seed, list(options), list(mlp), any(needed)
-    )
+    d_y, d_v, flat = operators.token_mlp_backward(grad, y, v, seed, list(options), list(mlp), any(needed))
     if not any(needed):
         return d_y, d_v, [None] * len(mlp)
-    found = dict(zip(_ORDER, flat.split(lengths(mlp)), strict=True))
+    found = dict(zip(_ORDER, flat.split_with_sizes(lengths(mlp)), strict=True))
     gradients = [
-        found[name].view(parameter.shape).to(parameter.dtype) if wanted and parameter is not None else None
+        _like(found[name], parameter) if wanted and parameter is not None else None
         for name, parameter, wanted in zip(MlpParameters._fields, mlp, needed, strict=True)
     ]
     return d_y, d_v, gradients
