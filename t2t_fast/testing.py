@@ -414,6 +414,8 @@ def layer_norm_mlp_cases() -> list[Case]:
         tensors = {"x": _normal(generator, *shape)}
         if with_branch:
             tensors["branch"] = _normal(generator, *shape)
+        else:
+            options = {**options, "branch": None}
         if options.get("norm_eps", 1e-5) is None:
             options = {**options, "norm_weight": None, "norm_bias": None}
         else:

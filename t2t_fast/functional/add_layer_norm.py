@@ -15,10 +15,11 @@ from ..errors import (
 )
 from ..ops._common.library import wants_gradient
 from ..ops.add_layer_norm.op import add_layer_norm as _add_layer_norm
-from .arguments import choose, running_dtype, same_dtype
+from .arguments import checked, choose, running_dtype, same_dtype
 from .token_mlp import seed_for
 
 
+@checked(_add_layer_norm, places=(0, 1, 2, 3), seed=8)
 def add_layer_norm(
     x: torch.Tensor,
     branch: torch.Tensor,
@@ -30,7 +31,7 @@ def add_layer_norm(
     drop_path: float = 0.0,
     seed: torch.Tensor | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Any, ...]:
     """``t = x + drop_path(drop(branch))`` and ``LayerNorm(t)``: a residual connection and the next branch's input.
 
     Upstream: ``Block.forward`` of ``models/transformer_block.py``, from the attention's result to ``norm2``.
@@ -67,7 +68,7 @@ def add_layer_norm(
         training=wants_gradient(x, branch, norm_weight, norm_bias),
         index=x.device.index,
     )
-    return _add_layer_norm(x, branch, norm_weight, norm_bias, norm_eps, drop, drop_path, running_dtype(x), seed, chosen)
+    return (x, branch, norm_weight, norm_bias, norm_eps, drop, drop_path, running_dtype(x), seed, chosen)
 
 
 def check_tokens(function: str, x: torch.Tensor) -> None:

@@ -32,7 +32,7 @@ P = ParamSpec("P")
 class Checked(Protocol[P]):
     """A function that checks its arguments and calls an operator (:func:`checked`)."""
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
 
 
 def checked(
@@ -49,7 +49,7 @@ def checked(
 
     def decorate(arguments: Callable[P, tuple[Any, ...]]) -> Checked[P]:
         @wraps(arguments)
-        def function(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+        def function(*args: P.args, **kwargs: P.kwargs) -> Any:
             return operator(*arguments(*args, **kwargs))
 
         vars(function).update(arguments=arguments, operator=operator, places=places, seed=seed)

@@ -1,14 +1,17 @@
 """LayerNorm and Linear as one operator."""
 
+from typing import Any
+
 import torch
 
 from ..errors import check_count
 from ..ops._common.library import wants_gradient
 from ..ops.layer_norm_linear.op import layer_norm_linear as _layer_norm_linear
 from .add_layer_norm import check_linear, check_norm, check_tokens
-from .arguments import choose, running_dtype
+from .arguments import checked, choose, running_dtype
 
 
+@checked(_layer_norm_linear, places=(0, 1, 2, 4, 5))
 def layer_norm_linear(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -18,7 +21,7 @@ def layer_norm_linear(
     *,
     norm_eps: float = 1e-5,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Any, ...]:
     """``Linear(LayerNorm(x))``, and x for the residual connection around it; the normalised tokens are not saved.
 
     Upstream: ``norm1`` and ``attn.qkv`` of ``Block.forward`` (``models/transformer_block.py``).
@@ -53,4 +56,4 @@ def layer_norm_linear(
         training=wants_gradient(x, norm_weight, norm_bias, weight, bias),
         index=x.device.index,
     )
-    return _layer_norm_linear(x, norm_weight, norm_bias, norm_eps, weight, bias, running_dtype(x), chosen)
+    return (x, norm_weight, norm_bias, norm_eps, weight, bias, running_dtype(x), chosen)

@@ -1,24 +1,27 @@
 """The second half of a transformer block: residual connection, LayerNorm, MLP, residual connection."""
 
+from typing import Any
+
 import torch
 
 from ..errors import check_bool, check_count, check_probability
 from ..ops._common.library import wants_gradient
 from ..ops.layer_norm_mlp.op import layer_norm_mlp as _layer_norm_mlp
 from .add_layer_norm import check_branch, check_linear, check_norm, check_tokens
-from .arguments import choose, running_dtype
+from .arguments import checked, choose, running_dtype
 from .token_mlp import seed_for
 
 
+@checked(_layer_norm_mlp, places=(0, 1, 2, 3, 5, 6, 7, 8), seed=17)
 def layer_norm_mlp(
     x: torch.Tensor,
+    branch: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
     fc1_weight: torch.Tensor,
     fc1_bias: torch.Tensor | None,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor | None,
-    branch: torch.Tensor | None = None,
     *,
     norm_eps: float | None = 1e-5,
     branch_drop: float = 0.0,
@@ -30,17 +33,16 @@ def layer_norm_mlp(
     recompute: bool = False,
     seed: torch.Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> tuple[Any, ...]:
     """``t = x + branch``, then ``t + fc2(gelu(fc1(LayerNorm(t))))``, with every dropout of a transformer block.
 
     Upstream: ``Block.forward`` of ``models/transformer_block.py``, from the attention's result on; without ``branch``,
     LayerNorm and residual it is ``Mlp.forward``.
 
     Args:
-        x: (B, N, D) tokens.
+        x: (B, N, D) tokens; branch: (B, N, D), added to x first, or ``None``.
         norm_weight, norm_bias, norm_eps: of the LayerNorm; parameters (D) or ``None``. ``norm_eps=None``: no LayerNorm.
         fc1_weight: (hidden, D); fc2_weight: (O, hidden), O = D with ``residual``; biases (hidden), (O) or ``None``.
-        branch: (B, N, D), added to x first; or ``None``.
         branch_drop, branch_path: probabilities of the branch's dropout and stochastic depth.
         hidden_drop: probability of the dropout behind GELU.
         drop, drop_path: probabilities of dropout and stochastic depth of the MLP's output.
@@ -92,7 +94,7 @@ def layer_norm_mlp(
         training=wants_gradient(x, branch, *parameters),
         index=x.device.index,
     )
-    return _layer_norm_mlp(
+    return (
         x,
         branch,
         norm_weight,

@@ -9,7 +9,7 @@ from . import fusion
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, attn_drop: nn.Module | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, drop: nn.Module | float = 0.0
 ) -> torch.Tensor:
     """``dropout(softmax(scale q k^T)) v``: (B, heads, N, D) three times -> (B, heads, N, D).
 
@@ -17,14 +17,14 @@ def attend(
     another class, and under transformations without a rule for fused attention.
 
     Args:
-        attn_drop: the dropout module of the weights, or ``None``.
+        drop: the dropout module of the weights, or its current probability.
     """
-    plain = attn_drop is None or (fusion.dropout(attn_drop) is None and not fusion.watched())
+    plain = isinstance(drop, (int, float)) or (fusion.dropout(drop) is None and not fusion.watched())
     if plain and transforms.active() in (None, transforms.TRACING):
-        rate = 0.0 if attn_drop is None else fusion.rate(attn_drop)
+        rate = drop if isinstance(drop, (int, float)) else fusion.rate(drop)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=scale)
     weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)
-    return (weights if attn_drop is None else attn_drop(weights)) @ v
+    return (F.dropout(weights, drop) if isinstance(drop, (int, float)) else drop(weights)) @ v
 
 
 def heads(qkv: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:

@@ -7,6 +7,7 @@ replaced or wrapped, the module runs unfused: a swapped module by its original `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..functional import add_layer_norm, layer_norm_linear, layer_norm_mlp
-from . import fusion
+from . import fusion, remembered
 from .attention import attend, heads, merged
 
 
@@ -140,19 +141,54 @@ class Fused(nn.Module):
 
     def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         """(B, N, dim) -> (B, N, dim); with other arguments, which only a swapped module takes, unfused."""
-        if others or named or x.ndim != 3 or self.obstacle() is not None:
+        if others or named or x.ndim != 3:
             return self._unfused(x, *others, **named)
-        return self._fused(x)
+        kind: Any = type(self)
+        if torch.compiler.is_compiling():
+            if self.obstacle() is not None:
+                return self._unfused(x)
+            paths = (path for path in self.parts.checks() if path not in self.parts.idle)
+            return self._fused(x, Children({path: attrgetter(path)(self) for path in paths}, None))
+        children = fusion.children(self, _checks(kind))
+        if children is None or not remembered.passes(self, key := self._key(x, children)):
+            return self._unfused(x)
+        return self._fused(x, Children(children, key))
+
+    def _key(self, x: torch.Tensor, children: Mapping[str, Any]) -> Any:
+        """The :func:`remembered.key` of a call: x, all parameters that are read, and all numbers."""
+        tensors: list[torch.Tensor | None] = [x]
+        options: list[Any] = [self.recompute]
+        for role, path in _used(self.parts):
+            child = children[path]
+            if role in _DROPS:
+                options.append(fusion.rate(child))
+            else:
+                tensors += fusion.weights(child)
+                options.append(child.eps if role in _NORMS else None)
+        return remembered.key(tensors, tuple(options))
 
     def _scale(self) -> float:
         """The factor of q k^T."""
-        return _get(self, self.parts.scale)
+        scale: float = attrgetter(self.parts.scale)(self)
+        return scale
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
         raise NotImplementedError
 
     def _unfused(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         raise NotImplementedError
+
+
+_NORMS = ("norm1", "norm2")
+_DROPS = ("proj_drop", "drop_path1", "hidden_drop", "drop", "drop_path2")
+
+
+@cache
+def _used(parts: Parts) -> list[tuple[str, str]]:
+    """(role, path) of the parts whose parameters or probabilities the fused form reads."""
+    roles = (*_NORMS, "qkv", "proj", "fc1", "fc2", *_DROPS)
+    found = [(role, getattr(parts, role)) for role in roles if getattr(parts, role)]
+    return [*found, *(("", path) for path in (*parts.linears, *parts.cheap))]
 
 
 @cache
@@ -165,52 +201,62 @@ def _checks(cls: Any) -> dict[str, fusion.Check]:
     return {**checks, **cls.parts.checks()}
 
 
-def _get(module: nn.Module, path: str) -> Any:
-    """The part at a path, ``None`` if it is absent."""
-    return attrgetter(path)(module) if path else None
+class Children(NamedTuple):
+    """The children of a fused module in one call, and the call's :func:`remembered.key`."""
+
+    found: Mapping[str, Any]
+    key: Any
+
+    def weights(self, *paths: str) -> list[Any]:
+        """Weight and bias of each child, ``None`` where the path is empty."""
+        return [each for path in paths for each in (fusion.weights(self.found[path]) if path else (None, None))]
+
+    def rate(self, path: str) -> float:
+        """The current probability of a dropout or stochastic depth, 0 where the path is empty."""
+        return fusion.rate(self.found[path]) if path else 0.0
+
+    def eps(self, path: str) -> Any:
+        """LayerNorm's eps, ``None`` where the path is empty."""
+        return self.found[path].eps if path else None
 
 
-def _rate(module: nn.Module, path: str) -> float:
-    """The current probability of the dropout or stochastic depth at a path."""
-    return fusion.rate(_get(module, path)) if path else 0.0
-
-
-def attention(module: Fused, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(module: Fused, x: torch.Tensor, children: Children) -> tuple[torch.Tensor, torch.Tensor]:
     """Self-attention up to ``gate``, (B, N, dim), and x for the residual connection around it."""
     parts = module.parts
-    qkv, norm, proj = (_get(module, path) for path in (parts.qkv, parts.norm1, parts.proj))
-    if norm is None:
-        packed = F.linear(x, qkv.weight, qkv.bias)
+    if parts.norm1:
+        tensors = (x, *children.weights(parts.norm1, parts.qkv))
+        eps = children.eps(parts.norm1)
+        packed, x = remembered.run(module, layer_norm_linear, children.key, tensors, norm_eps=eps)
     else:
-        packed, x = layer_norm_linear(x, norm.weight, norm.bias, qkv.weight, qkv.bias, norm_eps=norm.eps)
-    q, k, v = heads(packed, _get(module, parts.num_heads))
-    y = merged(attend(q, k, v, module._scale(), _get(module, parts.attn_drop)))
-    if proj is not None:
-        y = F.linear(y, proj.weight, proj.bias)
+        packed = F.linear(x, *children.weights(parts.qkv))
+    y, v = attended(module, packed, children)
+    if parts.proj:
+        y = F.linear(y, *children.weights(parts.proj))
     if parts.skip:
         y = merged(v) + y
-    return _get(module, parts.gate)(y) if parts.gate else y, x
+    return attrgetter(parts.gate)(module)(y) if parts.gate else y, x
 
 
-def mlp(module: Fused, x: torch.Tensor, branch: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+def attended(module: Fused, packed: torch.Tensor, children: Children) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of packed q, k and v: its result (B, N, dim), and v (B, heads, N, head width)."""
+    parts = module.parts
+    q, k, v = heads(packed, attrgetter(parts.num_heads)(module))
+    rate = children.rate(parts.attn_drop)
+    return merged(attend(q, k, v, module._scale(), rate)), v
+
+
+def mlp(
+    module: Fused, x: torch.Tensor, children: Children, branch: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     """The MLP from ``norm2`` on; branch and options: of :func:`layer_norm_mlp`."""
     parts = module.parts
-    norm, fc1, fc2 = (_get(module, path) for path in (parts.norm2, parts.fc1, parts.fc2))
-    weight, bias, eps = (None, None, None) if norm is None else (norm.weight, norm.bias, norm.eps)
-    return layer_norm_mlp(
-        x,
-        weight,
-        bias,
-        fc1.weight,
-        fc1.bias,
-        fc2.weight,
-        fc2.bias,
-        branch,
-        norm_eps=eps,
-        hidden_drop=_rate(module, parts.hidden_drop),
-        drop=_rate(module, parts.drop),
-        **options,
-    )
+    options |= {"norm_eps": children.eps(parts.norm2), "recompute": module.recompute}
+    options |= {"hidden_drop": children.rate(parts.hidden_drop), "drop": children.rate(parts.drop)}
+    tensors = (x, branch, *children.weights(parts.norm2, parts.fc1, parts.fc2))
+    # the key does not contain what a gate returned
+    known = branch is None or not parts.gate or (type(branch) is torch.Tensor and branch.shape == x.shape)
+    found: torch.Tensor = remembered.run(module, layer_norm_mlp, children.key if known else None, tensors, **options)
+    return found
 
 
 class FusedAttention(Fused):
@@ -218,9 +264,9 @@ class FusedAttention(Fused):
 
     parts = ATTENTION
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        y, _ = attention(self, x)
-        return _dropped(y, _rate(self, self.parts.proj_drop))
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
+        y, _ = attention(self, x, children)
+        return _dropped(y, children.rate(self.parts.proj_drop))
 
 
 class FusedAttentionSE(FusedAttention):
@@ -245,15 +291,13 @@ class FusedAttentionGhost(FusedAttention):
         qkv="", linears=("q", "k", "v"), cheap=("cheap_operation_q", "cheap_operation_k", "cheap_operation_v")
     )
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
         packed = []
         for linear, cheap in zip(self.parts.linears, self.parts.cheap, strict=True):
-            half = F.linear(x, _get(self, linear).weight, _get(self, linear).bias)
-            packed += [half, _scaled(half, _get(self, cheap))]
-        q, k, v = heads(torch.cat(packed, dim=2), _get(self, self.parts.num_heads))
-        y = merged(attend(q, k, v, self._scale(), _get(self, self.parts.attn_drop)))
-        proj = _get(self, self.parts.proj)
-        return _dropped(F.linear(y, proj.weight, proj.bias), _rate(self, self.parts.proj_drop))
+            half = F.linear(x, *children.weights(linear))
+            packed += [half, _scaled(half, children.found[cheap])]
+        y, _ = attended(self, torch.cat(packed, dim=2), children)
+        return _dropped(F.linear(y, *children.weights(self.parts.proj)), children.rate(self.parts.proj_drop))
 
 
 class FusedMlp(Fused):
@@ -261,8 +305,8 @@ class FusedMlp(Fused):
 
     parts = MLP
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        return mlp(self, x, residual=False, recompute=self.recompute)
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
+        return mlp(self, x, children, residual=False)
 
 
 class FusedMlpGhost(Fused):
@@ -270,12 +314,12 @@ class FusedMlpGhost(Fused):
 
     parts = MLP._replace(cheap=("cheap_operation2", "cheap_operation3"))
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        fc1, fc2 = _get(self, self.parts.fc1), _get(self, self.parts.fc2)
-        a = F.gelu(F.linear(x, fc1.weight, fc1.bias))
-        a = torch.cat([a, *(F.gelu(_scaled(a, _get(self, cheap))) for cheap in self.parts.cheap)], dim=2)
-        a = _dropped(a, _rate(self, self.parts.hidden_drop))
-        return _dropped(F.linear(a, fc2.weight, fc2.bias), _rate(self, self.parts.drop))
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
+        parts = self.parts
+        a = F.gelu(F.linear(x, *children.weights(parts.fc1)))
+        a = torch.cat([a, *(F.gelu(_scaled(a, children.found[cheap])) for cheap in parts.cheap)], dim=2)
+        a = _dropped(a, children.rate(parts.hidden_drop))
+        return _dropped(F.linear(a, *children.weights(parts.fc2)), children.rate(parts.drop))
 
 
 class FusedResidual(Fused):
@@ -283,11 +327,11 @@ class FusedResidual(Fused):
 
     parts = Parts(norm2="norm2", drop_path1="drop_path", drop_path2="drop_path", called=("norm1", "attn", "mlp"))
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
         inner: Any = self
-        norm, rate = _get(self, self.parts.norm2), _rate(self, self.parts.drop_path1)
         y = inner.attn(inner.norm1(x))
-        t, n = add_layer_norm(x, y, norm.weight, norm.bias, norm_eps=norm.eps, drop_path=rate)
+        options = {"norm_eps": children.eps(self.parts.norm2), "drop_path": children.rate(self.parts.drop_path1)}
+        t, n = add_layer_norm(x, y, *children.weights(self.parts.norm2), **options)
         return t + inner.drop_path(inner.mlp(n))
 
 
@@ -298,18 +342,17 @@ class FusedBlock(Fused):
         ATTENTION, "attn", MLP, "mlp", norm1="norm1", norm2="norm2", drop_path1="drop_path", drop_path2="drop_path"
     )
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        parts = self.parts
-        branch, x = attention(self, x)
-        return mlp(
-            self,
-            x,
-            branch,
-            branch_drop=_rate(self, parts.proj_drop),
-            branch_path=_rate(self, parts.drop_path1),
-            drop_path=_rate(self, parts.drop_path2),
-            recompute=self.recompute,
-        )
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
+        branch, x = attention(self, x, children)
+        rates = {
+            name: children.rate(path)
+            for name, path in (
+                ("branch_drop", self.parts.proj_drop),
+                ("branch_path", self.parts.drop_path1),
+                ("drop_path", self.parts.drop_path2),
+            )
+        }
+        return mlp(self, x, children, branch, **rates)
 
 
 class FusedBlockSE(FusedBlock):
@@ -323,6 +366,6 @@ class FusedBlockDense(FusedBlock):
 
     parts = FusedBlock.parts._replace(called=("dense_linear",))
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
         dense: Any = self.dense_linear
-        return torch.cat([x, dense(super()._fused(x))], dim=2)
+        return torch.cat([x, dense(super()._fused(x, children))], dim=2)

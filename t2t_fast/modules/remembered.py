@@ -2,7 +2,7 @@
 
 The checks of a call, the gate's view of its parameters, and the choice of the backend take longer than anything else
 that a call does in Python. They depend on the properties of the tensors, on the other arguments, and on a few global
-states (:func:`_key`). A module remembers a call by all of these, read anew at every call: a call
+states (:func:`key`). A module remembers a call by all of these, read anew at every call: a call
 with other properties is checked like the first one. Nothing else is remembered. In particular not the children, which
 :func:`fusion.children` looks at in every call, nor any tensor, so that a remembered call cannot become stale.
 
@@ -50,13 +50,17 @@ class Call(NamedTuple):
         return self.operator(*arguments)
 
 
-_calls: WeakKeyDictionary[nn.Module, dict[Any, Call]] = WeakKeyDictionary()
+_calls: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
-def _key(function: Any, tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
-    """All on which the checks and choices of a call depend; ``None``: it must be checked.
+def key(tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
+    """All on which the checks and choices of a module's calls depend; ``None``: they must be checked.
 
     Not the strides: only launches depend on them.
+
+    Args:
+        tensors: the module's input and all parameters on which its gate depends.
+        options: all else.
     """
     kinds = tuple(map(type, options))
     if type(tensors[0]) not in PLAIN or not _CONSTANT.issuperset(kinds):
@@ -64,52 +68,41 @@ def _key(function: Any, tensors: Sequence[Any], options: tuple[Any, ...]) -> Any
     if not undisturbed() or transforms.is_exporting():
         return None
     gradient, recording = False, torch.is_grad_enabled()
-    key = [function, kinds, options, backends.selection()]
+    found = [kinds, options, backends.selection()]
     for tensor in tensors:
         if tensor is None:
-            key.append(None)
+            found.append(None)
             continue
         if type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested:
             return None
-        key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        found += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
         gradient = gradient or (recording and tensor.requires_grad)
     device = tensors[0].device.type
     mixed = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-    return (*key, gradient, torch.get_autocast_dtype(device) if mixed else allows_tf32())
+    return (*found, gradient, torch.get_autocast_dtype(device) if mixed else allows_tf32())
 
 
-def recall(module: nn.Module, function: Any, tensors: Sequence[Any], options: tuple[Any, ...]) -> Call | None:
-    """The remembered call of ``function`` with tensors like these and these ``options``, or ``None``.
+def recall(module: nn.Module, function: Any, known: Any) -> Any:
+    """The remembered call of ``function`` with this :func:`key`, or ``None``.
 
-    Args:
-        function: one that :func:`functional.arguments.checked` made.
-        tensors: in the order of ``function.places``; the first one is the input. Further ones are not passed to the
-            function, but the module's gate depends on them.
-        options: all else on which the call depends.
+    function: one that :func:`functional.arguments.checked` made. The call takes tensors in the order of its ``places``;
+    further ones are ignored.
     """
     calls = _calls.get(module)
-    if not calls:
+    if not calls or known is None:
         return None
     try:
-        return calls.get(_key(function, tensors, options))
+        return calls.get((function, known))
     except TypeError:  # an option that is not hashable
         return None
 
 
-def first(
-    module: nn.Module,
-    function: Any,
-    tensors: Sequence[Any],
-    options: tuple[Any, ...],
-    /,
-    *positional: Any,
-    **named: Any,
-) -> Any:
-    """``function(*positional, **named)``, which is remembered for :func:`recall`."""
+def first(module: nn.Module, function: Any, known: Any, /, *positional: Any, **named: Any) -> Any:
+    """``function(*positional, **named)``, which is remembered for :func:`recall` under the :func:`key` ``known``."""
     arguments = function.arguments(*positional, **named)
-    key = _key(function, tensors, options)
+    x = arguments[0]
     # while a CUDA graph is captured, the choice of the backend makes no self-test
-    if key is not None and not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+    if known is not None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         constants = list(arguments)
         for place in function.places:
             constants[place] = None
@@ -118,8 +111,31 @@ def first(
         if len(calls) >= _MOST:
             calls.clear()
         with suppress(TypeError):  # an option that is not hashable
-            calls[key] = Call(function.operator.straight, tuple(constants), function.places, seed)
+            calls[function, known] = Call(function.operator.straight, tuple(constants), function.places, seed)
     return function.operator(*arguments)
+
+
+def run(module: nn.Module, function: Any, known: Any, tensors: Sequence[Any], /, **named: Any) -> Any:
+    """``function(*tensors, **named)``, recalled if the :func:`key` ``known`` is that of an earlier call."""
+    if known is None:
+        return function(*tensors, **named)
+    call = recall(module, function, known)
+    return first(module, function, known, *tensors, **named) if call is None else call(*tensors)
+
+
+def passes(module: Any, known: Any) -> bool:
+    """Whether ``module.obstacle()`` is ``None``, which it stays for calls with the same :func:`key`.
+
+    The children's own checks must have been made (:func:`fusion.children`).
+    """
+    if recall(module, passes, known) is not None:
+        return True
+    if module.obstacle() is not None:
+        return False
+    if known is not None:
+        with suppress(TypeError):
+            _calls.setdefault(module, {})[passes, known] = True
+    return True
 
 
 def constants_of(pixel_norm: Any) -> tuple[Any, ...]:

@@ -91,10 +91,11 @@ def _projected(x: torch.Tensor, project: nn.Linear, window: Window) -> torch.Ten
     run: Any = soft_split_linear
     if not torch.compiler.is_compiling():
         tensors = x, project.weight, project.bias, None, None
-        call = remembered.recall(project, soft_split_linear, tensors, (window,))
+        key = remembered.key(tensors, (window,))
+        call = remembered.recall(project, soft_split_linear, key)
         if call is not None:
             return call(*tensors)
-        run = partial(remembered.first, project, soft_split_linear, tensors, (window,))
+        run = partial(remembered.first, project, soft_split_linear, key)
     return run(x, project.weight, project.bias, *window)
 
 

@@ -176,9 +176,11 @@ class TokenTransformer(nn.Module):
             names = ("attn.proj", "norm2", f"{self.mlp_name}.fc1", f"{self.mlp_name}.fc2")
             mlp_weights = [tensor for name in names for tensor in fusion.weights(parts[name])]
             weights = (*fusion.weights(parts["attn.qkv"]), *fusion.weights(parts["norm1"]), *mlp_weights)
-            options = (window, parts["norm1"].eps, *remembered.constants_of(pixel_norm))
-            call = remembered.recall(self, soft_split_linear, (x, *weights), options)
-            split = partial(remembered.first, self, soft_split_linear, (x, *weights), options)
+            rate = self._projection_dropout()
+            options = (window, parts["norm1"].eps, parts["norm2"].eps, rate, *remembered.constants_of(pixel_norm))
+            key = remembered.key((x, *weights), options)
+            call = remembered.recall(self, soft_split_linear, key)
+            split = partial(remembered.first, self, soft_split_linear, key)
         if call is not None:
             tokens = call(as_image(x, (1, x.shape[1])) if window is None else x, *weights)
         else:
@@ -199,13 +201,11 @@ class TokenTransformer(nn.Module):
                 grid=(1, x.shape[1]) if window is None else None,
             )
         y, v = self.attn.mix(tokens)
-        rate = self._projection_dropout()
         if parts is not None:
-            tensors, options = (y, v, *mlp_weights), (parts["norm2"].eps, rate)
-            call = remembered.recall(self, token_mlp, tensors, options)
-            if call is not None:
-                return call(*tensors)
-            end = partial(remembered.first, self, token_mlp, tensors, options)
+            call = remembered.recall(self, token_mlp, key)
+            if call is not None and type(y) is torch.Tensor:
+                return call(y, v, *mlp_weights)
+            end = partial(remembered.first, self, token_mlp, key)
         mlp = getattr(self, self.mlp_name)
         return end(
             y,
@@ -219,7 +219,7 @@ class TokenTransformer(nn.Module):
             mlp.fc2.weight,
             mlp.fc2.bias,
             norm_eps=self.norm2.eps,
-            proj_drop=rate,
+            proj_drop=self._projection_dropout(),
         )
 
     def _projection_dropout(self) -> float:

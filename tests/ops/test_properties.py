@@ -192,7 +192,7 @@ class Maker:
         names = ("hidden_drop", "drop", "drop_path")
         branch = self.maybe(branch=self.normal(*shape))
         seed, options = self._probabilities(*names, *(("branch_drop", "branch_path") if branch else ()))
-        tensors = {"x": self.normal(*shape), **branch, **self._affine(width), **seed}
+        tensors = {"x": self.normal(*shape), "branch": None, **branch, **self._affine(width), **seed}
         tensors |= {"fc1_weight": self.normal(hidden, width, std=width**-0.5), "fc1_bias": self._bias(hidden)}
         tensors |= {"fc2_weight": self.normal(outputs, hidden, std=hidden**-0.5), "fc2_bias": self._bias(outputs)}
         if tensors["norm_weight"] is None:
