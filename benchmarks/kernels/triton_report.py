@@ -17,6 +17,7 @@ import torch
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops._common.pixels import normalisation
 from t2t_fast.ops._common.spec import T2T_WINDOWS, square
+from t2t_fast.ops.add_layer_norm.triton import operators as norm
 from t2t_fast.ops.performer_attention.triton import operators as attention
 from t2t_fast.ops.soft_split_linear.triton import operators as split
 from t2t_fast.ops.soft_split_linear.triton.layout import layout
@@ -34,6 +35,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 BATCH, LENGTH, IMAGE = 32, 12544, 224
 """Large enough that a sequence has several splits of several tiles each with any launch parameters."""
+
+TOKENS = 197
+"""Tokens of a sample in T2T-ViT's transformer blocks."""
 
 EVERY_SHAPE = tuple(product((16, 32, 64, 128, 256), repeat=2))
 """E and m of the attention: every padded E, and m up to 256; more features only add chunks."""
@@ -174,6 +178,18 @@ def _performer_layer(case):
     launch_read_out_mlp(kqv, w, 1e-8, lz, state, mlp, Options(1e-5, drop, drop), seed)
 
 
+def _add_layer_norm(case):
+    """A float32 stream, as under autocast: forward and backward with a branch, and the gradient of a second branch."""
+    width, dropout = case.sizes
+    dtype, drop, eps = DTYPES[case.dtype], [0.1 * dropout, 0.1], 1e-5
+    x, skip = (torch.empty(BATCH, TOKENS, width) for _ in range(2))
+    branch, grad = (torch.empty(BATCH, TOKENS, width, dtype=dtype) for _ in range(2))
+    gamma, beta, seed = torch.empty(width), torch.empty(width), torch.empty((), dtype=torch.int64)
+    t, _ = norm._forward(x, branch, gamma, beta, eps, dtype, seed, drop)
+    norm._backward(grad, skip, t, gamma, beta, eps, dtype, seed, drop, True)
+    norm._branch_gradient(skip, dtype, seed, drop + drop)
+
+
 def _rounds(name, case, arguments):
     """How often a kernel's main loop runs for one tile, and how often the code around it where that runs per tile.
 
@@ -206,6 +222,7 @@ OPERATORS = {
     "performer_attention": (_performer_attention, ((64, 32),)),
     "soft_split_linear": (_soft_split_linear, SPLITS),
     "token_mlp": (_token_mlp, ((64, 64, 1),)),
+    "add_layer_norm": (_add_layer_norm, ((384, 0), (512, 1))),
     "performer_layer": (_performer_layer, ((3, 64, 32, 64, 1), (64, 64, 32, 64, 1))),
 }
 """Name -> (the call of a :class:`Case`, the sizes of T2T-ViT's calls)."""

@@ -105,6 +105,16 @@ def keep_masks(
     return first_mask, second_mask
 
 
+def kernel_drops(
+    p1: float, p2: float
+) -> tuple[tuple[float | None, float | None, float], tuple[float | None, float | None, float]]:
+    """The two dropouts of :func:`keep_masks` as kernels take them: arguments ``drop`` of ``elementwise.left_out``."""
+    a, b = round(65536 * p1), round(65536 * p2)
+    begin = a - round(a * b / 65536)
+    first = None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)
+    return first, (float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2))
+
+
 class Drops(NamedTuple):
     """The probabilities of dropout and of stochastic depth (of whole samples) of a residual branch."""
 

@@ -8,6 +8,7 @@ import torch
 
 from ..._common import triton_runtime as runtime
 from ..._common.launch_table import DTYPES, Table, cut, padded
+from ..._common.philox import kernel_drops
 
 LARGEST = 128
 """Largest number of channels and of hidden units that the kernels support."""
@@ -123,9 +124,5 @@ def inner_strides(operands):
 
 def dropout(options, seed):
     """The seed and the mask parameters of projection and MLP (philox.py), ``None`` without dropout."""
-    p1, p2 = options.proj_drop, options.mlp_drop
-    a, b = round(65536 * p1), round(65536 * p2)
-    begin = a - round(a * b / 65536)
-    proj_mask = None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)
-    mlp_mask = float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2)
-    return seed if p1 > 0 or p2 > 0 else None, proj_mask, mlp_mask
+    drops = options.proj_drop, options.mlp_drop
+    return seed if max(drops) > 0 else None, *kernel_drops(*drops)
