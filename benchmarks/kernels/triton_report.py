@@ -18,6 +18,7 @@ from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops._common.pixels import normalisation
 from t2t_fast.ops._common.spec import T2T_WINDOWS, square
 from t2t_fast.ops.add_layer_norm.triton import operators as norm
+from t2t_fast.ops.layer_norm_mlp.triton import operators as block_mlp
 from t2t_fast.ops.performer_attention.triton import operators as attention
 from t2t_fast.ops.soft_split_linear.triton import operators as split
 from t2t_fast.ops.soft_split_linear.triton.layout import layout
@@ -190,6 +191,18 @@ def _add_layer_norm(case):
     norm._branch_gradient(skip, dtype, seed, drop + drop)
 
 
+def _layer_norm_mlp(case):
+    """The three products with an epilogue, of a float32 stream, in training; ``dropout`` is 0 or 1."""
+    width, hidden, dropout = case.sizes
+    x = torch.empty(BATCH, TOKENS, width)
+    n, h = (torch.empty(BATCH, TOKENS, size, dtype=DTYPES[case.dtype]) for size in (width, hidden))
+    drop, seed = 0.1 * dropout, torch.empty((), dtype=torch.int64)
+    fc1, fc2 = (torch.empty(shape, dtype=n.dtype) for shape in ((hidden, width), (width, hidden)))
+    block_mlp._fc1_gelu(n, fc1, torch.empty(hidden), seed, drop, True)
+    block_mlp._fc2_add(h, fc2, torch.empty(width), x, seed, [drop, 0.1, drop, 0.1])
+    block_mlp._fc2_gelu_backward(n, fc2, h, seed, drop)
+
+
 def _rounds(name, case, arguments):
     """How often a kernel's main loop runs for one tile, and how often the code around it where that runs per tile.
 
@@ -223,6 +236,7 @@ OPERATORS = {
     "soft_split_linear": (_soft_split_linear, SPLITS),
     "token_mlp": (_token_mlp, ((64, 64, 1),)),
     "add_layer_norm": (_add_layer_norm, ((384, 0), (512, 1))),
+    "layer_norm_mlp": (_layer_norm_mlp, ((384, 1152, 0), (512, 1536, 1))),
     "performer_layer": (_performer_layer, ((3, 64, 32, 64, 1), (64, 64, 32, 64, 1))),
 }
 """Name -> (the call of a :class:`Case`, the sizes of T2T-ViT's calls)."""

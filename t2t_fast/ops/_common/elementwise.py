@@ -99,13 +99,33 @@ def scale_of(drop):
 
 
 @triton.jit
+def _once(x):
+    """``x``, computed where it is: otherwise the compiler computes it again in the layout of each of its uses."""
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
+def path_factors(seed, start, length, path, TOKENS: tl.constexpr):
+    """The factors of stochastic depth of a tile's rows: (TOKENS) float32, 1 without it.
+
+    seed: pointer; start: the tile's first row (int64) of (samples x length) rows; path: ``drop`` of :func:`left_out`.
+    """
+    factors = tl.full([TOKENS], 1.0, tl.float32)
+    if path[1] is not None:
+        sample = start // length + (start % length + tl.arange(0, TOKENS)).to(tl.int32) // length
+        factors = _once(tl.where(left_out(lanes_of(tl.load(seed), sample, PATHS_STREAM), path), 0.0, path[2]))
+    return factors
+
+
+@triton.jit
 def branch_dropped(
     x,
     seed,
     start,
-    length,
+    factors,
     drop,
-    path,
     width,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -114,15 +134,11 @@ def branch_dropped(
 ):
     """A tile of a residual branch in float32 after dropout and stochastic depth, as by philox.branch_masks.
 
-    seed: pointer; start: the tile's first row (int64) of (samples x length) rows; drop, path: :func:`left_out`;
-    OCTETS, column: :func:`random_lanes`.
+    seed, start, factors: :func:`path_factors`; drop: :func:`left_out`; OCTETS, column: :func:`random_lanes`.
     """
     if drop[1] is not None:
         x = dropped(x, random_lanes(tl.load(seed), start, width, TOKENS, WIDTH, OCTETS, column), drop)
-    if path[1] is not None:
-        sample = start // length + (start % length + tl.arange(0, TOKENS)).to(tl.int32) // length
-        x *= tl.where(left_out(lanes_of(tl.load(seed), sample, PATHS_STREAM), path), 0.0, path[2])[:, None]
-    return x
+    return x * factors[:, None]
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._common.elementwise import branch_dropped
+from ..._common.elementwise import branch_dropped, path_factors
 from ..._common.tiles import load, row_of, store, widened
 from .forward import VARYING, standardised
 from .launch import masks, planned, strided
@@ -84,7 +84,8 @@ def layer_norm_backward_kernel(
         if d_x is not None:
             store(d_x, d, start, lines, there, columns, width, width, 1, EVEN)
         if d_branch is not None:
-            d = branch_dropped(d, seed, start, length, drop, path, width, TOKENS, WIDTH, OCTETS)
+            factors = path_factors(seed, start, length, path, TOKENS)
+            d = branch_dropped(d, seed, start, factors, drop, width, TOKENS, WIDTH, OCTETS)
             store(d_branch, d, start, lines, there, columns, width, width, 1, EVEN)
             if eps is None and shares is not None:
                 plain += d

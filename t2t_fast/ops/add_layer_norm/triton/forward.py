@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._common.elementwise import branch_dropped
+from ..._common.elementwise import branch_dropped, path_factors
 from ..._common.tiles import load, narrowed, row_of, store, widened
 from .launch import masks, planned, strided
 
@@ -52,7 +52,8 @@ def add_layer_norm_kernel(
     """``t = x + m branch`` and ``n = LayerNorm(t)``.
 
     Grid (tiles); a program owns one tile. It reads x and branch once and writes t and n once. Without a branch
-    (``None``), t is x and not written; with eps ``None``, n is t in n's dtype. drop, path: ``branch_dropped``.
+    (``None``), t is x and not written; with eps ``None``, n is t in n's dtype. drop, path: the masks m,
+    ``elementwise.left_out``.
     """
     start = tl.program_id(0).to(tl.int64) * TOKENS
     lines, columns = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
@@ -60,7 +61,8 @@ def add_layer_norm_kernel(
     value = widened(load(x, start, lines, there, columns, width, x_stride, 1, EVEN))
     if branch is not None:
         added = widened(load(branch, start, lines, there, columns, width, branch_stride, 1, EVEN))
-        value += branch_dropped(added, seed, start, length, drop, path, width, TOKENS, WIDTH, OCTETS)
+        factors = path_factors(seed, start, length, path, TOKENS)
+        value += branch_dropped(added, seed, start, factors, drop, width, TOKENS, WIDTH, OCTETS)
         value = narrowed(value, t.dtype.element_ty)
         store(t, value, start, lines, there, columns, width, width, 1, EVEN)
         value = widened(value)
