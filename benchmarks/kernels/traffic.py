@@ -17,7 +17,6 @@ from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -29,30 +28,16 @@ from ..measure.text_tables import aligned
 
 ARCHITECTURE, MULTIPROCESSORS = "sm_90", 2
 
-SUBJECTS = {"performer_layer-stage1": 1, "performer_layer-stage2": 1, "soft_split_linear-stage3": 4, "block": 4}
+SUBJECTS = {
+    "performer_layer-stage1": 1,
+    "performer_layer-stage2": 1,
+    "soft_split_linear-stage3": 4,
+    "layer_norm_mlp-block": 4,
+}
 """The three stages of the T2T module with Performer, a transformer block, and enough images for several full tiles."""
 
-BLOCK = 197, 384, 1152, 6
-"""Tokens, width, hidden units and heads of T2T-ViT-14's transformer blocks at 224 px."""
-
-_INPUTS = (
-    "x",
-    "image",
-    "cells",
-    "grad",
-    "y",
-    "k",
-    "q",
-    "v",
-    "skip",
-    "mask",
-    "mean",
-    "rstd",
-    "alpha",
-    "kappa",
-    "branch",
-)
-TOKENS = (*_INPUTS, "out", "d_x", "d_y", "d_k", "d_q", "d_v", "t", "n", "h", "again", "d_branch")
+_INPUTS = ("x", "image", "cells", "grad", "y", "k", "q", "v", "skip", "mask", "mean", "rstd", "alpha", "kappa")
+TOKENS = (*_INPUTS, "out", "d_x", "d_y", "d_k", "d_q", "d_v", "t", "n", "h", "again", "branch", "d_branch")
 STATES = ("lz", "state", "merged_lz", "merged_state", "d_lz", "d_state", "d_w", "d_weight", "shares")
 """Names of kernel arguments; all others are parameters."""
 
@@ -159,34 +144,12 @@ def counting(lengths, images=1):
         yield recorder.launches
 
 
-def _block(images):
-    """A transformer block under autocast, as modules call it: the call, its input, and its cost per image."""
-    from t2t_fast.functional import layer_norm_linear, layer_norm_mlp
-    from t2t_fast.ops._common import costs
-
-    length, width, hidden, heads = BLOCK
-    gamma, beta, proj_bias, bias = (torch.ones(width, requires_grad=True) for _ in range(4))
-    shapes = (3 * width, width), (width, width), (hidden, width), (width, hidden)
-    qkv, proj, fc1, fc2 = (torch.full(shape, 0.01, requires_grad=True) for shape in shapes)
-    fc1_bias = torch.ones(hidden, requires_grad=True)
-
-    def call(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            packed, x = layer_norm_linear(x, gamma, beta, qkv)
-            q, k, v = packed.view(images, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            p = torch.nn.functional.linear(y, proj, proj_bias)
-            return layer_norm_mlp(x, gamma, beta, fc1, fc1_bias, fc2, bias, branch=p)
-
-    return call, torch.randn(images, length, width, requires_grad=True), costs.block(length, width, hidden, heads)
-
-
 def measure(subject, size=224, images=1, dtype=torch.bfloat16):
     """The launches of a subject of ``suites/operators.py`` on some images: in inference, forward and backward.
 
-    Everything but the random features is in ``dtype``; the first stage's image has no gradient. "block":
-    :func:`_block`, whose stream is float32. Returns lists of :class:`Launch` by the name of the pass, and the
-    operator's :class:`costs.Cost` per image. Raises RuntimeError if the kernels are not interpreted.
+    Everything but the random features and a block's stream is in ``dtype``; the first stage's image has no gradient.
+    Returns lists of :class:`Launch` by the name of the pass, and the operator's :class:`costs.Cost` per image. Raises
+    RuntimeError if the kernels are not interpreted.
     """
     import t2t_fast
     from t2t_fast.ops._common import triton_runtime
@@ -196,28 +159,27 @@ def measure(subject, size=224, images=1, dtype=torch.bfloat16):
 
     if not triton_runtime.INTERPRETED:
         raise RuntimeError("measure: needs TRITON_INTERPRET=1, set before t2t_fast is imported")
-    if subject == "block":
-        run, x, cost = _block(images)
-        call, lengths = partial(run, x), {BLOCK[0], images * BLOCK[0]}
+    op = operators.build(subject, size, images)
+    parameters = {name: t if name == "w" else t.to(dtype).requires_grad_() for name, t in op.parameters.items()}
+    dtypes = {name: torch.float32 if name == op.stream else dtype for name in op.moving}
+    moving = {name: t.to(dtypes[name]).requires_grad_(not op.image) for name, t in op.moving.items()}
+    if op.stream:
+        lengths = {length * many for length in [moving[op.stream].shape[1]] for many in (1, images)}
     else:
-        op = operators.build(subject, size, images)
-        parameters = {name: t if name == "w" else t.to(dtype).requires_grad_() for name, t in op.parameters.items()}
-        moving = {name: t.to(dtype).requires_grad_(not op.image) for name, t in op.moving.items()}
         lengths = {length for t in moving.values() for length in t.shape[1:] if length > 3} - {WIDTH}
         lengths.add(operators.length(int(subject[-1]), size))
-        call, cost = partial(op.sources["t2t_fast"], **moving, **parameters), op.cost(dtype.itemsize)
-    passes = {}
-    with t2t_fast.backend("triton"), counting(lengths, images) as launches:
+    passes, mixed = {}, torch.autocast("cpu", dtype, enabled=op.stream is not None)
+    with t2t_fast.backend("triton"), mixed, counting(lengths, images) as launches:
         with torch.no_grad():
-            call()
+            op.sources["t2t_fast"](**moving, **parameters)
         passes["inference"] = launches[:]
         launches.clear()
-        out = call()
+        out = op.sources["t2t_fast"](**moving, **parameters)
         passes["forward"] = launches[:]
         gradient = torch.ones_like(out)
         launches.clear()
         out.backward(gradient)
-    return passes | {"backward": launches}, cost
+    return passes | {"backward": launches}, op.cost(dtype.itemsize)
 
 
 COLUMNS = ("requested kB", "touched kB", "parameters: requested kB", "parameters: touched kB", "states: touched kB")

@@ -179,28 +179,19 @@ def _performer_layer(case):
     launch_read_out_mlp(kqv, w, 1e-8, lz, state, mlp, Options(1e-5, drop, drop), seed)
 
 
-def _add_layer_norm(case):
-    """A float32 stream, as under autocast: forward and backward with a branch, and the gradient of a second branch."""
-    width, dropout = case.sizes
-    dtype, drop, eps = DTYPES[case.dtype], [0.1 * dropout, 0.1], 1e-5
-    x, skip = (torch.empty(BATCH, TOKENS, width) for _ in range(2))
-    branch, grad = (torch.empty(BATCH, TOKENS, width, dtype=dtype) for _ in range(2))
-    gamma, beta, seed = torch.empty(width), torch.empty(width), torch.empty((), dtype=torch.int64)
-    t, _ = norm._forward(x, branch, gamma, beta, eps, dtype, seed, drop)
-    norm._backward(grad, skip, t, gamma, beta, eps, dtype, seed, drop, True)
-    norm._branch_gradient(skip, dtype, seed, drop + drop)
-
-
-def _layer_norm_mlp(case):
-    """The three products with an epilogue, of a float32 stream, in training; ``dropout`` is 0 or 1."""
+def _block(case):
+    """The kernels of a transformer block in training, with a float32 stream, as under autocast; ``dropout``: 0 or 1."""
     width, hidden, dropout = case.sizes
-    x = torch.empty(BATCH, TOKENS, width)
-    n, h = (torch.empty(BATCH, TOKENS, size, dtype=DTYPES[case.dtype]) for size in (width, hidden))
-    drop, seed = 0.1 * dropout, torch.empty((), dtype=torch.int64)
-    fc1, fc2 = (torch.empty(shape, dtype=n.dtype) for shape in ((hidden, width), (width, hidden)))
-    block_mlp._fc1_gelu(n, fc1, torch.empty(hidden), seed, drop, True)
-    block_mlp._fc2_add(h, fc2, torch.empty(width), x, seed, [drop, 0.1, drop, 0.1])
-    block_mlp._fc2_gelu_backward(n, fc2, h, seed, drop)
+    dtype, drops, seed = DTYPES[case.dtype], [0.1 * dropout, 0.1], torch.empty((), dtype=torch.int64)
+    branch, h = (torch.empty(BATCH, TOKENS, size, dtype=dtype) for size in (width, hidden))
+    gamma, bias, skip = torch.empty(width), torch.empty(hidden), torch.empty(BATCH, TOKENS, width)
+    fc1, fc2 = (torch.empty(shape, dtype=dtype) for shape in ((hidden, width), (width, hidden)))
+    t, n = norm._forward(skip, branch, gamma, gamma, 1e-5, dtype, seed, drops)
+    norm._backward(branch, skip, t, gamma, gamma, 1e-5, dtype, seed, drops, True)
+    norm._branch_gradient(skip, dtype, seed, 2 * drops)
+    block_mlp._fc1_gelu(n, fc1, bias, seed, drops[0], True)
+    block_mlp._fc2_add(h, fc2, gamma, t, seed, 2 * drops)
+    block_mlp._fc2_gelu_backward(n, fc2, h, seed, drops[0])
 
 
 def _rounds(name, case, arguments):
@@ -231,12 +222,13 @@ def _rounds(name, case, arguments):
 
 
 SPLITS = (3, 192, 7, 4, 2, 1, 0), (3, 192, 7, 4, 2, 1, 1), (64, 192, 3, 2, 1, 1, 0), (64, 384, 3, 2, 1, 0, 0)
+BLOCKS = (384, 1152, 0), (512, 1536, 1)
 OPERATORS = {
     "performer_attention": (_performer_attention, ((64, 32),)),
     "soft_split_linear": (_soft_split_linear, SPLITS),
     "token_mlp": (_token_mlp, ((64, 64, 1),)),
-    "add_layer_norm": (_add_layer_norm, ((384, 0), (512, 1))),
-    "layer_norm_mlp": (_layer_norm_mlp, ((384, 1152, 0), (512, 1536, 1))),
+    "add_layer_norm": (_block, BLOCKS),
+    "layer_norm_mlp": (_block, BLOCKS),
     "performer_layer": (_performer_layer, ((3, 64, 32, 64, 1), (64, 64, 32, 64, 1))),
 }
 """Name -> (the call of a :class:`Case`, the sizes of T2T-ViT's calls)."""

@@ -198,7 +198,7 @@ def linear(length: int, inputs: int, outputs: int, element: int = 2) -> Cost:
 
 
 def layer_norm_linear(length: int, width: int, outputs: int, element: int = 2, stream: int = STREAM) -> Cost:
-    """LayerNorm, then a product; backward: the product's input, LayerNorm, which writes that input again, the weight."""
+    """LayerNorm, then a product; backward: its input, LayerNorm, which writes that input again, its weight."""
     norm = add_layer_norm(length, width, element, stream, branch=False, again=True)
     product = linear(length, width, outputs, element)
     first, last = product.backward

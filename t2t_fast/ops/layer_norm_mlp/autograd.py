@@ -66,13 +66,9 @@ def unpack(
     return parameters, Options(norm_eps, drops, hidden_drop, residual, recompute, dtype), seed
 
 
-def _norm_of(parameters, options):
-    return Norm(None, None, None) if options.norm_eps is None else Norm(*parameters[:2], options.norm_eps)
-
-
 def run(norm, mlp, x, branch, seed, options, parameters, keep):
     """The output, the stream (x itself without a branch), and fc1's output, ``None`` unless ``keep``."""
-    of_norm = _norm_of(parameters, options)
+    of_norm = Norm(*parameters[:2], options.norm_eps)
     t, n = norm.add_normalised(x, of_norm, options.dtype, branch, seed, options.drops[0])
     h, a = mlp.fc1_gelu(n, parameters, options, seed, keep)
     buffer = None if options.norm_eps is None else n  # without LayerNorm, n may be the input itself
@@ -83,7 +79,7 @@ def run_backward(norm, mlp, grad, t, h, branch_dtype, seed, options, parameters,
     """The gradients of x, of the branch (``None`` without ``branch_dtype``) and of the parameters, ``None`` unless
     needed.
     """
-    of_norm, fc1, fc2 = _norm_of(parameters, options), parameters[2:4], parameters[4:]
+    of_norm, fc1, fc2 = Norm(*parameters[:2], options.norm_eps), parameters[2:4], parameters[4:]
     n = None
     if h is None:
         _, n = norm.add_normalised(t, of_norm, options.dtype)
