@@ -110,8 +110,8 @@ def test_traffic_is_within_what_is_stated(subject):
         assert ratio <= STAGES[subject, direction] + 0.005, f"{subject} {direction}: {ratio:.3f}"
 
 
-# Of the products, in their order: token-long bytes requested over the table's. Every program of a row of tiles reads the
-# operand's rows; here tiles of 512 rows of which 394 exist, where the last one is read again.
+# Of the products, in their order: token-long bytes requested over the table's. Every program of a row of tiles reads
+# the operand's rows; here tiles of 512 rows of which 394 exist, where the last one is read again.
 BLOCK = {"inference": (3.68, 2.25), "forward": (2.53, 2.25), "backward": (2.07,)}
 
 
