@@ -14,7 +14,7 @@ LAYERS = [
     ["t2t_fast.backends", "t2t_fast.memory"],
     [COMMON, *(f"{COMMON}.{name}" for name in ("spec", "transforms", "costs", "flops", "windows", "philox", "pixels"))],
     [f"{COMMON}.{name}" for name in ("library", "launch_table", "cached")],
-    [f"{COMMON}.{name}" for name in ("native_library", "triton_runtime", "tiles")],
+    [f"{COMMON}.{name}" for name in ("native_library", "triton_runtime", "tiles", "elementwise")],
     [f"{OPS}.{name}" for name in ("reference", "autograd", "aten")],
     [f"{OPS}.triton.*", f"{OPS}.native"],
     [f"{OPS}.op"],
@@ -85,7 +85,11 @@ def imports(name, top_level_only=False):
 
 
 # Kernels and their launchers are imported at the first launch.
-TRITON = {f"{COMMON}.tiles", *(n for n in PACKAGE if ".triton." in n and "triton" in imports(n, top_level_only=True))}
+TRITON = {
+    f"{COMMON}.tiles",
+    f"{COMMON}.elementwise",
+    *(n for n in PACKAGE if ".triton." in n and "triton" in imports(n, top_level_only=True)),
+}
 
 
 def layer(name):

@@ -28,11 +28,16 @@ from ..measure.text_tables import aligned
 
 ARCHITECTURE, MULTIPROCESSORS = "sm_90", 2
 
-SUBJECTS = {"performer_layer-stage1": 1, "performer_layer-stage2": 1, "soft_split_linear-stage3": 4}
-"""The three stages of the T2T module with Performer, and enough images for several full tiles."""
+SUBJECTS = {
+    "performer_layer-stage1": 1,
+    "performer_layer-stage2": 1,
+    "soft_split_linear-stage3": 4,
+    "layer_norm_mlp-block": 4,
+}
+"""The three stages of the T2T module with Performer, a transformer block, and enough images for several full tiles."""
 
 _INPUTS = ("x", "image", "cells", "grad", "y", "k", "q", "v", "skip", "mask", "mean", "rstd", "alpha", "kappa")
-TOKENS = (*_INPUTS, "out", "d_x", "d_y", "d_k", "d_q", "d_v")
+TOKENS = (*_INPUTS, "out", "d_x", "d_y", "d_k", "d_q", "d_v", "t", "n", "h", "again", "branch", "d_branch")
 STATES = ("lz", "state", "merged_lz", "merged_state", "d_lz", "d_state", "d_w", "d_weight", "shares")
 """Names of kernel arguments; all others are parameters."""
 
@@ -142,9 +147,9 @@ def counting(lengths, images=1):
 def measure(subject, size=224, images=1, dtype=torch.bfloat16):
     """The launches of a subject of ``suites/operators.py`` on some images: in inference, forward and backward.
 
-    Everything but the random features is in ``dtype``; the first stage's image has no gradient. Returns lists of
-    :class:`Launch` by the name of the pass, and the operator's :class:`costs.Cost` per image. Raises RuntimeError if
-    the kernels are not interpreted.
+    Everything but the random features and a block's stream is in ``dtype``; the first stage's image has no gradient.
+    Returns lists of :class:`Launch` by the name of the pass, and the operator's :class:`costs.Cost` per image. Raises
+    RuntimeError if the kernels are not interpreted.
     """
     import t2t_fast
     from t2t_fast.ops._common import triton_runtime
@@ -156,11 +161,15 @@ def measure(subject, size=224, images=1, dtype=torch.bfloat16):
         raise RuntimeError("measure: needs TRITON_INTERPRET=1, set before t2t_fast is imported")
     op = operators.build(subject, size, images)
     parameters = {name: t if name == "w" else t.to(dtype).requires_grad_() for name, t in op.parameters.items()}
-    moving = {name: t.to(dtype).requires_grad_(not op.image) for name, t in op.moving.items()}
-    lengths = {length for t in moving.values() for length in t.shape[1:] if length > 3} - {WIDTH}
-    lengths.add(operators.length(int(subject[-1]), size))
-    passes = {}
-    with t2t_fast.backend("triton"), counting(lengths, images) as launches:
+    dtypes = {name: torch.float32 if name == op.stream else dtype for name in op.moving}
+    moving = {name: t.to(dtypes[name]).requires_grad_(not op.image) for name, t in op.moving.items()}
+    if op.stream:
+        lengths = {length * many for length in [moving[op.stream].shape[1]] for many in (1, images)}
+    else:
+        lengths = {length for t in moving.values() for length in t.shape[1:] if length > 3} - {WIDTH}
+        lengths.add(operators.length(int(subject[-1]), size))
+    passes, mixed = {}, torch.autocast("cpu", dtype, enabled=op.stream is not None)
+    with t2t_fast.backend("triton"), mixed, counting(lengths, images) as launches:
         with torch.no_grad():
             op.sources["t2t_fast"](**moving, **parameters)
         passes["inference"] = launches[:]
@@ -170,7 +179,7 @@ def measure(subject, size=224, images=1, dtype=torch.bfloat16):
         gradient = torch.ones_like(out)
         launches.clear()
         out.backward(gradient)
-    return passes | {"backward": launches}, op.cost(gradient.element_size())
+    return passes | {"backward": launches}, op.cost(dtype.itemsize)
 
 
 COLUMNS = ("requested kB", "touched kB", "parameters: requested kB", "parameters: touched kB", "states: touched kB")

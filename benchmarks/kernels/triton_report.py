@@ -17,6 +17,8 @@ import torch
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops._common.pixels import normalisation
 from t2t_fast.ops._common.spec import T2T_WINDOWS, square
+from t2t_fast.ops.add_layer_norm.triton import operators as norm
+from t2t_fast.ops.layer_norm_mlp.triton import operators as block_mlp
 from t2t_fast.ops.performer_attention.triton import operators as attention
 from t2t_fast.ops.soft_split_linear.triton import operators as split
 from t2t_fast.ops.soft_split_linear.triton.layout import layout, operand_shapes
@@ -34,6 +36,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 BATCH, LENGTH, IMAGE = 32, 12544, 224
 """Large enough that a sequence has several splits of several tiles each with any launch parameters."""
+
+TOKENS = 197
+"""Tokens of a sample in T2T-ViT's transformer blocks."""
 
 EVERY_SHAPE = tuple(product((16, 32, 64, 128, 256), repeat=2))
 """E and m of the attention: every padded E, and m up to 256; more features only add chunks."""
@@ -184,6 +189,21 @@ def _performer_layer(case):
     launch_read_out_mlp(kqv, w, 1e-8, lz, state, mlp, Options(1e-5, drop, drop), seed)
 
 
+def _block(case):
+    """The kernels of a transformer block in training, with a float32 stream, as under autocast; ``dropout``: 0 or 1."""
+    width, hidden, dropout = case.sizes
+    dtype, drops, seed = DTYPES[case.dtype], [0.1 * dropout, 0.1], torch.empty((), dtype=torch.int64)
+    branch, h = (torch.empty(BATCH, TOKENS, size, dtype=dtype) for size in (width, hidden))
+    gamma, bias, skip = torch.empty(width), torch.empty(hidden), torch.empty(BATCH, TOKENS, width)
+    fc1, fc2 = (torch.empty(shape, dtype=dtype) for shape in ((hidden, width), (width, hidden)))
+    t, n = norm._forward(skip, branch, gamma, gamma, 1e-5, dtype, seed, drops)
+    norm._backward(branch, skip, t, gamma, gamma, 1e-5, dtype, seed, drops, True)
+    norm._branch_gradient(skip, dtype, seed, 2 * drops)
+    block_mlp._fc1_gelu(n, fc1, bias, seed, drops[0], True)
+    block_mlp._fc2_add(h, fc2, gamma, t, seed, 2 * drops)
+    block_mlp._fc2_gelu_backward(n, fc2, h, seed, drops[0])
+
+
 def _rounds(name, case, arguments):
     """How often a kernel's main loop runs for one tile, and how often the code around it where that runs per tile.
 
@@ -212,10 +232,13 @@ def _rounds(name, case, arguments):
 
 
 SPLITS = (3, 192, 7, 4, 2, 1, 0), (3, 192, 7, 4, 2, 1, 1), (64, 192, 3, 2, 1, 1, 0), (64, 384, 3, 2, 1, 0, 0)
+BLOCKS = (384, 1152, 0), (512, 1536, 1)
 OPERATORS = {
     "performer_attention": (_performer_attention, ((64, 32),)),
     "soft_split_linear": (_soft_split_linear, SPLITS),
     "token_mlp": (_token_mlp, ((64, 64, 1),)),
+    "add_layer_norm": (_block, BLOCKS),
+    "layer_norm_mlp": (_block, BLOCKS),
     "performer_layer": (_performer_layer, ((3, 64, 32, 64, 1), (64, 64, 32, 64, 1))),
 }
 """Name -> (the call of a :class:`Case`, the sizes of T2T-ViT's calls)."""

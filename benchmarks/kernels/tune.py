@@ -29,6 +29,8 @@ STAGES = {
     "soft_split_linear": ("stage1", "stage2", "stage3"),
     "token_mlp": ("stage1",),
     "performer_layer": ("stage1", "stage2"),
+    "add_layer_norm": ("block",),
+    "layer_norm_mlp": ("block",),
 }
 """The stages whose calls differ in more than the number of tokens, on which no table depends."""
 

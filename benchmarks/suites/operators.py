@@ -27,7 +27,8 @@ class Operator:
 
     ``moving``: tensors that scale with the batch, which rotate between calls; ``parameters``: the other tensors;
     ``sources``: name -> function of keyword tensors; ``cost``: element size -> bytes and FLOPs; ``image``: whether
-    ``moving`` is an image, which stays float32 under autocast and gets no gradient, as in the first stage; ``truths``:
+    ``moving`` is an image, which stays float32 under autocast and gets no gradient, as in the first stage; ``stream``:
+    the name of a transformer block's tokens, which stay float32 as well; ``truths``:
     the float64 function of each source that computes another function than upstream; ``load``: (source, mode, device)
     -> function, if not from ``sources``; it may raise :class:`groups.LeftOut`.
     """
@@ -37,6 +38,7 @@ class Operator:
     sources: dict[str, Callable]
     cost: Callable
     image: bool = False
+    stream: str | None = None
     truths: dict[str, Callable] = field(default_factory=dict)
     load: Callable | None = None
 
@@ -174,9 +176,9 @@ def performer_attention(stage, size, batch, tokens=None):
     )
 
 
-def _mlp(y, v, norm="norm", **p):
-    """Upstream's ``v + proj(y)``, then ``x + mlp(norm(x))``; ``norm``: the name of its LayerNorm."""
-    x = v + F.linear(y, p["proj_weight"], p["proj_bias"])
+def _mlp(y, v=None, norm="norm", **p):
+    """Upstream's ``v + proj(y)``, or y without v, then ``x + mlp(norm(x))``; ``norm``: the name of its LayerNorm."""
+    x = y if v is None else v + F.linear(y, p["proj_weight"], p["proj_bias"])
     normed = F.layer_norm(x, x.shape[-1:], p[f"{norm}_weight"], p[f"{norm}_bias"])
     # without a name for the hidden tensor, which would keep its memory for longer than upstream does
     return x + F.linear(F.gelu(F.linear(normed, p["fc1_weight"], p["fc1_bias"])), p["fc2_weight"], p["fc2_bias"])
@@ -216,6 +218,29 @@ def performer_layer(stage, size, batch):
     )
 
 
+def layer_norm_mlp(stage, size, batch, width=384, hidden=1152):
+    """T2T-ViT-14's transformer block from the attention's result on, whatever the stage."""
+    tokens, generator, fc2 = (size // 16) ** 2 + 1, _generator(), ("fc2_weight", "fc2_bias")
+    moving = {name: torch.randn(batch, tokens, width, generator=generator) for name in ("x", "branch")}
+    fc1 = _linear_parameters(("fc1_weight", "fc1_bias", "norm_weight", "norm_bias"), width, hidden)
+    sources = {"upstream": lambda x, branch, **p: _mlp(x + branch, **p), "t2t_fast": functional.layer_norm_mlp}
+    cost = partial(costs.layer_norm_mlp, tokens, width, hidden)
+    return Operator(moving, fc1 | _linear_parameters(fc2, hidden, width), sources, cost, stream="x")
+
+
+def add_layer_norm(stage, size, batch):
+    """The stream of that block and its LayerNorm, concatenated."""
+    op = layer_norm_mlp(stage, size, batch)
+
+    def upstream(x, branch, norm_weight, norm_bias):
+        return torch.cat([x + branch, F.layer_norm(x + branch, x.shape[-1:], norm_weight, norm_bias)], -1)
+
+    op.parameters = {name: op.parameters[name] for name in ("norm_weight", "norm_bias")}
+    op.sources = {"upstream": upstream, "t2t_fast": lambda **given: torch.cat(functional.add_layer_norm(**given), -1)}
+    op.cost = partial(costs.add_layer_norm, *op.moving["x"].shape[1:])
+    return op
+
+
 BOTH = ("upstream", "t2t_fast")
 # Operator -> its builder, and its sources, which are known before anything is built
 OPERATORS = {
@@ -226,6 +251,8 @@ OPERATORS = {
     "performer_attention": (performer_attention, attention.SOURCES),
     "token_mlp": (token_mlp, BOTH),
     "performer_layer": (performer_layer, BOTH),
+    "add_layer_norm": (add_layer_norm, BOTH),
+    "layer_norm_mlp": (layer_norm_mlp, BOTH),
 }
 
 

@@ -165,7 +165,7 @@ class _Operator(Subject):
         self.tolerance, self.cost = group.subject.partition("-")[0], op.cost(self.dtype.itemsize)
         # parameters have values of the half type, so that errors do not include their rounding
         self.parameters = {name: t.to(self.dtype).float() for name, t in op.parameters.items()}
-        self.moving = {name: t if op.image else t.to(self.dtype) for name, t in op.moving.items()}
+        self.moving = {n: t if op.image or n == op.stream else t.to(self.dtype) for n, t in op.moving.items()}
         self.wants = [name for name in self.parameters if name != "w"] + ([] if op.image else list(self.moving))
         one = self.original(**{name: t[:1] for name, t in op.moving.items()}, **op.parameters)
         gradient = torch.randn(group.batch, *one.shape[1:], generator=torch.Generator().manual_seed(1))

@@ -64,7 +64,9 @@ def add_layer_norm(
         x,
         backend,
         dtype=running_dtype(x),
+        stream=x.dtype,
         width=x.shape[2],
+        dropout=drop > 0 or drop_path > 0,
         training=wants_gradient(x, branch, norm_weight, norm_bias),
         index=x.device.index,
     )

@@ -52,7 +52,10 @@ def layer_norm_linear(
         x,
         backend,
         dtype=running_dtype(x),
+        stream=x.dtype,
         width=x.shape[2],
+        branch=False,
+        dropout=False,
         training=wants_gradient(x, norm_weight, norm_bias, weight, bias),
         index=x.device.index,
     )

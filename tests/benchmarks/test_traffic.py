@@ -11,7 +11,7 @@ import torch
 from benchmarks.kernels import traffic
 from benchmarks.kernels.traffic import Launch
 from support import ROOT
-from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common import costs, triton_runtime
 
 pytestmark = [
     pytest.mark.interpret,
@@ -89,7 +89,7 @@ def ratios(launches, names, kernel, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", traffic.SUBJECTS)
+@pytest.mark.parametrize("subject", [subject for subject in traffic.SUBJECTS if not subject.endswith("block")])
 def test_traffic_is_within_what_is_stated(subject):
     """At 224 px, in bfloat16, with the launch parameters of sm_90."""
     images = traffic.SUBJECTS[subject]
@@ -109,6 +109,44 @@ def test_traffic_is_within_what_is_stated(subject):
         touched = sum(launch.touched["tokens"] for launch in launches)
         ratio = touched / images / sum(kernel.bytes for kernel in kernels)
         assert ratio <= STAGES[subject, direction] + 0.005, f"{subject} {direction}: {ratio:.3f}"
+
+
+# Of the products, in their order: token-long bytes requested over the table's. Every program of a row of tiles reads
+# the operand's rows; here tiles of 512 rows of which 394 exist, where the last one is read again.
+BLOCK = {"inference": (3.68, 2.25), "forward": (2.53, 2.25), "backward": (2.07,)}
+
+
+def test_traffic_of_a_block():
+    """One launch, or one product of PyTorch, for each kernel of the cost table, with exactly its bytes."""
+    images = 2
+    passes, cost = traffic.measure("layer_norm_mlp-block", images=images)
+    for direction, launches in passes.items():
+        products = iter(BLOCK[direction])
+        for launch, kernel in zip(launches, getattr(cost, direction), strict=True):
+            moved = images * kernel.bytes
+            assert launch.touched["tokens"] == moved, (direction, launch.name)
+            if launch.name == "product_kernel":
+                assert launch.requested["tokens"] <= next(products) * moved, (direction, launch.requested)
+                assert launch.flops == kernel.flops / 197 * 512  # of two images' 394 rows in tiles of 128
+            else:
+                assert launch.requested["tokens"] == moved, (direction, launch.name)
+        assert next(products, None) is None
+
+
+def test_bytes_of_a_block():
+    """A token's, with operands of 2 bytes and a stream of 4, as each kernel reads and writes it."""
+    length, width, hidden, heads = 197, 384, 1152, 6
+    found = costs.block(length, width, hidden, heads)
+    rows, rest = (6, 8, 8, 4, 12, 2, 8), (0, 0, 4 * heads, 0, 0, 2 * hidden, 2 * hidden)
+    expected = [width * each + more for each, more in zip(rows, rest, strict=True)]
+    assert [kernel.bytes / length for kernel in found.inference] == expected
+    expected[5] += 2 * hidden  # fc1's output, for backward
+    assert [kernel.bytes / length for kernel in found.forward] == expected
+    products = 4 * width**2 + 2 * width * hidden
+    assert found.flops("inference") == 2 * length * products + 4 * length**2 * width
+    assert sum(kernel.flops for kernel in found.backward) == 2 * 2 * length * products + 10 * length**2 * width
+    # x, qkv, the attention's output and its logsumexp, t, fc1's output
+    assert found.saved == length * (4 * width + 6 * width + 2 * width + 4 * heads + 4 * width + 2 * hidden)
 
 
 def test_a_launch_is_counted_byte_by_byte():

@@ -30,7 +30,8 @@ EVERYWHERE = 99 * KIB
 ATTENTION = {"keys_kernel", "queries_kernel", "queries_backward_kernel", "keys_backward_kernel"}
 SPLIT = {"split_linear_kernel", "split_linear_weight_kernel", "split_linear_image_kernel"}
 TOKEN_MLP = {"token_mlp_kernel", "token_mlp_backward_kernel", "read_out_mlp_kernel"}
-WITH_PRODUCTS = ATTENTION | SPLIT | TOKEN_MLP | {"split_keys_kernel"}
+WITH_PRODUCTS = ATTENTION | SPLIT | TOKEN_MLP | {"split_keys_kernel", "product_kernel"}
+NORM = {"add_layer_norm_kernel", "layer_norm_backward_kernel"}
 FORWARD = {"split_linear_kernel", "split_keys_kernel"}
 CROWDED = {("token_mlp_backward_kernel", "fp32", "sm_120")}
 STORING = ATTENTION - {"keys_kernel"}
@@ -56,6 +57,10 @@ INSTRUCTIONS = {
     ("split_keys_kernel", 64): 291,
     ("read_out_mlp_kernel", 3): 138,
     ("read_out_mlp_kernel", 64): 138,
+    ("layer_norm_backward_kernel", 384): 770,
+    ("layer_norm_backward_kernel", 512): 950,
+    ("product_kernel", 384): 7,
+    ("product_kernel", 512): 7,
 }
 
 
@@ -95,6 +100,9 @@ def check_completeness(rows, cases):
         "parameter_gradients_kernel": 4,
         "split_keys_kernel": 2,  # of both stages, like
         "read_out_mlp_kernel": 2,
+        "add_layer_norm_kernel": 2,  # of two widths, like
+        "layer_norm_backward_kernel": 4,  # with LayerNorm, and of a branch alone
+        "product_kernel": 6,  # with three epilogues
     }
     assert found == {(*case, name): count for case in cases for name, count in times.items()}
 
@@ -119,7 +127,8 @@ def check_shared_memory(rows):
 def check_matrix_instructions(rows):
     for row in rows:
         kinds = set(row["loop"]["matrix"])
-        if row["name"] not in WITH_PRODUCTS:
+        pytorch = row["name"] == "product_kernel" and row["dtype"] not in HALF  # multiplies in float32
+        if row["name"] not in WITH_PRODUCTS or pytorch:
             assert not kinds, where(row)
             continue
         assert kinds and kinds <= MATRIX[row["architecture"]], (where(row), kinds)
@@ -141,6 +150,12 @@ def check_accesses(rows):
             assert loads == {16}, (where(row), loads)
         if row["name"] in FORWARD and row["sizes"][0] == 3:  # cells; 4 bytes: the vectors of their columns
             assert {16} <= loads and min(loads) >= 4, (where(row), loads)
+        if row["name"] in NORM:  # 8 bytes: gamma and beta
+            found = [{int(width) for width in row["code"][kind]} for kind in ("loads", "stores")]
+            assert found == [{8, 16}, {16}], (where(row), found)
+        if row["name"] == "product_kernel":  # 4 bytes: the column sums
+            assert loads == ({16} if row["dtype"] in HALF else set()), (where(row), loads)
+            assert {int(width) for width in row["code"]["stores"]} <= {4, 16}, where(row)
         if row["name"] == "cells_kernel":  # pixels are read one by one, and cells written whole
             assert {int(width) for width in row["code"]["stores"]} == {16}, where(row)
         if row["name"] in SPLIT | FORWARD | {"cells_kernel", "fold_kernel", "parameter_gradients_kernel"}:
@@ -270,6 +285,10 @@ OTHER_CALLS = {
     "a wide mlp": ("token_mlp", (128, 128, 1)),
     "an attention of odd sizes": ("performer_attention", (7, 100)),
     "a narrow layer": ("performer_layer", (64, 32, 11, 32, 0)),
+    "a narrow LayerNorm": ("add_layer_norm", (20, 60, 0)),
+    "a wide LayerNorm": ("add_layer_norm", (4096, 64, 1)),
+    "a narrow block": ("layer_norm_mlp", (20, 60, 1)),
+    "a block of T2T-ViT-19": ("layer_norm_mlp", (448, 1344, 1)),
 }
 
 

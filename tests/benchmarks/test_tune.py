@@ -160,6 +160,8 @@ SIZES = {
     "soft_split_linear": (64, 192),
     "token_mlp": (64, 64),
     "performer_layer": (64, 32, 64),
+    "add_layer_norm": (384,),
+    "layer_norm_mlp": (1152, 384),
 }
 
 
@@ -210,6 +212,8 @@ TUNED = {
     "soft_split_linear": "weight",
     "token_mlp": "token_mlp",
     "performer_layer": "read_out_mlp",
+    "add_layer_norm": "layer_norm_backward",
+    "layer_norm_mlp": "fc2_add",
 }
 
 

@@ -16,7 +16,8 @@ from t2t_fast.ops.performer_attention.triton.launch import TABLE
 from t2t_fast.testing import CASES, DTYPES, assert_close, errors, exact_attention, features, tolerance
 
 HALVES = (torch.float16, torch.bfloat16)
-OPERATORS = ("performer_attention", "performer_layer", "soft_split_linear", "token_mlp")
+BLOCK = ("add_layer_norm", "layer_norm_linear", "layer_norm_mlp")
+OPERATORS = ("performer_attention", "performer_layer", "soft_split_linear", "token_mlp", *BLOCK)
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,8 @@ from support import families, golden, sanitizer
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.testing import CASES, errors, tolerance
 
-OPERATORS = ("soft_split_linear", "performer_attention", "token_mlp", "performer_layer")
+BLOCK = ("add_layer_norm", "layer_norm_linear", "layer_norm_mlp")
+OPERATORS = ("soft_split_linear", "performer_attention", "token_mlp", "performer_layer", *BLOCK)
 MODULE = "t2t_module"
 
 # (operator, case); for the module: training (with dropout) or inference
@@ -24,7 +25,8 @@ EVAL, TRAINING = (MODULE, "eval"), (MODULE, "training")
 IMAGE, LINEAR, PROJECTION = (
     ("soft_split_linear", name) for name in ("stage1, LayerNorm", "stage2, LayerNorm", "stage2, Linear")
 )
-SUBJECTS = [IMAGE, LINEAR, PROJECTION, TOKEN_MLP, LAYER, EVAL, TRAINING]
+BLOCK_MLP = "layer_norm_mlp", "every dropout"
+SUBJECTS = [IMAGE, LINEAR, PROJECTION, TOKEN_MLP, LAYER, BLOCK_MLP, EVAL, TRAINING]
 
 interpreted = [
     pytest.mark.interpret,
@@ -225,7 +227,7 @@ def test_activation_checkpointing(subject, device, dtype):
 
 
 @pytest.mark.slow
-@each(SUBJECTS, [LINEAR, TOKEN_MLP, LAYER])
+@each(SUBJECTS, [LINEAR, TOKEN_MLP, LAYER, BLOCK_MLP])
 def test_one_graph_under_compile(subject, device, dtype):
     """With Inductor on a GPU, with aot_eager on the CPU, where the kernels are interpreted."""
     problem = Problem(subject, dtype, device)
@@ -301,7 +303,7 @@ SANITIZED = """
 import torch
 from t2t_fast.testing import CASES
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
-    for op in ("soft_split_linear", "token_mlp", "performer_layer"):
+    for op in ("soft_split_linear", "token_mlp", "performer_layer", "add_layer_norm", "layer_norm_mlp"):
         for case in CASES[op]():
             case.cast(dtype, "cuda").run_backward("triton", dtype)
 torch.cuda.synchronize()

@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from t2t_fast import backends, testing
 from t2t_fast.errors import BackendUnavailable
+from t2t_fast.ops.add_layer_norm.triton.launch import TABLE as NORM
+from t2t_fast.ops.layer_norm_mlp.triton.launch import TABLE as MLP
 from t2t_fast.ops.performer_attention.triton.launch import TABLE as ATTENTION
 from t2t_fast.ops.performer_layer.triton.launch import TABLE as LAYER
 from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
@@ -24,7 +26,7 @@ ALL_CASES = [pytest.param(case, id=f"{op}: {case.name}") for op in OPS for case 
 def large_tiles():
     """Large tiles save time: the interpreter takes as long for a small tile. The kernels' own tests use small ones."""
     with ExitStack() as stack:
-        for table in (ATTENTION, LAYER, SPLIT, TOKEN_MLP):
+        for table in (ATTENTION, LAYER, MLP, NORM, SPLIT, TOKEN_MLP):
             for name in table.passes:
                 stack.enter_context(table.override(name, {"tokens": 256}))
         yield

@@ -9,13 +9,15 @@ import torch
 from t2t_fast.errors import LaunchTableError
 from t2t_fast.ops._common import triton_runtime
 from t2t_fast.ops._common.launch_table import Table, cut
+from t2t_fast.ops.add_layer_norm.triton.launch import TABLE as NORM
+from t2t_fast.ops.layer_norm_mlp.triton.launch import TABLE as MLP
 from t2t_fast.ops.performer_attention.triton import launch
 from t2t_fast.ops.performer_attention.triton.launch import TABLE
 from t2t_fast.ops.performer_layer.triton.launch import TABLE as LAYER
 from t2t_fast.ops.soft_split_linear.triton.launch import TABLE as SPLIT
 from t2t_fast.ops.token_mlp.triton.launch import TABLE as TOKEN_MLP
 
-TABLES = [TABLE, LAYER, SPLIT, TOKEN_MLP]
+TABLES = [TABLE, LAYER, SPLIT, TOKEN_MLP, NORM, MLP]
 
 ROW = {"tokens": 32, "warps": 8, "stages": 4, "programs": 3}
 """A row of the table, without the optional features of a chunk."""
@@ -49,7 +51,7 @@ def test_chosen_from_the_table_else_by_default(tmp_path):
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.path.parents[1].name)
 def test_the_committed_tables_are_valid(table):
-    assert table.rows
+    assert table.rows == json.loads(table.path.read_text())  # reading raises an error if anything is wrong
 
 
 WRONG = {

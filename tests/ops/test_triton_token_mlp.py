@@ -22,7 +22,7 @@ from t2t_fast.testing import CASES, DTYPES, ROW_FACTOR, Case, errors, token_mlp_
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
-kernels = pytest.importorskip("t2t_fast.ops.token_mlp.triton.forward", reason="triton is not installed")
+kernels = pytest.importorskip("t2t_fast.ops._common.elementwise", reason="triton is not installed")
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
 
 SHARED = CASES["token_mlp"]()

@@ -173,3 +173,69 @@ def performer_layer(
         split.saved + 3 * row + state,
         (Kernel(pixels * element + 2 * row + state, flops), queries),
     )
+
+
+STREAM = 4
+"""Bytes of an element of a transformer block's stream of tokens, which stays in float32 under autocast."""
+
+
+def add_layer_norm(
+    length: int, width: int, element: int = 2, stream: int = STREAM, *, branch: bool = True, again: bool = False
+) -> Cost:
+    """Reads x and the branch, writes the stream and its LayerNorm; backward reads the stream and both gradients and
+    writes those of x and of the branch, and with ``again`` the normalised tokens.
+    """
+    row, added = width * length, int(branch)
+    forward = row * ((1 + added) * stream + (1 + added) * element)
+    backward = row * (3 * stream + (1 + added + again) * element)
+    return Cost((Kernel(forward, 0),), (Kernel(backward, 0),), row * stream)
+
+
+def linear(length: int, inputs: int, outputs: int, element: int = 2) -> Cost:
+    """A product; backward two, for its input and for its weight."""
+    kernel = Kernel(length * (inputs + outputs) * element, 2 * length * inputs * outputs)
+    return Cost((kernel,), (kernel, kernel), length * inputs * element)
+
+
+def layer_norm_linear(length: int, width: int, outputs: int, element: int = 2, stream: int = STREAM) -> Cost:
+    """LayerNorm, then a product; backward: its input, LayerNorm, which writes that input again, its weight."""
+    norm = add_layer_norm(length, width, element, stream, branch=False, again=True)
+    product = linear(length, width, outputs, element)
+    first, last = product.backward
+    return Cost(norm.forward + product.forward, (first, *norm.backward, last), norm.saved)
+
+
+def layer_norm_mlp(length: int, width: int, hidden: int, element: int = 2, stream: int = STREAM) -> Cost:
+    """The branch is added and normalised; fc1 with GELU, which also writes its own output for backward; fc2 with the
+    stream. Backward: fc2's gradient in the products' dtype; its product with GELU's gradient, which reads fc1's output
+    and writes its gradient and fc2's input; fc2's weight; fc1's input; LayerNorm; fc1's weight.
+    """
+    norm = add_layer_norm(length, width, element, stream, again=True)
+    row, wide, flops = width * length, hidden * length * element, 2 * length * width * hidden
+    operand = row * element
+    fc1, fc2 = Kernel(operand + 2 * wide, flops), Kernel(wide + 2 * row * stream, flops)
+    product = Kernel(operand + wide, flops)
+    backward = Kernel(row * stream + operand, 0), Kernel(operand + 3 * wide, flops), product, product
+    return Cost(
+        (*norm.forward, fc1, fc2),
+        (*backward, *norm.backward, product),
+        norm.saved + wide,
+        (*norm.forward, product, fc2),
+    )
+
+
+def attention(length: int, width: int, heads: int, element: int = 2) -> Cost:
+    """Flash attention on packed q, k, v; backward rebuilds the weights from the saved logsumexp (4 bytes a head)."""
+    row, sums, product = width * length * element, 4 * heads * length, 4 * length * length * width
+    forward, backward = Kernel(4 * row + sums, product), Kernel(9 * row + 2 * sums, 2.5 * product)
+    return Cost((forward,), (backward,), 4 * row + sums)
+
+
+def block(length: int, width: int, hidden: int, heads: int, element: int = 2, stream: int = STREAM) -> Cost:
+    """A transformer block: layer_norm_linear, attention, projection, layer_norm_mlp."""
+    return chain(
+        layer_norm_linear(length, width, 3 * width, element, stream),
+        attention(length, width, heads, element),
+        linear(length, width, width, element)._replace(saved=0),  # its input is the attention's output, already saved
+        layer_norm_mlp(length, width, hidden, element, stream),
+    )

@@ -205,6 +205,13 @@ def _kqv_backward(grad: Any, kqv: Any, w: Any, *_: Any, out_shape: Any) -> float
     return batch * _flops(costs.performer_attention(length, width, features).backward)
 
 
+def _linear(x: Any, weight: Any, *_: Any, out_shape: Any) -> float:
+    tokens = 1
+    for size in x[:-1]:
+        tokens *= size
+    return 2 * tokens * weight[0] * weight[1]
+
+
 def _composition(tokens: Any, *_: Any, out_shape: Any) -> float:
     batch, length, columns = tokens
     return batch * length * columns  # the additions of costs.soft_composition
@@ -235,6 +242,9 @@ FORMULAS = {
         "performer_kqv_backward": _kqv_backward,
         "token_mlp": _triton_mlp,
         "token_mlp_backward": _triton_mlp_backward,
+        "fc1_gelu": _linear,
+        "fc2_add": _linear,
+        "fc2_gelu_backward": _linear,
     },
 }
 """Library -> operator -> function of a call's arguments, with shapes for tensors, that returns its FLOPs."""

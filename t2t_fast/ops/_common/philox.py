@@ -12,6 +12,7 @@ independent masks: they are independent up to the rounding of o (a correlation b
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,17 @@ def keep_masks(
         for parts in pieces
     )
     return first_mask, second_mask
+
+
+@lru_cache(maxsize=256)
+def kernel_drops(
+    p1: float, p2: float
+) -> tuple[tuple[float | None, float | None, float], tuple[float | None, float | None, float]]:
+    """The two dropouts of :func:`keep_masks` as kernels take them: arguments ``drop`` of ``elementwise.left_out``."""
+    a, b = round(65536 * p1), round(65536 * p2)
+    begin = a - round(a * b / 65536)
+    first = None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)
+    return first, (float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2))
 
 
 class Drops(NamedTuple):

@@ -133,3 +133,14 @@ def matrix(pointer, height, width, row_stride, column_stride, HEIGHT: tl.constex
     there = (rows < height)[:, None] & (columns < width)[None, :]
     offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
     return tl.load(pointer + offsets, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_of(pointer, size, SIZE: tl.constexpr, NONE: tl.constexpr):
+    """A parameter of ``size`` values in float32, zero beyond them; filled with NONE if it is absent."""
+    if pointer is None:
+        row = tl.full([SIZE], NONE, tl.float32)
+    else:
+        columns = tl.arange(0, SIZE)
+        row = tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
+    return row

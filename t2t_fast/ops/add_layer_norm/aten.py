@@ -9,7 +9,7 @@ are computed again in backward.
 import torch
 
 from .._common.library import accumulation_dtype
-from .._common.philox import branch_masks, dropout_
+from .._common.philox import NONE, branch_masks, dropout_
 from .._common.transforms import constant
 from .autograd import differentiable
 
@@ -29,45 +29,56 @@ def dropped(branch, seed, drops, index, dtype):
     return found.to(dtype)
 
 
-def add(x, branch, seed, drops):
-    """The stream ``t`` in x's dtype, a new tensor."""
-    if not any(drops[0]):
-        return (x + branch).to(x.dtype)
-    return (x + dropped(branch, seed, drops, 0, accumulation_dtype(x.dtype))).to(x.dtype)
-
-
-def _layer_norm(t, norm_weight, norm_bias, norm_eps):
+def _layer_norm(t, norm):
     """``t`` and LayerNorm's parameters in the accumulation dtype, and the normalised tokens with their statistics."""
     wide = accumulation_dtype(t.dtype)
-    t, gamma, beta = (None if each is None else each.to(wide) for each in (t, norm_weight, norm_bias))
+    t, gamma, beta = (None if each is None else each.to(wide) for each in (t, norm.weight, norm.bias))
     shape = (constant(t.shape[-1]),)
-    return (t, shape, gamma, beta), torch.ops.aten.native_layer_norm(t, shape, gamma, beta, norm_eps)
+    return (t, shape, gamma, beta), torch.ops.aten.native_layer_norm(t, shape, gamma, beta, norm.eps)
 
 
-def normalised(t, norm_weight, norm_bias, norm_eps, dtype):
-    """``n`` in ``dtype``, a new tensor."""
-    return _layer_norm(t, norm_weight, norm_bias, norm_eps)[1][0].to(dtype)
-
-
-def normalised_backward(grad, skip, t, norm_weight, norm_bias, norm_eps):
-    """The gradients of t and of LayerNorm's parameters, and ``n`` again.
+def add_normalised(x, norm, dtype, branch=None, seed=None, drops=NONE):
+    """The stream and its LayerNorm.
 
     Args:
-        grad: of ``n``; skip: the gradient that reaches t by other paths, or ``None``.
+        norm: :class:`autograd.Norm`; dtype: of the normalised tokens.
+        branch: added to x with the masks of ``seed`` and :class:`philox.Drops`; or ``None``.
 
     Returns:
-        ``n`` in grad's dtype; the gradient of t in the accumulation dtype, a new tensor; those of the two parameters in
-        their dtypes, ``None`` where there is none.
+        ``t`` in x's dtype, x itself without a branch; ``n`` in ``dtype``, t itself if there is nothing to do.
     """
-    (wide, shape, gamma, beta), (n, mean, rstd) = _layer_norm(t, norm_weight, norm_bias, norm_eps)
-    needed = [True, gamma is not None, beta is not None]
-    d_t, d_gamma, d_beta = torch.ops.aten.native_layer_norm_backward(
-        grad.to(wide.dtype), wide, shape, mean, rstd, gamma, beta, needed
-    )
+    t = x
+    if branch is not None:
+        t = (x + (dropped(branch, seed, (drops, NONE), 0, accumulation_dtype(x.dtype)) if any(drops) else branch)).to(
+            x.dtype
+        )
+    n = t if norm.eps is None else _layer_norm(t, norm)[1][0]
+    return t, n.to(dtype)
+
+
+def normalised_backward(grad, skip, t, norm, branch_dtype=None, seed=None, drops=NONE, again=True):
+    """The gradients of x, the branch and LayerNorm's parameters, and ``n`` again.
+
+    Args:
+        grad: of ``n``; skip: the gradient that reaches t by other paths, or ``None``; norm, seed, drops:
+            :func:`add_normalised`; branch_dtype: the branch's, ``None`` without one; again: whether n is needed.
+
+    Returns:
+        the gradient of x in t's dtype; that of the branch, or ``None``; n in grad's dtype, or ``None``; the gradients
+        of the two parameters in their dtypes, ``None`` where there is none.
+    """
+    n, d_t, d_gamma, d_beta = t, grad, None, None
+    if norm.eps is not None:
+        (wide, shape, gamma, beta), (n, mean, rstd) = _layer_norm(t, norm)
+        needed = [True, gamma is not None, beta is not None]
+        d_t, d_gamma, d_beta = torch.ops.aten.native_layer_norm_backward(
+            grad.to(wide.dtype), wide, shape, mean, rstd, gamma, beta, needed
+        )
     if skip is not None:
-        d_t.add_(skip)
-    d_gamma, d_beta = (None if p is None else d.to(p.dtype) for d, p in ((d_gamma, norm_weight), (d_beta, norm_bias)))
-    return n.to(grad.dtype), d_t, d_gamma, d_beta
+        d_t = d_t + skip if norm.eps is None else d_t.add_(skip)
+    d_branch = None if branch_dtype is None else dropped(d_t, seed, (drops, NONE), 0, branch_dtype)
+    of_norm = (None if p is None else d.to(p.dtype) for d, p in ((d_gamma, norm.weight), (d_beta, norm.bias)))
+    return d_t.to(t.dtype), d_branch, n.to(grad.dtype) if again else None, *of_norm
 
 
-forward = differentiable(add, normalised, normalised_backward, dropped)
+forward = differentiable(add_normalised, normalised_backward)

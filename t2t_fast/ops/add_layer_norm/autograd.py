@@ -1,12 +1,22 @@
 """The operator's autograd function, composed of an implementation's parts."""
 
+from typing import NamedTuple
+
 import torch
 
 from .._common.library import first_order, wants_gradient
-from .._common.philox import NONE, Drops
+from .._common.philox import Drops
 
 
-def differentiable(add, normalised, normalised_backward, dropped):
+class Norm(NamedTuple):
+    """A LayerNorm: parameters that may be ``None``, and eps, ``None`` for no LayerNorm at all."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float | None
+
+
+def differentiable(add_normalised, normalised_backward):
     """The operator's forward; saves the stream, the seed and the parameters.
 
     Args: functions without autograd, as in ``aten.py``.
@@ -16,30 +26,29 @@ def differentiable(add, normalised, normalised_backward, dropped):
         """Gradients for the stream, the branch and LayerNorm's parameters."""
 
         @staticmethod
-        def forward(x, branch, seed, drops, norm_eps, dtype, norm_weight, norm_bias):
-            t = add(x, branch, seed, drops)
-            return t, normalised(t, norm_weight, norm_bias, norm_eps, dtype)
+        def forward(x, branch, seed, drops, eps, dtype, norm_weight, norm_bias):
+            return add_normalised(x, Norm(norm_weight, norm_bias, eps), dtype, branch, seed, drops)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            x, branch, seed, ctx.drops, ctx.norm_eps, _, *norm = inputs
-            ctx.dtypes = x.dtype, branch.dtype
+            _, branch, seed, ctx.drops, ctx.eps, _, *norm = inputs
+            ctx.branch_dtype = branch.dtype
             ctx.save_for_backward(output[0], seed, *norm)
 
         @staticmethod
         @first_order
         def backward(ctx, d_stream, d_normalised):
             t, seed, *norm = ctx.saved_tensors
-            x_dtype, branch_dtype = ctx.dtypes
-            _, d_t, *d_norm = normalised_backward(d_normalised, d_stream, t, *norm, ctx.norm_eps)
-            d_branch = dropped(d_t, seed, ctx.drops, 0, branch_dtype) if ctx.needs_input_grad[1] else None
-            return d_t.to(x_dtype), d_branch, None, None, None, None, *d_norm
+            branch_dtype = ctx.branch_dtype if ctx.needs_input_grad[1] else None
+            d_x, d_branch, _, *d_norm = normalised_backward(
+                d_normalised, d_stream, t, Norm(*norm, ctx.eps), branch_dtype, seed, ctx.drops, again=False
+            )
+            return d_x, d_branch, None, None, None, None, *d_norm
 
     def forward(x, branch, norm_weight, norm_bias, norm_eps, drop, drop_path, dtype, seed):
-        drops = Drops(drop, drop_path), NONE
+        drops = Drops(drop, drop_path)
         if wants_gradient(x, branch, norm_weight, norm_bias):
             return AddLayerNorm.apply(x, branch, seed, drops, norm_eps, dtype, norm_weight, norm_bias)
-        t = add(x, branch, seed, drops)
-        return t, normalised(t, norm_weight, norm_bias, norm_eps, dtype)
+        return add_normalised(x, Norm(norm_weight, norm_bias, norm_eps), dtype, branch, seed, drops)
 
     return forward

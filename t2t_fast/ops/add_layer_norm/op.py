@@ -1,9 +1,11 @@
 """``t2t_fast::add_layer_norm``: a residual branch is added to the stream of tokens, and the sum is normalised."""
 
 from ...backends import Implementation, always
-from .._common import transforms
+from .._common import transforms, triton_runtime
 from .._common.library import define
 from . import aten, reference
+from .triton import operators as triton
+from .triton import support
 
 NO_NATIVE = "no native kernel; on a CPU the aten form runs"
 
@@ -21,9 +23,10 @@ add_layer_norm = define(
     "ScalarType dtype, Tensor? seed",
     returns="(Tensor, Tensor)",
     implementations={
+        "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
         "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
-    absent={"native": NO_NATIVE, "triton": "todo"},
+    absent={"native": NO_NATIVE},
     autocast=_autocast,
 )

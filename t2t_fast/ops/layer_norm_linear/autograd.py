@@ -4,15 +4,20 @@ import torch
 import torch.nn.functional as F
 
 from .._common.library import accumulation_dtype, first_order, wants_gradient
+from ..add_layer_norm.autograd import Norm
 
 
-def linear_gradients(grad, x, weight, bias, needed):
-    """The gradients of a Linear's weight and bias, ``None`` unless needed, from those of its output (..., O)."""
+def linear_gradients(grad, x, weight, bias, needed, sums=None):
+    """The gradients of a Linear's weight and bias, ``None`` unless needed, from those of its output (..., O).
+
+    sums: the column sums of ``grad``, if they are known.
+    """
     need_weight, need_bias = needed
     grad = grad.flatten(0, -2)
     d_weight = (grad.T @ x.flatten(0, -2)).to(weight.dtype) if need_weight else None
-    d_bias = grad.sum(0, dtype=accumulation_dtype(grad.dtype)).to(bias.dtype) if need_bias else None
-    return d_weight, d_bias
+    if need_bias and sums is None:
+        sums = grad.sum(0, dtype=accumulation_dtype(grad.dtype))
+    return d_weight, sums.to(bias.dtype) if need_bias else None
 
 
 def differentiable(norm):
@@ -22,7 +27,7 @@ def differentiable(norm):
     """
 
     def run(x, norm_weight, norm_bias, norm_eps, weight, bias, dtype):
-        n = norm.normalised(x, norm_weight, norm_bias, norm_eps, dtype)
+        _, n = norm.add_normalised(x, Norm(norm_weight, norm_bias, norm_eps), dtype)
         return F.linear(n, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     class LayerNormLinear(torch.autograd.Function):
@@ -41,10 +46,12 @@ def differentiable(norm):
         @first_order
         def backward(ctx, grad, skip):
             x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+            needed = ctx.needs_input_grad[4:6]
             d_n = grad @ weight.to(grad.dtype)
-            n, d_x, *d_norm = norm.normalised_backward(d_n, skip, x, norm_weight, norm_bias, ctx.norm_eps)
-            d_linear = linear_gradients(grad, n, weight, bias, ctx.needs_input_grad[4:6])
-            return d_x.to(x.dtype), *d_norm, None, *d_linear, None
+            d_x, _, n, *d_norm = norm.normalised_backward(
+                d_n, skip, x, Norm(norm_weight, norm_bias, ctx.norm_eps), again=needed[0]
+            )
+            return d_x, *d_norm, None, *linear_gradients(grad, n, weight, bias, needed), None
 
     def forward(x, norm_weight, norm_bias, norm_eps, weight, bias, dtype):
         arguments = x, norm_weight, norm_bias, norm_eps, weight, bias, dtype

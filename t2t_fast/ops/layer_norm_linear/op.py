@@ -1,9 +1,12 @@
 """``t2t_fast::layer_norm_linear``: LayerNorm and Linear, and the tokens for the residual connection around them."""
 
 from ...backends import Implementation, always
-from .._common import transforms
+from .._common import transforms, triton_runtime
 from .._common.library import define
+from ..add_layer_norm.triton import operators as norm
+from ..add_layer_norm.triton import support
 from . import aten, reference
+from .autograd import differentiable
 
 DTYPE = 6  # index of the argument
 
@@ -18,9 +21,10 @@ layer_norm_linear = define(
     "Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor weight, Tensor? bias, ScalarType dtype",
     returns="(Tensor, Tensor)",
     implementations={
+        "triton": Implementation(differentiable(norm), support.supports, triton_runtime.passed_over),
         "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
-    absent={"native": "no native kernel; on a CPU the aten form runs", "triton": "todo"},
+    absent={"native": "no native kernel; on a CPU the aten form runs"},
     autocast=_autocast,
 )

@@ -6,7 +6,7 @@ Matrix products run in ``dtype``. Buffers of dead values are reused: on a CPU, t
 more than the arithmetic.
 """
 
-from types import SimpleNamespace
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,17 @@ def fc2_add(a, t, parameters, options, seed, buffer):
     return out
 
 
+def fc2_gradient(grad, options, seed):
+    """The gradient of fc2's output, from the operator's; and its column sums, ``None``: to be computed."""
+    return norm.dropped(grad, seed, options.drops, 1, options.dtype), None
+
+
 def fc2_gelu_backward(d_f, h, parameters, options, seed):
-    """The gradient of fc1's output, from that of fc2's, and fc2's input again."""
+    """The gradient of fc1's output, from that of fc2's; fc2's input again; the gradient's column sums or ``None``."""
     keep = _hidden_mask(h.shape, options, seed)
     d_h = dropout_(d_f @ parameters.fc2_weight.to(d_f.dtype), options.hidden_drop, keep)
     torch.ops.aten.gelu_backward.grad_input(d_h, h, grad_input=d_h)
-    return d_h, dropout_(F.gelu(h), options.hidden_drop, keep)
+    return d_h, dropout_(F.gelu(h), options.hidden_drop, keep), None
 
 
-forward = differentiable(norm, SimpleNamespace(fc1_gelu=fc1_gelu, fc2_add=fc2_add, fc2_gelu_backward=fc2_gelu_backward))
+forward = differentiable(norm, sys.modules[__name__])

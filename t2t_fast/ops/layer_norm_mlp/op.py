@@ -1,9 +1,11 @@
 """``t2t_fast::layer_norm_mlp``: the second half of a transformer block, from the attention's projection on."""
 
 from ...backends import Implementation, always
-from .._common import transforms
+from .._common import transforms, triton_runtime
 from .._common.library import define
 from . import aten, reference
+from .triton import operators as triton
+from .triton import support
 
 DTYPE = 16  # index of the argument
 
@@ -19,9 +21,10 @@ layer_norm_mlp = define(
     "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, float branch_drop, float branch_path, "
     "float hidden_drop, float drop, float drop_path, bool residual, bool recompute, ScalarType dtype, Tensor? seed",
     implementations={
+        "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
         "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
-    absent={"native": "no native kernel; on a CPU the aten form runs", "triton": "todo"},
+    absent={"native": "no native kernel; on a CPU the aten form runs"},
     autocast=_autocast,
 )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..._common import triton_runtime as runtime
+from ..._common.elementwise import random_lanes
 from ..._common.launch_table import cut, padded
 from ..._common.spec import Window
 from ..._common.tiles import narrowed, rounded
@@ -36,7 +37,7 @@ from ...soft_split_linear.triton.call import Call, Folded, products
 from ...soft_split_linear.triton.forward import launch_split_linear, normalised, places_of, tile_products
 from ...token_mlp.autograd import MlpParameters, Options
 from ...token_mlp.triton import operators as mlp
-from ...token_mlp.triton.forward import kept_weights, mlp_of, random_lanes
+from ...token_mlp.triton.forward import kept_weights, mlp_of
 from ...token_mlp.triton.launch import dropout
 from . import launch
 from .fusion import queries_fused

@@ -9,23 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._common.tiles import dot, matrix, narrowed, rounded, widened
+from ..._common.elementwise import dropped, gelu_and_slope_of, random_lanes, scale_of, spared
+from ..._common.tiles import dot, matrix, narrowed, rounded, row_of, widened
 from ..autograd import MlpParameters, Options
 from .forward import (
     VARYING,
-    dropped,
     fc1_of,
     fc2_of,
     kept_weights,
     load_tile,
-    normal_of,
     normalised,
     place_of,
     proj_of,
-    random_lanes,
-    row_of,
-    scale_of,
-    spared,
     store_tile,
 )
 from .launch import dropout, inner_strides, planned, strided
@@ -36,16 +31,6 @@ ONES = tl.constexpr(16)
 
 TOP = tl.constexpr(2.0**-3)
 """Magnitude of the largest scaled gradient: float16 has 2^19 above it and 2^21 below."""
-
-
-@triton.jit
-def gelu_and_slope_of(h):
-    """``gelu(h)`` and its derivative, with an error of Phi below 2.5e-7 (with erf below 6e-8)."""
-    density, beyond = normal_of(h)
-    half = (0.5 - beyond).to(tl.int32, bitcast=True)
-    sign = h.to(tl.int32, bitcast=True) & -0x80000000
-    cdf = 0.5 + (half ^ sign).to(tl.float32, bitcast=True)
-    return h * cdf, cdf + h * density
 
 
 @triton.jit

@@ -13,25 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._common.tiles import INTERPRETED, dot, inverse, load, matrix, narrowed, rounded, store, widened
+from ..._common.elementwise import dropped, gelu_of, random_lanes
+from ..._common.tiles import dot, load, matrix, rounded, row_of, store, widened
 from ..autograd import MlpParameters, Options
 from .launch import dropout, inner_strides, planned, strided
 
-ROUNDS = tl.constexpr(7)
-LOG2E = tl.constexpr(1.4426950408889634)
 VARYING = ("length", "all_tiles", "own_tiles", "seed")
 """Arguments excluded from specialisation: a new image size or batch size needs no new compilation."""
-
-
-@triton.jit
-def row_of(pointer, size, SIZE: tl.constexpr, NONE: tl.constexpr):
-    """A parameter of ``size`` values in float32, zero beyond them; filled with NONE if it is absent."""
-    if pointer is None:
-        row = tl.full([SIZE], NONE, tl.float32)
-    else:
-        columns = tl.arange(0, SIZE)
-        row = tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
-    return row
 
 
 @triton.jit
@@ -91,73 +79,6 @@ def store_tile(pointer, value, place, length, width, TOKENS: tl.constexpr, WIDTH
 
 
 @triton.jit
-def random_lanes(seed, token, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr, OCTETS: tl.constexpr):
-    """The 16 random bits of each element of a tile from ``token``, as in philox.py: (TOKENS, WIDTH) uint32.
-
-    OCTETS: a row's length is a multiple of 8 elements, the output of one call.
-    """
-    rows = tl.arange(0, TOKENS)
-    if OCTETS:
-        calls = width // 8
-        first = token * calls
-        base = (first & 0xFFFFFFFF).to(tl.uint32)
-        columns = tl.arange(0, WIDTH // 8)
-        low = base + (rows[:, None] * calls + columns[None, :]).to(tl.uint32)
-        high = (first >> 32).to(tl.uint32) + (low < base).to(tl.uint32)
-    else:
-        columns = tl.arange(0, WIDTH)
-        element = token * width + (rows[:, None] * width + columns[None, :])
-        low, high = (element >> 3 & 0xFFFFFFFF).to(tl.uint32), (element >> 35).to(tl.uint32)
-    zero = tl.zeros_like(low)
-    a, b, c, d = tl.philox(seed, low, high, zero, zero, ROUNDS)
-    if OCTETS:
-        words = tl.join(tl.join(a, c), tl.join(b, d))
-        lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [TOKENS, WIDTH])
-    else:
-        lane = (element & 7).to(tl.int32)
-        word = tl.where(lane < 4, tl.where(lane < 2, a, b), tl.where(lane < 6, c, d))
-        lanes = tl.where(lane % 2 == 0, word, word >> 16) & 0xFFFF
-    return lanes
-
-
-@triton.jit
-def left_out(lanes, drop):
-    """Which elements dropout drops, from their random bits.
-
-    drop: the first value that drops an element (``None``: 0), the number of such values (``None``: no dropout), and the
-    scale of kept elements, in float32, so that another probability needs no new kernel.
-    """
-    first, count, _ = drop
-    lanes = lanes.to(tl.uint32)
-    if first is not None:
-        lanes -= tl.cast(first, tl.uint32)
-    return lanes < tl.cast(count, tl.uint32)
-
-
-@triton.jit
-def dropped(x, lanes, drop):
-    """A tile in float32 after dropout: multiplied by the scale or by 0, so that a dropped infinity becomes NaN."""
-    if drop[1] is not None:
-        x *= tl.where(left_out(lanes, drop), 0.0, drop[2])
-    return x
-
-
-@triton.jit
-def spared(x, lanes, drop):
-    """A tile after dropout without its scale (:func:`scale_of`), in the tile's dtype."""
-    if drop[1] is not None:
-        none = narrowed(widened(x) * 0.0, x.dtype) if INTERPRETED else x * 0.0
-        x = tl.where(left_out(lanes, drop), none, x)
-    return x
-
-
-@triton.jit
-def scale_of(drop):
-    """The scale of dropout."""
-    return 1.0 if drop[1] is None else drop[2]
-
-
-@triton.jit
 def centred_half(t, width, norm_eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """Half of each row minus its mean, which is in the range of float16 if the row is; and ``2 / sigma``."""
     t = t * 0.5 - (tl.sum(t, 1) / width * 0.5)[:, None]
@@ -171,30 +92,6 @@ def normalised(t, width, norm_eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """LayerNorm of each row before its affine part, and ``1 / sigma``."""
     t, scale = centred_half(t, width, norm_eps, WIDTH, EVEN)
     return t * scale[:, None], 0.5 * scale
-
-
-@triton.jit
-def normal_of(h):
-    """The standard normal's density and its tail ``Phi(-|h|)``, from one exponential.
-
-    The tail is ``phi(x) r(1 / (1 + 0.32 x))`` for x >= 0. The polynomial r is fitted by weighted least squares; its
-    error is 2.5e-8.
-    """
-    density = tl.exp2(h * h * (-0.5 * LOG2E) - 1.3257480647361592)  # includes 1 / sqrt(2 pi)
-    t = inverse(0.32 * tl.abs(h) + 1.0)
-    r = t * -0.3211710034314119 + 1.225343188351582
-    r = r * t - 0.6378672765604185
-    r = r * t + 0.7674615917922787
-    r = r * t + 0.20814712249209733
-    r = r * t + 0.011400479654180127
-    return density, density * r
-
-
-@triton.jit
-def gelu_of(h):
-    """``gelu(h)``."""
-    _, beyond = normal_of(h)
-    return tl.maximum(h, 0.0) - tl.abs(h) * beyond
 
 
 @triton.jit

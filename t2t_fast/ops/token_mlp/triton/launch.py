@@ -8,6 +8,7 @@ import torch
 
 from ..._common import triton_runtime as runtime
 from ..._common.launch_table import DTYPES, Table, cut, padded
+from ..._common.philox import kernel_drops
 
 LARGEST = 128
 """Largest number of channels and of hidden units that the kernels support."""
@@ -123,15 +124,5 @@ def inner_strides(operands):
 
 def dropout(options, seed):
     """The seed and the mask parameters of projection and MLP (philox.py), ``None`` without dropout."""
-    masks = _masks(options.proj_drop, options.mlp_drop)
-    return seed if options.proj_drop > 0 or options.mlp_drop > 0 else None, *masks
-
-
-@lru_cache(maxsize=256)
-def _masks(p1, p2):
-    a, b = round(65536 * p1), round(65536 * p2)
-    begin = a - round(a * b / 65536)
-    return (
-        (None, float(a) if p1 > 0 else None, 1.0 / (1.0 - p1)),
-        (float(begin), float(b) if p2 > 0 else None, 1.0 / (1.0 - p2)),
-    )
+    drops = options.proj_drop, options.mlp_drop
+    return seed if max(drops) > 0 else None, *kernel_drops(*drops)
