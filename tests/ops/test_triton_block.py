@@ -145,11 +145,9 @@ def test_masks_are_those_of_every_backend(width):
     assert torch.equal(t > 0, keep & path)
     weight = torch.zeros(width, width)
     drops = {"branch_drop": first.drop, "branch_path": first.path, "drop": second.drop, "drop_path": second.path}
-    arguments = (zero, None, None, weight, torch.full((width,), 9.0), torch.eye(width), None, zero)
+    arguments = (zero, zero, None, None, weight, torch.full((width,), 9.0), torch.eye(width), None)
     with launched_with(columns=16):
-        out = layer_norm_mlp(
-            *arguments[:-1], branch=zero, hidden_drop=hidden_drop, **drops, seed=seed, backend="triton"
-        )
+        out = layer_norm_mlp(*arguments, hidden_drop=hidden_drop, **drops, seed=seed, backend="triton")
     keep, path = branch_masks(seed, shape, first, second, 1)
     hidden, _ = keep_masks(seed, shape, hidden_drop, 0.0, HIDDEN)
     assert torch.equal(out > 0, keep & path & hidden)
