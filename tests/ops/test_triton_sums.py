@@ -44,8 +44,9 @@ def weights_of_a_linear():
     grad = torch.rand(1, TOKENS, 16, generator=generator)
     single = torch.empty(0)
     with SPLIT.override("weight", {"tokens": 32, "warps": 4, "stages": 1, "programs": 0}):
-        found = split._products(x, grad, single, single, False, *square(1, 1, 0), None)
-    return {"weight": (found, grad[0].double().T @ x.permute(0, 2, 3, 1).reshape(TOKENS, 16).double())}
+        found, _ = split._products(x, grad, single, single, False, *square(1, 1, 0), None)
+    exact = grad[0].double().T @ x.permute(0, 2, 3, 1).reshape(TOKENS, 16).double()
+    return {"weight": (found, exact)}
 
 
 def parameters_of_a_mlp():

@@ -35,7 +35,7 @@ def _fake(x, weight, used, row_sums, offset, outputs, norm_eps, kernel, stride, 
 
 @operator(
     "soft_split_linear_products(Tensor x, Tensor grad, Tensor mean, Tensor rstd, bool norm, int[] kernel, "
-    "int[] stride, int[] padding, Tensor[]? pixels) -> Tensor"
+    "int[] stride, int[] padding, Tensor[]? pixels) -> (Tensor, Tensor)"
 )
 def _products(*arguments):
     from .weight_gradient import launch_weight_products
@@ -45,7 +45,8 @@ def _products(*arguments):
 
 @fake("soft_split_linear_products")
 def _fake_products(x, grad, mean, rstd, norm, kernel, stride, padding, pixels):
-    return x.new_empty((grad.shape[2], x.shape[1] * kernel[0] * kernel[1]), dtype=torch.float32)
+    products = x.new_empty((grad.shape[2], x.shape[1] * kernel[0] * kernel[1]), dtype=torch.float32)
+    return products, products.new_empty(grad.shape[2] if grad.dtype != torch.float32 else 0)
 
 
 @operator(
@@ -83,14 +84,15 @@ def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window
     need_x, need_weight, _, need_gamma, _ = needed
     norm, operators = norm_eps is not None, torch.ops.t2t_fast_triton
     channels = runtime.fixed(x.shape[1])
-    d_x = products = None
+    d_x = products = total = None
     if need_weight or need_gamma:
         columns = pixel_columns(pixels, weight, channels, window)
-        products = operators.soft_split_linear_products(x, grad, mean, rstd, norm, *window, columns)
+        products, total = operators.soft_split_linear_products(x, grad, mean, rstd, norm, *window, columns)
+        total = total if total.shape[0] else None
     if need_x:
         found = packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, grad.dtype)
         d_x = operators.soft_split_linear_image_gradient(grad, x, *found, y, mean, rstd, *window)
-    return d_x, *parameter_gradients(products, grad, weight, bias, norm_weight, norm_bias, needed[1:])
+    return d_x, *parameter_gradients(products, total, grad, weight, bias, norm_weight, norm_bias, needed[1:])
 
 
 forward = differentiable(run, run_backward, infer)
