@@ -3,8 +3,6 @@
 Notation, padding and precision as in ``forward.py``.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -267,9 +265,9 @@ def launch_token_mlp_backward(grad, y, v, seed, options, mlp, need_parameters):
     length = sum(lengths(mlp)) if need_parameters else 0
     if not y.numel():
         return d_y, d_v, torch.zeros(length, dtype=torch.float32, device=y.device)
-    programs, sizes, parameters, constants = planned("token_mlp_backward", y, mlp, math.prod(y.shape[:-2]))
-    shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
     operands = [strided(x) for x in (grad, y, v)]
+    programs, sizes, parameters, constants = planned("token_mlp_backward", operands, mlp)
+    shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
     mlp = MlpParameters(*(None if t is None else t.contiguous() for t in mlp))
     # what a launch computes: d_y and d_v, the projection's gradients, the others
     parts = [(True, need_parameters, need_parameters)]
