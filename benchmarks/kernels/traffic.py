@@ -38,7 +38,7 @@ SUBJECTS = {
 
 _INPUTS = ("x", "image", "cells", "grad", "y", "k", "q", "v", "skip", "mask", "mean", "rstd", "alpha", "kappa")
 TOKENS = (*_INPUTS, "out", "d_x", "d_y", "d_k", "d_q", "d_v", "t", "n", "h", "again", "branch", "d_branch")
-STATES = ("lz", "state", "merged_lz", "merged_state", "d_lz", "d_state", "d_w", "d_weight", "shares")
+STATES = ("lz", "state", "merged_lz", "merged_state", "d_lz", "d_state", "d_w", "d_weight", "d_bias", "shares")
 """Names of kernel arguments; all others are parameters."""
 
 NO_TRAFFIC = ("empty", "new_empty", "detach", "alias", "_unsafe_view", "_reshape_alias")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from heapq import heapreplace
 
 import pytest
 import torch
@@ -29,7 +30,25 @@ ROW = {"tokens": 32, "warps": 8, "stages": 4, "programs": 3}
 def test_a_cut_covers_every_token_once(length, sequences, programs):
     splits, tiles = cut(length, sequences, 64, programs)
     assert (splits - 1) * tiles * 64 < length <= splits * tiles * 64
-    assert splits == 1 or splits * sequences <= programs
+
+
+def efficiency(length, sequences, tokens, programs):
+    """The share of the time of ``programs`` places that whole tiles fill, where the next program takes the first free
+    place; a program costs half a tile besides its tiles."""
+    splits, tiles = cut(length, sequences, tokens, programs)
+    last = length / tokens - (splits - 1) * tiles
+    free = [0.0] * programs
+    for own in [tiles] * (sequences * (splits - 1)) + [last] * sequences:
+        heapreplace(free, free[0] + own + 0.5)
+    return sequences * length / tokens / programs / max(free)
+
+
+@pytest.mark.parametrize("programs", [80, 108, 132, 148, 264])
+def test_a_cut_fills_the_last_wave(programs):
+    """At T2T's first stage with any batch from 32 on; with a program for each sequence the least would be 0.5."""
+    found = [efficiency(3136, sequences, 64, programs) for sequences in range(32, 513, 7)]
+    assert min(found) > 0.72 and sum(found) / len(found) > 0.86
+    assert efficiency(3136, programs + 8, 64, programs) > 0.78
 
 
 def test_no_tokens():

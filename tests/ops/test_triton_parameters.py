@@ -114,8 +114,8 @@ def test_gradients_of_the_parameters(name, normed):
     given = F.pad(torch.where(index >= 0, given, torch.nan), (0, 64, 0, 44), value=torch.nan)
     exact = [t if t is None else t.double() for t in (products.sum(0), grad, weight, bias, gamma, beta)]
     for needed in ([True, True, normed, normed], [True, False, False, False], [False, True, normed, False]):
-        expected = [t for t in parameter_gradients(*exact, needed) if t is not None]
+        expected = [t for t in parameter_gradients(exact[0], None, *exact[1:], needed) if t is not None]
         sizes = bias.dtype, channels, layout(channels, window)
-        found = launch_parameter_gradients(given, grad, weight, gamma, beta, *sizes, needed)
+        found = launch_parameter_gradients(given, None, grad, weight, gamma, beta, *sizes, needed)
         for value, truth in zip(found, expected, strict=True):
             torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-4)

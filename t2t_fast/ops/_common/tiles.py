@@ -12,6 +12,9 @@ from ...config import triton_interpreted
 INTERPRETED = tl.constexpr(triton_interpreted())
 """The interpreter multiplies the raw bits of bfloat16 operands, and truncates to bfloat16 where a GPU rounds."""
 
+ONES = tl.constexpr(16)
+"""Columns of a product with ones: the minimum of a matrix instruction."""
+
 
 @triton.jit
 def _large(x):
@@ -102,6 +105,33 @@ def rounded(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         x = bits.to(tl.float32, bitcast=True)
     return narrowed(x, DTYPE)
+
+
+@triton.jit
+def no_sum(SIZE: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr):
+    """The initial value of :func:`summed`."""
+    return tl.zeros([SIZE] if tl.float32 == DTYPE else [SIZE, ONES] if TURNED else [ONES, SIZE], tl.float32)
+
+
+@triton.jit
+def summed(x, total, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """``total`` plus the column sums of a tile; for a half type by a product with ones, which needs no reduction.
+
+    TURNED: the product's first operand is the transposed tile, which suits wgmma; else its second operand is the tile.
+    """
+    if x.dtype == tl.float32:
+        total += tl.sum(x, 0)
+    elif TURNED:
+        total = dot(tl.trans(x), narrowed(tl.full([x.shape[0], ONES], 1.0, tl.float32), x.dtype), total, PRECISION)
+    else:
+        total = dot(narrowed(tl.full([ONES, x.shape[0]], 1.0, tl.float32), x.dtype), x, total, PRECISION)
+    return total
+
+
+@triton.jit
+def sum_of(total, TURNED: tl.constexpr):
+    """The sums of :func:`summed`."""
+    return tl.sum(total, 1 if TURNED else 0) / ONES if len(total.shape) == 2 else total
 
 
 @triton.jit

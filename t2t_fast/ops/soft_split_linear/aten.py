@@ -233,7 +233,7 @@ def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window
         kernel = _unfolded(weight.to(x.dtype), window)
         d_x, products = _convolution_backward(grad, x, kernel, window, need_x, need_weight)
         products = products.flatten(1) if need_weight else None
-    gradients = parameter_gradients(products, grad, weight, bias, norm_weight, norm_bias, needed[1:])
+    gradients = parameter_gradients(products, None, grad, weight, bias, norm_weight, norm_bias, needed[1:])
     return in_layout(d_x.to(x.dtype), channels_last) if need_x else None, *gradients
 
 

@@ -48,18 +48,19 @@ def differentiable(run, run_backward, infer=None):
     return forward
 
 
-def parameter_gradients(products, grad, weight, bias, norm_weight, norm_bias, needed):
+def parameter_gradients(products, total, grad, weight, bias, norm_weight, norm_bias, needed):
     """Gradients of the four parameters, each in the parameter's dtype, ``None`` unless needed.
 
     Args:
         products: ``P = sum_t G_t xhat_t^T`` (O, K); ``None`` where neither weight nor norm_weight needs a gradient.
+        total: ``sum_t G_t`` (O); ``None`` if it has yet to be computed.
         grad: ``G`` (..., O).
         needed: four bools.
     """
     need_weight, need_bias, need_gamma, need_beta = needed
-    d_weight = d_bias = d_gamma = d_beta = total = None
+    d_weight = d_bias = d_gamma = d_beta = None
     wide = accumulation_dtype(grad.dtype)
-    if need_bias or need_beta or (need_weight and norm_bias is not None):
+    if total is None and (need_bias or need_beta or (need_weight and norm_bias is not None)):
         total = grad.flatten(0, -2).sum(0, dtype=wide)
     if need_weight:
         d_weight = products if norm_weight is None else products * norm_weight.to(wide)

@@ -44,6 +44,8 @@ def candidates(name, present):
     tiles = ((32, 4), (64, 4), (64, 8), (128, 8))
     if name == "scalars":
         return [{**present, "tokens": tokens, "warps": warps} for tokens, warps in tiles]
+    if name == "forward":
+        tiles += ((256, 16),)  # half as many reads of the weight
     stages = {"image": (1, 2, 3), "weight": (2, 3)}.get(name, (2, 3, 4))
     parts = {"image": {1, 3}, "weight": set()}.get(name, {1})
     found = [

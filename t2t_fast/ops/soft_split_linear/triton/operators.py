@@ -120,7 +120,7 @@ def run_backward(grad, x, weight, bias, norm_weight, norm_bias, norm_eps, window
         )
         gradients = [next(found) if wanted else None for wanted in rest]
     else:
-        gradients = parameter_gradients(None, grad, weight, bias, norm_weight, norm_bias, rest)
+        gradients = parameter_gradients(None, None, grad, weight, bias, norm_weight, norm_bias, rest)
     if not need_x:
         return None, *gradients
     found = packed_taps(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, grad.dtype)

@@ -234,14 +234,14 @@ def parameter_gradients_kernel(
         tl.store(d_beta + index, narrowed(of_beta, d_beta.dtype.element_ty), mask=there)
 
 
-def launch_parameter_gradients(products, grad, weight, gamma, beta, bias_dtype, channels, found, needed):
+def launch_parameter_gradients(products, total, grad, weight, gamma, beta, bias_dtype, channels, found, needed):
     """The gradients of weight, bias, gamma and beta, each in the parameter's dtype; only those ``needed``.
 
-    products: (splits, O or more, columns or more) in the columns of ``found``, the windows' ``Layout``.
+    products: (splits, O or more, columns or more) in the columns of ``found``, the windows' ``Layout``; total: the
+    column sums of ``grad``, ``None`` if they have yet to be computed.
     """
     need_weight, need_bias, need_gamma, need_beta = needed
-    total = None
-    if need_bias or need_beta or (need_weight and beta is not None):
+    if total is None and (need_bias or need_beta or (need_weight and beta is not None)):
         total = grad.flatten(0, -2).sum(0, dtype=torch.float32)
     products = products[0] if products.shape[0] == 1 else products.sum(0)
     outputs, values = weight.shape

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..._common import triton_runtime as runtime
 from ..._common.cached import FOLDED
 from ..._common.launch_table import cut
-from ..._common.tiles import dot, rounded
+from ..._common.tiles import dot, no_sum, rounded, sum_of, summed
 from .call import Call, divisor
 from .forward import VARYING, tile_places, window_tile
 from .layout import NARROW
@@ -24,6 +24,7 @@ def split_linear_weight_kernel(
     mean,
     rstd,
     d_weight,
+    d_bias,
     height,
     image_width,
     grid_width,
@@ -43,13 +44,17 @@ def split_linear_weight_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The split's part of ``P = sum_t G_t xhat_t^T``: (outputs, columns), padded as the weight is.
+    """The split's part of ``P = sum_t G_t xhat_t^T``, (outputs, columns), padded as the weight is, and of ``sum_t G_t``
+    unless ``d_bias`` is ``None``.
 
     Grid (groups of BLOCKS x BLOCK columns, groups of PARTS x NARROW outputs, splits); a program owns one group of each
     for the tokens of one split. xhat is u without NORM. The windows are read and normalised again: a normalised value
     is at most sqrt(K), so that neither it nor G exceeds the range of float16. Each G is read once for each group of
     columns. TURNED: the sums are held as (outputs, columns) instead of (columns, outputs), so that the normalised tile
     is an operand without a transpose.
+
+    Every program adds up its G, and those of the first group of columns store the sum. In a branch of the loop, Triton
+    3.8 would let the prefetch of the next tile overwrite G before it is added.
     """
     begin = tl.program_id(0) * (BLOCKS * BLOCK)
     columns = tl.num_programs(0) * (BLOCKS * BLOCK)
@@ -57,9 +62,12 @@ def split_linear_weight_kernel(
     split = tl.program_id(2)
     output = tl.arange(0, NARROW)
     row = tl.arange(0, TOKENS)
-    sums = ()
+    sums, totals = (), ()
     for _ in tl.static_range(BLOCKS * PARTS):
         sums = sums + (tl.zeros([NARROW, BLOCK] if TURNED else [BLOCK, NARROW], tl.float32),)
+    if d_bias is not None:
+        for _ in tl.static_range(PARTS):
+            totals = totals + (no_sum(NARROW, OPERAND, TURNED),)
     earliest = split * tiles_per_split
     tiles = tl.minimum(tiles_per_split, tl.cdiv(tokens, TOKENS) - earliest)
     # the first tile's position is computed by division; each further tile adds to it with carry
@@ -77,13 +85,15 @@ def split_linear_weight_kernel(
         if NORM:
             centre = tl.load(mean + place + row, mask=there, other=0.0)
             scale = tl.load(rstd + place + row, mask=there, other=0.0)
-        upstreams = ()
+        upstreams, further = (), ()
         source = grad + place * outputs + group + row[:, None] * outputs + output[None, :]
         for part in tl.static_range(PARTS):
             inside = there[:, None]
             if not EVEN:
                 inside &= (group + part * NARROW + output < outputs)[None, :]
             upstream = tl.load(source + part * NARROW, mask=inside, other=0.0)
+            if d_bias is not None:
+                further = further + (summed(upstream, totals[part], TURNED, PRECISION),)
             upstream = rounded(upstream, OPERAND, PRECISION)
             upstreams = upstreams + (tl.trans(upstream) if TURNED else upstream,)
         products = ()
@@ -103,7 +113,7 @@ def split_linear_weight_kernel(
             for part in tl.static_range(PARTS):
                 first, second = (upstreams[part], tile) if TURNED else (tile, upstreams[part])
                 products = products + (dot(first, second, sums[block * PARTS + part], PRECISION),)
-        sums = products
+        sums, totals = products, further
         place += TOKENS
         left += column_step
         wraps = left >= end_column - PADDING[1]
@@ -114,7 +124,10 @@ def split_linear_weight_kernel(
         # for a product, unlike tl.where, the compiler can infer that addresses stay aligned
         start += step + wraps.to(tl.int32) * next_row + ends.to(tl.int32) * next_image
     for part in tl.static_range(PARTS):
-        rows = (split * tl.num_programs(1) * (PARTS * NARROW) + group + part * NARROW + output).to(tl.int64) * columns
+        rows = (split * tl.num_programs(1) * (PARTS * NARROW) + group + part * NARROW + output).to(tl.int64)
+        if d_bias is not None:
+            tl.store(d_bias + rows, sum_of(totals[part], TURNED), mask=begin == 0)
+        rows *= columns
         for block in tl.static_range(BLOCKS):
             column = begin + block * BLOCK + tl.arange(0, BLOCK)
             places = rows[:, None] + column[None, :] if TURNED else rows[None, :] + column[:, None]
@@ -124,14 +137,17 @@ def split_linear_weight_kernel(
 def launch_weight_gradient(
     x, grad, mean, rstd, norm, kernel, stride, padding, pixels, weight, norm_weight, norm_bias, bias_dtype, needed
 ):
-    """The gradients of weight, bias and LayerNorm's two parameters that are ``needed``, each in its dtype."""
+    """The gradients of weight, bias and LayerNorm's two parameters that are ``needed``, each in its dtype.
 
+    For a G in float32, PyTorch computes its column sums: in the kernel they cost more instructions than that pass.
+    """
     FOLDED.clear()  # in training, parameters may be written without a change of their version counters
     call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
+    half = grad.dtype != torch.float32
     parameters = weight, norm_weight, norm_bias, bias_dtype, x.shape[1], call.layout, needed
     if not grad.numel():
         found = grad.new_zeros((1, call.outputs, call.layout.columns), dtype=torch.float32)
-        return launch_parameter_gradients(found, grad, *parameters)
+        return launch_parameter_gradients(found, None, grad, *parameters)
     selected = call.parameters("weight")
     parts = divisor(-(-call.outputs // NARROW), selected["parts"])
     groups = -(-call.outputs // (NARROW * parts))
@@ -141,13 +157,15 @@ def launch_weight_gradient(
     wanted = selected["programs"] * runtime.multiprocessors(x.device)
     splits, tiles = cut(call.tokens, column_groups * groups, selected["tokens"], wanted)
     shape = splits, groups * parts * NARROW, column_groups * blocks * block
-    found = torch.empty(shape, dtype=torch.float32, device=x.device)
+    d_weight = torch.empty(shape, dtype=torch.float32, device=x.device)
+    d_bias = d_weight.new_empty(shape[:2]) if half else None
     split_linear_weight_kernel[column_groups, groups, splits](
         call.image(),
         grad.contiguous(),
         mean,
         rstd,
-        found,
+        d_weight,
+        d_bias,
         *x.shape[2:],
         call.grid[1],
         call.length,
@@ -163,4 +181,5 @@ def launch_weight_gradient(
         TURNED=selected["turned"],
         **call.constants(selected),
     )
-    return launch_parameter_gradients(found, grad, *parameters)
+    total = d_bias.sum(0)[: call.outputs] if half else None
+    return launch_parameter_gradients(d_weight, total, grad, *parameters)

@@ -3,14 +3,12 @@
 Notation, padding and precision as in ``forward.py``.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from ..._common.elementwise import dropped, gelu_and_slope_of, random_lanes, scale_of, spared
-from ..._common.tiles import dot, matrix, narrowed, rounded, row_of, widened
+from ..._common.tiles import dot, matrix, no_sum, rounded, row_of, sum_of, summed, widened
 from ..autograd import MlpParameters, Options
 from .forward import (
     VARYING,
@@ -26,9 +24,6 @@ from .forward import (
 from .launch import dropout, inner_strides, planned, strided
 from .operators import lengths
 
-ONES = tl.constexpr(16)
-"""Columns of a product with ones: the minimum of a matrix instruction."""
-
 TOP = tl.constexpr(2.0**-3)
 """Magnitude of the largest scaled gradient: float16 has 2^19 above it and 2^21 below."""
 
@@ -38,27 +33,6 @@ def _power(value):
     """The largest power of two not above ``value`` > 0, from its bits; 1 for 0 and infinity (no scaling)."""
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((value > 0.0) & (value < float("inf")), power, 1.0)
-
-
-@triton.jit
-def _no_sum(SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """The initial value of :func:`_summed`."""
-    return tl.zeros([SIZE] if tl.float32 == DTYPE else [SIZE, ONES], tl.float32)
-
-
-@triton.jit
-def _summed(x, total, PRECISION: tl.constexpr):
-    """``total`` plus the column sums of a tile; for a half type by a product with ones, which needs no reduction."""
-    if x.dtype == tl.float32:
-        total += tl.sum(x, 0)
-    else:
-        total = dot(tl.trans(x), narrowed(tl.full([x.shape[0], ONES], 1.0, tl.float32), x.dtype), total, PRECISION)
-    return total
-
-
-@triton.jit
-def _sum_of(total):
-    return tl.sum(total, 1) / ONES if len(total.shape) == 2 else total
 
 
 @triton.jit
@@ -158,6 +132,7 @@ def token_mlp_backward_kernel(
     """
     DTYPE: tl.constexpr = y[0].dtype.element_ty
     THREE: tl.constexpr = tl.float32 == DTYPE and PRECISION != "tf32"
+    LARGE: tl.constexpr = TOKENS > 32  # products of smaller tiles do not run as wgmma
     grad = grad[0], grad[1], STRIDES[0], STRIDES[1]
     y = y[0], y[1], STRIDES[2], STRIDES[3]
     v = v[0], v[1], STRIDES[4], STRIDES[5]
@@ -185,9 +160,9 @@ def token_mlp_backward_kernel(
             largest = tl.maximum(largest, tl.abs(upstream.to(tl.float32)))
         up = _power(tl.max(tl.max(largest, 1), 0)) / TOP
         down = 1.0 / up
-    d_proj, d_proj_bias = tl.zeros([WIDTH, WIDTH], tl.float32), _no_sum(WIDTH, DTYPE)
-    d_fc1, d_fc1_bias = tl.zeros([HIDDEN, WIDTH], tl.float32), _no_sum(HIDDEN, DTYPE)
-    d_fc2, d_fc2_bias = tl.zeros([WIDTH, HIDDEN], tl.float32), _no_sum(WIDTH, DTYPE)
+    d_proj, d_proj_bias = tl.zeros([WIDTH, WIDTH], tl.float32), no_sum(WIDTH, DTYPE, LARGE)
+    d_fc1, d_fc1_bias = tl.zeros([HIDDEN, WIDTH], tl.float32), no_sum(HIDDEN, DTYPE, LARGE)
+    d_fc2, d_fc2_bias = tl.zeros([WIDTH, HIDDEN], tl.float32), no_sum(WIDTH, DTYPE, LARGE)
     for index in tl.range(first, last, disable_licm=LEAN > 0):
         place = place_of(index, length, TOKENS)
         tile = load_tile(y, place, width, TOKENS, WIDTH, EVEN)
@@ -201,7 +176,7 @@ def token_mlp_backward_kernel(
             d_f = d_f.to(tl.float32) * down
         d_f = rounded(spared(d_f, lanes, drop_mlp), DTYPE, PRECISION)
         if NEED_MLP:
-            d_fc2_bias = _summed(d_f, d_fc2_bias, PRECISION)
+            d_fc2_bias = summed(d_f, d_fc2_bias, LARGE, PRECISION)
         proj = kept[0] if KEEP else proj_of(mlp, width, WIDTH, DTYPE, PRECISION)
         if NEED_PROJ:
             proj_bias = row_of(proj_bias_at, width, WIDTH, 0.0)
@@ -225,7 +200,7 @@ def token_mlp_backward_kernel(
             d_fc2 = dot(tl.trans(d_f), a, d_fc2, PRECISION, LEAN == 3)
         if NEED_MLP:
             d_fc1 = dot(tl.trans(d_h), n, d_fc1, PRECISION, LEAN == 3)
-            d_fc1_bias = _summed(d_h, d_fc1_bias, PRECISION)
+            d_fc1_bias = summed(d_h, d_fc1_bias, LARGE, PRECISION)
         if NEED_INPUTS:
             if not KEEP and PRECISION != "tf32":
                 # fewer live values: fewer spills in float32, 76 KiB of shared memory, not 108, at E = F = 128;
@@ -252,18 +227,18 @@ def token_mlp_backward_kernel(
             d_t = rounded(spared(d_t, lanes, drop_proj), DTYPE, PRECISION)
             if NEED_PROJ:
                 d_proj = dot(tl.trans(d_t), tile, d_proj, PRECISION, LEAN == 3)
-                d_proj_bias = _summed(d_t, d_proj_bias, PRECISION)
+                d_proj_bias = summed(d_t, d_proj_bias, LARGE, PRECISION)
             proj = kept[0] if KEEP else proj_of(mlp, width, WIDTH, DTYPE, PRECISION)
             d_p = dot(d_t, proj, None, PRECISION, LEAN == 3) * (up * proj_scale)
             store_tile(d_y, d_p, place, length, width, TOKENS, WIDTH, EVEN)
     proj_up, mlp_up = up * proj_scale, up * mlp_scale
     sums = (
         d_proj * proj_up,
-        _sum_of(d_proj_bias) * proj_up,
+        sum_of(d_proj_bias, LARGE) * proj_up,
         d_fc1 * mlp_up,
-        _sum_of(d_fc1_bias) * mlp_up,
+        sum_of(d_fc1_bias, LARGE) * mlp_up,
         d_fc2 * mlp_up,
-        _sum_of(d_fc2_bias) * mlp_up,
+        sum_of(d_fc2_bias, LARGE) * mlp_up,
     )
     _store_shares(shares, mlp, sums, width, hidden, WIDTH, HIDDEN, NEED_PROJ, NEED_MLP)
 
@@ -275,9 +250,9 @@ def launch_token_mlp_backward(grad, y, v, seed, options, mlp, need_parameters):
     length = sum(lengths(mlp)) if need_parameters else 0
     if not y.numel():
         return d_y, d_v, torch.zeros(length, dtype=torch.float32, device=y.device)
-    programs, sizes, parameters, constants = planned("token_mlp_backward", y, mlp, math.prod(y.shape[:-2]))
-    shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
     operands = [strided(x) for x in (grad, y, v)]
+    programs, sizes, parameters, constants = planned("token_mlp_backward", operands, mlp)
+    shares = torch.empty(programs, length, dtype=torch.float32, device=y.device)
     mlp = MlpParameters(*(None if t is None else t.contiguous() for t in mlp))
     # what a launch computes: d_y and d_v, the projection's gradients, the others
     parts = [(True, need_parameters, need_parameters)]

@@ -7,8 +7,6 @@ WIDTH and HIDDEN are E and F rounded up to a size that matrix instructions suppo
 Operands of matrix products are in the inputs' dtype; LayerNorm, GELU, dropout and sums in float32.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -237,9 +235,9 @@ def launch_token_mlp(y, v, seed, options, mlp):
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not out.numel():
         return out
-    programs, sizes, selected, constants = planned("token_mlp", y, mlp, math.prod(y.shape[:-2]))
-    parameters = MlpParameters(*(None if t is None else t.contiguous() for t in mlp))
     operands = [strided(x) for x in (y, v)]
+    programs, sizes, selected, constants = planned("token_mlp", operands, mlp)
+    parameters = MlpParameters(*(None if t is None else t.contiguous() for t in mlp))
     token_mlp_kernel[(programs,)](
         *operands,
         out,

@@ -92,8 +92,15 @@ def _plan(selected, dtype, width, hidden, sequences, length, processors, tf32):
     return programs, sizes, parameters, constants
 
 
-def planned(name, y, mlp, sequences):
-    length, width = y.shape[-2:]
+def planned(name, operands, mlp):
+    """:func:`_plan` for some operands (:func:`strided`), all of the shape of y.
+
+    Sequences that follow each other without a gap in every operand are one: a tile may then have tokens of two.
+    """
+    y = operands[0][0]
+    sequences, length, width = y.shape
+    if all(batch == length * token for _, batch, token, _ in operands):
+        sequences, length = 1, sequences * length
     hidden = mlp.fc1_weight.shape[0]
     # forward also depends on the number of tokens
     section = runtime.section(y.device, sequences * length) if name == "token_mlp" else runtime.architecture(y.device)
