@@ -28,7 +28,11 @@ def candidates(name, present):
         for tokens, columns, warps in ((64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
         for block, stages in ((32, 4), (64, 3), (64, 4), (128, 2))
     ]
-    return [*fused, *({**each, "fused": 0} for each in fused[::4])]
+    passes = [
+        {**fused[0], "fused": 0, "tokens": tokens, "columns": columns, "warps": warps}
+        for tokens, columns, warps in ((16, 128, 4), (32, 128, 4), (64, 128, 8), (128, 64, 8))
+    ]
+    return [*fused, *passes]
 
 
 def default(name, dtype, outer, inner):
