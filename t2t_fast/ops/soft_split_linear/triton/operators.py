@@ -29,7 +29,8 @@ def _fold(*arguments):
 @fake("soft_split_linear_fold")
 def _fake_fold(weight, bias, norm_weight, norm_bias, norm, channels, kernel, stride, padding, dtype, pixels, turned):
     window = Window(tuple(kernel), tuple(stride), tuple(padding))
-    shapes = operand_shapes(*weight.shape, norm, channels, window, bool(pixels), turned).present()
+    sizes = (runtime.fixed(size) for size in weight.shape)
+    shapes = operand_shapes(*sizes, norm, channels, window, bool(pixels), turned).present()
     return [weight.new_empty(shape, dtype=torch.float32 if index else dtype) for index, shape in enumerate(shapes)]
 
 
