@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from unittest.mock import patch
 
+AMP = not bool(os.environ.get("FP32"))
 SIZE, WARM_UP = 16, 3
 WIDE = {"embed_dim": 384, "token_dim": 64}
 NARROW = {"embed_dim": 32, "token_dim": 16}
@@ -63,11 +64,11 @@ def step(module, x, training):
     import torch
 
     def inference():
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=AMP):
             module(x)
 
     def train():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=AMP):
             out = module(x)
         out.backward(gradient.expand_as(out))
         for parameter in parameters:

@@ -150,9 +150,10 @@ class Fused(nn.Module):
             paths = (path for path in self.parts.checks() if path not in self.parts.idle)
             return self._fused(x, Children({path: attrgetter(path)(self) for path in paths}, None))
         children = fusion.children(self, _checks(kind))
-        if children is None or not remembered.passes(self, key := self._key(x, children)):
+        if children is None:
             return self._unfused(x)
-        return self._fused(x, Children(children, key))
+        found = remembered.entry(self, self._key(x, children))
+        return self._fused(x, Children(children, found)) if remembered.passes(found, self) else self._unfused(x)
 
     def _key(self, x: torch.Tensor, children: Mapping[str, Any]) -> Any:
         """The :func:`remembered.key` of a call: x, all parameters that are read, and all numbers."""
@@ -202,10 +203,10 @@ def _checks(cls: Any) -> dict[str, fusion.Check]:
 
 
 class Children(NamedTuple):
-    """The children of a fused module in one call, and the call's :func:`remembered.key`."""
+    """The children of a fused module in one call, and what the module remembers of such calls."""
 
     found: Mapping[str, Any]
-    key: Any
+    entry: remembered.Entry | None
 
     def weights(self, *paths: str) -> list[Any]:
         """Weight and bias of each child, ``None`` where the path is empty."""
@@ -226,7 +227,7 @@ def attention(module: Fused, x: torch.Tensor, children: Children) -> tuple[torch
     if parts.norm1:
         tensors = (x, *children.weights(parts.norm1, parts.qkv))
         eps = children.eps(parts.norm1)
-        packed, x = remembered.run(module, layer_norm_linear, children.key, tensors, norm_eps=eps)
+        packed, x = remembered.run(children.entry, layer_norm_linear, tensors, norm_eps=eps)
     else:
         packed = F.linear(x, *children.weights(parts.qkv))
     y, v = attended(module, packed, children)
@@ -253,10 +254,10 @@ def mlp(
     options |= {"norm_eps": children.eps(parts.norm2), "recompute": module.recompute}
     options |= {"hidden_drop": children.rate(parts.hidden_drop), "drop": children.rate(parts.drop)}
     tensors = (x, branch, *children.weights(parts.norm2, parts.fc1, parts.fc2))
-    # the key does not contain what a gate returned
+    # the entry does not depend on what a gate returned
     known = branch is None or not parts.gate or (type(branch) is torch.Tensor and branch.shape == x.shape)
-    found: torch.Tensor = remembered.run(module, layer_norm_mlp, children.key if known else None, tensors, **options)
-    return found
+    out: torch.Tensor = remembered.run(children.entry if known else None, layer_norm_mlp, tensors, **options)
+    return out
 
 
 class FusedAttention(Fused):

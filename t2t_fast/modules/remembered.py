@@ -11,12 +11,12 @@ transformation follows the call, nothing is recalled.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn import Parameter
 
 from .. import backends
 from ..ops._common import transforms
@@ -26,7 +26,7 @@ from ..ops._common.spec import Window
 from ..ops._common.triton_runtime import allows_tf32
 
 _MOST = 64
-"""Calls that a module remembers; beyond it, it forgets all."""
+"""Entries of a module; beyond it, it forgets all."""
 
 _CONSTANT = frozenset((int, float, bool, str, type(None), Window))
 _SEQUENCES = (tuple, list)
@@ -50,7 +50,10 @@ class Call(NamedTuple):
         return self.operator(*arguments)
 
 
-_calls: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+Entry: TypeAlias = dict[Any, Any]
+"""Function -> its :class:`Call`."""
+
+_entries: WeakKeyDictionary[nn.Module, dict[Any, Entry]] = WeakKeyDictionary()
 
 
 def key(tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
@@ -68,78 +71,80 @@ def key(tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
     if not undisturbed() or transforms.is_exporting():
         return None
     gradient, recording = False, torch.is_grad_enabled()
-    found = [kinds, options, backends.selection()]
+    device = tensors[0].device.type
+    found = [kinds, options, backends.selection(), device]
     for tensor in tensors:
         if tensor is None:
             found.append(None)
             continue
-        if type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested:
+        if type(tensor) is not Parameter and (
+            type(tensor) is not torch.Tensor or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested
+        ):
             return None
-        found += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        # a device's index and whether it is CUDA: comparing devices takes ten times as long
+        found += (tensor.shape, tensor.dtype, tensor.layout, tensor.get_device(), tensor.is_cuda)
         gradient = gradient or (recording and tensor.requires_grad)
-    device = tensors[0].device.type
     mixed = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return (*found, gradient, torch.get_autocast_dtype(device) if mixed else allows_tf32())
 
 
-def recall(module: nn.Module, function: Any, known: Any) -> Any:
-    """The remembered call of ``function`` with this :func:`key`, or ``None``.
-
-    function: one that :func:`functional.arguments.checked` made. The call takes tensors in the order of its ``places``;
-    further ones are ignored.
-    """
-    calls = _calls.get(module)
-    if not calls or known is None:
+def entry(module: nn.Module, known: Any) -> Entry | None:
+    """What a module remembers under a :func:`key`, to be extended by :func:`first`; ``None``: nothing is remembered."""
+    if known is None:
         return None
     try:
-        return calls.get((function, known))
+        return _entries[module][known]
+    except KeyError:
+        entries = _entries.setdefault(module, {})
+        if len(entries) >= _MOST:
+            entries.clear()
+        return entries.setdefault(known, {})
     except TypeError:  # an option that is not hashable
         return None
 
 
-def first(module: nn.Module, function: Any, known: Any, /, *positional: Any, **named: Any) -> Any:
-    """``function(*positional, **named)``, which is remembered for :func:`recall` under the :func:`key` ``known``."""
+def first(found: Entry | None, function: Any, /, *positional: Any, **named: Any) -> Any:
+    """``function(*positional, **named)``, which is remembered in an :func:`entry`.
+
+    function: one that :func:`functional.arguments.checked` made. The remembered :class:`Call` takes tensors in the
+    order of its ``places``; further ones are ignored.
+    """
     arguments = function.arguments(*positional, **named)
     x = arguments[0]
     # while a CUDA graph is captured, the choice of the backend makes no self-test
-    if known is not None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if found is not None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         constants = list(arguments)
         for place in function.places:
             constants[place] = None
         seed = None if function.seed is None or constants[function.seed] is None else function.seed
-        calls = _calls.setdefault(module, {})
-        if len(calls) >= _MOST:
-            calls.clear()
-        with suppress(TypeError):  # an option that is not hashable
-            calls[function, known] = Call(function.operator.straight, tuple(constants), function.places, seed)
+        found[function] = Call(function.operator.straight, tuple(constants), function.places, seed)
     return function.operator(*arguments)
 
 
-def run(module: nn.Module, function: Any, known: Any, tensors: Sequence[Any], /, **named: Any) -> Any:
-    """``function(*tensors, **named)``, recalled if the :func:`key` ``known`` is that of an earlier call."""
-    if known is None:
+def run(found: Entry | None, function: Any, tensors: Sequence[Any], /, **named: Any) -> Any:
+    """``function(*tensors, **named)``, recalled from an :func:`entry` if it was called before."""
+    if found is None:
         return function(*tensors, **named)
-    call = recall(module, function, known)
-    return first(module, function, known, *tensors, **named) if call is None else call(*tensors)
+    call = found.get(function)
+    return first(found, function, *tensors, **named) if call is None else call(*tensors)
 
 
-def passes(module: Any, known: Any) -> bool:
-    """Whether ``module.obstacle()`` is ``None``, which it stays for calls with the same :func:`key`.
+def passes(found: Entry | None, module: Any) -> bool:
+    """Whether ``module.obstacle()`` is ``None``, which it stays for calls with the same :func:`entry`.
 
     The children's own checks must have been made (:func:`fusion.children`).
     """
-    if recall(module, passes, known) is not None:
+    if found is not None and passes in found:
         return True
     if module.obstacle() is not None:
         return False
-    if known is not None:
-        with suppress(TypeError):
-            _calls.setdefault(module, {})[passes, known] = True
+    if found is not None:
+        found[passes] = True
     return True
 
 
 def constants_of(pixel_norm: Any) -> tuple[Any, ...]:
-    """A ``pixel_norm`` as options of :func:`recall`: its numbers, if it consists of tuples or lists."""
+    """A ``pixel_norm`` as options of :func:`key`: its numbers, if it consists of tuples or lists."""
     if pixel_norm is None:
         return ()
     if type(pixel_norm) not in _SEQUENCES or any(type(part) not in _SEQUENCES for part in pixel_norm):

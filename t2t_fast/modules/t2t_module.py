@@ -91,11 +91,10 @@ def _projected(x: torch.Tensor, project: nn.Linear, window: Window) -> torch.Ten
     run: Any = soft_split_linear
     if not torch.compiler.is_compiling():
         tensors = x, project.weight, project.bias, None, None
-        key = remembered.key(tensors, (window,))
-        call = remembered.recall(project, soft_split_linear, key)
-        if call is not None:
-            return call(*tensors)
-        run = partial(remembered.first, project, soft_split_linear, key)
+        found = remembered.entry(project, remembered.key(tensors, (window,)))
+        if found and soft_split_linear in found:
+            return found[soft_split_linear](*tensors)
+        run = partial(remembered.first, found, soft_split_linear)
     return run(x, project.weight, project.bias, *window)
 
 

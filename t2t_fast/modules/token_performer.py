@@ -95,11 +95,11 @@ class TokenPerformer(nn.Module):
         run: Any = performer_layer
         if not torch.compiler.is_compiling() and (parts := fusion.children(self, _PARTS)) is not None:
             tensors, options = self._call(parts, x, window, pixel_norm)
-            key = remembered.key(tensors, options)
-            call = remembered.recall(self, performer_layer, key)
-            if call is not None:
-                return call(as_image(x, (1, x.shape[1])) if window is None else x, *tensors[1:])
-            run = partial(remembered.first, self, performer_layer, key)
+            found = remembered.entry(self, remembered.key(tensors, options))
+            if found and performer_layer in found:
+                image = as_image(x, (1, x.shape[1])) if window is None else x
+                return found[performer_layer](image, *tensors[1:])
+            run = partial(remembered.first, found, performer_layer)
         check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
         if self.obstacle() is not None:
             if window is not None:

@@ -178,10 +178,10 @@ class TokenTransformer(nn.Module):
             weights = (*fusion.weights(parts["attn.qkv"]), *fusion.weights(parts["norm1"]), *mlp_weights)
             rate = self._projection_dropout()
             options = (window, parts["norm1"].eps, parts["norm2"].eps, rate, *remembered.constants_of(pixel_norm))
-            key = remembered.key((x, *weights), options)
-            call = remembered.recall(self, soft_split_linear, key)
-            split = partial(remembered.first, self, soft_split_linear, key)
-        if call is not None:
+            found = remembered.entry(self, remembered.key((x, *weights), options))
+            call = found and found.get(soft_split_linear)
+            split = partial(remembered.first, found, soft_split_linear)
+        if call:
             tokens = call(as_image(x, (1, x.shape[1])) if window is None else x, *weights)
         else:
             check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
@@ -202,10 +202,10 @@ class TokenTransformer(nn.Module):
             )
         y, v = self.attn.mix(tokens)
         if parts is not None:
-            call = remembered.recall(self, token_mlp, key)
-            if call is not None and type(y) is torch.Tensor:
+            call = found and found.get(token_mlp)
+            if call and type(y) is torch.Tensor:
                 return call(y, v, *mlp_weights)
-            end = partial(remembered.first, self, token_mlp, key)
+            end = partial(remembered.first, found, token_mlp)
         mlp = getattr(self, self.mlp_name)
         return end(
             y,

@@ -154,7 +154,7 @@ def test_a_change_between_two_calls(kind, name, training):
             before = t2t(x).detach()
         CHANGES[name](t2t)
         twin = copy.deepcopy(t2t)
-        assert twin not in remembered._calls
+        assert twin not in remembered._entries
         found, expected = t2t(x), twin(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert (found.shape == before.shape and torch.equal(found, before)) == (name in ("nothing", "frozen"))
@@ -304,4 +304,4 @@ def test_a_memory_is_bounded(monkeypatch):
     with torch.no_grad():
         for width in range(16, 90, 8):
             t2t(image(32, width))
-    assert len(remembered._calls[t2t.attention1]) <= 3
+    assert len(remembered._entries[t2t.attention1]) <= 3

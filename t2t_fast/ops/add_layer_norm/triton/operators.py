@@ -7,7 +7,7 @@ Triton is imported at the first launch.
 import torch
 
 from ..._common.philox import NONE
-from ..._common.triton_runtime import fake, operator
+from ..._common.triton_runtime import fake, operator, operators
 from ..autograd import differentiable
 
 
@@ -62,15 +62,13 @@ def add_normalised(x, norm, dtype, branch=None, seed=None, drops=NONE):
     """The stream and its LayerNorm, as in ``aten.py``."""
     if branch is None and norm.eps is None:
         return x, x.to(dtype)
-    t, n = torch.ops.t2t_fast_triton.add_layer_norm(x, branch, *norm, dtype, seed, list(drops))
+    t, n = operators.add_layer_norm(x, branch, *norm, dtype, seed, list(drops))
     return x if branch is None else t, n
 
 
 def normalised_backward(grad, skip, t, norm, branch_dtype=None, seed=None, drops=NONE, again=True):
     """The gradients of x, the branch and LayerNorm's parameters, and ``n`` again, as in ``aten.py``."""
-    d_x, d_branch, n, sums = torch.ops.t2t_fast_triton.layer_norm_backward(
-        grad, skip, t, *norm, branch_dtype, seed, list(drops), again
-    )
+    d_x, d_branch, n, sums = operators.layer_norm_backward(grad, skip, t, *norm, branch_dtype, seed, list(drops), again)
     of_norm = (None if p is None else sums[index].to(p.dtype) for index, p in enumerate(norm[:2]))
     return d_x, None if branch_dtype is None else d_branch, n if again else None, *of_norm
 
@@ -82,7 +80,7 @@ def branch_gradient(grad, dtype, seed, drops):
     """
     if grad.dtype == dtype and not any(drops[1]):
         return grad, None
-    d_branch, sums = torch.ops.t2t_fast_triton.branch_gradient(grad, dtype, seed, [*drops[0], *drops[1]])
+    d_branch, sums = operators.branch_gradient(grad, dtype, seed, [*drops[0], *drops[1]])
     return d_branch, sums[0]
 
 

@@ -213,17 +213,17 @@ def product_kernel(
 
 def _launch(name, epilogue, x, weight, outer, masking, length, **arguments):
     """Launch :func:`product_kernel` for an operator's pass; arguments: the kernel's others. Returns the sums' tiles."""
-    constants = planned(name, x, outer)
+    across, steps, constants = planned(name, x, outer)
     x, weight = x.flatten(0, -2).contiguous(), weight.contiguous()
     rows = x.shape[0]
-    tiles = triton.cdiv(rows, constants["TOKENS"])
+    tiles = -(-rows // constants["TOKENS"])  # triton.cdiv takes as long as a launch
     if not constants["FUSED"]:
         x = x @ (weight if epilogue == "gelu_backward" else weight.T)
     shares = None
     if epilogue == "gelu_backward":
         shares = torch.empty(tiles, outer, dtype=torch.float32, device=x.device)
     seed, drop, path = masking
-    product_kernel[(tiles * triton.cdiv(outer, constants["COLUMNS"]),)](
+    product_kernel[(tiles * across,)](
         x,
         weight,
         **{"bias": None, "h": None, "t": None, "t_stride": 0, "again": None, **arguments},
@@ -233,8 +233,7 @@ def _launch(name, epilogue, x, weight, outer, masking, length, **arguments):
         path=path,
         rows=rows,
         length=length,
-        steps=triton.cdiv(constants["inner"], constants["BLOCK"]),
-        OCTETS=outer % 8 == 0,
+        steps=steps,
         EPILOGUE=epilogue,
         **constants,
     )

@@ -61,12 +61,13 @@ TABLE = Table(Path(__file__).with_name("launch.json"), PASSES, shape_class, defa
 @lru_cache(maxsize=1024)
 def _constants(selected, outer, inner, tf32):
     parameters = dict(selected)
-    return {
+    constants = {
         "inner": inner,
         "outer": outer,
         "TOKENS": parameters["tokens"],
         "COLUMNS": parameters["columns"],
         "BLOCK": parameters["block"],
+        "OCTETS": outer % 8 == 0,
         "PARTS": min(parameters["parts"], parameters["columns"] // 16),
         "FUSED": bool(parameters["fused"]),
         "PRECISION": "tf32" if tf32 else "tf32x3",
@@ -74,10 +75,11 @@ def _constants(selected, outer, inner, tf32):
         "num_stages": parameters["stages"],
         **runtime.FUSION,
     }
+    return -(-outer // constants["COLUMNS"]), -(-inner // constants["BLOCK"]), constants
 
 
 def planned(name, x, outer):
-    """The kernels' constants for a product of ``x`` with ``outer`` columns."""
+    """Of a product of ``x`` with ``outer`` columns: tiles of columns, steps along the depth, the kernels' constants."""
     inner = x.shape[-1]
     selected = TABLE.chosen(name, runtime.architecture(x.device), x.dtype, outer, inner)
     tf32 = x.dtype == torch.float32 and runtime.allows_tf32()

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from ..._common.triton_runtime import fake, operator
+from ..._common.triton_runtime import fake, operator, operators
 from ...add_layer_norm.triton import operators as norm
 from ..autograd import differentiable
 
@@ -59,16 +59,14 @@ def _fake_fc2_gelu_backward(d_f, weight, h, seed, hidden_drop):
 def fc1_gelu(n, parameters, options, seed, keep):
     """fc1's output and the input of fc2, as in ``aten.py``."""
     weight = parameters.fc1_weight.to(n.dtype)
-    h, a = torch.ops.t2t_fast_triton.fc1_gelu(n, weight, parameters.fc1_bias, seed, options.hidden_drop, keep)
+    h, a = operators.fc1_gelu(n, weight, parameters.fc1_bias, seed, options.hidden_drop, keep)
     return h if keep else None, a
 
 
 def fc2_add(a, t, parameters, options, seed, buffer):
     """The output, as in ``aten.py``."""
     weight, drops = parameters.fc2_weight.to(a.dtype), [p for each in options.drops for p in each]
-    return torch.ops.t2t_fast_triton.fc2_add(
-        a, weight, parameters.fc2_bias, t if options.residual else None, seed, drops
-    )
+    return operators.fc2_add(a, weight, parameters.fc2_bias, t if options.residual else None, seed, drops)
 
 
 def fc2_gradient(grad, options, seed):
@@ -79,7 +77,7 @@ def fc2_gradient(grad, options, seed):
 def fc2_gelu_backward(d_f, h, parameters, options, seed):
     """The gradient of fc1's output, fc2's input and the gradient's column sums, as in ``aten.py``."""
     weight = parameters.fc2_weight.to(d_f.dtype)
-    return torch.ops.t2t_fast_triton.fc2_gelu_backward(d_f, weight, h, seed, options.hidden_drop)
+    return operators.fc2_gelu_backward(d_f, weight, h, seed, options.hidden_drop)
 
 
 forward = differentiable(norm, sys.modules[__name__])
