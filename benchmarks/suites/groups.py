@@ -123,14 +123,14 @@ def _cells(device):
     }
 
 
-def _quick(suite, cells):
+def _quick(suite, cells, device):
     """The cells of a suite that a quick run measures."""
     if suite == "ops":
         attention = [cell for cell in cells if cell[0] == _HEADLINE_ATTENTION]
         return [cell for cell in cells if cell[1] == 224 and cell[0] not in _FULL_ONLY] + attention
     if suite == "scaling":
         return [cell for cell in cells if cell[1:] in QUICK_SCALED]
-    if suite in ("models", "training"):
+    if suite in ("models", "training") and device == "cuda":  # on a CPU the second takes minutes
         return [next(cell for cell in cells if cell[0] == name) for name in (LITE[0], LARGER[0])]
     return cells[: 2 if suite == "latency" else 1]
 
@@ -140,7 +140,7 @@ def groups(suite, device, quick):
     cells, modes, dtypes = _cells(device)[suite], _MODES.get(suite, MODES), DTYPES[device]
     compared = suite in TIMED and suite != "scaling"  # in every dtype, and with torch.compile
     if quick:
-        cells, modes = _quick(suite, cells), modes[:1] if suite == "scaling" else modes
+        cells, modes = _quick(suite, cells, device), modes[:1] if suite == "scaling" else modes
     if quick or not compared:
         dtypes = dtypes[:1]
     compiled = suite == "module" or (compared and not quick)

@@ -21,7 +21,7 @@ from t2t_fast.functional import (
 )
 from t2t_fast.ops._common.windows import in_layout
 from t2t_fast.ops.performer_layer.triton.launch import TABLE as LAYER
-from t2t_fast.testing import errors, features, token_mlp_parameters
+from t2t_fast.testing import CASES, errors, features, token_mlp_parameters
 
 OPAQUE = {"native": "t2t_fast_native", "triton": "t2t_fast_triton"}
 NO_TENSORS = {"cpu_instruction_set", "scratch_bytes"}
@@ -157,6 +157,16 @@ def every_call(backend, dtype):
                 break
 
 
+def every_call_of_a_block(dtype):
+    """Call the operators of a transformer block by their Triton backend, with and without dropout."""
+    drops = dict.fromkeys(("branch_drop", "branch_path", "hidden_drop", "drop", "drop_path"), 0.3)
+    for case in (*CASES["add_layer_norm"]()[1:3], *CASES["layer_norm_linear"]()[1:2], CASES["layer_norm_mlp"]()[1]):
+        tensors = {name: t.to(dtype) for name, t in case.tensors.items() if name in case.wants_gradient}
+        several = [case.options] if case.op != "layer_norm_mlp" else [{}, drops, {"recompute": True}]
+        for options in several:
+            backward(lambda case=case, options=options, **t: case.call(**t, **options, backend="triton"), tensors)
+
+
 @pytest.mark.parametrize("backend", list(OPAQUE))
 def test_fake_tensors_look_like_real_ones(backend):
     """Shape, dtype, strides and offset of all outputs of opaque operators, on which torch.compile relies."""
@@ -164,6 +174,8 @@ def test_fake_tensors_look_like_real_ones(backend):
     namespace = OPAQUE[backend]
     with Compared(namespace) as mode:
         every_call(backend, torch.float32)
+        if backend == "triton":
+            every_call_of_a_block(torch.float32)
     names = torch._C._dispatch_get_all_op_names()
     defined = {name.partition("::")[2].partition(".")[0] for name in names if name.startswith(f"{namespace}::")}
     assert mode.seen == defined - NO_TENSORS
