@@ -65,12 +65,17 @@ GOALS = (
     Goal("op-performer_attention-L3136-crossover-b64-bf16-training", "times", 5.0),
     Goal("op-performer_attention-L3136-crossover-b64-bf16-training", "saved_share", 0.999, against=None),
     Goal("op-performer_attention-L3136-crossover-b8-fp32-training", "saved_share", 0.999, against=None),
-    Goal("model-t2t_vit_7-224px-b256-bf16-inference", "times", 3.0),
+    Goal("model-t2t_vit_7-224px-b8-fp32-inference", "times", 2.0),
+    Goal("model-t2t_vit_14-224px-b8-fp32-inference", "times", 1.2),
+    Goal("model-t2t_vit_7-224px-b8-fp32-training", "times", 1.5),
+    Goal("model-t2t_vit_14-224px-b8-fp32-training", "times", 1.2),
+    Goal("model-t2t_vit_14-224px-b8-fp32-training", "saved_bytes", 1 / 0.6),
+    Goal("model-t2t_vit_7-224px-b256-bf16-inference", "times", 3.5),
     Goal("model-t2t_vit_7-224px-b256-bf16-inference", "times", 1.5, against="upstream-compiled"),
-    Goal("model-t2t_vit_7-224px-b256-bf16-training", "times", 2.5),
-    Goal("model-t2t_vit_14-224px-b256-bf16-inference", "times", 2.0),
+    Goal("model-t2t_vit_7-224px-b256-bf16-training", "times", 3.0),
+    Goal("model-t2t_vit_14-224px-b256-bf16-inference", "times", 2.4),
     Goal("model-t2t_vit_14-224px-b256-bf16-inference", "times", 1.25, against="upstream-compiled"),
-    Goal("model-t2t_vit_14-224px-b256-bf16-training", "times", 1.8),
+    Goal("model-t2t_vit_14-224px-b256-bf16-training", "times", 2.2),
     Goal("latency-t2t_vit_7-224px-b1-bf16-inference", "times", 4.0, ours="t2t_fast-graph"),
 )
 
@@ -84,7 +89,7 @@ def judge(rows):
         ours, against = row.get(goal.field), other.get(goal.field)
         if ours is None or (against is None and goal.against is not None):
             continue
-        wanted = f"{goal.wanted:g}x"
+        wanted = f"{goal.wanted:.3g}x"
         if goal.against is None:
             value, wanted, measured = ours, f"{100 * goal.wanted:.4g} %", f"{100 * ours:.4g} %"
         elif goal.field == "times":

@@ -3,7 +3,16 @@
 from math import prod
 
 from t2t_fast.models.registry import CONFIGS
-from t2t_fast.ops._common.costs import WIDTH, Cost, Kernel, chain, performer_layer, soft_split_linear, token_mlp
+from t2t_fast.ops._common.costs import (
+    WIDTH,
+    Cost,
+    Kernel,
+    block,
+    chain,
+    performer_layer,
+    soft_split_linear,
+    token_mlp,
+)
 from t2t_fast.ops._common.spec import T2T_WINDOWS
 
 
@@ -38,20 +47,10 @@ def t2t_module(tokens_type, size=224, embed_dim=384, element=2):
     return chain(*t2t_stages(tokens_type, size, embed_dim, element))
 
 
-def backbone(tokens, dim, depth, ratio, element=2):
-    """Plain transformer blocks with flash attention, and LayerNorm fused into the following product."""
-    row, product, attention = tokens * dim * element, 2 * tokens * dim * dim, 4 * tokens * tokens * dim
-    hidden = ratio * product
-    # (bytes in multiples of a row, FLOPs) of qkv, attention, projection and the two products of the MLP
-    forward = ((4, 3 * product), (4, attention), (3, product), (1 + ratio, hidden), (2 + ratio, hidden))
-    wide = (3 + 3 * ratio, 2 * hidden)
-    backward = ((8, 6 * product), (9, 2.5 * attention), (5, 2 * product), wide, wide)
-    return Cost(*(tuple(Kernel(rows * row, flops) for rows, flops in each) * depth for each in (forward, backward)))
-
-
 def t2t_vit(name, size, element=2):
-    """A whole T2T-ViT without its classifier; what the backbone keeps for backward is not counted."""
+    """A whole T2T-ViT without its classifier; what is kept for backward is not counted."""
     config = CONFIGS[name]
     width, tokens = config["embed_dim"], (size // 16) ** 2 + 1
     module = t2t_module(config.get("tokens_type", "performer"), size, width, element)._replace(saved=0)
-    return chain(module, backbone(tokens, width, config["depth"], int(config["mlp_ratio"]), element))
+    each = block(tokens, width, int(config["mlp_ratio"] * width), config["num_heads"], element)._replace(saved=0)
+    return chain(module, *[each] * config["depth"])

@@ -31,7 +31,9 @@ def heads(qkv: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
     """q, k and v of packed (B, T, 3 * number * D), each (B, number, T, D)."""
     # not unflatten(), which would fix the batch size in an ONNX file
     batch, tokens, width = qkv.shape
-    return qkv.view(batch, tokens, 3, number, width // (3 * number)).permute(2, 0, 3, 1, 4).unbind(0)
+    parts = qkv.view(batch, tokens, 3, number, width // (3 * number)).unbind(2)
+    # in this order, backward copies the three gradients once, into the packed one
+    return tuple(part.transpose(1, 2) for part in parts)
 
 
 def merged(y: torch.Tensor) -> torch.Tensor:

@@ -254,9 +254,8 @@ def mlp(
     options |= {"norm_eps": children.eps(parts.norm2), "recompute": module.recompute}
     options |= {"hidden_drop": children.rate(parts.hidden_drop), "drop": children.rate(parts.drop)}
     tensors = (x, branch, *children.weights(parts.norm2, parts.fc1, parts.fc2))
-    # the entry does not depend on what a gate returned
-    known = branch is None or not parts.gate or (type(branch) is torch.Tensor and branch.shape == x.shape)
-    out: torch.Tensor = remembered.run(children.entry if known else None, layer_norm_mlp, tensors, **options)
+    # what a gate returns has properties that the entry's key does not contain
+    out: torch.Tensor = remembered.run(None if parts.gate else children.entry, layer_norm_mlp, tensors, **options)
     return out
 
 

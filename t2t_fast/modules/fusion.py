@@ -5,8 +5,8 @@ a plain layer: an instance of the expected class with that class's ``forward``, 
 tensors that the operator can read. Otherwise (a hook, a replaced ``forward``, a subclass, an adapter, a quantised
 layer, a wrapper) the layer runs child by child, as upstream does, which is only slower.
 
-Only properties of classes are cached between calls, so every change takes effect at the next call. The check takes
-13 to 27 microseconds per layer (two machines).
+Only properties of classes are cached between calls, so every change takes effect at the next call. :func:`children`
+takes about half a microsecond per child; the parameters are compared with those of earlier calls (``remembered.py``).
 """
 
 import sys

@@ -2,9 +2,9 @@
 
 The checks of a call, the gate's view of its parameters, and the choice of the backend take longer than anything else
 that a call does in Python. They depend on the properties of the tensors, on the other arguments, and on a few global
-states (:func:`key`). A module remembers a call by all of these, read anew at every call: a call
-with other properties is checked like the first one. Nothing else is remembered. In particular not the children, which
-:func:`fusion.children` looks at in every call, nor any tensor, so that a remembered call cannot become stale.
+states (:func:`key`). A module remembers a call by all of these, read anew at every call: a call with other properties
+is checked like the first one. Nothing else is remembered, in particular no tensor, and not the children, which
+:func:`fusion.children` looks at in every call. So a remembered call cannot become stale.
 
 Nothing is stored in the module itself: copies and pickles begin without remembered calls. While a compiler or another
 transformation follows the call, nothing is recalled.

@@ -10,6 +10,7 @@ from benchmarks.suites.groups import Group
 from benchmarks.suites.providers import Provider, providers
 from support.rows import made_run
 from t2t_fast import memory
+from t2t_fast.models.registry import CONFIGS
 from t2t_fast.ops._common.costs import Cost, soft_split
 
 # Bytes/s and FLOP/s that the published floors assume (one H200, bf16)
@@ -86,12 +87,15 @@ def test_a_training_step_costs_forward_and_backward():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "flops", "floor_forward", "floor_backward"), [(197, 8.97, 12.7, 25.4), (577, 31.0, 40.5, 84.2)]
+    ("name", "moved", "flops"), [("t2t_vit_7", 20, 1.72), ("t2t_vit_14", 64, 8.97), ("t2t_vit_24", 145, 26.7)]
 )
-def test_backbone_cost(tokens, flops, floor_forward, floor_backward):
-    numbers = _numbers(costs.backbone(tokens, 384, 14, 3))
-    assert numbers[2] == pytest.approx(flops, rel=2e-3)
-    assert numbers[4:] == pytest.approx((floor_forward, floor_backward), rel=2e-3)
+def test_cost_of_the_blocks(name, moved, flops):
+    """The published bytes in MB and FLOPs in G of an image of 224 px (math: backbone bytes), with a float32 stream."""
+    config = CONFIGS[name]
+    width = config["embed_dim"]
+    block = costs.block(197, width, int(config["mlp_ratio"] * width), config["num_heads"])
+    assert config["depth"] * block.bytes("inference") / 1e6 == pytest.approx(moved, rel=2e-2)
+    assert config["depth"] * block.flops("inference") / 1e9 == pytest.approx(flops, rel=2e-3)
 
 
 def test_float32_moves_twice_the_bytes_of_activations():
