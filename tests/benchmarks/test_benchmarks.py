@@ -95,7 +95,7 @@ def test_cost_of_the_blocks(name, moved, flops):
     width = config["embed_dim"]
     block = costs.block(197, width, int(config["mlp_ratio"] * width), config["num_heads"])
     assert config["depth"] * block.bytes("inference") / 1e6 == pytest.approx(moved, rel=2e-2)
-    assert config["depth"] * block.flops("inference") / 1e9 == pytest.approx(flops, rel=2e-3)
+    assert config["depth"] * block.flops("inference") / 1e9 == pytest.approx(flops, rel=5e-3)
 
 
 def test_float32_moves_twice_the_bytes_of_activations():
