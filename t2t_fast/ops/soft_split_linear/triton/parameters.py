@@ -15,7 +15,7 @@ from ..._common.spec import Window
 from ..._common.tiles import narrowed
 from .layout import NARROW, layout, operand_shapes
 
-HELD = 8192
+HELD = 4096
 """Values that a program of ``fold_kernel`` holds at once."""
 BLOCK = 32
 """Columns of a program of ``parameter_gradients_kernel``."""
