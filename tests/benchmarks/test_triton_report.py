@@ -45,8 +45,8 @@ INSTRUCTIONS = {
     ("keys_backward_kernel", 64): 47,
     ("split_linear_kernel", 3): 208,
     ("split_linear_kernel", 64): 334,
-    ("split_linear_weight_kernel", 3): 102,
-    ("split_linear_weight_kernel", 64): 283,
+    ("split_linear_weight_kernel", 3): 119,  # with the sums of the upstream gradient, like
+    ("split_linear_weight_kernel", 64): 310,
     ("token_scalars_kernel", 3): 69,
     ("token_scalars_kernel", 64): 69,
     ("split_linear_image_kernel", 3): 111,
