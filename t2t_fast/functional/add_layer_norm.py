@@ -19,7 +19,7 @@ from .arguments import checked, choose, running_dtype, same_dtype
 from .token_mlp import seed_for
 
 
-@checked(_add_layer_norm, places=(0, 1, 2, 3), seed=8)
+@checked(_add_layer_norm, tensors={"x": 0, "branch": 1, "norm_weight": 2, "norm_bias": 3}, seed=8)
 def add_layer_norm(
     x: torch.Tensor,
     branch: torch.Tensor,

@@ -36,15 +36,16 @@ class Checked(Protocol[P]):
 
 
 def checked(
-    operator: Callable[..., Any], places: tuple[int, ...], seed: int | None = None
+    operator: Callable[..., Any], tensors: Mapping[str, int], seed: int | None = None
 ) -> Callable[[Callable[P, tuple[Any, ...]]], Checked[P]]:
     """Decorator for a function that returns the checked arguments of ``operator``: the function that calls it.
 
     Modules call both steps by themselves (``modules/remembered.py``). For them the function has the attributes
-    ``arguments`` (the decorated function), ``operator``, ``places`` and ``seed``.
+    ``arguments`` (the decorated function), ``operator``, ``tensors`` and ``seed``.
 
     Args:
-        places: the positions of tensors among the operator's arguments; seed: that of the dropouts' seed.
+        tensors: the function's names of the tensors, and their positions among the operator's arguments.
+        seed: the position of the dropouts' seed.
     """
 
     def decorate(arguments: Callable[P, tuple[Any, ...]]) -> Checked[P]:
@@ -52,7 +53,7 @@ def checked(
         def function(*args: P.args, **kwargs: P.kwargs) -> Any:
             return operator(*arguments(*args, **kwargs))
 
-        vars(function).update(arguments=arguments, operator=operator, places=places, seed=seed)
+        vars(function).update(arguments=arguments, operator=operator, tensors=tensors, seed=seed)
         return function
 
     return decorate

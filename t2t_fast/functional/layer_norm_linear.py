@@ -11,7 +11,7 @@ from .add_layer_norm import check_linear, check_norm, check_tokens
 from .arguments import checked, choose, running_dtype
 
 
-@checked(_layer_norm_linear, places=(0, 1, 2, 4, 5))
+@checked(_layer_norm_linear, tensors={"x": 0, "norm_weight": 1, "norm_bias": 2, "weight": 4, "bias": 5})
 def layer_norm_linear(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,

@@ -12,7 +12,20 @@ from .arguments import checked, choose, running_dtype
 from .token_mlp import seed_for
 
 
-@checked(_layer_norm_mlp, places=(0, 1, 2, 3, 5, 6, 7, 8), seed=17)
+@checked(
+    _layer_norm_mlp,
+    tensors={
+        "x": 0,
+        "branch": 1,
+        "norm_weight": 2,
+        "norm_bias": 3,
+        "fc1_weight": 5,
+        "fc1_bias": 6,
+        "fc2_weight": 7,
+        "fc2_bias": 8,
+    },
+    seed=17,
+)
 def layer_norm_mlp(
     x: torch.Tensor,
     branch: torch.Tensor | None,

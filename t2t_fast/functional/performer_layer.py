@@ -38,7 +38,26 @@ def recompute_of(memory: object, function: str = "performer_layer") -> bool:
     norm_bias="norm2_bias",
     norm_eps="norm2_eps",
 )
-@checked(_performer_layer, places=(0, 1, 2, 3, 4, 11, 13, 14, 15, 16, 18, 19, 20, 21), seed=24)
+@checked(
+    _performer_layer,
+    tensors={
+        "x": 0,
+        "kqv_weight": 1,
+        "kqv_bias": 2,
+        "norm1_weight": 3,
+        "norm1_bias": 4,
+        "w": 11,
+        "proj_weight": 13,
+        "proj_bias": 14,
+        "norm2_weight": 15,
+        "norm2_bias": 16,
+        "fc1_weight": 18,
+        "fc1_bias": 19,
+        "fc2_weight": 20,
+        "fc2_bias": 21,
+    },
+    seed=24,
+)
 def performer_layer(
     x: torch.Tensor,
     kqv_weight: torch.Tensor,

@@ -24,7 +24,7 @@ from .arguments import (
 )
 
 
-@checked(_soft_split_linear, places=(0, 1, 2, 3, 4))
+@checked(_soft_split_linear, tensors={"x": 0, "weight": 1, "bias": 2, "norm_weight": 3, "norm_bias": 4})
 def soft_split_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

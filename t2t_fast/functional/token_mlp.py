@@ -12,7 +12,22 @@ from ..ops.token_mlp.op import token_mlp as _token_mlp
 from .arguments import checked, choose, running_dtype, same_dtype
 
 
-@checked(_token_mlp, places=(0, 1, 2, 3, 4, 5, 7, 8, 9, 10), seed=13)
+@checked(
+    _token_mlp,
+    tensors={
+        "y": 0,
+        "v": 1,
+        "proj_weight": 2,
+        "proj_bias": 3,
+        "norm_weight": 4,
+        "norm_bias": 5,
+        "fc1_weight": 7,
+        "fc1_bias": 8,
+        "fc2_weight": 9,
+        "fc2_bias": 10,
+    },
+    seed=13,
+)
 def token_mlp(
     y: torch.Tensor,
     v: torch.Tensor,

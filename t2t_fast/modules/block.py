@@ -8,7 +8,7 @@ replaced or wrapped, the module runs unfused: a swapped module by its original `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import partial
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -134,39 +134,48 @@ class Fused(nn.Module):
     containers: ClassVar[tuple[tuple[str, type[nn.Module]], ...]] = ()
     recompute = False
 
+    _part_checks: ClassVar[dict[str, fusion.Check]]
+    _part_roles: ClassVar[list[tuple[str, str]]]
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if hasattr(cls, "parts"):
+            cls._part_checks, cls._part_roles = _checks(cls), _used(cls.parts)
+
     def obstacle(self) -> str | None:
         """Why this module runs unfused, or ``None``."""
-        kind: Any = type(self)
-        return fusion.obstacle(self, _checks(kind))
+        return fusion.obstacle(self, self._part_checks)
 
     def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         """(B, N, dim) -> (B, N, dim); with other arguments, which only a swapped module takes, unfused."""
         if others or named or x.ndim != 3:
             return self._unfused(x, *others, **named)
-        kind: Any = type(self)
         if torch.compiler.is_compiling():
             if self.obstacle() is not None:
                 return self._unfused(x)
             paths = (path for path in self.parts.checks() if path not in self.parts.idle)
             return self._fused(x, Children({path: attrgetter(path)(self) for path in paths}, None))
-        children = fusion.children(self, _checks(kind))
+        children = fusion.children(self, self._part_checks)
         if children is None:
             return self._unfused(x)
-        found = remembered.entry(self, self._key(x, children))
-        return self._fused(x, Children(children, found)) if remembered.passes(found, self) else self._unfused(x)
-
-    def _key(self, x: torch.Tensor, children: Mapping[str, Any]) -> Any:
-        """The :func:`remembered.key` of a call: x, all parameters that are read, and all numbers."""
         tensors: list[torch.Tensor | None] = [x]
         options: list[Any] = [self.recompute]
-        for role, path in _used(self.parts):
+        if self.parts.scale:
+            options += (self._scale(), attrgetter(self.parts.num_heads)(self))
+        for role, path in self._part_roles:
             child = children[path]
             if role in _DROPS:
                 options.append(fusion.rate(child))
             else:
                 tensors += fusion.weights(child)
-                options.append(child.eps if role in _NORMS else None)
-        return remembered.key(tensors, tuple(options))
+                if role in _NORMS:
+                    options.append(child.eps)
+        found = remembered.entry(self, tensors, tuple(options))
+        if not remembered.passes(found, self):
+            return self._unfused(x)
+        fused = partial(self._fused, x, Children(children, found))
+        out: torch.Tensor = fused() if self.parts.called else remembered.forward(found, fused, tensors)
+        return out
 
     def _scale(self) -> float:
         """The factor of q k^T."""
@@ -181,10 +190,9 @@ class Fused(nn.Module):
 
 
 _NORMS = ("norm1", "norm2")
-_DROPS = ("proj_drop", "drop_path1", "hidden_drop", "drop", "drop_path2")
+_DROPS = ("attn_drop", "proj_drop", "drop_path1", "hidden_drop", "drop", "drop_path2")
 
 
-@cache
 def _used(parts: Parts) -> list[tuple[str, str]]:
     """(role, path) of the parts whose parameters or probabilities the fused form reads."""
     roles = (*_NORMS, "qkv", "proj", "fc1", "fc2", *_DROPS)
@@ -192,7 +200,6 @@ def _used(parts: Parts) -> list[tuple[str, str]]:
     return [*found, *(("", path) for path in (*parts.linears, *parts.cheap))]
 
 
-@cache
 def _checks(cls: Any) -> dict[str, fusion.Check]:
     """The table of :func:`fusion.obstacle` for a class: its containers first, then its parts."""
     paths, checks = cls.parts.paths(), {}
@@ -254,8 +261,7 @@ def mlp(
     options |= {"norm_eps": children.eps(parts.norm2), "recompute": module.recompute}
     options |= {"hidden_drop": children.rate(parts.hidden_drop), "drop": children.rate(parts.drop)}
     tensors = (x, branch, *children.weights(parts.norm2, parts.fc1, parts.fc2))
-    # what a gate returns has properties that the entry's key does not contain
-    out: torch.Tensor = remembered.run(None if parts.gate else children.entry, layer_norm_mlp, tensors, **options)
+    out: torch.Tensor = remembered.run(children.entry, layer_norm_mlp, tensors, **options)
     return out
 
 

@@ -1,29 +1,31 @@
-"""Calls whose arguments were checked before: a module skips the checks of its fused functions if nothing has changed.
+"""Calls that were made before: a module skips the checks of its fused functions if nothing has changed.
 
 The checks of a call, the gate's view of its parameters, and the choice of the backend take longer than anything else
-that a call does in Python. They depend on the properties of the tensors, on the other arguments, and on a few global
-states (:func:`key`). A module remembers a call by all of these, read anew at every call: a call with other properties
-is checked like the first one. Nothing else is remembered, in particular no tensor, and not the children, which
-:func:`fusion.children` looks at in every call. So a remembered call cannot become stale.
+that a call does in Python. They depend on the properties of tensors, on other arguments, and on a few states of the
+process. All of these are compared anew in every call (:func:`entry`), in C++ for the tensors: a call with other
+properties is checked like the first one. Nothing else is remembered, in particular no tensor, and not the children,
+which :func:`fusion.children` looks at in every call. So a remembered call cannot become stale.
+
+The first call of a kind is checked. The second one is recorded (``ops/_common/replay.py``), and the next ones are
+replayed: a module's whole ``forward`` if autograd does not record it and no child is called in it, else operator by
+operator. What cannot be recorded, as on a CPU, runs without the checks.
 
 Nothing is stored in the module itself: copies and pickles begin without remembered calls. While a compiler or another
 transformation follows the call, nothing is recalled.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn import Parameter
 
 from .. import backends
-from ..ops._common import transforms
-from ..ops._common.library import AUTOCAST_DEVICES, PLAIN, undisturbed
+from ..ops._common import replay
+from ..ops._common.library import wants_gradient
 from ..ops._common.philox import fresh_seed
 from ..ops._common.spec import Window
-from ..ops._common.triton_runtime import allows_tf32
 
 _MOST = 64
 """Entries of a module; beyond it, it forgets all."""
@@ -32,101 +34,137 @@ _CONSTANT = frozenset((int, float, bool, str, type(None), Window))
 _SEQUENCES = (tuple, list)
 
 
-class Call(NamedTuple):
-    """A checked call of an operator (``library.define``'s ``straight``), with ``None`` in the ``places`` of tensors."""
+class Recalled:
+    """A function of tensors that was called before: recorded in the second call, replayed in the next ones.
 
-    operator: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    places: tuple[int, ...]
-    seed: int | None
-    """The place of the dropouts' seed, if one must be drawn."""
+    Attributes:
+        guards: what the tensors of a call must pass.
+    """
+
+    __slots__ = ("_attempted", "_function", "_program", "guards")
+
+    def __init__(self, function: Callable[..., Any], guards: Any) -> None:
+        self._function, self.guards = function, guards
+        self._program: replay.Program | None = None
+        self._attempted = False
 
     def __call__(self, *tensors: torch.Tensor | None) -> Any:
-        arguments = list(self.arguments)
-        for place, tensor in zip(self.places, tensors, strict=False):
-            arguments[place] = tensor
-        if self.seed is not None:
-            arguments[self.seed] = fresh_seed(arguments[0].device)
-        return self.operator(*arguments)
+        if self._program is not None:
+            return self._program(*tensors)
+        if self._attempted or replay.recording() is not None or _capturing(tensors[0]):
+            return self._function(*tensors)
+        self._attempted = True
+        result, self._program, _ = replay.record(self._function, tensors)
+        return result
 
 
-Entry: TypeAlias = dict[Any, Any]
-"""Function -> its :class:`Call`."""
+class Entry:
+    """What a module remembers of calls with the same options and properties of tensors.
 
-_entries: WeakKeyDictionary[nn.Module, dict[Any, Entry]] = WeakKeyDictionary()
+    Attributes:
+        calls: fused function -> its calls, which differ in the properties of tensors that the module's key lacks.
+        whole: the module's ``forward``; ``None``: not yet recorded; ``False``: recorded by autograd or not recordable.
+        passed: whether the module's ``obstacle()`` was ``None``.
+    """
+
+    __slots__ = ("calls", "guards", "options", "passed", "whole")
+
+    def __init__(self, options: Any, guards: Any, whole: bool) -> None:
+        self.options, self.guards = options, guards
+        self.calls: dict[Any, list[Recalled]] = {}
+        self.whole: replay.Program | bool | None = None if whole else False
+        self.passed = False
 
 
-def key(tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
-    """All on which the checks and choices of a module's calls depend; ``None``: they must be checked.
+_entries: WeakKeyDictionary[nn.Module, list[Entry]] = WeakKeyDictionary()
 
-    Not the strides: only launches depend on them.
+
+def _capturing(x: Any) -> bool:
+    """Whether a CUDA graph is captured, when the choice of the backend makes no self-test."""
+    captures: bool = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return captures
+
+
+def entry(module: nn.Module, tensors: Sequence[Any], options: tuple[Any, ...]) -> Entry | None:
+    """What a module remembers of calls like this one; ``None``: it must be checked.
 
     Args:
-        tensors: the module's input and all parameters on which its gate depends.
+        tensors: the module's input and all parameters on which its gate and its results depend.
         options: all else.
     """
-    kinds = tuple(map(type, options))
-    if type(tensors[0]) not in PLAIN or not _CONSTANT.issuperset(kinds):
+    x, kinds = tensors[0], tuple(map(type, options))
+    state = replay.state(x) if type(x) in replay.PLAIN and _CONSTANT.issuperset(kinds) else None
+    if state is None:
         return None
-    if not undisturbed() or transforms.is_exporting():
+    present = [tensor for tensor in tensors if tensor is not None]
+    absent = len(present) < len(tensors) and tuple([tensor is None for tensor in tensors])
+    found = (options, kinds, absent, backends.selection(), *state)
+    entries = _entries.get(module)
+    if entries is None:
+        entries = _entries.setdefault(module, [])
+    for known in entries:
+        if known.options == found and known.guards.check(*present):
+            return known
+    guards = replay.guard(present)
+    if guards is None:
         return None
-    gradient, recording = False, torch.is_grad_enabled()
-    device = tensors[0].device.type
-    found = [kinds, options, backends.selection(), device]
-    for tensor in tensors:
-        if tensor is None:
-            found.append(None)
-            continue
-        if type(tensor) is not Parameter and (
-            type(tensor) is not torch.Tensor or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested
-        ):
-            return None
-        # a device's index and whether it is CUDA: comparing devices takes ten times as long
-        found += (tensor.shape, tensor.dtype, tensor.layout, tensor.get_device(), tensor.is_cuda)
-        gradient = gradient or (recording and tensor.requires_grad)
-    mixed = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-    return (*found, gradient, torch.get_autocast_dtype(device) if mixed else allows_tf32())
-
-
-def entry(module: nn.Module, known: Any) -> Entry | None:
-    """What a module remembers under a :func:`key`, to be extended by :func:`first`; ``None``: nothing is remembered."""
-    if known is None:
-        return None
-    try:
-        return _entries[module][known]
-    except KeyError:
-        entries = _entries.setdefault(module, {})
-        if len(entries) >= _MOST:
-            entries.clear()
-        return entries.setdefault(known, {})
-    except TypeError:  # an option that is not hashable
-        return None
-
-
-def first(found: Entry | None, function: Any, /, *positional: Any, **named: Any) -> Any:
-    """``function(*positional, **named)``, which is remembered in an :func:`entry`.
-
-    function: one that :func:`functional.arguments.checked` made. The remembered :class:`Call` takes tensors in the
-    order of its ``places``; further ones are ignored.
-    """
-    arguments = function.arguments(*positional, **named)
-    x = arguments[0]
-    # while a CUDA graph is captured, the choice of the backend makes no self-test
-    if found is not None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        constants = list(arguments)
-        for place in function.places:
-            constants[place] = None
-        seed = None if function.seed is None or constants[function.seed] is None else function.seed
-        found[function] = Call(function.operator.straight, tuple(constants), function.places, seed)
-    return function.operator(*arguments)
+    if len(entries) >= _MOST:
+        entries.clear()
+    entries.append(Entry(found, guards, not wants_gradient(*present)))
+    return entries[-1]
 
 
 def run(found: Entry | None, function: Any, tensors: Sequence[Any], /, **named: Any) -> Any:
-    """``function(*tensors, **named)``, recalled from an :func:`entry` if it was called before."""
+    """``function(*tensors, **named)``, recalled from an :func:`entry` if it was called before.
+
+    Args:
+        function: one that :func:`functional.arguments.checked` made.
+        tensors: its tensors in the order of ``function.tensors``.
+        named: depends on the entry's options only.
+    """
     if found is None:
-        return function(*tensors, **named)
-    call = found.get(function)
-    return first(found, function, *tensors, **named) if call is None else call(*tensors)
+        return function(**dict(zip(function.tensors, tensors, strict=True)), **named)
+    calls = found.calls.setdefault(function, [])
+    present = [tensor for tensor in tensors if tensor is not None]
+    for call in calls:
+        if call.guards.check(*present):
+            return call(*tensors)
+    arguments = function.arguments(**dict(zip(function.tensors, tensors, strict=True)), **named)
+    guards = replay.guard(present)
+    if guards is not None and len(calls) < _MOST and not _capturing(tensors[0]):
+        calls.append(Recalled(_unchecked(function, arguments), guards))
+    return function.operator(*arguments)
+
+
+def _unchecked(function: Any, arguments: Sequence[Any]) -> Callable[..., Any]:
+    """The operator of ``function`` as a function of its ``tensors``, with these other arguments."""
+    seed = None if function.seed is None or arguments[function.seed] is None else function.seed
+    places, constants = tuple(function.tensors.values()), list(arguments)
+    for place in (*places, *(() if seed is None else (seed,))):
+        constants[place] = None
+
+    def call(*tensors: torch.Tensor | None) -> Any:
+        found = constants.copy()
+        for place, tensor in zip(places, tensors, strict=True):
+            found[place] = tensor
+        if seed is not None:
+            found[seed] = fresh_seed(found[0].device)
+        return function.operator(*found)
+
+    return call
+
+
+def forward(found: Entry | None, fused: Callable[[], Any], tensors: Sequence[Any]) -> Any:
+    """``fused()``, the forward of a module that calls no child, as a function of ``tensors`` (those of ``found``)."""
+    if found is None or found.whole is False or not found.calls:  # in the first call, operators choose their backends
+        return fused()
+    if found.whole is None:
+        if replay.recording() is not None or _capturing(tensors[0]):
+            return fused()
+        result, program, _ = replay.record(lambda *_: fused(), tensors)
+        found.whole = program or False
+        return result
+    return found.whole(*tensors)
 
 
 def passes(found: Entry | None, module: Any) -> bool:
@@ -134,17 +172,17 @@ def passes(found: Entry | None, module: Any) -> bool:
 
     The children's own checks must have been made (:func:`fusion.children`).
     """
-    if found is not None and passes in found:
+    if found is not None and found.passed:
         return True
     if module.obstacle() is not None:
         return False
     if found is not None:
-        found[passes] = True
+        found.passed = True
     return True
 
 
 def constants_of(pixel_norm: Any) -> tuple[Any, ...]:
-    """A ``pixel_norm`` as options of :func:`key`: its numbers, if it consists of tuples or lists."""
+    """A ``pixel_norm`` as options of :func:`entry`: its numbers, if it consists of tuples or lists."""
     if pixel_norm is None:
         return ()
     if type(pixel_norm) not in _SEQUENCES or any(type(part) not in _SEQUENCES for part in pixel_norm):

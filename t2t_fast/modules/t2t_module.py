@@ -1,7 +1,6 @@
 """The tokens-to-token module, with upstream's parameter names, for any image size."""
 
 from collections.abc import Sequence
-from functools import partial
 from math import isqrt, prod
 from typing import Any, TypeAlias
 
@@ -88,14 +87,12 @@ def _grid_of(split: nn.Module, window: Window | None, tokens: torch.Tensor, heig
 
 def _projected(x: torch.Tensor, project: nn.Linear, window: Window) -> torch.Tensor:
     """The last stage: soft split and Linear."""
-    run: Any = soft_split_linear
-    if not torch.compiler.is_compiling():
-        tensors = x, project.weight, project.bias, None, None
-        found = remembered.entry(project, remembered.key(tensors, (window,)))
-        if found and soft_split_linear in found:
-            return found[soft_split_linear](*tensors)
-        run = partial(remembered.first, found, soft_split_linear)
-    return run(x, project.weight, project.bias, *window)
+    tensors = x, project.weight, project.bias, None, None
+    kernel, stride, padding = window
+    found = remembered.entry(project, tensors, (window,))
+    options = {"kernel_size": kernel, "stride": stride, "padding": padding}
+    out: torch.Tensor = remembered.run(found, soft_split_linear, tensors, **options)
+    return out
 
 
 def walk(

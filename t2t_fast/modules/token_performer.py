@@ -1,6 +1,7 @@
 """The Performer layer of the T2T module, with upstream's parameter names."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ _PARTS = {
     "mlp.2": fusion.linear,
     "mlp.3": fusion.dropout,
 }
+_WEIGHTS = ("kqv", "norm1", "proj", "norm2", "mlp.0", "mlp.2")
 
 
 class TokenPerformer(nn.Module):
@@ -92,54 +94,54 @@ class TokenPerformer(nn.Module):
         Returns:
             (B, T, in_dim * head_cnt), T = h*w with ``window``.
         """
-        run: Any = performer_layer
-        if not torch.compiler.is_compiling() and (parts := fusion.children(self, _PARTS)) is not None:
-            tensors, options = self._call(parts, x, window, pixel_norm)
-            found = remembered.entry(self, remembered.key(tensors, options))
-            if found and performer_layer in found:
-                image = as_image(x, (1, x.shape[1])) if window is None else x
-                return found[performer_layer](image, *tensors[1:])
-            run = partial(remembered.first, found, performer_layer)
-        check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
-        if self.obstacle() is not None:
+        parts = None if torch.compiler.is_compiling() else fusion.children(self, _PARTS)
+        found, tensors = None, (x,)
+        if parts is not None:
+            tensors = self._tensors(parts, x)
+            numbers = (parts["norm1"].eps, self.epsilon, parts["norm2"].eps, *self._rates(), self.recompute)
+            found = remembered.entry(self, tensors, (window, *numbers, *remembered.constants_of(pixel_norm)))
+        if found is None or not found.passed:
+            check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
+        if not remembered.passes(found, self):
             if window is not None:
                 x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
             return self._unfused(x)
+        return remembered.forward(found, partial(self._fused, x, window, pixel_norm, found), tensors)
+
+    def _tensors(self, parts: Mapping[str, Any], x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The tensors of a call, in the order of ``performer_layer.tensors``."""
+        kqv, norm1, proj, norm2, fc1, fc2 = [fusion.weights(parts[name]) for name in _WEIGHTS]
+        return (x, *kqv, *norm1, self.w, *proj, *norm2, *fc1, *fc2)
+
+    def _rates(self) -> tuple[float, float]:
         mlp: Any = self.mlp
-        return run(
-            x,
-            self.kqv.weight,
-            self.kqv.bias,
-            self.w,
-            self.proj.weight,
-            self.proj.bias,
-            self.norm2.weight,
-            self.norm2.bias,
-            mlp[0].weight,
-            mlp[0].bias,
-            mlp[2].weight,
-            mlp[2].bias,
-            *(_SINGLE if window is None else window),
-            norm1_weight=self.norm1.weight,
-            norm1_bias=self.norm1.bias,
+        return fusion.rate(self.dp), fusion.rate(mlp[3])
+
+    def _fused(
+        self, x: torch.Tensor, window: Window | None, pixel_norm: PixelNorm | None, found: remembered.Entry | None
+    ) -> torch.Tensor:
+        """The layer by its operator."""
+        mlp: Any = self.mlp
+        parts = {"kqv": self.kqv, "norm1": self.norm1, "proj": self.proj, "norm2": self.norm2}
+        parts |= {"mlp.0": mlp[0], "mlp.2": mlp[2]}
+        proj_drop, mlp_drop = self._rates()
+        kernel, stride, padding = _SINGLE if window is None else window
+        out: torch.Tensor = remembered.run(
+            found,
+            performer_layer,
+            self._tensors(parts, as_image(x, (1, x.shape[1])) if window is None else x),
+            kernel_size=kernel,
+            stride=stride,
+            padding=padding,
             norm1_eps=self.norm1.eps,
             eps=self.epsilon,
             norm2_eps=self.norm2.eps,
-            proj_drop=fusion.rate(self.dp),
-            mlp_drop=fusion.rate(self.mlp[3]),
+            proj_drop=proj_drop,
+            mlp_drop=mlp_drop,
             pixel_norm=pixel_norm,
-            grid=(1, x.shape[1]) if window is None else None,
             recompute=self.recompute,
         )
-
-    def _call(self, parts: dict[str, Any], x: torch.Tensor, window: Window | None, pixel_norm: PixelNorm | None) -> Any:
-        """The tensors of a call, in the operator's order, and the other values on which it depends."""
-        names = ("kqv", "norm1", "proj", "norm2", "mlp.0", "mlp.2")
-        kqv, norm1, proj, norm2, fc1, fc2 = [fusion.weights(parts[name]) for name in names]
-        tensors = (x, *kqv, *norm1, self.w, *proj, *norm2, *fc1, *fc2)
-        rates = fusion.rate(parts["dp"]), fusion.rate(parts["mlp.3"])
-        numbers = (parts["norm1"].eps, self.epsilon, parts["norm2"].eps, *rates, self.recompute)
-        return tensors, (window, *numbers, *remembered.constants_of(pixel_norm))
+        return out
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:
         """Call the children one by one, as upstream."""

@@ -169,58 +169,51 @@ class TokenTransformer(nn.Module):
             (B, T, in_dim), T = h*w with ``window``.
         """
         parts = None if torch.compiler.is_compiling() else fusion.children(self, self._parts)
-        split: Any = soft_split_linear
-        end: Any = token_mlp
-        call = None
+        found, tensors = None, (x,)
         if parts is not None:
-            names = ("attn.proj", "norm2", f"{self.mlp_name}.fc1", f"{self.mlp_name}.fc2")
-            mlp_weights = [tensor for name in names for tensor in fusion.weights(parts[name])]
-            weights = (*fusion.weights(parts["attn.qkv"]), *fusion.weights(parts["norm1"]), *mlp_weights)
-            rate = self._projection_dropout()
-            options = (window, parts["norm1"].eps, parts["norm2"].eps, rate, *remembered.constants_of(pixel_norm))
-            found = remembered.entry(self, remembered.key((x, *weights), options))
-            call = found and found.get(soft_split_linear)
-            split = partial(remembered.first, found, soft_split_linear)
-        if call:
-            tokens = call(as_image(x, (1, x.shape[1])) if window is None else x, *weights)
-        else:
+            names = ("attn.qkv", "norm1", "attn.proj", "norm2", f"{self.mlp_name}.fc1", f"{self.mlp_name}.fc2")
+            tensors = (x, *[tensor for name in names for tensor in fusion.weights(parts[name])])
+            attn = parts["attn"]
+            numbers = attn.num_heads, attn.scale, fusion.rate(attn.attn_drop), self._projection_dropout()
+            options = (window, parts["norm1"].eps, parts["norm2"].eps, *numbers)
+            found = remembered.entry(self, tensors, (*options, *remembered.constants_of(pixel_norm)))
+        if found is None or not found.passed:
             check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
-            if self.obstacle() is not None:
-                if window is not None:
-                    x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
-                return self._unfused(x)
-            tokens = split(
-                x,
-                self.attn.qkv.weight,
-                self.attn.qkv.bias,
-                *(_SINGLE if window is None else window),
-                norm_weight=self.norm1.weight,
-                norm_bias=self.norm1.bias,
-                norm_eps=self.norm1.eps,
-                pixel_norm=pixel_norm,
-                grid=(1, x.shape[1]) if window is None else None,
-            )
+        if not remembered.passes(found, self):
+            if window is not None:
+                x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
+            return self._unfused(x)
+        fused = partial(self._fused, x, window, pixel_norm, found)
+        # a dropout with hooks is called
+        return remembered.forward(found, fused, tensors) if fusion.dropout(self.attn.attn_drop) is None else fused()
+
+    def _fused(
+        self, x: torch.Tensor, window: Window | None, pixel_norm: PixelNorm | None, found: remembered.Entry | None
+    ) -> torch.Tensor:
+        """The layer by its two operators and PyTorch's attention."""
+        kernel, stride, padding = _SINGLE if window is None else window
+        qkv, mlp = self.attn.qkv, getattr(self, self.mlp_name)
+        x = as_image(x, (1, x.shape[1])) if window is None else x
+        tokens = remembered.run(
+            found,
+            soft_split_linear,
+            (x, qkv.weight, qkv.bias, self.norm1.weight, self.norm1.bias),
+            kernel_size=kernel,
+            stride=stride,
+            padding=padding,
+            norm_eps=self.norm1.eps,
+            pixel_norm=pixel_norm,
+        )
         y, v = self.attn.mix(tokens)
-        if parts is not None:
-            call = found and found.get(token_mlp)
-            if call and type(y) is torch.Tensor:
-                return call(y, v, *mlp_weights)
-            end = partial(remembered.first, found, token_mlp)
-        mlp = getattr(self, self.mlp_name)
-        return end(
-            y,
-            v,
-            self.attn.proj.weight,
-            self.attn.proj.bias,
-            self.norm2.weight,
-            self.norm2.bias,
-            mlp.fc1.weight,
-            mlp.fc1.bias,
-            mlp.fc2.weight,
-            mlp.fc2.bias,
+        parameters = [fusion.weights(each) for each in (self.attn.proj, self.norm2, mlp.fc1, mlp.fc2)]
+        out: torch.Tensor = remembered.run(
+            found,
+            token_mlp,
+            (y, v, *(tensor for pair in parameters for tensor in pair)),
             norm_eps=self.norm2.eps,
             proj_drop=self._projection_dropout(),
         )
+        return out
 
     def _projection_dropout(self) -> float:
         return fusion.rate(self.attn.proj_drop)

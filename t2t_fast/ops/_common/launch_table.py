@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from ...errors import LaunchTableError
+from . import replay
 
 Parameters: TypeAlias = dict[str, int]
 
@@ -170,7 +171,8 @@ class Table:
         before = self._overrides.get(name)
         self._overrides[name] = dict(parameters)
         try:
-            yield
+            with replay.suspended():
+                yield
         finally:
             del self._overrides[name]
             if before is not None:

@@ -6,7 +6,6 @@ hand-written ``autograd.Function``) or Inductor lowering, and ``torch.export`` c
 backend with compiled kernels calls separate opaque operators, which register a fake implementation and autograd.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
@@ -16,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import backends
-from . import flops, transforms
-from .spec import Window
+from . import flops, replay, transforms
 
 OPAQUE = ("triton", "native")
 """Backends whose kernels are opaque to PyTorch."""
@@ -48,7 +46,7 @@ def define(
             ``call(*args)`` runs the operator.
 
     Returns:
-        the operator as a function; its attribute ``straight`` is a function for arguments that :func:`direct` allows.
+        the operator as a function.
     """
     backends.register(name, implementations, absent)
     _library.define(f"{name}({signature}, str backend) -> {returns}")
@@ -60,7 +58,7 @@ def define(
                 raise RuntimeError(f"t2t_fast::{name}: backend {backend!r} does not support {transform}")
             if torch._C._len_torch_dispatch_stack():
                 flops.teach()
-        return _trusting(False, backends.implementation(name, backend).call, *values)
+        return backends.implementation(name, backend).call(*values)
 
     _library.impl(name, composite, "CompositeImplicitAutograd")
     operator = getattr(torch.ops.t2t_fast, name).default
@@ -74,22 +72,9 @@ def define(
     for device in ("cpu", "cuda"):
         _library.impl(name, partial(under_autocast, device, operator), f"Autocast{device.upper()}")
 
-    def straight(*args: Any) -> Any:
-        *values, backend = args
-        call, device = backends.implementation(name, backend).call, values[0].device.type
-        if not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
-            return _trusting(True, call, *values)
-        torch.set_autocast_enabled(device, False)  # torch.autocast takes ten times as long
-        try:
-            return _trusting(True, autocast, call, torch.get_autocast_dtype(device), *values)
-        finally:
-            torch.set_autocast_enabled(device, True)
-
     @wraps(operator)
     def run(*args: Any) -> Any:
-        if direct(args):
-            return straight(*args)
-        if transforms.active() is None:
+        if transforms.active() is None and replay.recording() is None:
             return operator(*args)
         # Transformations have no rule for the operator itself, and a trace would record it as one opaque node.
         device = args[0].device.type
@@ -98,71 +83,7 @@ def define(
         with torch.no_grad() if torch.onnx.is_in_onnx_export() else nullcontext():
             return under_autocast(device, composite, *args) if autocasts else composite(*args)
 
-    setattr(run, "straight", straight)  # noqa: B010 - functions have no such attribute for mypy
     return run
-
-
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_CONSTANT = frozenset((int, float, bool, str, type(None), torch.dtype, Window))
-
-
-def undisturbed() -> bool:
-    """Whether only the kernels' own code depends on a call: no compiler, trace, mode, transformation, profiler."""
-    return not torch.compiler.is_compiling() and not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-        or transforms.active() is not None
-    )
-
-
-def direct(arguments: Sequence[Any]) -> bool:
-    """Whether a Python kernel may be called with these arguments instead of its operator, with the same result.
-
-    PyTorch's dispatcher takes about 10 microseconds for such a call. It is needed if something else follows the call
-    (:func:`undisturbed`), and for tensors whose memory is not their value.
-    """
-    return undisturbed() and _plain(arguments)
-
-
-def _plain(values: Sequence[Any]) -> bool:
-    """Whether none of these values (and of lists among them) is a tensor that a kernel cannot read as it is."""
-    for value in values:
-        kind = type(value)
-        if kind in _CONSTANT:
-            continue
-        if kind in PLAIN:
-            if value.is_neg() or value._is_zerotensor():
-                return False
-        elif isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and not _plain(value)):
-            return False
-    return True
-
-
-class _Trust(threading.local):
-    """``given``: whether this thread is in a call that :func:`direct` allowed, with its tensors or those it made."""
-
-    given = False
-
-
-trust = _Trust()
-
-
-def _trusting(given: bool, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """``call(*args, **named)``, in which :data:`trust` is ``given`` or not."""
-    before, trust.given = trust.given, given
-    try:
-        return call(*args, **named)
-    finally:
-        trust.given = before
-
-
-def directly(tensors: Sequence[torch.Tensor | None], call: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """``call(*args, **named)`` of a backward pass with these tensors, which are checked once for all its operators."""
-    if torch.compiler.is_compiling():
-        return call(*args, **named)
-    return _trusting(direct(tensors), call, *args, **named)
 
 
 def opaque_obstacle(request: backends.Request, dtypes: Sequence[torch.dtype], kind: str) -> str | None:

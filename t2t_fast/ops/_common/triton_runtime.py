@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import config
 from ...backends import Request
 from ...errors import LaunchTableError
-from .library import AUTOCAST_DEVICES, accumulation_dtype, direct, opaque_obstacle, trust
+from . import replay
+from .library import AUTOCAST_DEVICES, accumulation_dtype, opaque_obstacle
 
 INTERPRETED = config.triton_interpreted()
 """Whether kernels run on the CPU; Triton decides this when they are defined, so it is constant."""
@@ -29,7 +30,7 @@ _MISSING = None if find_spec("triton") is not None else "Triton is not installed
 _DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 _library = torch.library.Library("t2t_fast_triton", "DEF")
 operators = SimpleNamespace()
-"""The operators ``torch.ops.t2t_fast_triton`` as functions, which skip the dispatcher where that is safe."""
+"""The operators ``torch.ops.t2t_fast_triton`` as functions, which a recorder (``replay.py``) looks into."""
 _trials: dict[tuple, str | None] = {}
 _trying = threading.RLock()
 
@@ -93,11 +94,9 @@ def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or not (trust.given or direct(arguments)):
+            if replay.recording() is None:
                 return registered(*arguments)
-            if INTERPRETED or arguments[0].get_device() == torch.cuda.current_device():
-                return function(*arguments)
-            return run(*arguments)
+            return function(*arguments) if INTERPRETED else run(*arguments)
 
         setattr(operators, name, call)
         return function

@@ -6,6 +6,7 @@ import torch
 
 from .._common.library import first_order, wants_gradient
 from .._common.philox import Drops
+from .._common.replay import recorded_forward
 
 
 class Norm(NamedTuple):
@@ -26,14 +27,12 @@ def differentiable(add_normalised, normalised_backward):
         """Gradients for the stream, the branch and LayerNorm's parameters."""
 
         @staticmethod
-        def forward(x, branch, seed, drops, eps, dtype, norm_weight, norm_bias):
-            return add_normalised(x, Norm(norm_weight, norm_bias, eps), dtype, branch, seed, drops)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            _, branch, seed, ctx.drops, ctx.eps, _, *norm = inputs
-            ctx.branch_dtype = branch.dtype
-            ctx.save_for_backward(output[0], seed, *norm)
+        @recorded_forward
+        def forward(ctx, x, branch, seed, drops, eps, dtype, *norm):
+            ctx.drops, ctx.eps, ctx.branch_dtype = drops, eps, branch.dtype
+            t, n = add_normalised(x, Norm(*norm, eps), dtype, branch, seed, drops)
+            ctx.save_for_backward(t, seed, *norm)
+            return t, n
 
         @staticmethod
         @first_order

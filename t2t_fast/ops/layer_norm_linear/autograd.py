@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .._common.library import accumulation_dtype, first_order, wants_gradient
+from .._common.replay import recorded_forward
 from ..add_layer_norm.autograd import Norm
 
 
@@ -34,13 +35,12 @@ def differentiable(norm):
         """Gradients for x and every parameter; x's own path and LayerNorm's are added where they are computed."""
 
         @staticmethod
-        def forward(x, norm_weight, norm_bias, norm_eps, weight, bias, dtype):
+        @recorded_forward
+        def forward(ctx, x, norm_weight, norm_bias, norm_eps, weight, bias, dtype):
+            ctx.norm_eps = norm_eps
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
             return run(x, norm_weight, norm_bias, norm_eps, weight, bias, dtype), x.view_as(x)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            *norm_and_x, ctx.norm_eps, weight, bias, _ = inputs
-            ctx.save_for_backward(*norm_and_x, weight, bias)
 
         @staticmethod
         @first_order

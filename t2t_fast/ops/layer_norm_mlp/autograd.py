@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .._common.library import first_order, wants_gradient
 from .._common.philox import Drops
+from .._common.replay import recorded_forward
 from ..add_layer_norm.autograd import Norm
 from ..layer_norm_linear.autograd import linear_gradients
 
@@ -109,22 +110,16 @@ def differentiable(norm, mlp):
         """Gradients for the stream, the branch and every parameter."""
 
         @staticmethod
-        def forward(x, branch, seed, options, *parameters):
+        @recorded_forward
+        def forward(ctx, x, branch, seed, options, *parameters):
             out, t, h = run(norm, mlp, x, branch, seed, options, Parameters(*parameters), not options.recompute)
-            return out, None if branch is None else t, h
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            x, branch, seed, ctx.options, *parameters = inputs
-            _, t, h = output
-            ctx.branch_dtype = None if branch is None else branch.dtype
-            ctx.mark_non_differentiable(*(each for each in (t, h) if each is not None))
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(x if t is None else t, h, seed, *parameters)
+            ctx.options, ctx.branch_dtype = options, None if branch is None else branch.dtype
+            ctx.save_for_backward(t, h, seed, *parameters)
+            return out
 
         @staticmethod
         @first_order
-        def backward(ctx, grad, *_):
+        def backward(ctx, grad):
             t, h, seed, *parameters = ctx.saved_tensors
             branch_dtype = ctx.branch_dtype if ctx.needs_input_grad[1] else None
             needed = ctx.needs_input_grad[4:]
@@ -136,7 +131,7 @@ def differentiable(norm, mlp):
     def forward(x, branch, *arguments):
         parameters, options, seed = unpack(*arguments)
         if wants_gradient(x, branch, *parameters):
-            return LayerNormMlp.apply(x, branch, seed, options, *parameters)[0]
+            return LayerNormMlp.apply(x, branch, seed, options, *parameters)
         return run(norm, mlp, x, branch, seed, options, parameters, False)[0]
 
     return forward

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._common.library import directly, first_order, wants_gradient
+from .._common.library import first_order, wants_gradient
+from .._common.replay import recorded_forward
 from .._common.spec import Window
 from ..token_mlp.autograd import MlpParameters, Options, unpack
 
@@ -88,8 +89,8 @@ def compose(split, project, output, recompute_attention, run_mlp_backward):
     class PerformerLayer(torch.autograd.Function):
         """Gradients for the image, every parameter, and w if it requires one."""
 
-        # not setup_context, for which PyTorch inspects the signature in every call
         @staticmethod
+        @recorded_forward
         def forward(ctx, layer, *tensors):
             out, *kept = run(layer, *tensors)
             ctx.layer, ctx.kept = layer, len(kept)
@@ -101,7 +102,7 @@ def compose(split, project, output, recompute_attention, run_mlp_backward):
         def backward(ctx, grad):
             saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
             kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-            gradients = directly((grad, *saved), run_backward, grad, kept, ctx.layer, *tensors, needed=needed)
+            gradients = run_backward(grad, kept, ctx.layer, *tensors, needed=needed)
             return None, None, *gradients
 
     def forward(

@@ -2,7 +2,8 @@
 
 import torch
 
-from .._common.library import accumulation_dtype, directly, first_order, wants_gradient
+from .._common.library import accumulation_dtype, first_order, wants_gradient
+from .._common.replay import recorded_forward
 from .._common.spec import Window
 
 
@@ -22,8 +23,8 @@ def differentiable(run, run_backward, infer=None):
     class SoftSplitLinear(torch.autograd.Function):
         """Gradients for the image and every parameter (derivation: docs/math.md, section 1)."""
 
-        # not setup_context, for which PyTorch inspects the signature in every call
         @staticmethod
+        @recorded_forward
         def forward(ctx, *inputs):
             *tensors, ctx.norm_eps, ctx.window, _, ctx.pixels = inputs
             y, mean, rstd = run(*inputs)
@@ -36,7 +37,7 @@ def differentiable(run, run_backward, infer=None):
         def backward(ctx, grad):
             saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:5]
             arguments = grad, *saved[:5], ctx.norm_eps, ctx.window, *saved[5:], needed, ctx.pixels
-            gradients = directly((grad, *saved), run_backward, *arguments)
+            gradients = run_backward(*arguments)
             return *gradients, None, None, None, None
 
     def forward(x, weight, bias, norm_weight, norm_bias, norm_eps, kernel, stride, padding, dtype, pixels=()):

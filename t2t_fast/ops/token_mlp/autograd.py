@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._common.library import directly, first_order, wants_gradient
+from .._common.library import first_order, wants_gradient
+from .._common.replay import recorded_forward
 
 
 class MlpParameters(NamedTuple):
@@ -61,8 +62,8 @@ def differentiable(run, run_backward):
     class TokenMlp(torch.autograd.Function):
         """Gradients for y, v and every parameter."""
 
-        # not setup_context, for which PyTorch inspects the signature in every call
         @staticmethod
+        @recorded_forward
         def forward(ctx, y, v, seed, options, *mlp):
             ctx.options = options
             ctx.save_for_backward(y, v, seed, *mlp)
@@ -74,7 +75,7 @@ def differentiable(run, run_backward):
             saved, needed = ctx.saved_tensors, ctx.needs_input_grad[4:]
             y, v, seed, *mlp = saved
             arguments = grad, y, v, MlpParameters(*mlp), ctx.options, seed, needed
-            d_y, d_v, gradients = directly((grad, *saved), run_backward, *arguments)
+            d_y, d_v, gradients = run_backward(*arguments)
             return d_y, d_v if d_v.dtype == v.dtype else d_v.to(v.dtype), None, None, *gradients
 
     def forward(y, v, *arguments):

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common.elementwise import branch_dropped, path_factors
 from ..._common.tiles import load, row_of, store, widened
 from .forward import VARYING, standardised
@@ -105,7 +106,9 @@ def _launch(grad, skip, t, gamma, beta, eps, found, sums, masking):
         return grad.new_zeros(sums, width, dtype=torch.float32)
     (programs, own, tiles), constants = planned("layer_norm_backward", grad, grad.dtype)
     shares = torch.empty(programs, sums, width, dtype=torch.float32, device=grad.device)
-    layer_norm_backward_kernel[(programs,)](
+    replay.launch(
+        layer_norm_backward_kernel,
+        (programs,),
         *strided(grad),
         *strided(skip),
         *strided(t),

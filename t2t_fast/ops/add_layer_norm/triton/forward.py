@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common.elementwise import branch_dropped, path_factors
 from ..._common.tiles import load, narrowed, row_of, store, widened
 from .launch import masks, planned, strided
@@ -78,7 +79,9 @@ def launch_add_layer_norm(x, branch, gamma, beta, eps, dtype, seed, drops):
     n = torch.empty(x.shape, dtype=dtype, device=x.device)
     if n.numel():
         (_, _, tiles), constants = planned("add_layer_norm", x, dtype)
-        add_layer_norm_kernel[(tiles,)](
+        replay.launch(
+            add_layer_norm_kernel,
+            (tiles,),
             *strided(x),
             *strided(branch),
             *(None if p is None else p.contiguous() for p in (gamma, beta)),

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common.elementwise import branch_dropped, dropped, gelu_and_slope_of, gelu_of, path_factors, random_lanes
 from ..._common.philox import HIDDEN, kernel_drops
 from ..._common.tiles import dot, load, row_of, store, widened
@@ -223,7 +224,9 @@ def _launch(name, epilogue, x, weight, outer, masking, length, **arguments):
     if epilogue == "gelu_backward":
         shares = torch.empty(tiles, outer, dtype=torch.float32, device=x.device)
     seed, drop, path = masking
-    product_kernel[(tiles * across,)](
+    replay.launch(
+        product_kernel,
+        (tiles * across,),
         x,
         weight,
         **{"bias": None, "h": None, "t": None, "t_stride": 0, "again": None, **arguments},

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common.tiles import dot, narrowed, rounded, widened
 from .call import Call, mask, readable, strided
 from .forward import (
@@ -221,7 +222,9 @@ def _queries_backward(call, grad, q, eps, lz, state, need_w, d_q):
     d_w = torch.empty_like(d_state) if need_w else None
     kernel = chunked.queries_backward_chunked_kernel if chunks else queries_backward_kernel
     if call.sequences:
-        kernel[call.sequences, splits, chunks or 1](
+        replay.launch(
+            kernel,
+            (call.sequences, splits, chunks or 1),
             readable(grad),
             readable(q),
             call.directions,
@@ -248,7 +251,9 @@ def _keys_backward(call, k, v, key_mask, lz, state, d_lz, d_state, skip, need_w,
     d_w = call.key_states(splits)[1] if need_w else None
     kernel = chunked.keys_backward_chunked_kernel if chunks else keys_backward_kernel
     if call.sequences:
-        kernel[call.sequences, splits, chunks if chunks and need_w else 1](
+        replay.launch(
+            kernel,
+            (call.sequences, splits, chunks if chunks and need_w else 1),
             readable(k),
             readable(v),
             call.directions,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common import triton_runtime as runtime
 from ..._common.launch_table import padded
 from ..._common.tiles import dot, load, matrix, narrowed, rounded, store, widened
@@ -317,7 +318,9 @@ def launch_key_state(call, k, v, key_mask):
     splits, tiles, chunks, constants = call.plan("keys", length)
     lz, state = call.key_states(splits)
     if call.sequences:
-        keys_kernel[call.sequences, splits, chunks or 1](
+        replay.launch(
+            keys_kernel,
+            (call.sequences, splits, chunks or 1),
             readable(k),
             readable(v),
             call.directions,
@@ -338,7 +341,9 @@ def merged(call, splits, lz, state):
     if splits > 1:
         parts, (lz, state) = (lz, state), call.key_states()
         if call.sequences:
-            merge_kernel[call.sequences, call.features](
+            replay.launch(
+                merge_kernel,
+                (call.sequences, call.features),
                 *parts,
                 lz,
                 state,
@@ -362,7 +367,9 @@ def launch_read_out(q, w, eps, lz, state):
     splits, tiles, chunks, constants = call.plan("queries", length)
     kernel = chunked.queries_chunked_kernel if chunks else queries_kernel
     if out.numel():
-        kernel[call.sequences, splits](
+        replay.launch(
+            kernel,
+            (call.sequences, splits),
             readable(q),
             call.directions,
             lz,

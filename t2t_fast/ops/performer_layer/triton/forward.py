@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common import triton_runtime as runtime
 from ..._common.elementwise import random_lanes
 from ..._common.launch_table import cut, padded
@@ -286,7 +287,9 @@ def launch_split_keys(x, folded, w, norm_eps, window, dtype, pixels, whole):
     sequences = attention.Call((images, call.length, width), w, dtype)
     lz, state = sequences.key_states(splits)
     if images:
-        split_keys_kernel[images, splits](
+        replay.launch(
+            split_keys_kernel,
+            (images, splits),
             call.image(),
             folded,
             norm_eps,
@@ -355,7 +358,9 @@ def launch_read_out_mlp(kqv, w, eps, lz, state, parameters, options, seed):
         q.dtype == torch.float32 and runtime.allows_tf32(),
     )
     q, v = attention.readable(q), attention.readable(v)
-    read_out_mlp_kernel[call.sequences, splits](
+    replay.launch(
+        read_out_mlp_kernel,
+        (call.sequences, splits),
         q,
         v,
         call.directions,

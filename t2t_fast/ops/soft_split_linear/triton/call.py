@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..._common import replay
 from ..._common import triton_runtime as runtime
 from ..._common.spec import Window
 from . import launch
@@ -122,7 +123,9 @@ class Call:
         size = self.layout.cell_size
         dtype = self.x.dtype if self.pixels is None else self.dtype
         out = torch.empty((cells, size), dtype=dtype, device=self.x.device)
-        kernels.cells_kernel[(-(-cells // CELLS),)](
+        replay.launch(
+            kernels.cells_kernel,
+            (-(-cells // CELLS),),
             self.x,
             self.x.stride(),
             out,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common.tiles import dot, narrowed, rounded, widened
 from .call import Call, Folded
 from .layout import NARROW
@@ -336,7 +337,9 @@ def launch_split_linear(x, weight, used, row_sums, offset, outputs, norm_eps, ke
     mean, rstd = (offset.new_empty(0) if norm_eps is None else call.singles() for _ in range(2))
     if out.numel():
         grid = -(-call.tokens // parameters["tokens"]), _groups(outputs, parameters["parts"])
-        split_linear_kernel[grid](
+        replay.launch(
+            split_linear_kernel,
+            grid,
             call.image(),
             Folded(weight, used, row_sums, offset),
             norm_eps,

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common import triton_runtime as runtime
 from ..._common.tiles import dot, narrowed, rounded
 from ..._common.windows import in_layout
@@ -191,7 +192,9 @@ def launch_image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride
     if norm:
         parameters = call.parameters("scalars")
         alpha = call.singles()
-        token_scalars_kernel[(-(-call.tokens // parameters["tokens"]),)](
+        replay.launch(
+            token_scalars_kernel,
+            (-(-call.tokens // parameters["tokens"]),),
             grad,
             y,
             offset,
@@ -216,7 +219,9 @@ def launch_image_gradient(grad, x, weight, offset, y, mean, rstd, kernel, stride
     wanted = parameters["programs"] * runtime.multiprocessors(x.device)
     groups = min(down * right, max(1, wanted // (tiles * blocks)))
     own = -(-down * right // groups)
-    split_linear_image_kernel[tiles, -(-down * right // own), blocks](
+    replay.launch(
+        split_linear_image_kernel,
+        (tiles, -(-down * right // own), blocks),
         grad,
         weight,
         mean,

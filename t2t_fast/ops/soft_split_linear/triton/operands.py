@@ -1,5 +1,6 @@
 """The kernels' operands made of a call's parameters: LayerNorm folded in, packed, cached between inference calls."""
 
+from ..._common import replay
 from ..._common import triton_runtime as runtime
 from ..._common.cached import FOLDED
 from .call import Folded
@@ -39,10 +40,17 @@ def operands(x, weight, bias, norm_weight, norm_bias, norm_eps, window, dtype, p
 
     keep: whether to cache them for the next call with the same parameters.
     """
-    tensors, channels = (weight, bias, norm_weight, norm_bias), runtime.fixed(x.shape[1])
+    parameters, channels = (weight, bias, norm_weight, norm_bias), runtime.fixed(x.shape[1])
+    if keep:
+        return _kept(*parameters, norm_eps, channels, window, dtype, pixels)
+    return packed(*parameters, norm_eps, channels=channels, window=window, dtype=dtype, pixels=pixels)
+
+
+@replay.atomic
+def _kept(weight, bias, norm_weight, norm_bias, norm_eps, channels, window, dtype, pixels):
+    tensors = weight, bias, norm_weight, norm_bias
 
     def make():
         return packed(*tensors, norm_eps, channels=channels, window=window, dtype=dtype, pixels=pixels)
 
-    key = norm_eps is not None, channels, window, dtype, *pixels
-    return FOLDED.get(tensors, key, make) if keep else make()
+    return FOLDED.get(tensors, (norm_eps is not None, channels, window, dtype, *pixels), make)

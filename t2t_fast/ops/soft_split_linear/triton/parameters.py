@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common import triton_runtime as runtime
 from ..._common.spec import Window
 from ..._common.tiles import narrowed
@@ -152,7 +153,9 @@ def launch_fold(weight, bias, gamma, beta, norm, channels, kernel, stride, paddi
     columns = math.prod(shapes.weight) // shapes.offset[0]
     block = min(1 << (columns - 1).bit_length(), 1024)
     rows = min(HELD // block, NARROW)
-    fold_kernel[(shapes.offset[0] // rows,)](
+    replay.launch(
+        fold_kernel,
+        (shapes.offset[0] // rows,),
         *(None if t is None else t.contiguous() for t in (weight, bias, gamma, beta)),
         operands,
         tuple(pixels),
@@ -249,7 +252,9 @@ def launch_parameter_gradients(products, total, grad, weight, gamma, beta, bias_
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if wanted else None
         for tensor, wanted in ((weight, need_weight), (gamma, need_gamma), (beta, need_beta))
     ]
-    parameter_gradients_kernel[(-(-values // BLOCK),)](
+    replay.launch(
+        parameter_gradients_kernel,
+        (-(-values // BLOCK),),
         products,
         total,
         *(None if t is None else t.contiguous() for t in (weight, gamma, beta)),

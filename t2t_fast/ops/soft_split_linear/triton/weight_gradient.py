@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common import triton_runtime as runtime
 from ..._common.cached import FOLDED
 from ..._common.launch_table import cut
@@ -134,6 +135,9 @@ def split_linear_weight_kernel(
             tl.store(d_weight + places, sums[block * PARTS + part])
 
 
+_forget = replay.atomic(FOLDED.clear)
+
+
 def launch_weight_gradient(
     x, grad, mean, rstd, norm, kernel, stride, padding, pixels, weight, norm_weight, norm_bias, bias_dtype, needed
 ):
@@ -141,7 +145,7 @@ def launch_weight_gradient(
 
     For a G in float32, PyTorch computes its column sums: in the kernel they cost more instructions than that pass.
     """
-    FOLDED.clear()  # in training, parameters may be written without a change of their version counters
+    _forget()  # in training, parameters may be written without a change of their version counters
     call = Call(x, grad.dtype, (kernel, stride, padding), grad.shape[2], pixels)
     half = grad.dtype != torch.float32
     parameters = weight, norm_weight, norm_bias, bias_dtype, x.shape[1], call.layout, needed
@@ -159,7 +163,9 @@ def launch_weight_gradient(
     shape = splits, groups * parts * NARROW, column_groups * blocks * block
     d_weight = torch.empty(shape, dtype=torch.float32, device=x.device)
     d_bias = d_weight.new_empty(shape[:2]) if half else None
-    split_linear_weight_kernel[column_groups, groups, splits](
+    replay.launch(
+        split_linear_weight_kernel,
+        (column_groups, groups, splits),
         call.image(),
         grad.contiguous(),
         mean,

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common.elementwise import dropped, gelu_and_slope_of, random_lanes, scale_of, spared
 from ..._common.tiles import dot, matrix, no_sum, rounded, row_of, sum_of, summed, widened
 from ..autograd import MlpParameters, Options
@@ -259,7 +260,9 @@ def launch_token_mlp_backward(grad, y, v, seed, options, mlp, need_parameters):
     if parameters["split"] and need_parameters:
         parts = [(True, True, False), (False, False, True)]
     for need_inputs, need_proj, need_parameters in parts:
-        token_mlp_backward_kernel[(programs,)](
+        replay.launch(
+            token_mlp_backward_kernel,
+            (programs,),
             *operands,
             d_y,
             d_v,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._common import replay
 from ..._common.elementwise import dropped, gelu_of, random_lanes
 from ..._common.tiles import dot, load, matrix, rounded, row_of, store, widened
 from ..autograd import MlpParameters, Options
@@ -238,7 +239,9 @@ def launch_token_mlp(y, v, seed, options, mlp):
     operands = [strided(x) for x in (y, v)]
     programs, sizes, selected, constants = planned("token_mlp", operands, mlp)
     parameters = MlpParameters(*(None if t is None else t.contiguous() for t in mlp))
-    token_mlp_kernel[(programs,)](
+    replay.launch(
+        token_mlp_kernel,
+        (programs,),
         *operands,
         out,
         parameters,
