@@ -7,7 +7,7 @@ replaced or wrapped, the module runs unfused: a swapped module by its original `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
@@ -66,6 +66,10 @@ class Parts(NamedTuple):
         found = {getattr(self, role): check for role, check in _CHECKS.items() if getattr(self, role)}
         more = (self.linears, fusion.linear), (self.cheap, fusion.channel_factors), (self.idle, fusion.idle)
         return found | {path: check for paths, check in more for path in paths}
+
+    def named(self, roles: Sequence[str]) -> tuple[str, ...]:
+        """The paths of the parts with these roles that are present."""
+        return tuple(getattr(self, role) for role in roles if getattr(self, role))
 
     def paths(self) -> set[str]:
         """The paths of all children."""
@@ -134,13 +138,18 @@ class Fused(nn.Module):
     containers: ClassVar[tuple[tuple[str, type[nn.Module]], ...]] = ()
     recompute = False
 
-    _part_checks: ClassVar[dict[str, fusion.Check]]
-    _part_roles: ClassVar[list[tuple[str, str]]]
+    _part_checks: ClassVar[fusion.Checks]
+    _weighted: ClassVar[tuple[str, ...]]
+    _normed: ClassVar[tuple[str, ...]]
+    _dropped: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
-        if hasattr(cls, "parts"):
-            cls._part_checks, cls._part_roles = _checks(cls), _used(cls.parts)
+        parts = getattr(cls, "parts", None)
+        if parts is not None:
+            cls._part_checks = _checks(cls)
+            cls._normed, cls._dropped = parts.named(_NORMS), parts.named(_DROPS)
+            cls._weighted = (*parts.named((*_NORMS, *_LINEARS)), *parts.linears, *parts.cheap)
 
     def obstacle(self) -> str | None:
         """Why this module runs unfused, or ``None``."""
@@ -159,18 +168,13 @@ class Fused(nn.Module):
         if children is None:
             return self._unfused(x)
         tensors: list[torch.Tensor | None] = [x]
-        options: list[Any] = [self.recompute]
-        if self.parts.scale:
+        for path in self._weighted:
+            tensors += fusion.weights(children[path])
+        options: list[Any] = [fusion.rate(children[path]) for path in self._dropped]
+        options += [children[path].eps for path in self._normed]
+        if self.parts.num_heads:
             options += (self._scale(), attrgetter(self.parts.num_heads)(self))
-        for role, path in self._part_roles:
-            child = children[path]
-            if role in _DROPS:
-                options.append(fusion.rate(child))
-            else:
-                tensors += fusion.weights(child)
-                if role in _NORMS:
-                    options.append(child.eps)
-        found = remembered.entry(self, tensors, tuple(options))
+        found = remembered.entry(self, tensors, (self.recompute, *options))
         if not remembered.passes(found, self):
             return self._unfused(x)
         fused = partial(self._fused, x, Children(children, found))
@@ -190,23 +194,17 @@ class Fused(nn.Module):
 
 
 _NORMS = ("norm1", "norm2")
+_LINEARS = ("qkv", "proj", "fc1", "fc2")
 _DROPS = ("attn_drop", "proj_drop", "drop_path1", "hidden_drop", "drop", "drop_path2")
 
 
-def _used(parts: Parts) -> list[tuple[str, str]]:
-    """(role, path) of the parts whose parameters or probabilities the fused form reads."""
-    roles = (*_NORMS, "qkv", "proj", "fc1", "fc2", *_DROPS)
-    found = [(role, getattr(parts, role)) for role in roles if getattr(parts, role)]
-    return [*found, *(("", path) for path in (*parts.linears, *parts.cheap))]
-
-
-def _checks(cls: Any) -> dict[str, fusion.Check]:
+def _checks(cls: Any) -> fusion.Checks:
     """The table of :func:`fusion.obstacle` for a class: its containers first, then its parts."""
-    paths, checks = cls.parts.paths(), {}
+    paths, checks = cls.parts.paths(), dict[str, fusion.Check]()
     for path, kind in cls.containers:
         inside = {each.removeprefix(f"{path}.").partition(".")[0] for each in paths if each.startswith(f"{path}.")}
         checks[path] = fusion.holder(kind, inside)
-    return {**checks, **cls.parts.checks()}
+    return fusion.Checks({**checks, **cls.parts.checks()})
 
 
 class Children(NamedTuple):

@@ -11,7 +11,6 @@ takes about half a microsecond per child; the parameters are compared with those
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -314,14 +313,19 @@ def unreadable(module: nn.Module, first: torch.Tensor | None = None, *allowed: t
     return None
 
 
-@cache
-def _place(path: str) -> tuple[str, str]:
-    """The parent's path and the name of a child."""
-    parent, _, name = path.rpartition(".")
-    return parent, name
+class Checks(dict[str, Check]):
+    """Dotted path of a child that would be skipped -> its check; a parent comes before its children.
+
+    Attributes:
+        places: path, the parent's path, name and check of each.
+    """
+
+    def __init__(self, parts: Mapping[str, Check]) -> None:
+        super().__init__(parts)
+        self.places = [(path, *path.rpartition(".")[::2], check) for path, check in parts.items()]
 
 
-def children(layer: nn.Module, parts: Mapping[str, Check]) -> dict[str, Any] | None:
+def children(layer: nn.Module, parts: Checks) -> dict[str, Any] | None:
     """Path -> child for each of ``parts`` (and "" -> ``layer``) if all pass their checks, else ``None``.
 
     Unlike :func:`obstacle`, it does not look at parameters: those of a remembered call (``remembered.py``) have the
@@ -330,28 +334,26 @@ def children(layer: nn.Module, parts: Mapping[str, Check]) -> dict[str, Any] | N
     if watched():
         return None
     found: dict[str, Any] = {"": layer}
-    for path, check in parts.items():
-        parent, name = _place(path)
+    for path, parent, name, check in parts.places:
         child = found[path] = found[parent]._modules.get(name)
         if check(child) is not None:
             return None
     return found
 
 
-def obstacle(layer: nn.Module, parts: Mapping[str, Check]) -> str | None:
+def obstacle(layer: nn.Module, parts: Checks) -> str | None:
     """Why ``layer`` must call its children one by one, for a message, or ``None``.
 
     Args:
         layer: a module.
-        parts: dotted path of a child that would be skipped -> the check of this module that it must pass;
-            a parent comes before its children. Their parameters must have one dtype; the layer's own may be float32.
+        parts: the children that would be skipped. Their parameters must have one dtype; the layer's own may be
+            float32.
     """
     if watched():
         return "a hook is registered for all modules"
     modules: dict[str, Any] = {"": layer}
     first: torch.Tensor | None = None
-    for path, check in parts.items():
-        parent, _, name = path.rpartition(".")
+    for path, parent, name, check in parts.places:
         child = modules[path] = modules[parent]._modules.get(name)
         why = check(child)
         if why is not None:

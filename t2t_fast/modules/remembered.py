@@ -15,7 +15,7 @@ transformation follows the call, nothing is recalled.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,17 +64,21 @@ class Entry:
     Attributes:
         calls: fused function -> its calls, which differ in the properties of tensors that the module's key lacks.
         whole: the module's ``forward``; ``None``: not yet recorded; ``False``: recorded by autograd or not recordable.
-        passed: whether the module's ``obstacle()`` was ``None``.
+        passed: whether the module's ``obstacle()`` was ``None``; seen: whether there was a call, in which the operators
+            chose their backends.
     """
 
-    __slots__ = ("calls", "guards", "options", "passed", "whole")
+    __slots__ = ("calls", "guards", "options", "passed", "seen", "whole")
 
     def __init__(self, options: Any, guards: Any, whole: bool) -> None:
         self.options, self.guards = options, guards
         self.calls: dict[Any, list[Recalled]] = {}
         self.whole: replay.Program | bool | None = None if whole else False
-        self.passed = False
+        self.passed = self.seen = False
 
+
+Arguments: TypeAlias = tuple[Sequence[Any], tuple[Any, ...]]
+"""Tensors and options of a call (:func:`entry`)."""
 
 _entries: WeakKeyDictionary[nn.Module, list[Entry]] = WeakKeyDictionary()
 
@@ -156,10 +160,11 @@ def _unchecked(function: Any, arguments: Sequence[Any]) -> Callable[..., Any]:
 
 def forward(found: Entry | None, fused: Callable[[], Any], tensors: Sequence[Any]) -> Any:
     """``fused()``, the forward of a module that calls no child, as a function of ``tensors`` (those of ``found``)."""
-    if found is None or found.whole is False or not found.calls:  # in the first call, operators choose their backends
+    if found is None or found.whole is False:
         return fused()
     if found.whole is None:
-        if replay.recording() is not None or _capturing(tensors[0]):
+        if not found.seen or replay.recording() is not None or _capturing(tensors[0]):
+            found.seen = True
             return fused()
         result, program, _ = replay.record(lambda *_: fused(), tensors)
         found.whole = program or False

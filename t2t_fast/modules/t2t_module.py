@@ -1,6 +1,7 @@
 """The tokens-to-token module, with upstream's parameter names, for any image size."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import isqrt, prod
 from typing import Any, TypeAlias
 
@@ -46,13 +47,16 @@ def windows_of(splits: Sequence[nn.Module]) -> list[Window]:
 
 
 def stage_obstacle(
-    split: nn.Module, layer: nn.Module, names: tuple[str, str] = ("the soft split", "the layer behind it")
+    split: nn.Module,
+    layer: nn.Module,
+    window: Window | None,
+    names: tuple[str, str] = ("the soft split", "the layer behind it"),
 ) -> str | None:
-    """Why a soft split cannot be fused with the layer behind it, for a message, or ``None``."""
+    """Why a soft split with a window cannot be fused with the layer behind it, for a message, or ``None``."""
     if fusion.watched():
         return "a hook is registered for all modules"
     why = fusion.difference(split, Unfold if isinstance(split, Unfold) else nn.Unfold)
-    if why is None and window_of(split) is None:
+    if why is None and window is None:
         why = "is dilated"
     if why is not None:
         return f"{names[0]} {why}"
@@ -66,7 +70,7 @@ def stages_obstacle(module: nn.Module, *layers: str) -> str | None:
     for index, layer in enumerate(layers):
         names = f"soft_split{index}", layer
         split, behind = (getattr(module, name) for name in names)
-        why = stage_obstacle(split, behind, names)
+        why = stage_obstacle(split, behind, window_of(split), names)
         if why is not None:
             return why
     return None
@@ -114,12 +118,46 @@ def walk(
     Returns:
         a list of (tokens, grid), one per stage.
     """
+    found, tensors = None, (x,)
+    pairs = [(split, layer, window_of(split)) for split, layer in zip(splits, (*layers, project), strict=True)]
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        call = _recalled(x, pairs, pixel_norm)
+        if call is not None:
+            found, tensors = remembered.entry(project, *call), call[0]
+    out: list[Stage] = remembered.forward(found, partial(_walk, x, pairs, pixel_norm), tensors)
+    return out
+
+
+_Pairs: TypeAlias = Sequence[tuple[nn.Module, nn.Module, Any]]
+"""Soft split, the layer behind it, and the split's window."""
+
+
+def _recalled(x: Any, pairs: _Pairs, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
+    """What a walk depends on, for :func:`remembered.entry`; ``None`` if a stage is not fused."""
+    tensors: list[Any] = [x]
+    options: list[Any] = []
+    for split, layer, window in pairs:
+        if stage_obstacle(split, layer, window) is not None:
+            return None
+        if isinstance(layer, (TokenPerformer, TokenTransformer)):
+            call = layer.recalled(x, window, pixel_norm)
+            if call is None:
+                return None
+            tensors += call[0][1:]
+            options += call[1]
+        else:
+            tensors += fusion.weights(layer)
+            options.append(window)
+    return tensors, tuple(options)
+
+
+def _walk(x: torch.Tensor, pairs: _Pairs, pixel_norm: PixelNorm | None) -> list[Stage]:
+    """:func:`walk`, stage by stage."""
     stages: list[Stage] = []
-    for split, layer in zip(splits, (*layers, project), strict=True):
+    for split, layer, window in pairs:
         if stages:
             x = as_image(*stages[-1])
-        window: Any = window_of(split)
-        if stage_obstacle(split, layer) is not None:
+        if stage_obstacle(split, layer, window) is not None:
             tokens = layer(split(image_values(x, pixel_norm, fusion.values_dtype(layer))).transpose(1, 2))
         elif isinstance(layer, nn.Linear):
             tokens = _projected(x, layer, window)

@@ -19,18 +19,20 @@ from .options import check_options, deprecated_memory
 
 _SINGLE = square(1, 1, 0)
 
-_PARTS = {
-    "norm1": fusion.layer_norm,
-    "kqv": fusion.linear,
-    "dp": fusion.dropout,
-    "proj": fusion.linear,
-    "norm2": fusion.layer_norm,
-    "mlp": fusion.container(nn.Sequential, "0", "1", "2", "3"),
-    "mlp.0": fusion.linear,
-    "mlp.1": fusion.gelu,
-    "mlp.2": fusion.linear,
-    "mlp.3": fusion.dropout,
-}
+_PARTS = fusion.Checks(
+    {
+        "norm1": fusion.layer_norm,
+        "kqv": fusion.linear,
+        "dp": fusion.dropout,
+        "proj": fusion.linear,
+        "norm2": fusion.layer_norm,
+        "mlp": fusion.container(nn.Sequential, "0", "1", "2", "3"),
+        "mlp.0": fusion.linear,
+        "mlp.1": fusion.gelu,
+        "mlp.2": fusion.linear,
+        "mlp.3": fusion.dropout,
+    }
+)
 _WEIGHTS = ("kqv", "norm1", "proj", "norm2", "mlp.0", "mlp.2")
 
 
@@ -94,19 +96,25 @@ class TokenPerformer(nn.Module):
         Returns:
             (B, T, in_dim * head_cnt), T = h*w with ``window``.
         """
-        parts = None if torch.compiler.is_compiling() else fusion.children(self, _PARTS)
-        found, tensors = None, (x,)
-        if parts is not None:
-            tensors = self._tensors(parts, x)
-            numbers = (parts["norm1"].eps, self.epsilon, parts["norm2"].eps, *self._rates(), self.recompute)
-            found = remembered.entry(self, tensors, (window, *numbers, *remembered.constants_of(pixel_norm)))
+        call = None if torch.compiler.is_compiling() else self.recalled(x, window, pixel_norm)
+        found = None if call is None else remembered.entry(self, *call)
         if found is None or not found.passed:
             check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
         if not remembered.passes(found, self):
             if window is not None:
                 x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
             return self._unfused(x)
-        return remembered.forward(found, partial(self._fused, x, window, pixel_norm, found), tensors)
+        fused = partial(self._fused, x, window, pixel_norm, found)
+        out: torch.Tensor = fused() if call is None else remembered.forward(found, fused, call[0])
+        return out
+
+    def recalled(self, x: Any, window: Window | None, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
+        """What a call depends on, for :func:`remembered.entry`; ``None``: the children must be called."""
+        parts = fusion.children(self, _PARTS)
+        if parts is None:
+            return None
+        numbers = (parts["norm1"].eps, self.epsilon, parts["norm2"].eps, *self._rates(), self.recompute)
+        return self._tensors(parts, x), (window, *numbers, *remembered.constants_of(pixel_norm))
 
     def _tensors(self, parts: Mapping[str, Any], x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The tensors of a call, in the order of ``performer_layer.tensors``."""

@@ -93,20 +93,22 @@ class Mlp(FusedMlp):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-_PARTS = {
-    "norm1": fusion.layer_norm,
-    "attn": fusion.container(TokenAttention, "qkv", "attn_drop", "proj", "proj_drop"),
-    "attn.qkv": fusion.linear,
-    "attn.proj": fusion.linear,
-    "attn.proj_drop": fusion.dropout,
-    "drop_path": fusion.no_drop_path,
-    "norm2": fusion.layer_norm,
-    "mlp": fusion.container(Mlp, "fc1", "act", "fc2", "drop"),
-    "mlp.fc1": fusion.linear,
-    "mlp.act": fusion.gelu,
-    "mlp.fc2": fusion.linear,
-    "mlp.drop": fusion.no_dropout,
-}
+_PARTS = fusion.Checks(
+    {
+        "norm1": fusion.layer_norm,
+        "attn": fusion.container(TokenAttention, "qkv", "attn_drop", "proj", "proj_drop"),
+        "attn.qkv": fusion.linear,
+        "attn.proj": fusion.linear,
+        "attn.proj_drop": fusion.dropout,
+        "drop_path": fusion.no_drop_path,
+        "norm2": fusion.layer_norm,
+        "mlp": fusion.container(Mlp, "fc1", "act", "fc2", "drop"),
+        "mlp.fc1": fusion.linear,
+        "mlp.act": fusion.gelu,
+        "mlp.fc2": fusion.linear,
+        "mlp.drop": fusion.no_dropout,
+    }
+)
 
 
 class TokenTransformer(nn.Module):
@@ -168,15 +170,8 @@ class TokenTransformer(nn.Module):
         Returns:
             (B, T, in_dim), T = h*w with ``window``.
         """
-        parts = None if torch.compiler.is_compiling() else fusion.children(self, self._parts)
-        found, tensors = None, (x,)
-        if parts is not None:
-            names = ("attn.qkv", "norm1", "attn.proj", "norm2", f"{self.mlp_name}.fc1", f"{self.mlp_name}.fc2")
-            tensors = (x, *[tensor for name in names for tensor in fusion.weights(parts[name])])
-            attn = parts["attn"]
-            numbers = attn.num_heads, attn.scale, fusion.rate(attn.attn_drop), self._projection_dropout()
-            options = (window, parts["norm1"].eps, parts["norm2"].eps, *numbers)
-            found = remembered.entry(self, tensors, (*options, *remembered.constants_of(pixel_norm)))
+        call = None if torch.compiler.is_compiling() else self.recalled(x, window, pixel_norm)
+        found = None if call is None else remembered.entry(self, *call)
         if found is None or not found.passed:
             check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
         if not remembered.passes(found, self):
@@ -184,8 +179,20 @@ class TokenTransformer(nn.Module):
                 x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
             return self._unfused(x)
         fused = partial(self._fused, x, window, pixel_norm, found)
-        # a dropout with hooks is called
-        return remembered.forward(found, fused, tensors) if fusion.dropout(self.attn.attn_drop) is None else fused()
+        out: torch.Tensor = fused() if call is None else remembered.forward(found, fused, call[0])
+        return out
+
+    def recalled(self, x: Any, window: Window | None, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
+        """What a call depends on, for :func:`remembered.entry`; ``None``: children must be called."""
+        parts = fusion.children(self, self._parts)
+        drop = getattr(self.attn, "attn_drop", None)
+        if parts is None or (drop is not None and fusion.dropout(drop) is not None):
+            return None
+        attn, rates = parts["attn"], (0.0 if drop is None else fusion.rate(drop), self._projection_dropout())
+        names = ("attn.qkv", "norm1", "attn.proj", "norm2", f"{self.mlp_name}.fc1", f"{self.mlp_name}.fc2")
+        tensors = (x, *[tensor for name in names for tensor in fusion.weights(parts[name])])
+        numbers = parts["norm1"].eps, parts["norm2"].eps, attn.num_heads, attn.scale, *rates
+        return tensors, (window, *numbers, *remembered.constants_of(pixel_norm))
 
     def _fused(
         self, x: torch.Tensor, window: Window | None, pixel_norm: PixelNorm | None, found: remembered.Entry | None

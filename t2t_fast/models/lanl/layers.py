@@ -64,17 +64,19 @@ class NeuralNet(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-_PARTS = {
-    "norm1": fusion.layer_norm,
-    "attn": fusion.container(Attention, "qkv", "proj"),
-    "attn.qkv": fusion.linear,
-    "attn.proj": fusion.linear,
-    "norm2": fusion.layer_norm,
-    "neuralnet": fusion.container(NeuralNet, "fc1", "act", "fc2"),
-    "neuralnet.fc1": fusion.linear,
-    "neuralnet.act": fusion.gelu,
-    "neuralnet.fc2": fusion.linear,
-}
+_PARTS = fusion.Checks(
+    {
+        "norm1": fusion.layer_norm,
+        "attn": fusion.container(Attention, "qkv", "proj"),
+        "attn.qkv": fusion.linear,
+        "attn.proj": fusion.linear,
+        "norm2": fusion.layer_norm,
+        "neuralnet": fusion.container(NeuralNet, "fc1", "act", "fc2"),
+        "neuralnet.fc1": fusion.linear,
+        "neuralnet.act": fusion.gelu,
+        "neuralnet.fc2": fusion.linear,
+    }
+)
 
 
 class TokenTransformer(_TokenTransformer):

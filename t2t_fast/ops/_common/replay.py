@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._dynamo.guards import TensorGuards
+from torch._C._dynamo import guards as _guards
 from torch.overrides import TorchFunctionMode
 
 from . import transforms
@@ -28,6 +28,14 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 _READS = {"__get__", "size", "stride", "dim", "numel", "storage_offset", "is_contiguous", "get_device", "__len__"}
 """Names of functions that read properties of a tensor, and no values."""
+
+_ALLOCATIONS = (torch.empty, torch.Tensor.new_empty, torch.empty_like)
+
+
+def _empty(x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Inductor's (size, stride, dtype) -> an empty tensor on the current device of x's type, with little overhead."""
+    return _guards._empty_strided_cuda if x.is_cuda else _guards._empty_strided_cpu
+
 
 _thread = threading.local()
 _suspended = 0
@@ -142,8 +150,8 @@ class Recorder(TorchFunctionMode):
         self._constants: dict[str, Any] = {}
         self._launches = 0
         self._function: _Function | None = None
-        first = next(tensor for tensor in tensors if tensor is not None)
-        self._device = first.device.type
+        self._first = next(tensor for tensor in tensors if tensor is not None)
+        self._device = self._first.device.type
         self._autocast = torch.is_autocast_enabled(self._device)
         for name, tensor in zip(self._arguments, tensors, strict=True):
             if tensor is not None:
@@ -180,9 +188,13 @@ class Recorder(TorchFunctionMode):
         if any(tensor.requires_grad for _, tensor in found) and torch.is_grad_enabled():
             raise Unrecordable(f"{name} is differentiated by itself")
         reads: set[str] = set()
-        arguments = [self._text(each, reads) for each in args]
-        arguments += [f"{key}={self._text(each, reads)}" for key, each in named.items()]
-        call = f"{self._constant(function)}({', '.join(arguments)})"
+        if function in _ALLOCATIONS and result.is_contiguous() and result.device == self._first.device:
+            call = f"{self._constant(_empty(result))}({tuple(result.shape)}, {result.stride()}, "
+            call += f"{self._constant(result.dtype)})"
+        else:
+            arguments = [self._text(each, reads) for each in args]
+            arguments += [f"{key}={self._text(each, reads)}" for key, each in named.items()]
+            call = f"{self._constant(function)}({', '.join(arguments)})"
         made = {path: self._name(tensor) for path, tensor in fresh}
         if not whole and isinstance(result, torch.Tensor) and fresh:
             for _, tensor in _tensors(args):  # a view that begins where its base does
@@ -384,7 +396,7 @@ class Gradients:
         self, backward: Callable[..., Any], attributes: dict[str, Any], places: list[int | None], saved: int
     ) -> None:
         self._backward, self._attributes, self._places, self._saved = backward, attributes, places, saved
-        self._programs: list[tuple[Any, TensorGuards, Program | None]] = []
+        self._programs: list[tuple[Any, Any, Program | None]] = []
 
     def __call__(
         self, needed: tuple[bool, ...], grads: tuple[torch.Tensor | None, ...], saved: tuple[torch.Tensor | None, ...]
@@ -422,7 +434,7 @@ MOST = 64
 """Programs of one kind that are kept."""
 
 
-def guard(tensors: Sequence[torch.Tensor]) -> TensorGuards | None:
+def guard(tensors: Sequence[torch.Tensor]) -> Any:
     """Guards whose ``check(*others)`` tells whether other tensors, in the same states of PyTorch, can replace these.
 
     They compare type, shape, strides, dtype, device, ``requires_grad``, and PyTorch's dispatch keys, and with them
@@ -434,7 +446,7 @@ def guard(tensors: Sequence[torch.Tensor]) -> TensorGuards | None:
         if tensor.is_nested or tensor._is_zerotensor() or tensor.is_quantized:
             return None
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return _guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
 def record(
@@ -470,7 +482,7 @@ def state(x: torch.Tensor) -> tuple[Any, ...] | None:
     return (
         torch.is_grad_enabled(),
         torch.get_autocast_dtype("cuda" if x.is_cuda else "cpu"),
-        torch.backends.cuda.matmul.fp32_precision,
+        torch._C._get_fp32_precision_getter("cuda", "matmul"),
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_math_sdp_enabled(),

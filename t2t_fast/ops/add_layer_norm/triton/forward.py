@@ -85,7 +85,7 @@ def launch_add_layer_norm(x, branch, gamma, beta, eps, dtype, seed, drops):
             *strided(x),
             *strided(branch),
             *(None if p is None else p.contiguous() for p in (gamma, beta)),
-            t,
+            None if branch is None else t,
             n,
             eps,
             *masks(seed, drops, (0.0, 0.0), 0),
