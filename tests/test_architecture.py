@@ -12,7 +12,13 @@ OPS, COMMON = "t2t_fast.ops.*", "t2t_fast.ops._common"
 LAYERS = [
     ["t2t_fast.errors", "t2t_fast.config", "t2t_fast._deprecated", "t2t_fast._extension"],
     ["t2t_fast.backends", "t2t_fast.memory"],
-    [COMMON, *(f"{COMMON}.{name}" for name in ("spec", "transforms", "costs", "flops", "windows", "philox", "pixels"))],
+    [
+        COMMON,
+        *(
+            f"{COMMON}.{name}"
+            for name in ("spec", "transforms", "replay", "costs", "flops", "windows", "philox", "pixels")
+        ),
+    ],
     [f"{COMMON}.{name}" for name in ("library", "launch_table", "cached")],
     [f"{COMMON}.{name}" for name in ("native_library", "triton_runtime", "tiles", "elementwise")],
     [f"{OPS}.{name}" for name in ("reference", "autograd", "aten")],

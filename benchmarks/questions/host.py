@@ -3,8 +3,8 @@
 Every call runs the package's path for a GPU with the Triton backend on the CPU, in Triton's interpreter mode with the
 launches replaced by a function that does nothing. Counted is the time of the calling thread from the call to its
 return: the package's Python, allocations, and PyTorch's operations, whose arithmetic is small on a 16 px image. Not
-counted are Triton's own launch code and the switch to a tensor's device. Upstream's eager modules run in the same turns
-on the same input; their operations compute on the CPU, so their time is that of the narrow rows at best.
+counted are Triton's own launch code and the switch to a tensor's device. Upstream's modules run eagerly on the same
+input, ten calls of each in turn; their operations compute on the CPU, so their time is that of the narrow rows at best.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from unittest.mock import patch
 
-SIZE, WARM_UP = 16, 3
+SIZE, WARM_UP, TURN = 16, 3, 10
 WIDE = {"embed_dim": 384, "token_dim": 64}
 NARROW = {"embed_dim": 32, "token_dim": 16}
 MODELS = {"depth": 14, "num_heads": 6, "mlp_ratio": 3.0, "num_classes": 10, "embed_dim": 48, "token_dim": 16}
@@ -123,9 +123,10 @@ def measure(names=None, seconds=1.0):
                 calls, end = calls_of(runs[0]), time.perf_counter() + seconds
                 while time.perf_counter() < end or not times[0]:
                     for run, found in zip(runs, times, strict=True):
-                        start = time.thread_time()
-                        run()
-                        found.append(time.thread_time() - start)
+                        for _ in range(TURN):
+                            start = time.thread_time()
+                            run()
+                            found.append(time.thread_time() - start)
                 own, others = (1e6 * sorted(found)[len(found) // 10] for found in times)
                 rows.append((name, "training" if training else "inference", calls, own, others, others / own))
     return rows

@@ -63,17 +63,19 @@ class Entry:
 
     Attributes:
         calls: fused function -> its calls, which differ in the properties of tensors that the module's key lacks.
-        whole: the module's ``forward``; ``None``: not yet recorded; ``False``: recorded by autograd or not recordable.
+        whole: the module's ``forward``, if it was recorded.
+        replayable: whether ``forward`` may be recorded: autograd does not record it, and no attempt failed.
         passed: whether the module's ``obstacle()`` was ``None``; seen: whether there was a call, in which the operators
             chose their backends.
     """
 
-    __slots__ = ("calls", "guards", "options", "passed", "seen", "whole")
+    __slots__ = ("calls", "guards", "options", "passed", "replayable", "seen", "whole")
 
-    def __init__(self, options: Any, guards: Any, whole: bool) -> None:
+    def __init__(self, options: Any, guards: Any, replayable: bool) -> None:
         self.options, self.guards = options, guards
         self.calls: dict[Any, list[Recalled]] = {}
-        self.whole: replay.Program | bool | None = None if whole else False
+        self.whole: replay.Program | None = None
+        self.replayable = replayable
         self.passed = self.seen = False
 
 
@@ -160,16 +162,16 @@ def _unchecked(function: Any, arguments: Sequence[Any]) -> Callable[..., Any]:
 
 def forward(found: Entry | None, fused: Callable[[], Any], tensors: Sequence[Any]) -> Any:
     """``fused()``, the forward of a module that calls no child, as a function of ``tensors`` (those of ``found``)."""
-    if found is None or found.whole is False:
+    if found is not None and found.whole is not None:
+        return found.whole(*tensors)
+    if found is None or not found.replayable:
         return fused()
-    if found.whole is None:
-        if not found.seen or replay.recording() is not None or _capturing(tensors[0]):
-            found.seen = True
-            return fused()
-        result, program, _ = replay.record(lambda *_: fused(), tensors)
-        found.whole = program or False
-        return result
-    return found.whole(*tensors)
+    if not found.seen or replay.recording() is not None or _capturing(tensors[0]):
+        found.seen = True
+        return fused()
+    result, found.whole, _ = replay.record(lambda *_: fused(), tensors)
+    found.replayable = found.whole is not None
+    return result
 
 
 def passes(found: Entry | None, module: Any) -> bool:

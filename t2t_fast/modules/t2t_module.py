@@ -118,7 +118,8 @@ def walk(
     Returns:
         a list of (tokens, grid), one per stage.
     """
-    found, tensors = None, (x,)
+    found: remembered.Entry | None = None
+    tensors: Sequence[Any] = (x,)
     pairs = [(split, layer, window_of(split)) for split, layer in zip(splits, (*layers, project), strict=True)]
     if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
         call = _recalled(x, pairs, pixel_norm)

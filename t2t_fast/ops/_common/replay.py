@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._dynamo import guards as _guards
+from torch._C import _dynamo
 from torch.overrides import TorchFunctionMode
 
 from . import transforms
@@ -28,6 +28,8 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 _READS = {"__get__", "size", "stride", "dim", "numel", "storage_offset", "is_contiguous", "get_device", "__len__"}
 """Names of functions that read properties of a tensor, and no values."""
+
+_guards: Any = _dynamo.guards  # its types name symbolic sizes only
 
 _ALLOCATIONS = (torch.empty, torch.Tensor.new_empty, torch.empty_like)
 
