@@ -5,16 +5,20 @@ import gc
 import pickle
 import threading
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
 from torch import nn
 
 import t2t_fast
-from t2t_fast import BackendUnavailable, reference
+from t2t_fast import BackendUnavailable, backends, reference
 from t2t_fast.functional import performer_layer, soft_split_linear, token_mlp
 from t2t_fast.modules import remembered
+from t2t_fast.ops._common import triton_runtime
 
+REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
+INTERPRETED = pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")
 FUNCTIONS = performer_layer, soft_split_linear, token_mlp
 KINDS = ("performer", "transformer")
 
@@ -145,14 +149,25 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("backend", "training"),
+    [
+        ("auto", False),
+        ("auto", True),
+        pytest.param("triton", False, marks=INTERPRETED),
+        pytest.param("triton", True, marks=[*INTERPRETED, pytest.mark.slow]),
+    ],
+)
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_change_between_two_calls(kind, name, training):
-    """The remembered module against a copy, which begins without remembered calls."""
-    t2t, x = module(kind), image()
-    with torch.set_grad_enabled(training):
-        for _ in range(2):
+def test_a_change_between_calls(kind, name, backend, training):
+    """The module, whose calls are remembered or replayed, against a copy, which begins without remembered calls."""
+    t2t, x = module(kind), image(16, 16) if backend == "triton" else image()
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(training))
+        for op in FUNCTIONS:
+            stack.enter_context(t2t_fast.backend(backend, op.__name__))
+        for _ in range(3):
             before = t2t(x).detach()
         CHANGES[name](t2t)
         twin = copy.deepcopy(t2t)

@@ -155,6 +155,7 @@ class Recorder(TorchFunctionMode):
         self._first = next(tensor for tensor in tensors if tensor is not None)
         self._device = self._first.device.type
         self._autocast = torch.is_autocast_enabled(self._device)
+        self._autocast_dtype = torch.get_autocast_dtype(self._device)
         for name, tensor in zip(self._arguments, tensors, strict=True):
             if tensor is not None:
                 if id(tensor) in self._names:
@@ -213,6 +214,8 @@ class Recorder(TorchFunctionMode):
             items = (f"{each} = result{''.join(f'[{index!r}]' for index in path)}" for path, each in made.items())
             line = "; ".join((f"result = {call}", *items, "result = None"))
         enabled = torch.is_autocast_enabled(self._device)
+        if enabled and torch.get_autocast_dtype(self._device) != self._autocast_dtype:
+            raise Unrecordable("the dtype of autocast changes in it")
         self._steps.append(_Step(line, reads, list(made.values()), not writes, enabled))
 
     def note_launch(self, run: Callable[..., Any], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
