@@ -47,14 +47,22 @@ def stubbed():
 
 
 def subjects():
-    """Name -> upstream's module: T2T modules in their own width and a narrow one, and T2T-ViT-14 with narrow layers."""
-    from t2t_fast import reference
+    """Name -> (upstream's module, the fast one): T2T modules in their own width and a narrow one, narrow T2T-ViT-14."""
+    import t2t_fast
+    from t2t_fast import models, reference
 
     found = {}
     for kind in ("performer", "transformer"):
         for width, sizes in (("", WIDE), (", narrow", NARROW)):
-            found[f"{kind} module{width}"] = reference.T2T_module(SIZE, kind, **sizes)
-        found[f"{kind} T2T-ViT-14, narrow"] = reference.T2T_ViT(img_size=SIZE, tokens_type=kind, **MODELS)
+            found[f"{kind} module{width}"] = reference.T2T_module(SIZE, kind, **sizes), None
+        upstream = reference.T2T_ViT(img_size=SIZE, tokens_type=kind, **MODELS)
+        found[f"{kind} T2T-ViT-14, narrow"] = upstream, None
+        found[f"{kind} T2T-ViT-14, narrow, create_model"] = upstream, models.T2TViT(SIZE, kind, **MODELS)
+    for name, (upstream, fast) in found.items():
+        if fast is None:
+            fast = deepcopy(upstream)
+            t2t_fast.swap(fast)
+            found[name] = upstream, fast
     return found
 
 
@@ -107,15 +115,11 @@ def measure(names=None, seconds=1.0):
     """
     import torch
 
-    import t2t_fast
-
     x, rows = torch.randn(1, 3, SIZE, SIZE), []
     with stubbed():
-        for name, upstream in subjects().items():
+        for name, (upstream, fast) in subjects().items():
             if names is not None and name not in names:
                 continue
-            fast = deepcopy(upstream)
-            t2t_fast.swap(fast)
             for training in (False, True):
                 runs, times = [step(module, x, training) for module in (fast, upstream)], ([], [])
                 for run in runs * WARM_UP:

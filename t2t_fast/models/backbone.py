@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import check_pair
-from ..modules import fusion
+from ..modules import fusion, remembered
+from ..modules.block import Fused
 from ..modules.options import check_choice, check_options
 from ..ops._common.spec import Window, grid_after
 from .blocks import BLOCKS, block_stack
@@ -149,11 +151,43 @@ class Backbone(nn.Module):
         The others are not normalised, unless a hook could see them.
         """
         extra = self.cls_token if self.dist_token is None else torch.cat([self.cls_token, self.dist_token], dim=1)
-        x = self.pos_drop(add_positions(tokens, extra, self.positions(grid)))
+        table = self.positions(grid)
+        encode = partial(self._encode, tokens, extra, table, kept)
+        call = self._recalled(tokens, extra, table, kept) if remembered.replays(tokens) else None
+        if call is None:
+            return encode()
+        found = remembered.entry(self, *call)
+        out: torch.Tensor = remembered.forward(found, encode, call[0]) if remembered.passes(found, self) else encode()
+        return out
+
+    def _encode(self, tokens: torch.Tensor, extra: torch.Tensor, table: torch.Tensor, kept: slice) -> torch.Tensor:
+        x = self.pos_drop(add_positions(tokens, extra, table))
         for block in self.blocks:
             x = block(x)
         plain = fusion.layer_norm(self.norm) is None and not fusion.watched()
         return self.norm(x[:, kept]) if plain else self.norm(x)[:, kept]
+
+    def _recalled(self, tokens: Any, extra: Any, table: Any, kept: slice) -> remembered.Arguments | None:
+        """What the call depends on, for :func:`remembered.entry`; ``None`` if a child must be called."""
+        if fusion.layer_norm(self.norm) is not None or fusion.dropout(self.pos_drop) is not None:
+            return None
+        tensors = [tokens, extra, table, *fusion.weights(self.norm)]
+        options = [kept.start, kept.stop, kept.step, fusion.rate(self.pos_drop), self.norm.eps]
+        blocks: Any = self.blocks
+        for block in blocks:
+            fused = isinstance(block, Fused) and type(block).forward is Fused.forward and not block.parts.called
+            call = block.recalled(tokens) if fused and fusion.difference(block, type(block)) is None else None
+            if call is None:
+                return None
+            (_, *weights), others = call[0]
+            tensors += weights
+            options += others
+        return tensors, tuple(options)
+
+    def obstacle(self) -> str | None:
+        """Why a block is not fused, or ``None``; only of blocks that are fused modules."""
+        blocks: Any = self.blocks
+        return next((why for block in blocks if (why := block.obstacle()) is not None), None)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that upstream's recipes exempt from weight decay."""

@@ -164,22 +164,31 @@ class Fused(nn.Module):
                 return self._unfused(x)
             paths = (path for path in self.parts.checks() if path not in self.parts.idle)
             return self._fused(x, Children({path: attrgetter(path)(self) for path in paths}, None))
-        children = fusion.children(self, self._part_checks)
-        if children is None:
+        call = self.recalled(x)
+        if call is None:
             return self._unfused(x)
-        tensors: list[torch.Tensor | None] = [x]
-        for path in self._weighted:
-            tensors += fusion.weights(children[path])
-        options: list[Any] = [fusion.rate(children[path]) for path in self._dropped]
-        options += [children[path].eps for path in self._normed]
-        if self.parts.num_heads:
-            options += (self._scale(), attrgetter(self.parts.num_heads)(self))
-        found = remembered.entry(self, tensors, (self.recompute, *options))
+        arguments, children = call
+        found = remembered.entry(self, *arguments)
         if not remembered.passes(found, self):
             return self._unfused(x)
         fused = partial(self._fused, x, Children(children, found))
-        out: torch.Tensor = fused() if self.parts.called else remembered.forward(found, fused, tensors)
+        out: torch.Tensor = fused() if self.parts.called else remembered.forward(found, fused, arguments[0])
         return out
+
+    def recalled(self, x: torch.Tensor) -> tuple[remembered.Arguments, Mapping[str, Any]] | None:
+        """What a fused call depends on, for :func:`remembered.entry`, and its children; ``None``: it is not fused."""
+        children = fusion.children(self, self._part_checks)
+        if children is None:
+            return None
+        tensors: list[torch.Tensor | None] = [x]
+        for path in self._weighted:
+            tensors += fusion.weights(children[path])
+        options: list[Any] = [self.recompute]
+        options += [fusion.rate(children[path]) for path in self._dropped]
+        options += [children[path].eps for path in self._normed]
+        if self.parts.num_heads:
+            options += (self._scale(), attrgetter(self.parts.num_heads)(self))
+        return (tensors, tuple(options)), children
 
     def _scale(self) -> float:
         """The factor of q k^T."""

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .. import backends
+from .. import backends, config
 from ..ops._common import replay
 from ..ops._common.library import wants_gradient
 from ..ops._common.philox import fresh_seed
@@ -29,6 +29,8 @@ from ..ops._common.spec import Window
 
 _MOST = 64
 """Entries of a module; beyond it, it forgets all."""
+
+INTERPRETED = config.triton_interpreted()
 
 _CONSTANT = frozenset((int, float, bool, str, type(None), Window))
 _SEQUENCES = (tuple, list)
@@ -172,6 +174,11 @@ def forward(found: Entry | None, fused: Callable[[], Any], tensors: Sequence[Any
     result, found.whole, _ = replay.record(lambda *_: fused(), tensors)
     found.replayable = found.whole is not None
     return result
+
+
+def replays(x: torch.Tensor) -> bool:
+    """Whether a whole forward can be replayed on x: without autograd, and where Python launches the kernels."""
+    return (x.is_cuda or INTERPRETED) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def passes(found: Entry | None, module: Any) -> bool:

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import t2t_fast
-from t2t_fast import backends, reference
+from t2t_fast import backends, models, reference
+from t2t_fast.models.blocks import Block
 from t2t_fast.ops._common import replay, triton_runtime
 
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
@@ -56,14 +57,15 @@ def module(kind="performer"):
     return made
 
 
-def model(kind="performer", **options):
-    """A narrow T2T-ViT of upstream, swapped."""
+def model(kind="performer", own=False, **options):
+    """A narrow T2T-ViT: upstream's, swapped, or our own."""
     torch.manual_seed(0)
     sizes = {"embed_dim": 24, "token_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "num_classes": 5}
-    made = reference.T2T_ViT(img_size=16, tokens_type=kind, **{**sizes, **options}).eval()
+    made = (models.T2TViT if own else reference.T2T_ViT)(img_size=16, tokens_type=kind, **{**sizes, **options}).eval()
     for parameter in made.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    t2t_fast.swap(made)
+    if not own:
+        t2t_fast.swap(made)
     return made
 
 
@@ -141,6 +143,61 @@ def test_recompute_and_frozen_parameters(events):
     events.clear()
     assert_same(step(fast, image()), expected)
     assert set(events) == {"replayed"}
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_blocks_of_our_own_models_are_one_program(distilled, events):
+    """In inference; stages have other tokens normalised, and other image sizes other positions."""
+    if distilled:
+        fast = models.ViT(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, distilled=True).eval()
+    else:
+        fast = model(own=True, depth=2)
+    with torch.no_grad():
+        for size in (16, 32):
+            with replay.suspended():
+                expected = fast(image(size)), fast.forward_stages(image(size))[-1]
+            for _ in range(3):
+                fast(image(size)), fast.forward_stages(image(size))
+            events.clear()
+            assert torch.equal(torch.stack(list(fast(image(size)))), torch.stack(list(expected[0])))
+            programs = events.count("replayed")
+            assert programs == (1 if distilled else 2) and len(events) == programs, "T2T module and blocks"
+            assert torch.equal(fast.forward_stages(image(size))[-1], expected[1])
+
+
+MODEL_CHANGES = {
+    "block": lambda fast: setattr(fast.blocks, "1", model(own=True, num_heads=3).blocks[0]),
+    "fewer blocks": lambda fast: fast.blocks.pop(-1),
+    "hook of a block": lambda fast: fast.blocks[0].register_forward_hook(lambda module, inputs, out: 0.5 * out),
+    "hook of the norm": lambda fast: fast.norm.register_forward_hook(lambda module, inputs, out: 0.5 * out),
+    "hook inside": lambda fast: fast.blocks[1].mlp.fc1.register_forward_hook(lambda module, inputs, out: 0.5 * out),
+    "forward of a block": lambda fast: setattr(fast.blocks[0], "forward", torch.abs),
+    "class of a block": lambda fast: setattr(fast.blocks[0], "__class__", Doubling),
+    "eps": lambda fast: setattr(fast.norm, "eps", 2.0),
+    "scale": lambda fast: setattr(fast.blocks[1].attn, "scale", 3.0),
+    "dropout": lambda fast: setattr(fast.pos_drop.train(), "p", 1.0),
+    "positions": lambda fast: fast.pos_embed.data.mul_(3),
+    "class token": lambda fast: setattr(fast, "cls_token", nn.Parameter(fast.cls_token.flip(2) * 9)),
+    "weights": lambda fast: fast.blocks[1].mlp.fc2.weight.data.mul_(2),
+}
+
+
+class Doubling(Block):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", MODEL_CHANGES)
+def test_a_change_of_our_own_model(name):
+    """The replayed model against a copy, which begins without remembered calls."""
+    fast, x = model(own=True, depth=2), image()
+    with torch.no_grad():
+        before = [fast(x) for _ in range(3)][-1]
+        MODEL_CHANGES[name](fast)
+        twin = copy.deepcopy(fast)
+        found, expected = fast(x), twin(x)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, before, rtol=1e-3, atol=1e-3)
 
 
 CHANGES = {
@@ -323,10 +380,11 @@ def test_an_error_in_a_recorded_call(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cuda_graph_of_a_replayed_model(kind):
+def test_a_cuda_graph_of_a_replayed_model(kind, own):
     """Captured after its calls are remembered, and again for an image whose calls are not."""
-    fast = model(kind).cuda()
+    fast = model(kind, own).cuda()
     for size in (16, 16, 24):
         x = image(size).cuda()
         with torch.no_grad():

@@ -279,15 +279,18 @@ class Recorder(TorchFunctionMode):
                 needed |= step.reads
         steps.reverse()
         last = {name: index for index, step in enumerate(steps) for name in (*step.makes, *step.reads)}
+        dead: dict[int, list[str]] = {}
+        for name, index in last.items():
+            if name not in results and name not in self._arguments:
+                dead.setdefault(index, []).append(name)
         lines, autocast = [], self._autocast
         for index, step in enumerate(steps):
             if step.autocast not in (None, autocast):
                 autocast = step.autocast
                 lines.append(f"set_autocast_enabled({self._device!r}, {autocast})")
             lines.append(step.line)
-            dead = [name for name in last if last[name] == index and name not in results and name[0] == "t"]
-            if dead:
-                lines.append(f"del {', '.join(dead)}")
+            if index in dead:
+                lines.append(f"del {', '.join(dead[index])}")
         if any(line.startswith("set_autocast") for line in lines):
             body = [f"    {line}" for line in lines] + [f"    return {returned}"]
             lines = ["try:", *body, "finally:", f"    set_autocast_enabled({self._device!r}, {self._autocast})"]

@@ -7,6 +7,7 @@ and N ``outer``; a tile is TOKENS x COLUMNS of it. Operands are in the inputs' d
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -215,11 +216,11 @@ def product_kernel(
 def _launch(name, epilogue, x, weight, outer, masking, length, **arguments):
     """Launch :func:`product_kernel` for an operator's pass; arguments: the kernel's others. Returns the sums' tiles."""
     across, steps, constants = planned(name, x, outer)
-    x, weight = x.flatten(0, -2).contiguous(), weight.contiguous()
-    rows = x.shape[0]
+    x, weight = x.contiguous(), weight.contiguous()
+    rows = x.numel() // x.shape[-1]
     tiles = -(-rows // constants["TOKENS"])  # triton.cdiv takes as long as a launch
     if not constants["FUSED"]:
-        x = x @ (weight if epilogue == "gelu_backward" else weight.T)
+        x = x @ weight if epilogue == "gelu_backward" else F.linear(x, weight)
     shares = None
     if epilogue == "gelu_backward":
         shares = torch.empty(tiles, outer, dtype=torch.float32, device=x.device)
