@@ -20,6 +20,7 @@ from ..ops._common.windows import as_image
 from . import fusion, remembered
 from .options import check_choice, check_options, deprecated_memory
 from .soft_split import Unfold
+from .token_layer import TokenLayer
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
 
@@ -140,7 +141,7 @@ def _recalled(x: Any, pairs: _Pairs, pixel_norm: PixelNorm | None) -> remembered
     for split, layer, window in pairs:
         if stage_obstacle(split, layer, window) is not None:
             return None
-        if isinstance(layer, (TokenPerformer, TokenTransformer)):
+        if isinstance(layer, TokenLayer):
             call = layer.recalled(x, window, pixel_norm)
             if call is None:
                 return None

@@ -2,22 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import check_tensor
-from ..functional import image_values, performer_attention, performer_layer, soft_split
-from ..functional.arguments import IMAGES
+from ..functional import performer_attention, performer_layer
 from ..ops._common.pixels import PixelNorm
-from ..ops._common.spec import Window, square
-from ..ops._common.windows import as_image
+from ..ops._common.spec import Window
 from . import fusion, remembered
 from .options import check_options, deprecated_memory
-
-_SINGLE = square(1, 1, 0)
+from .token_layer import TokenLayer
 
 _PARTS = fusion.Checks(
     {
@@ -36,7 +31,7 @@ _PARTS = fusion.Checks(
 _WEIGHTS = ("kqv", "norm1", "proj", "norm2", "mlp.0", "mlp.2")
 
 
-class TokenPerformer(nn.Module):
+class TokenPerformer(TokenLayer):
     """LayerNorm, Performer attention with a skip through ``v``, then LayerNorm and MLP with a skip.
 
     Upstream: ``Token_performer`` (``models/token_performer.py``); parameters have its names and shapes.
@@ -48,6 +43,8 @@ class TokenPerformer(nn.Module):
         kernel_ratio: random features per channel, ``m = int(in_dim * head_cnt * kernel_ratio)``.
         dp1, dp2: dropout after the projection and after the MLP in training mode; both 0.1 as upstream.
     """
+
+    _parts = _PARTS
 
     recompute = False
     """Whether backward recomputes k, q and v (see :func:`performer_layer`); no effect in an unfused layer."""
@@ -79,37 +76,7 @@ class TokenPerformer(nn.Module):
         directions = nn.init.orthogonal_(torch.randn(self.m, self.emb))
         self.w = nn.Parameter(directions * math.sqrt(self.m), requires_grad=False)
 
-    def obstacle(self) -> str | None:
-        """Why this layer runs unfused, or ``None``."""
-        return fusion.obstacle(self, _PARTS)
-
-    def forward(
-        self, x: torch.Tensor, window: Window | None = None, pixel_norm: PixelNorm | None = None
-    ) -> torch.Tensor:
-        """The layer on tokens, or on the soft split of an image, which is not materialised.
-
-        Args:
-            x: tokens (B, T, dim); with ``window`` an image (B, C, H, W), any strides, where ``dim = C * k * k``.
-            window: the soft split's :class:`Window`.
-            pixel_norm: (mean, std) for an image of uint8 (:func:`soft_split_linear`).
-
-        Returns:
-            (B, T, in_dim * head_cnt), T = h*w with ``window``.
-        """
-        call = None if torch.compiler.is_compiling() else self.recalled(x, window, pixel_norm)
-        found = None if call is None else remembered.entry(self, *call)
-        if found is None or not found.passed:
-            check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
-        if not remembered.passes(found, self):
-            if window is not None:
-                x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
-            return self._unfused(x)
-        fused = partial(self._fused, x, window, pixel_norm, found)
-        out: torch.Tensor = fused() if call is None else remembered.forward(found, fused, call[0])
-        return out
-
     def recalled(self, x: Any, window: Window | None, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
-        """What a call depends on, for :func:`remembered.entry`; ``None``: the children must be called."""
         parts = fusion.children(self, _PARTS)
         if parts is None:
             return None
@@ -126,18 +93,17 @@ class TokenPerformer(nn.Module):
         return fusion.rate(self.dp), fusion.rate(mlp[3])
 
     def _fused(
-        self, x: torch.Tensor, window: Window | None, pixel_norm: PixelNorm | None, found: remembered.Entry | None
+        self, x: torch.Tensor, window: Window, pixel_norm: PixelNorm | None, found: remembered.Entry | None
     ) -> torch.Tensor:
-        """The layer by its operator."""
         mlp: Any = self.mlp
         parts = {"kqv": self.kqv, "norm1": self.norm1, "proj": self.proj, "norm2": self.norm2}
         parts |= {"mlp.0": mlp[0], "mlp.2": mlp[2]}
         proj_drop, mlp_drop = self._rates()
-        kernel, stride, padding = _SINGLE if window is None else window
+        kernel, stride, padding = window
         out: torch.Tensor = remembered.run(
             found,
             performer_layer,
-            self._tensors(parts, as_image(x, (1, x.shape[1])) if window is None else x),
+            self._tensors(parts, x),
             kernel_size=kernel,
             stride=stride,
             padding=padding,
@@ -152,7 +118,6 @@ class TokenPerformer(nn.Module):
         return out
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:
-        """Call the children one by one, as upstream."""
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         y = performer_attention(q, k, v, self.w, self.epsilon)
         x = v + self.dp(self.proj(y))

@@ -1,25 +1,20 @@
 """The Transformer layer of the T2T module, with upstream's parameter names."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import check_tensor
-from ..functional import image_values, soft_split, soft_split_linear, token_mlp
-from ..functional.arguments import IMAGES
+from ..functional import soft_split_linear, token_mlp
 from ..ops._common.pixels import PixelNorm
-from ..ops._common.spec import Window, square
-from ..ops._common.windows import as_image
+from ..ops._common.spec import Window
 from . import fusion, remembered
 from .attention import attend, heads, merged
 from .block import FusedMlp
 from .drop_path import DropPath
 from .options import check_options
-
-_SINGLE = square(1, 1, 0)
+from .token_layer import TokenLayer
 
 
 class TokenAttention(nn.Module):
@@ -111,11 +106,11 @@ _PARTS = fusion.Checks(
 )
 
 
-class TokenTransformer(nn.Module):
+class TokenTransformer(TokenLayer):
     """LayerNorm and attention (no skip around them: the width changes), then LayerNorm and MLP with a skip.
 
     Upstream: ``Token_transformer`` (``models/token_transformer.py``); parameters have its names and shapes, and the
-    arguments have the same meaning.
+    arguments have the same meaning. Dropout in the MLP and stochastic depth have no fused form.
     """
 
     mlp_name = "mlp"
@@ -153,37 +148,7 @@ class TokenTransformer(nn.Module):
         self.norm2: Any = norm_layer(in_dim)
         self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), in_dim, act_layer=act_layer, drop=drop)
 
-    def obstacle(self) -> str | None:
-        """Why this layer runs unfused, or ``None``. Dropout in the MLP and stochastic depth have no fused form."""
-        return fusion.obstacle(self, self._parts)
-
-    def forward(
-        self, x: torch.Tensor, window: Window | None = None, pixel_norm: PixelNorm | None = None
-    ) -> torch.Tensor:
-        """The layer on tokens, or on the soft split of an image, which is not materialised.
-
-        Args:
-            x: tokens (B, T, dim); with ``window`` an image (B, C, H, W), any strides, where ``dim = C * k * k``.
-            window: the soft split's :class:`Window`.
-            pixel_norm: (mean, std) for an image of uint8 (:func:`soft_split_linear`).
-
-        Returns:
-            (B, T, in_dim), T = h*w with ``window``.
-        """
-        call = None if torch.compiler.is_compiling() else self.recalled(x, window, pixel_norm)
-        found = None if call is None else remembered.entry(self, *call)
-        if found is None or not found.passed:
-            check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
-        if not remembered.passes(found, self):
-            if window is not None:
-                x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
-            return self._unfused(x)
-        fused = partial(self._fused, x, window, pixel_norm, found)
-        out: torch.Tensor = fused() if call is None else remembered.forward(found, fused, call[0])
-        return out
-
     def recalled(self, x: Any, window: Window | None, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
-        """What a call depends on, for :func:`remembered.entry`; ``None``: children must be called."""
         parts = fusion.children(self, self._parts)
         drop = getattr(self.attn, "attn_drop", None)
         if parts is None or (drop is not None and fusion.dropout(drop) is not None):
@@ -195,12 +160,10 @@ class TokenTransformer(nn.Module):
         return tensors, (window, *numbers, *remembered.constants_of(pixel_norm))
 
     def _fused(
-        self, x: torch.Tensor, window: Window | None, pixel_norm: PixelNorm | None, found: remembered.Entry | None
+        self, x: torch.Tensor, window: Window, pixel_norm: PixelNorm | None, found: remembered.Entry | None
     ) -> torch.Tensor:
-        """The layer by its two operators and PyTorch's attention."""
-        kernel, stride, padding = _SINGLE if window is None else window
+        kernel, stride, padding = window
         qkv, mlp = self.attn.qkv, getattr(self, self.mlp_name)
-        x = as_image(x, (1, x.shape[1])) if window is None else x
         tokens = remembered.run(
             found,
             soft_split_linear,
@@ -226,6 +189,5 @@ class TokenTransformer(nn.Module):
         return fusion.rate(self.attn.proj_drop)
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:
-        """Call the children one by one, as upstream."""
         x = self.attn(self.norm1(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))
