@@ -5,8 +5,10 @@ rounds share these effects. Each timed group is therefore visited several times,
 visit builds its inputs and models again, and the rounds of all visits are pooled.
 """
 
+import ctypes
 import gc
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -188,9 +190,8 @@ class Run:
             if name not in good:
                 self._leave_out(group, name, results[name])
         self.add(*rows.rows(group, good, self.environment["limits"], self.device, earlier).values())
-        # free the memory of models and inputs before the next group
         del results, good
-        gc.collect()
+        free_memory()
 
     def _measure_alone(self, group):
         """Measure the providers of a group one after the other."""
@@ -233,6 +234,13 @@ class Run:
         # rows that an earlier part of the run did not measure are still missing, even if they are not planned now
         before = 0 if self._before is None else self._before.planned
         return run_file.RunFile(self.environment, measured, left_out, max(planned, before))
+
+
+def free_memory():
+    """Free the models and inputs of a group. glibc keeps what was freed in pieces: the largest models would not fit."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def show(rows, passed, done, left, text):
