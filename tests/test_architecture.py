@@ -16,7 +16,7 @@ LAYERS = [
         COMMON,
         *(
             f"{COMMON}.{name}"
-            for name in ("spec", "transforms", "replay", "costs", "flops", "windows", "philox", "pixels")
+            for name in ("spec", "transforms", "guards", "replay", "costs", "flops", "windows", "philox", "pixels")
         ),
     ],
     [f"{COMMON}.{name}" for name in ("library", "launch_table", "cached")],

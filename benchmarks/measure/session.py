@@ -207,6 +207,7 @@ class Run:
                 raise
             except Exception as failure:  # noqa: BLE001
                 self._leave_out(group, name, failure)
+            free_memory()
 
     def _leave_out(self, group, name, failure):
         """Record why a planned row was not measured."""
@@ -237,7 +238,7 @@ class Run:
 
 
 def free_memory():
-    """Free the models and inputs of a group. glibc keeps what was freed in pieces: the largest models would not fit."""
+    """Return the memory of earlier models and inputs to the system. glibc keeps it: the largest models would not fit."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

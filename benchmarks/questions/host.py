@@ -5,6 +5,7 @@ launches replaced by a function that does nothing. Counted is the time of the ca
 return: the package's Python, allocations, and PyTorch's operations, whose arithmetic is small on a 16 px image. Not
 counted are Triton's own launch code and the switch to a tensor's device. Upstream's modules run eagerly on the same
 input, ten calls of each in turn; their operations compute on the CPU, so their time is that of the narrow rows at best.
+"programs": the recorded launches and PyTorch calls of an inference alone, the floor of the replayed path.
 """
 
 import argparse
@@ -19,7 +20,7 @@ SIZE, WARM_UP, TURN = 16, 3, 10
 WIDE = {"embed_dim": 384, "token_dim": 64}
 NARROW = {"embed_dim": 32, "token_dim": 16}
 MODELS = {"depth": 14, "num_heads": 6, "mlp_ratio": 3.0, "num_classes": 10, "embed_dim": 48, "token_dim": 16}
-HEADS = ("subject", "pass", "Python calls", "t2t_fast, us", "upstream, us", "upstream / t2t_fast")
+HEADS = ("subject", "pass", "Python calls", "t2t_fast, us", "programs, us", "upstream, us", "upstream / t2t_fast")
 
 
 @contextmanager
@@ -48,22 +49,50 @@ def stubbed():
 
 def subjects():
     """Name -> (upstream's module, the fast one): T2T modules in their own width and a narrow one, narrow T2T-ViT-14."""
-    import t2t_fast
     from t2t_fast import models, reference
 
     found = {}
     for kind in ("performer", "transformer"):
         for width, sizes in (("", WIDE), (", narrow", NARROW)):
-            found[f"{kind} module{width}"] = reference.T2T_module(SIZE, kind, **sizes), None
+            upstream = reference.T2T_module(SIZE, kind, **sizes)
+            found[f"{kind} module{width}"] = upstream, swapped(upstream)
         upstream = reference.T2T_ViT(img_size=SIZE, tokens_type=kind, **MODELS)
-        found[f"{kind} T2T-ViT-14, narrow"] = upstream, None
+        found[f"{kind} T2T-ViT-14, narrow"] = upstream, swapped(upstream)
         found[f"{kind} T2T-ViT-14, narrow, create_model"] = upstream, models.T2TViT(SIZE, kind, **MODELS)
-    for name, (upstream, fast) in found.items():
-        if fast is None:
-            fast = deepcopy(upstream)
-            t2t_fast.swap(fast)
-            found[name] = upstream, fast
     return found
+
+
+def swapped(upstream):
+    """A copy of the module, swapped."""
+    import t2t_fast
+
+    fast = deepcopy(upstream)
+    t2t_fast.swap(fast)
+    return fast
+
+
+def programs_of(inference):
+    """A function that calls the programs which an inference replays (``ops/_common/replay.py``), and nothing else."""
+    import torch
+
+    from t2t_fast.ops._common.replay import Program
+
+    calls, call = [], Program.__call__
+
+    def noted(program, *tensors):
+        calls.append((program, tensors, torch.is_autocast_enabled("cpu")))
+        return call(program, *tensors)
+
+    with patch.object(Program, "__call__", noted):
+        inference()
+    amp = any(enabled for *_, enabled in calls)
+
+    def run():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            for program, tensors, _ in calls:
+                program(*tensors)
+
+    return run
 
 
 def step(module, x, training):
@@ -121,18 +150,22 @@ def measure(names=None, seconds=1.0):
             if names is not None and name not in names:
                 continue
             for training in (False, True):
-                runs, times = [step(module, x, training) for module in (fast, upstream)], ([], [])
+                runs = [step(module, x, training) for module in (fast, upstream)]
                 for run in runs * WARM_UP:
                     run()
                 calls, end = calls_of(runs[0]), time.perf_counter() + seconds
+                if not training:
+                    runs.append(programs_of(runs[0]))
+                times = [[] for _ in runs]
                 while time.perf_counter() < end or not times[0]:
                     for run, found in zip(runs, times, strict=True):
                         for _ in range(TURN):
                             start = time.thread_time()
                             run()
                             found.append(time.thread_time() - start)
-                own, others = (1e6 * sorted(found)[len(found) // 10] for found in times)
-                rows.append((name, "training" if training else "inference", calls, own, others, others / own))
+                own, others, *programs = (1e6 * sorted(found)[len(found) // 10] for found in times)
+                kind = "training" if training else "inference"
+                rows.append((name, kind, calls, own, next(iter(programs), None), others, others / own))
     return rows
 
 
@@ -149,6 +182,7 @@ def main(argv=None):
 
     torch.set_num_threads(1)
     rows = measure(arguments.subject, arguments.seconds)
-    print("\n".join(markdown(HEADS, [(*row[:3], *(f"{n:.0f}" for n in row[3:5]), f"{row[5]:.2f}") for row in rows])))
+    cells = [(*row[:3], *("" if n is None else f"{n:.0f}" for n in row[3:6]), f"{row[6]:.2f}") for row in rows]
+    print("\n".join(markdown(HEADS, cells)))
     print(f"\n{' '.join(__doc__.split())}")
     return 0

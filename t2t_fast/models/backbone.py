@@ -153,11 +153,13 @@ class Backbone(nn.Module):
         extra = self.cls_token if self.dist_token is None else torch.cat([self.cls_token, self.dist_token], dim=1)
         table = self.positions(grid)
         encode = partial(self._encode, tokens, extra, table, kept)
-        call = self._recalled(tokens, extra, table, kept) if remembered.replays(tokens) else None
+        call = self._dependencies(tokens, extra, table, kept) if remembered.replays(tokens) else None
         if call is None:
             return encode()
         found = remembered.entry(self, *call)
-        out: torch.Tensor = remembered.forward(found, encode, call[0]) if remembered.passes(found, self) else encode()
+        if not remembered.passes(found, self._obstacle):
+            return encode()
+        out: torch.Tensor = remembered.forward(found, encode, call[0])
         return out
 
     def _encode(self, tokens: torch.Tensor, extra: torch.Tensor, table: torch.Tensor, kept: slice) -> torch.Tensor:
@@ -167,7 +169,7 @@ class Backbone(nn.Module):
         plain = fusion.layer_norm(self.norm) is None and not fusion.watched()
         return self.norm(x[:, kept]) if plain else self.norm(x)[:, kept]
 
-    def _recalled(self, tokens: Any, extra: Any, table: Any, kept: slice) -> remembered.Arguments | None:
+    def _dependencies(self, tokens: Any, extra: Any, table: Any, kept: slice) -> remembered.Dependencies | None:
         """What the call depends on, for :func:`remembered.entry`; ``None`` if a child must be called."""
         if fusion.layer_norm(self.norm) is not None or fusion.dropout(self.pos_drop) is not None:
             return None
@@ -176,7 +178,7 @@ class Backbone(nn.Module):
         blocks: Any = self.blocks
         for block in blocks:
             fused = isinstance(block, Fused) and type(block).forward is Fused.forward and not block.parts.called
-            call = block.recalled(tokens) if fused and fusion.difference(block, type(block)) is None else None
+            call = block.dependencies(tokens) if fused and fusion.difference(block, type(block)) is None else None
             if call is None:
                 return None
             (_, *weights), others = call[0]
@@ -184,8 +186,8 @@ class Backbone(nn.Module):
             options += others
         return tensors, tuple(options)
 
-    def obstacle(self) -> str | None:
-        """Why a block is not fused, or ``None``; only of blocks that are fused modules."""
+    def _obstacle(self) -> str | None:
+        """Why a block is not fused, or ``None``, if all blocks are :class:`Fused`."""
         blocks: Any = self.blocks
         return next((why for block in blocks if (why := block.obstacle()) is not None), None)
 

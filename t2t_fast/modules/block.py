@@ -139,6 +139,7 @@ class Fused(nn.Module):
     recompute = False
 
     _part_checks: ClassVar[fusion.Checks]
+    # the paths of the parts that have a weight, an eps, and a probability
     _weighted: ClassVar[tuple[str, ...]]
     _normed: ClassVar[tuple[str, ...]]
     _dropped: ClassVar[tuple[str, ...]]
@@ -164,18 +165,18 @@ class Fused(nn.Module):
                 return self._unfused(x)
             paths = (path for path in self.parts.checks() if path not in self.parts.idle)
             return self._fused(x, Children({path: attrgetter(path)(self) for path in paths}, None))
-        call = self.recalled(x)
+        call = self.dependencies(x)
         if call is None:
             return self._unfused(x)
         arguments, children = call
         found = remembered.entry(self, *arguments)
-        if not remembered.passes(found, self):
+        if not remembered.passes(found, self.obstacle):
             return self._unfused(x)
         fused = partial(self._fused, x, Children(children, found))
         out: torch.Tensor = fused() if self.parts.called else remembered.forward(found, fused, arguments[0])
         return out
 
-    def recalled(self, x: torch.Tensor) -> tuple[remembered.Arguments, Mapping[str, Any]] | None:
+    def dependencies(self, x: torch.Tensor) -> tuple[remembered.Dependencies, Mapping[str, Any]] | None:
         """What a fused call depends on, for :func:`remembered.entry`, and its children; ``None``: it is not fused."""
         children = fusion.children(self, self._part_checks)
         if children is None:

@@ -123,7 +123,7 @@ def walk(
     tensors: Sequence[Any] = (x,)
     pairs = [(split, layer, window_of(split)) for split, layer in zip(splits, (*layers, project), strict=True)]
     if remembered.replays(x):
-        call = _recalled(x, pairs, pixel_norm)
+        call = _dependencies(x, pairs, pixel_norm)
         if call is not None:
             found, tensors = remembered.entry(project, *call), call[0]
     out: list[Stage] = remembered.forward(found, partial(_walk, x, pairs, pixel_norm), tensors)
@@ -134,7 +134,7 @@ _Pairs: TypeAlias = Sequence[tuple[nn.Module, nn.Module, Any]]
 """Soft split, the layer behind it, and the split's window."""
 
 
-def _recalled(x: Any, pairs: _Pairs, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
+def _dependencies(x: Any, pairs: _Pairs, pixel_norm: PixelNorm | None) -> remembered.Dependencies | None:
     """What a walk depends on, for :func:`remembered.entry`; ``None`` if a stage is not fused."""
     tensors: list[Any] = [x]
     options: list[Any] = []
@@ -142,7 +142,7 @@ def _recalled(x: Any, pairs: _Pairs, pixel_norm: PixelNorm | None) -> remembered
         if stage_obstacle(split, layer, window) is not None:
             return None
         if isinstance(layer, TokenLayer):
-            call = layer.recalled(x, window, pixel_norm)
+            call = layer.dependencies(x, window, pixel_norm)
             if call is None:
                 return None
             tensors += call[0][1:]

@@ -39,11 +39,11 @@ class TokenLayer(nn.Module):
         Returns:
             (B, T, width), T = h*w with ``window``.
         """
-        call = None if torch.compiler.is_compiling() else self.recalled(x, window, pixel_norm)
+        call = None if torch.compiler.is_compiling() else self.dependencies(x, window, pixel_norm)
         found = None if call is None else remembered.entry(self, *call)
         if found is None or not found.passed:
             check_tensor(type(self).__name__, "x", x, ndim=3 if window is None else 4, dtypes=IMAGES)
-        if not remembered.passes(found, self):
+        if not remembered.passes(found, self.obstacle):
             if window is not None:
                 x = soft_split(image_values(x, pixel_norm, fusion.values_dtype(self)), *window)
             return self._unfused(x)
@@ -59,7 +59,9 @@ class TokenLayer(nn.Module):
             x, window = as_image(x, (1, x.shape[1])), _SINGLE
         return self._fused(x, window, pixel_norm, found)
 
-    def recalled(self, x: Any, window: Window | None, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
+    def dependencies(
+        self, x: Any, window: Window | None, pixel_norm: PixelNorm | None
+    ) -> remembered.Dependencies | None:
         """What a call depends on, for :func:`remembered.entry`; ``None``: the children must be called."""
         raise NotImplementedError
 

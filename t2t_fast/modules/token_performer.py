@@ -76,7 +76,9 @@ class TokenPerformer(TokenLayer):
         directions = nn.init.orthogonal_(torch.randn(self.m, self.emb))
         self.w = nn.Parameter(directions * math.sqrt(self.m), requires_grad=False)
 
-    def recalled(self, x: Any, window: Window | None, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
+    def dependencies(
+        self, x: Any, window: Window | None, pixel_norm: PixelNorm | None
+    ) -> remembered.Dependencies | None:
         parts = fusion.children(self, _PARTS)
         if parts is None:
             return None

@@ -148,7 +148,9 @@ class TokenTransformer(TokenLayer):
         self.norm2: Any = norm_layer(in_dim)
         self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), in_dim, act_layer=act_layer, drop=drop)
 
-    def recalled(self, x: Any, window: Window | None, pixel_norm: PixelNorm | None) -> remembered.Arguments | None:
+    def dependencies(
+        self, x: Any, window: Window | None, pixel_norm: PixelNorm | None
+    ) -> remembered.Dependencies | None:
         parts = fusion.children(self, self._parts)
         drop = getattr(self.attn, "attn_drop", None)
         if parts is None or (drop is not None and fusion.dropout(drop) is not None):

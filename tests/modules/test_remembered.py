@@ -1,10 +1,8 @@
 """Remembered calls: after any change between two calls, the second result is that of a module without a memory."""
 
 import copy
-import gc
 import pickle
 import threading
-import weakref
 from contextlib import ExitStack
 
 import pytest
@@ -12,10 +10,11 @@ import torch
 from torch import nn
 
 import t2t_fast
+from support.freed import assert_freed
 from t2t_fast import BackendUnavailable, backends, reference
 from t2t_fast.functional import performer_layer, soft_split_linear, token_mlp
 from t2t_fast.modules import remembered
-from t2t_fast.ops._common import triton_runtime
+from t2t_fast.ops._common import guards, triton_runtime
 
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 INTERPRETED = pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")
@@ -304,19 +303,13 @@ def test_nothing_is_stored_in_the_module_and_no_tensor_is_kept():
     t2t(x), t2t(x)
     assert names == [sorted(vars(each)) for each in t2t.modules()]
     assert torch.equal(pickle.loads(pickle.dumps(t2t))(x), t2t(x))
-    weights = [weakref.ref(parameter) for parameter in t2t.parameters()]
-    layer = weakref.ref(t2t.attention1)
-    for child in list(t2t.modules()):
-        child._parameters.clear()
-    gc.collect()
-    assert not any(ref() is not None for ref in weights)
-    del t2t, child
-    gc.collect()
-    assert layer() is None
+    owned = [t2t]
+    del t2t
+    assert_freed(owned)
 
 
 def test_a_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(remembered, "_MOST", 3)
+    monkeypatch.setattr(guards, "MOST", 3)
     t2t = module()
     with torch.no_grad():
         for width in range(16, 90, 8):

@@ -1,7 +1,6 @@
 """Modules whose calls are replayed, on interpreted Triton kernels: equal to modules that remember nothing."""
 
 import copy
-import gc
 import threading
 import warnings
 import weakref
@@ -14,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import t2t_fast
+from support.freed import assert_freed
 from t2t_fast import backends, models, reference
 from t2t_fast.models.blocks import Block
-from t2t_fast.ops._common import replay, triton_runtime
+from t2t_fast.ops._common import guards, replay, triton_runtime
 
 REASON = triton_runtime.reason(backends.Request("cpu", torch.float32, {}))
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")]
@@ -105,7 +105,7 @@ def test_a_module_in_inference(kind, events):
             x = image(seed=seed)
             found = t2t(x)
             assert events.pop() == "replayed" and not events
-            with replay.suspended():
+            with guards.suspended():
                 assert torch.equal(found, t2t(x)) and not events
 
 
@@ -115,7 +115,7 @@ def test_a_model_in_training(kind, autocast, events):
     """With dropouts and drop-path. The masks are drawn anew in each replay."""
     fast = model(kind, drop_rate=0.1, drop_path_rate=0.3, attn_drop_rate=0.0).train()
     with torch.autocast("cpu", autocast) if autocast else nullcontext():
-        with replay.suspended():
+        with guards.suspended():
             expected = [step(fast, image(seed=index), index) for index in range(2)]
         assert not events
         step(fast, image()), step(fast, image())
@@ -136,7 +136,7 @@ def test_recompute_and_frozen_parameters(events):
     fast.tokens_to_token.attention1.requires_grad_(False)
     fast.blocks[0].norm1.bias.requires_grad_(False)
     fast.blocks[0].mlp.fc2.requires_grad_(False)
-    with replay.suspended():
+    with guards.suspended():
         expected = step(fast, image())
     for _ in range(3):
         step(fast, image())
@@ -154,7 +154,7 @@ def test_the_blocks_of_our_own_models_are_one_program(distilled, events):
         fast = model(own=True, depth=2)
     with torch.no_grad():
         for size in (16, 32):
-            with replay.suspended():
+            with guards.suspended():
                 expected = fast(image(size)), fast.forward_stages(image(size))[-1]
             for _ in range(3):
                 fast(image(size)), fast.forward_stages(image(size))
@@ -321,7 +321,7 @@ def test_threads(monkeypatch):
             launch(*arguments, **named)
 
     monkeypatch.setattr(GridExecutor, "__call__", alone)
-    with torch.no_grad(), replay.suspended():
+    with torch.no_grad(), guards.suspended():
         expected = {size: t2t(image(size)) for size in (16, 24)}
 
     def work(size):
@@ -346,16 +346,9 @@ def test_no_tensor_is_kept(events):
         with torch.no_grad():
             t2t(x.detach())
     assert "replayed" in events
-    refs = [weakref.ref(each) for each in (x, out, *t2t.parameters())]
-    layer = weakref.ref(t2t.attention1)
-    for child in list(t2t.modules()):
-        child._parameters.clear()
-    del x, out
-    gc.collect()
-    assert not any(ref() is not None for ref in refs)
-    del t2t, child
-    gc.collect()
-    assert layer() is None
+    refs, owned = [weakref.ref(x), weakref.ref(out)], [t2t]
+    del x, out, t2t
+    assert_freed(owned, refs)
 
 
 def test_an_error_in_a_recorded_call(monkeypatch):

@@ -8,9 +8,8 @@ from functools import partial
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2t_fast.ops._common import replay
+from t2t_fast.ops._common import guards, replay
 
 
 class Kernel:
@@ -283,13 +282,13 @@ def test_gradients_of_other_layouts_and_needs():
 
 
 def test_the_limit_of_recorded_backward_passes(monkeypatch):
-    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(guards, "MOST", 2)
     _, program = recorded(lambda x: Scale.apply(x, None, 2.0), leaf(3, 4))
     for width in range(1, 5):
         x = leaf(3, 4)
         grad = torch.randn(3, 4 * width)[:, ::width]
         torch.testing.assert_close(torch.autograd.grad(program(x), x, grad)[0], 2 * grad)
-    assert len(program._gradients._programs) == 2
+    assert len(program._gradients._replays) == 2
 
 
 def test_what_autograd_checks_is_checked():
@@ -408,110 +407,6 @@ def test_threads_do_not_see_each_other():
     _, program = recorded(function, torch.randn(3))
     thread.join()
     assert len(steps(program)) == 3
-
-
-class Subclass(torch.Tensor):
-    pass
-
-
-class Mode(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-STATES = {
-    "suspended": replay.suspended,
-    "dispatch mode": Mode,
-    "function mode": torch.overrides.BaseTorchFunctionMode,
-    "default device": lambda: torch.device("cpu"),
-    "profiler": lambda: torch.autograd.profiler.profile(),
-}
-
-
-@pytest.mark.parametrize("name", STATES)
-def test_states_in_which_nothing_is_replayed(name):
-    x = torch.randn(3)
-    assert replay.state(x) is not None
-    with STATES[name]():
-        assert replay.state(x) is None
-    assert replay.state(x) is not None
-    assert replay.state(x.to("meta")) is None
-
-
-def test_nothing_is_replayed_in_a_transformation():
-    found = []
-
-    def function(x):
-        found.append(replay.state(x))
-        return x.sum()
-
-    x = torch.randn(3)
-    torch.func.grad(function)(x), torch.func.vmap(function)(x[None]), torch.func.jvp(function, (x,), (x,))
-    torch.jit.trace(function, x, check_trace=False)
-    assert len(found) == 4 and found == 4 * [None]
-
-
-def _precision(value):
-    old = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = value
-    return lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", old)
-
-
-def _sdp(name):
-    switch = getattr(torch.backends.cuda, f"enable_{name}_sdp")
-    switch(False)
-    return lambda: switch(True)
-
-
-CHANGES = {
-    "tf32": lambda: _precision("tf32"),
-    **{name: partial(_sdp, name) for name in ("flash", "mem_efficient", "math", "cudnn")},
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_states_on_which_a_call_depends(name):
-    x = torch.randn(3)
-    before = replay.state(x)
-    restore = CHANGES[name]()
-    try:
-        assert replay.state(x) != before
-    finally:
-        restore()
-    assert replay.state(x) == before
-    with torch.no_grad():
-        assert replay.state(x) != before
-    with torch.autocast("cpu", torch.float16):
-        assert replay.state(x) != before
-
-
-def test_guards():
-    x = torch.randn(2, 3, 4)
-    guards = replay.guard([x, torch.randn(5)])
-
-    def passes(*tensors):
-        return guards.check(*tensors)
-
-    y = torch.randn(5)
-    assert passes(torch.randn(2, 3, 4), y)
-    assert passes(torch.randn(3, 3, 4)[1:], y), "the address is not a property"
-    assert not passes(torch.randn(2, 3, 5), y)
-    assert not passes(torch.randn(2, 4, 3).mT, y)
-    assert not passes(x.double(), y)
-    assert not passes(leaf(2, 3, 4), y)
-    assert not passes(torch.nn.Parameter(x, requires_grad=False), y)
-    assert not passes(x.to("meta"), y)
-    assert not passes(x.as_subclass(Subclass), y)
-    assert not passes(x, torch.complex(y, -y).conj().imag)
-    with torch.autocast("cpu", torch.float16):
-        assert not passes(x, y)
-    with torch.inference_mode():
-        assert not passes(x.clone(), y)
-    assert replay.guard([x.to_sparse()]) is None
-    assert replay.guard([x.as_subclass(Subclass)]) is None
-    assert replay.guard([torch.complex(y, -y).conj().imag]) is None
-    assert replay.guard([torch._efficientzerotensor(3)]) is None
-    assert replay.guard([torch.nested.nested_tensor([y, y[:3]])]) is None
 
 
 @pytest.mark.gpu

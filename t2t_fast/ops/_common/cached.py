@@ -9,9 +9,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...errors import FLOATING
+from .guards import PLAIN, capturing
 
 _SIZE = 256
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -24,13 +24,13 @@ def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile folds constants itself"
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.dtype not in FLOATING:
+        if type(tensor) not in PLAIN or tensor.dtype not in FLOATING:
             return "a tensor of a subclass may change unseen"
         if tensor.is_inference():
             return "tensors made in inference mode count no changes"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "FSDP gathers parameters without counting that as a change"
-    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(tensors[0]):
         return "a CUDA graph must compute everything anew when it is replayed"
     return None
 

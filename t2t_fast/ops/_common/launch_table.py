@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from ...errors import LaunchTableError
-from . import replay
+from . import guards
 
 Parameters: TypeAlias = dict[str, int]
 
@@ -171,7 +171,7 @@ class Table:
         before = self._overrides.get(name)
         self._overrides[name] = dict(parameters)
         try:
-            with replay.suspended():
+            with guards.suspended():
                 yield
         finally:
             del self._overrides[name]

@@ -21,37 +21,20 @@ import torch
 from torch._C import _dynamo
 from torch.overrides import TorchFunctionMode
 
-from . import transforms
-
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-"""Types of the tensors that can be replayed on."""
+from . import guards
 
 _READS = {"__get__", "size", "stride", "dim", "numel", "storage_offset", "is_contiguous", "get_device", "__len__"}
 """Names of functions that read properties of a tensor, and no values."""
-
-_guards: Any = _dynamo.guards  # its types name symbolic sizes only
 
 _ALLOCATIONS = (torch.empty, torch.Tensor.new_empty, torch.empty_like)
 
 
 def _empty(x: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Inductor's (size, stride, dtype) -> an empty tensor on the current device of x's type, with little overhead."""
-    return _guards._empty_strided_cuda if x.is_cuda else _guards._empty_strided_cpu
+    return _dynamo.guards.__dict__["_empty_strided_cuda" if x.is_cuda else "_empty_strided_cpu"]
 
 
 _thread = threading.local()
-_suspended = 0
-
-
-@contextmanager
-def suspended() -> Iterator[None]:
-    """Inside, nothing is recorded or replayed, in any thread: launch parameters differ from the usual ones."""
-    global _suspended
-    _suspended += 1
-    try:
-        yield
-    finally:
-        _suspended -= 1
 
 
 def recording() -> "Recorder | None":
@@ -89,7 +72,7 @@ def atomic(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
         with _paused():
             result = function(*arguments)
-        recorder.note_call(function, arguments, {}, result, True)
+        recorder.note_call(function, arguments, {}, result, atomic=True)
         return result
 
     return call
@@ -164,21 +147,21 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.note_call(func, args, kwargs or {}, result, False)
+        self.note_call(func, args, kwargs or {}, result)
         return result
 
-    def note_call(self, function: Any, args: Any, named: dict[str, Any], result: Any, whole: bool) -> None:
-        """Note a call of PyTorch, or of another function if ``whole``."""
+    def note_call(self, function: Any, args: Any, named: dict[str, Any], result: Any, atomic: bool = False) -> None:
+        """Note a call of PyTorch, or of a function that is ``atomic``."""
         if self.why is not None:
             return
         try:
-            self._note(function, args, named, result, whole)
+            self._note(function, args, named, result, atomic)
         except Unrecordable as reason:
             self.why = str(reason)
 
-    def _note(self, function: Any, args: Any, named: dict[str, Any], result: Any, whole: bool) -> None:
+    def _note(self, function: Any, args: Any, named: dict[str, Any], result: Any, atomic: bool) -> None:
         name = getattr(function, "__name__", "")
-        writes = whole or name == "__setitem__" or named.get("out") is not None
+        writes = atomic or name == "__setitem__" or named.get("out") is not None
         writes = writes or (name.endswith("_") and not name.endswith("__"))
         found = list(_tensors(result))
         if not found and not writes:
@@ -199,7 +182,7 @@ class Recorder(TorchFunctionMode):
             arguments += [f"{key}={self._text(each, reads)}" for key, each in named.items()]
             call = f"{self._constant(function)}({', '.join(arguments)})"
         made = {path: self._name(tensor) for path, tensor in fresh}
-        if not whole and isinstance(result, torch.Tensor) and fresh:
+        if not atomic and isinstance(result, torch.Tensor) and fresh:
             for _, tensor in _tensors(args):  # a view that begins where its base does
                 if tensor.dtype == result.dtype and tensor.data_ptr() == result.data_ptr() != 0:
                     base = self._names[id(tensor)]
@@ -352,7 +335,7 @@ class _Written(NamedTuple):
 
 
 class Program:
-    """A recorded function of tensors. Called with tensors of the same properties (:func:`guard`), it does the same.
+    """A recorded function of tensors, which does the same with other tensors of the same kind (:class:`guards.Kinds`).
 
     Attributes:
         source: its Python text.
@@ -404,27 +387,19 @@ class Gradients:
         self, backward: Callable[..., Any], attributes: dict[str, Any], places: list[int | None], saved: int
     ) -> None:
         self._backward, self._attributes, self._places, self._saved = backward, attributes, places, saved
-        self._programs: list[tuple[Any, Any, Program | None]] = []
+        self._replays: guards.Kinds[Replay] = guards.Kinds()
 
     def __call__(
         self, needed: tuple[bool, ...], grads: tuple[torch.Tensor | None, ...], saved: tuple[torch.Tensor | None, ...]
     ) -> Any:
         """The gradients of all arguments of the program, ``None`` unless needed."""
-        tensors = (*grads, *saved)
-        present = [tensor for tensor in tensors if tensor is not None]
-        found = None if grads[0] is None else state(grads[0])
-        if found is None or torch.is_grad_enabled():  # a second derivative is wanted
-            return self._run(needed, *tensors)
-        known = (needed, found, tuple([tensor is None for tensor in tensors]))
-        for each, guards, program in self._programs:
-            if each == known and guards.check(*present):
-                return self._run(needed, *tensors) if program is None else program(*tensors)
-        guards = guard(present)
-        if guards is None or len(self._programs) >= MOST:
-            return self._run(needed, *tensors)
-        result, program, _ = record(partial(self._run, needed), tensors)
-        self._programs.append((known, guards, program))
-        return result
+        tensors, run = (*grads, *saved), partial(self._run, needed)
+        state = None if grads[0] is None else guards.state(grads[0])
+        if state is None or torch.is_grad_enabled():  # a second derivative is wanted
+            return run(*tensors)
+        options = needed, state
+        replay = self._replays.find(options, tensors) or self._replays.add(options, tensors, Replay())
+        return run(*tensors) if replay is None else replay(run, tensors)
 
     def _run(self, needed: tuple[bool, ...], *tensors: torch.Tensor | None) -> Any:
         context = SimpleNamespace(**self._attributes)
@@ -436,25 +411,6 @@ class Gradients:
             if place is not None:
                 gradients[place] = gradient
         return tuple(gradients)
-
-
-MOST = 64
-"""Programs of one kind that are kept."""
-
-
-def guard(tensors: Sequence[torch.Tensor]) -> Any:
-    """Guards whose ``check(*others)`` tells whether other tensors, in the same states of PyTorch, can replace these.
-
-    They compare type, shape, strides, dtype, device, ``requires_grad``, and PyTorch's dispatch keys, and with them
-    autocast, inference mode and lazy negation. ``None`` if one of these tensors is not plain.
-    """
-    for tensor in tensors:
-        if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_neg():
-            return None
-        if tensor.is_nested or tensor._is_zerotensor() or tensor.is_quantized:
-            return None
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    return _guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
 def record(
@@ -470,29 +426,25 @@ def record(
     return result, recorder.program(result), recorder.why
 
 
-def state(x: torch.Tensor) -> tuple[Any, ...] | None:
-    """All on which a call with ``x`` depends, besides its tensors (:func:`guard`); ``None``: it must not be replayed.
+class Replay:
+    """Runs a function of tensors: records its first call and replays that in the next ones, if it can be replayed.
 
-    So it is where something else follows the call: a compiler, trace, mode, transformation or profiler.
+    It keeps the program, not the function. Nothing is recorded inside another record or while a CUDA graph is captured.
     """
-    if (
-        _suspended
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-        or transforms.active() is not None
-        or transforms.is_exporting()
-        or not (x.is_cuda or x.is_cpu)
-    ):
-        return None
-    return (
-        torch.is_grad_enabled(),
-        torch.get_autocast_dtype("cuda" if x.is_cuda else "cpu"),
-        torch._C._get_fp32_precision_getter("cuda", "matmul"),
-        torch._C._get_flash_sdp_enabled(),
-        torch._C._get_mem_efficient_sdp_enabled(),
-        torch._C._get_math_sdp_enabled(),
-        torch._C._get_cudnn_sdp_enabled(),
-    )
+
+    __slots__ = ("_attempted", "_program")
+
+    def __init__(self) -> None:
+        self._program: Program | None = None
+        self._attempted = False
+
+    def __call__(self, function: Callable[..., Any], tensors: Sequence[torch.Tensor | None]) -> Any:
+        """``function(*tensors)``."""
+        if self._program is not None:
+            return self._program(*tensors)
+        first: Any = tensors[0]
+        if self._attempted or recording() is not None or guards.capturing(first):
+            return function(*tensors)
+        self._attempted = True
+        result, self._program, _ = record(function, tensors)
+        return result
