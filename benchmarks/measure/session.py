@@ -238,7 +238,7 @@ class Run:
 
 
 def free_memory():
-    """Return the memory of earlier models and inputs to the system. glibc keeps it: the largest models would not fit."""
+    """Return the memory of earlier models and inputs, which glibc keeps, to the system: the largest models need it."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
