@@ -60,6 +60,10 @@ LAZY = {
     "jinja2",
     "PIL",
     "triton",
+    "accelerate",
+    "huggingface_hub",
+    "openvino",
+    "torchao",
 }
 
 
