@@ -6,18 +6,22 @@ information and the CPU's features. ``T2T_FAST_BUILD`` selects what to build:
   cuda  everything, or an error that says why not
   cpu   everything but the CUDA operators, or an error that says why not
   none  a pure-Python package
+``T2T_FAST_LOCAL_VERSION`` appends a local version that names the operators inside, as in 0.1.0+cpu and 0.1.0+cu130.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import BaseError, CCompilerError, SetupError
 
 ROOT = Path(__file__).resolve().parent
@@ -36,6 +40,14 @@ def build_mode():
     if mode not in PARTS:
         raise SetupError(f"T2T_FAST_BUILD must be one of {', '.join(PARTS)}, got {mode!r}")
     return mode
+
+
+def local_version():
+    """The value of ``T2T_FAST_LOCAL_VERSION``; empty by default. BuildExt compares it with what is built."""
+    label = os.environ.get("T2T_FAST_LOCAL_VERSION", "")
+    if label and not re.fullmatch(r"cpu|cu\d+", label):
+        raise SetupError(f"T2T_FAST_LOCAL_VERSION must be like cpu or cu130, got {label!r}")
+    return label
 
 
 def commit():
@@ -66,6 +78,15 @@ def pybind11_headers(built):
     return pybind11.get_include()
 
 
+class EggInfo(egg_info):
+    """Appends :func:`local_version` to the version."""
+
+    def finalize_options(self):
+        if label := local_version():
+            self.tag_build = f"+{label}"
+        super().finalize_options()
+
+
 class BuildExt(build_ext):
     """Builds the parts of :func:`build_mode` and prints one line: what was built, and why not more."""
 
@@ -79,8 +100,17 @@ class BuildExt(build_ext):
         if self.mode == "none":
             self.leave_out(MODULE)
         super().run()
+        self.check_local_version()
         self.record()
         print(f"t2t_fast: {self.summary()} (T2T_FAST_BUILD={self.mode})", flush=True)
+
+    def check_local_version(self):
+        """Refuse a local version that does not name the operators inside."""
+        cuda = self.operators and self.operators.cuda
+        inside = f"cu{cuda.replace('.', '')}" if cuda else "cpu" if self.operators else ""
+        if (label := local_version()) and label != inside:
+            what = f"operators that are {inside}" if inside else "no operators"
+            raise SetupError(f"T2T_FAST_LOCAL_VERSION={label}: this build has {what}: {self.summary()}")
 
     def record(self):
         """Write the mode and the missing parts to ``_build.json`` in the package, for ``_extension.py``."""
@@ -180,11 +210,15 @@ class BuildExt(build_ext):
             wheel.root_is_pure = not self.extensions
 
 
+# Not in pyproject.toml, where old and new setuptools need different spellings: SPDX expressions exist from 77 on, and
+# a build without isolation uses the environment's version, which may be older.
+LICENSE_FIELD = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
+
 setup(
-    license="BSD-3-Clause",  # not in pyproject.toml, where old and new setuptools need different spellings
     ext_modules=[
         Extension(OPERATORS, []),  # built by build_support, copied by BuildExt
         Extension(MODULE, ["csrc/bindings.cpp"], depends=["csrc/cpu_features.h"], language="c++"),
     ],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "egg_info": EggInfo},
+    **{LICENSE_FIELD: "BSD-3-Clause"},
 )
