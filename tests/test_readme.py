@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import t2t_fast
-from support import ROOT
+from support import ARCHIVE, ROOT
 from t2t_fast import backends
 from t2t_fast.cli import build_parser
 from t2t_fast.ops._common import native_library as native
@@ -132,6 +132,8 @@ def test_link_targets_exist(path):
             continue
         file, _, anchor = link.partition("#")
         target = path.parent / file if file else path
+        if ARCHIVE and (target.suffix == ".png" or "benchmarks/results" in link):
+            continue  # MANIFEST.in leaves them out
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 
