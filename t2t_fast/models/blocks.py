@@ -57,7 +57,7 @@ class PlainAttention(nn.Module):
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v as (B, heads, N, head_dim)."""
-        return heads(self.qkv(x), self.num_heads)
+        return heads(self.qkv(x), self.num_heads, self.qkv)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(q, k, v, self.scale, self.attn_drop)

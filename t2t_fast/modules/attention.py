@@ -27,10 +27,24 @@ def attend(
     return (F.dropout(weights, drop) if isinstance(drop, (int, float)) else drop(weights)) @ v
 
 
-def heads(qkv: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
-    """q, k and v of packed (B, T, 3 * number * D), each (B, number, T, D)."""
+def heads(qkv: torch.Tensor, number: int, linear: nn.Module | None = None) -> tuple[torch.Tensor, ...]:
+    """q, k and v of packed (B, T, 3 * number * D), each (B, number, T, D).
+
+    Args:
+        linear: the layer that returned ``qkv``.
+
+    Raises:
+        ValueError: ``qkv`` is a part of that layer's result, as under tensor parallelism; it would not be divided into
+            q, k and v but anywhere.
+    """
     # not unflatten(), which would fix the batch size in an ONNX file
     batch, tokens, width = qkv.shape
+    whole = getattr(linear, "out_features", width)
+    if width != whole:
+        raise ValueError(
+            f"attention: qkv must return its {whole} channels, which q, k and v share, got {width}; under tensor "
+            "parallelism gather them: ColwiseParallel(output_layouts=Replicate())"
+        )
     parts = qkv.view(batch, tokens, 3, number, width // (3 * number)).unbind(2)
     # in this order, backward copies the three gradients once, into the packed one
     return tuple(part.transpose(1, 2) for part in parts)

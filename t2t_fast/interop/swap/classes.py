@@ -102,6 +102,8 @@ def _renamed(call, name, own):
 
 def _reduce(self, protocol):
     """Pickle the arguments of :func:`swapped_class`, since pickle finds the class in no module."""
+    if ORIGINAL not in vars(type(self)):  # the class was changed again, as by FSDP2: what that one's copies are
+        return object.__reduce_ex__(self, protocol)
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__.copy()  # Python 3.10 has none
     return _restore, type(self)._t2t_fast_arguments, state
 

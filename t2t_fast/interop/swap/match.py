@@ -50,9 +50,13 @@ class Plan(NamedTuple):
 def match(module: nn.Module) -> Plan | None:
     """The :class:`Plan` of the first rule that fits and whose form the module can get, or ``None`` if no rule fits.
 
+    No rule fits a wrapper: its child is the candidate.
+
     Raises:
         Mismatch: rules fit, and the module cannot be swapped by any of them; the reason is the first one's.
     """
+    if _is_wrapper(module):
+        return None
     reasons: list[Mismatch] = []
     try:
         for rule in RULES:
@@ -66,6 +70,11 @@ def match(module: nn.Module) -> Plan | None:
     if reasons:
         raise reasons[0]
     return None
+
+
+def _is_wrapper(module):
+    """Whether a module shows the attributes of its only child as its own, as PyTorch's ``CheckpointWrapper`` does."""
+    return len(module._modules) == 1 and type(module).__getattr__ is not nn.Module.__getattr__
 
 
 def _plan(rule, module):

@@ -190,7 +190,9 @@ def _tensors(value):
 def _perturbed(tensor, dtype, generator):
     """``tensor`` in ``dtype`` with noise added to its values."""
     if type(tensor) not in (torch.Tensor, nn.Parameter):
-        raise Mismatch(f"it holds a {type(tensor).__name__}, which no copy on a CPU stands for")
+        name = type(tensor).__name__
+        hint = "; swap before fully_shard and parallelize_module" if name == "DTensor" else ""
+        raise Mismatch(f"it holds a {name}, which no copy on a CPU stands for{hint}")
     if tensor.is_meta:
         raise Mismatch("its parameters are on the meta device, so the fast form could not be proved equal")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
