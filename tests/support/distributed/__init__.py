@@ -1,8 +1,9 @@
-"""Checks that run in several processes: their registry, and the launch that runs a suite of them.
+"""Checks that run in several processes: their registry, and the launch that runs them.
 
 A suite is a module of this folder. Its checks are functions that every process calls, each check in a process group of
-its own. Starting the processes takes seconds, so all checks of a suite share one launch, and one test reads the result
-of one check. By hand: ``python -m torch.distributed.run --standalone --nproc-per-node 2 -m support.distributed ddp``.
+its own. Starting the processes takes seconds, so all checks of some suites share one launch, and one test reads the
+result of one check. By hand, with times, and with ``--only`` and the names of some checks:
+``python -m torch.distributed.run --standalone --nproc-per-node 2 -m support.distributed ddp``.
 """
 
 import importlib
@@ -58,8 +59,11 @@ def checks(suite: str) -> dict[str, Check]:
     return _CHECKS[suite]
 
 
-def launch(suite: str, names: Iterable[str]) -> dict[str, str]:
-    """Run checks in :data:`PROCESSES` processes. Returns name -> the tracebacks of the processes in which it failed.
+def launch(*suites: str) -> dict[str, dict[str, str]]:
+    """Run suites in :data:`PROCESSES` processes.
+
+    Returns:
+        suite -> check -> the tracebacks of the processes in which it failed.
 
     Raises:
         AssertionError: the processes themselves failed; the text has the end of their output.
@@ -68,12 +72,15 @@ def launch(suite: str, names: Iterable[str]) -> dict[str, str]:
     environment.pop("TRITON_INTERPRET", None)  # the processes run no Triton kernel
     with tempfile.TemporaryDirectory(prefix="t2t-fast-distributed-") as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-        command += ["-m", __name__, suite, "--out", folder, *names]
+        command += ["-m", __name__, *suites, "--out", folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
-        found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
-    if len(found) != PROCESSES:
-        raise AssertionError(f"the processes of {suite} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+        ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
+    if len(ranks) != PROCESSES:
+        raise AssertionError(f"the processes of {suites} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
     return {
-        name: "\n".join(f"rank {rank}: {each[name]}" for rank, each in enumerate(found) if each[name])
-        for name in found[0]
+        suite: {
+            name: "\n".join(f"rank {rank}: {each[suite][name]}" for rank, each in enumerate(ranks) if each[suite][name])
+            for name in names
+        }
+        for suite, names in ranks[0].items()
     }

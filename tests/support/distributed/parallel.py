@@ -56,6 +56,20 @@ def tensor_parallel(plan, form):
     same_training(trained(model, optimizer, lambda step: batch(step=step)), alone())
 
 
+@check_each(FORMS)
+def tensor_parallel_tokens(form):
+    """A layer of the T2T module: its MLP is divided, kqv is gathered."""
+    model, mesh = fast(form), init_device_mesh("cpu", (dist.get_world_size(),))
+    layer = model.tokens_to_token.attention1
+    plan = {"mlp.0": ColwiseParallel(), "mlp.2": RowwiseParallel()}
+    parallelize_module(layer, mesh, {**plan, "kqv": ColwiseParallel(output_layouts=Replicate())})
+    rows = backends_of(model)
+    assert rows["tokens_to_token.attention1"] == "unfused: kqv has hooks", rows
+    assert not rows["blocks.0"].startswith("unfused")
+    optimizer = momentum(model.parameters())
+    same_training(trained(model, optimizer, lambda step: batch(step=step)), alone())
+
+
 @check_each(("mlp", "both"))
 def tensor_parallel_then_swap(plan):
     """What is divided is left, with the reason; the rest is swapped."""

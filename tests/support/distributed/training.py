@@ -1,6 +1,8 @@
 """A small model in its forms, its batch, and training by one process, with which the checks compare."""
 
+import copy
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,29 +23,34 @@ to 1 % of the largest gradient)."""
 FORMS = ("own", "swapped")
 
 
-def original(dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+def original(dtype: torch.dtype = torch.float64) -> nn.Module:
     """Upstream's model, unfused, in training mode and without dropout; the same weights in each call."""
     torch.manual_seed(0)
-    model = reference.T2T_ViT(**{**TINY, **options}).to(dtype)
+    return without_dropout(reference.T2T_ViT(**TINY).to(dtype))
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
 
 
-def fast(form: str = "swapped", dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+def fast(form: str = "swapped", dtype: torch.dtype = torch.float64) -> nn.Module:
     """:func:`original` swapped, or the package's own model with the same weights."""
-    model = original(dtype, **options)
-    if form == "own":
-        own = models.T2TViT(**{**TINY, **options}).to(dtype)
-        own.load_state_dict(model.state_dict())
-        for module in own.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        return own
-    report = t2t_fast.swap(model)
-    assert not report.left, report
-    return model
+    return copy.deepcopy(_fast(form, dtype))
+
+
+@cache
+def _fast(form: str, dtype: torch.dtype) -> nn.Module:
+    model = original(dtype)
+    if form == "swapped":
+        report = t2t_fast.swap(model)
+        assert not report.left, report
+        return model
+    own = models.T2TViT(**TINY).to(dtype)
+    own.load_state_dict(model.state_dict())
+    return without_dropout(own)
 
 
 def batch(dtype: torch.dtype = torch.float64, step: int = 0, images: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,6 +134,7 @@ def trained(
     return [*results, parameters(model)]
 
 
+@cache
 def alone(
     dtype: torch.dtype = torch.float64, make: Optimizer = momentum, prepare: Any = None, **options: Any
 ) -> list[dict[str, torch.Tensor]]:
