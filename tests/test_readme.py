@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
 
 import t2t_fast
 from support import ARCHIVE, ROOT
@@ -49,6 +50,17 @@ def anchors(path):
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text()), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def check_launcher(words):
+    """Fail unless a command's words before its script are Python or a launcher with arguments that it knows."""
+    if words[0] == "torchrun":
+        torchrun.get_args_parser().parse_args([*words[1:], "script"])
+    elif words[:2] == ["accelerate", "launch"]:
+        launch = importlib.import_module("accelerate.commands.launch")
+        launch.launch_command_parser().parse_args([*words[2:], "script"])
+    else:
+        assert words == ["python"], words
 
 
 def run_blocks(path, folder, monkeypatch):
@@ -112,9 +124,15 @@ def test_the_code_of_docs_runs(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "command", dict.fromkeys(line for path in LINKED for line in [*COMMANDS[path], *inline(TEXT[path])])
 )
-def test_commands_exist(command):
+def test_commands_exist(command, monkeypatch):
     parts = shlex.split(command)
-    if parts[0] == "make":
+    if "examples/train.py" in parts:
+        monkeypatch.chdir(ROOT)  # the arguments name files below it
+        monkeypatch.syspath_prepend(ROOT / "examples")
+        script = parts.index("examples/train.py")
+        check_launcher(parts[:script])
+        importlib.import_module("train").parse(parts[script + 1 :])
+    elif parts[0] == "make":
         assert re.search(rf"^{parts[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), command
     elif parts[0] == "t2t-fast":
         _, rest = build_parser().parse_known_args(parts[1:])
@@ -140,8 +158,8 @@ def test_link_targets_exist(path):
 
 @pytest.mark.parametrize("path", LINKED, ids=name)
 def test_paths_in_backquotes_exist(path):
-    """Files of the package and of csrc that a page names from the root or from ``t2t_fast/``."""
-    for code in re.findall(r"`((?:t2t_fast|csrc|ops|modules|models|interop|functional)/[\w/.]+\.\w+)`", TEXT[path]):
+    """Files of the package, csrc and the examples that a page names from the root or from ``t2t_fast/``."""
+    for code in re.findall(r"`((?:t2t_fast|csrc|examples|ops|modules|models|interop|functional)/[\w/.]+\.\w+)`", TEXT[path]):
         if code not in ("t2t_fast/_ops.so", "t2t_fast/_build.json"):  # exist only after a build
             assert any((root / code).exists() for root in (ROOT, ROOT / "t2t_fast", path.parent)), code
 
