@@ -161,14 +161,14 @@ def check_arguments(args: argparse.Namespace, device: torch.device, processes: i
     check_data(args)
 
 
-def make_accelerator(args: argparse.Namespace, run: Run, progress: Progress) -> Accelerator:
-    """accelerate for these arguments."""
+def make_accelerator(args: argparse.Namespace, model: nn.Module, run: Run, progress: Progress) -> Accelerator:
+    """accelerate for these arguments; with ``--fsdp`` each block of the model is a unit."""
     plugin = None
     if args.fsdp:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
+            transformer_cls_names_to_wrap=sorted({type(block).__name__ for block in model.blocks}),
             cpu_ram_efficient_loading=False,
         )
     accelerator = Accelerator(
@@ -237,12 +237,13 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     check_arguments(args, state.device, state.num_processes)
     run, progress = Run(args, state.num_processes), Progress()
     data = load_data(args)
-    accelerator = make_accelerator(args, run, progress)
     set_seed(args.seed)
     try:
-        model = make_model(args, data.classes).to(accelerator.device)
+        model = make_model(args, data.classes)
     except (TypeError, ValueError) as error:  # the message begins with the function
         raise ArgumentError(f"the model cannot be made: {error}") from error
+    accelerator = make_accelerator(args, model, run, progress)
+    model.to(accelerator.device)
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     optimizer = make_optimizer(args, model)
 

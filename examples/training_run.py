@@ -113,6 +113,8 @@ class Run:
         self.folder = Path(args.output)
         self.record = self.folder / "arguments.json"
         self.arguments = {**vars(args), "processes": processes}
+        if args.eval:
+            return  # writes nothing
         if not args.resume:
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise RunError(f"--output: {self.folder} is not empty; give --resume to continue its run")

@@ -159,7 +159,9 @@ def test_link_targets_exist(path):
 @pytest.mark.parametrize("path", LINKED, ids=name)
 def test_paths_in_backquotes_exist(path):
     """Files of the package, csrc and the examples that a page names from the root or from ``t2t_fast/``."""
-    for code in re.findall(r"`((?:t2t_fast|csrc|examples|ops|modules|models|interop|functional)/[\w/.]+\.\w+)`", TEXT[path]):
+    for code in re.findall(
+        r"`((?:t2t_fast|csrc|examples|ops|modules|models|interop|functional)/[\w/.]+\.\w+)`", TEXT[path]
+    ):
         if code not in ("t2t_fast/_ops.so", "t2t_fast/_build.json"):  # exist only after a build
             assert any((root / code).exists() for root in (ROOT, ROOT / "t2t_fast", path.parent)), code
 

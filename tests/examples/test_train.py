@@ -104,11 +104,11 @@ def test_evaluation_of_the_weights_repeats_the_validation(train, folder, tmp_pat
     output = tmp_path / "run"
     arguments = [*TINY, *PLAIN, "--data", str(folder), "--no-model-ema"]
     train.train(train.parse([*arguments, "--output", str(output)]))
-    again = ["--eval", "--checkpoint", str(output / "last.pth"), "--output", str(tmp_path / "none")]
+    again = ["--eval", "--checkpoint", str(output / "last.pth"), "--output", str(output)]
     figures = train.train(train.parse([*arguments, *again]))
     last = {f"val/{name}": float(value) for name, value in curve(output, "val")[-1].items() if name != "update"}
     assert figures == pytest.approx(last)
-    assert not (tmp_path / "none").exists()
+    assert len(curve(output, "val")) == 2
 
 
 def test_it_learns(train, folder, tmp_path):
@@ -325,3 +325,11 @@ def test_another_run_is_not_overwritten(train, folder, tmp_path, capsys):
     assert train.main([*arguments, "--resume"]) == 2
     assert "lr: 1.0 is now 0.01" in capsys.readouterr().err
     assert sorted(path.name for path in output.iterdir()) == ["arguments.json", "mine.txt"]
+
+
+def test_a_run_stops_when_the_loss_is_not_finite(train, folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = [*TINY, "--data", str(folder), "--output", str(output), "--opt", "sgd", "--warmup-lr", "1e30"]
+    assert train.main([*arguments, "--lr", "1e30"]) == 2
+    assert "the loss is nan at update" in capsys.readouterr().err
+    assert not list(output.glob("*.pth"))
