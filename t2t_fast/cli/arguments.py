@@ -6,6 +6,7 @@ from importlib import import_module
 
 from ..config import BACKENDS
 
+PROJECTS = ("upstream", "mmpretrain", "paddle", "timm", "vit-pytorch", "lanl")
 DTYPES = ("fp32", "fp16", "bf16", "fp64")
 
 
@@ -88,6 +89,26 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the files; default: the model's")
 
 
+def _convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="IN", help="a checkpoint of any project, .pth, .safetensors or .pdparams")
+    add(
+        "target",
+        metavar="OUT",
+        help="the file to write: .pth, .safetensors or .pdparams, which decides the type",
+    )
+    add("--to", choices=PROJECTS, help="the project whose names the tensors get; default: the names stay")
+    add("--model", metavar="NAME", help="a name of t2t_fast.list_models(); default: found by names and shapes")
+    size = "side, or height and width, of the position table; default: a square, by its number of entries"
+    add("--img-size", type=positive, nargs="+", metavar="N", help=size)
+    add("--qk-scale", type=float, metavar="S", help="attention scale of the model's blocks; default: the model's")
+    add("--no-ema", action="store_true", help="use the plain weights where the file has averaged ones too")
+    add("--no-head", action="store_true", help="leave the head out")
+    add("--trained-with", choices=("mmpretrain",), help="mmpretrain 1.2 trained the weights, with its attention scale")
+    add("--no-rescale", action="store_true", help="to mmpretrain: keep the queries for upstream's attention scale")
+    add("--overwrite", action="store_true", help="replace an existing OUT")
+
+
 def run(options: argparse.Namespace) -> int:
     """Import the subcommand's module and run it."""
     return int(import_module(f".{options.command}", __package__).run(options))
@@ -99,5 +120,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "env": ("versions, devices, native build, and the backend of each operator with reasons", _env),
     "bench": ("run the benchmark suite of the source tree", _bench),
     "export": ("write a model as ONNX and as a torch.export program of plain operators", _export),
+    "convert": ("write a checkpoint with another project's names or as another file type, and compare both", _convert),
 }
 """Name -> (summary, function that adds the arguments)."""

@@ -1,22 +1,28 @@
 """Between this package and others: swapping, checkpoints, timm, export."""
 
-from .checkpoints import LoadReport, load_checkpoint, read_state_dict
+from .checkpoints import ConvertReport, LoadReport, convert_checkpoint, load_checkpoint, read_state_dict
 from .create import create_model
 from .export import ExportReport, export_model
+from .hub import from_pretrained, push_to_hub, save_pretrained
 from .swap import ModelExplanation, SwapReport, explain, swap, swapped, unswap
 from .timm_embed import T2TEmbed
 
 __all__ = [
+    "ConvertReport",
     "ExportReport",
     "LoadReport",
     "ModelExplanation",
     "SwapReport",
     "T2TEmbed",
+    "convert_checkpoint",
     "create_model",
     "explain",
     "export_model",
+    "from_pretrained",
     "load_checkpoint",
+    "push_to_hub",
     "read_state_dict",
+    "save_pretrained",
     "swap",
     "swapped",
     "unswap",

@@ -72,4 +72,6 @@ def build_model(name: str, **options: Any) -> nn.Module:
     if name not in CONFIGS:
         raise ValueError(f"create_model: name must be one of {', '.join(CONFIGS)}, got {name!r}")
     config = {**CONFIGS[name], **options}
-    return config.pop("cls")(**config)
+    model = config.pop("cls")(**config)
+    model.built_as = (name, dict(options))
+    return model

@@ -12,7 +12,8 @@ from support import golden
 from support.checkpoints import exact_state, same, saved, small
 from t2t_fast.errors import CheckpointError
 from t2t_fast.interop.checkpoints import load_checkpoint, read_state_dict
-from t2t_fast.interop.checkpoints.names import comparable, layout, match
+from t2t_fast.interop.checkpoints.names import comparable, match
+from t2t_fast.interop.checkpoints.projects import layout
 from t2t_fast.models import T2TViT, lanl
 
 

@@ -159,7 +159,7 @@ def test_paddles_parameters(tmp_path, protocol, tokens_type, rename):
     (tmp_path / "m.pdparams").write_bytes(paddle_file(source.state_dict(), protocol, rename))
     report = load_checkpoint(model, tmp_path / "m.pdparams")
     assert same(model, source.state_dict()) and report.complete
-    assert report.layout == ("paddlevit" if rename is paddlevit else "upstream")
+    assert report.layout == ("paddle" if rename is paddlevit else "upstream")
     assert report.ignored == ("StructuredToParameterName@@",)
     assert ("eps 1e-6" in str(report)) == (rename is paddlevit)
 

@@ -135,11 +135,12 @@ def conflicts(copies: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> list[s
         ]
         for mirror, (_, _, value) in zip(mirrors, group, strict=True):
             _copy(*_pairs(mirror, value))
-        wrong += [name for mirror, (name, _, value) in zip(mirrors, group, strict=True) if not _same(mirror, value)]
+        wrong += [name for mirror, (name, _, value) in zip(mirrors, group, strict=True) if not same_bits(mirror, value)]
     return wrong
 
 
-def _same(a, b):
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of equal shape and dtype have the same bytes."""
     return torch.equal(*(x.resolve_conj().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 

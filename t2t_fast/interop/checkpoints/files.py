@@ -12,9 +12,9 @@ from typing import Any
 
 from ...errors import CheckpointError
 from . import paddle_files, torch_files
+from .paddle_files import PADDLE
 from .report import Refused
 
-PADDLE = ".pdparams"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -57,6 +57,11 @@ def read(path: Path) -> Any:
             text = f"load_checkpoint: {path} could not be read as {what}: {_reason(error)}"
             raise CheckpointError(text) from error
     return content
+
+
+def is_transposed(path: str | os.PathLike) -> bool:
+    """Whether the Linear weights in the file are (in, out), as PaddlePaddle has them."""
+    return Path(path).suffix.lower() == PADDLE
 
 
 def _memory():

@@ -11,8 +11,10 @@ from torch import nn
 from ...models.backbone import init_weights
 from ...models.position import resize_position_table, square_grid
 from . import commit as writing
+from . import scale
 from .entries import as_tensor
-from .names import NETWORKS, layout, match
+from .names import match
+from .projects import layout, other_network
 from .report import LoadReport, Refused
 
 _TABLES = ("pos_embed", "pos_embedding")
@@ -147,8 +149,10 @@ class Fit:
             value = value.t()
         if name in self.owners and value.ndim == 3 and value.shape[::2] == ours.shape[::2]:
             value = self._fit_positions(name, value, ours)
-        if self.rescale and path.rpartition(".")[2] == "qkv":
-            value = self._rescaled(name, value, self._module(path.rpartition(".")[0]))
+        if self.rescale and scale.queries_of(name):
+            factor = scale.factor(name, value, self._module(path.rpartition(".")[0]))
+            self.rescaled.append((name, factor))
+            value = scale.multiply_queries(value, factor)
         return value
 
     def _module(self, path):
@@ -157,19 +161,6 @@ class Fit:
             return self.model.get_submodule(path)
         except AttributeError:
             return None
-
-    def _rescaled(self, name, value, attention):
-        """The value with rescaled queries: mmpretrain 1.2 scales q k by sqrt(head width), not ``attention.scale``."""
-        try:
-            width = value.shape[0] // 3
-            factor = (width / attention.num_heads) ** 0.5 / attention.scale
-        except AttributeError as error:
-            raise Refused(
-                f"trained_with='mmpretrain' needs an attention with num_heads and scale around {name}"
-            ) from error
-        self.rescaled.append((name, factor))
-        queries, rest = value.double().split([width, value.shape[0] - width])
-        return torch.cat([queries * factor, rest])
 
     def _fit_positions(self, name, value, ours):
         """The table on the model's grid; unchanged if the number of extra tokens differs."""
@@ -234,13 +225,14 @@ class Fit:
             )
         if self.layout != "mmpretrain" and layout(self.target) == "mmpretrain":
             yield "mmpretrain 1.2's attention divides by its scale, so its logits differ from those of upstream's code"
-        if self.layout == "paddlevit":
+        if self.layout == "paddle":
             yield "PaddleViT's LayerNorm has eps 1e-6, upstream's and this package's 1e-5"
 
     def hints(self, report: LoadReport) -> list[str]:
         """Lines with the probable reason why the checkpoint does not fit."""
-        if self.layout in NETWORKS and layout(self.target) != self.layout:
-            return [f"  it is a checkpoint of {self.layout}'s network; its weights fit {NETWORKS[self.layout]} only"]
+        network = other_network(self.layout)
+        if network is not None and layout(self.target) != self.layout:
+            return [f"  it is a checkpoint of {self.layout}'s network; its weights fit {network} only"]
         if report.loaded == 0:
             return ["  not one tensor of it belongs to this model: is it a checkpoint of another architecture?"]
         if any(set(name.split(".")) & set(_HEADS) for name in report.missing):

@@ -1,7 +1,7 @@
 """Matches the names of a checkpoint with those of a model: wrappers, other projects' names, prefixes.
 
-One function translates the names of both sides, so any project's file can go into any project's model. :func:`match`
-then finds the prefixes under which most names agree.
+The names of both sides are translated to upstream's (``projects.py``), so any project's file can go into any project's
+model. :func:`match` then finds the prefixes under which most names agree.
 """
 
 from __future__ import annotations
@@ -11,42 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ...models import FAMILIES
+from .projects import from_project
 from .report import Refused, listed
 
 # Modules that wrap another one: DataParallel and DDP, torch.compile, activation checkpointing, FSDP.
 _WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-# Other projects' names for upstream's, in order. tests/golden/README.md has the tables.
-_RULES = tuple(
-    (re.compile(rf"(?<![^.]){pattern}"), name)
-    for pattern, name in (
-        # mmpretrain's T2T_ViT
-        (r"encoder\.(?=\d+\.)", "blocks."),
-        (r"ln([12])\.", r"norm\1."),
-        (r"ffn\.layers\.0\.0\.", "mlp.fc1."),
-        (r"ffn\.layers\.1\.", "mlp.fc2."),
-        (r"head\.layers\.head\.", "head."),
-        # PaddleViT's T2T_ViT
-        (r"patch_embed\.attn([12])\.", r"tokens_to_token.attention\1."),
-        (r"patch_embed\.proj\.", "tokens_to_token.project."),
-        # a timm model with T2TEmbed
-        (r"patch_embed\.tokens_to_token\.", "tokens_to_token."),
-    )
-)
-# A project's files are recognised by these names.
-_LAYOUTS = {
-    "mmpretrain": re.compile(r"(?<![^.])encoder\.0\.ln1\."),
-    "paddlevit": re.compile(r"(?<![^.])patch_embed\.attn[12]\."),
-    "vit-pytorch": re.compile(r"(?<![^.])to_patch_embedding\.\d+\.layers\."),
-    **{family.name: re.compile(family.checkpoint_names) for family in FAMILIES},
-}
-NETWORKS = {"vit-pytorch": "vit-pytorch's T2TViT", **{family.name: family.model for family in FAMILIES}}
-"""Layout -> the class that its weights fit, for networks other than upstream's."""
-
-
-def layout(names: Iterable[str]) -> str:
-    """The project that uses these names: "mmpretrain", "paddlevit", "vit-pytorch", a family's, else "upstream"."""
-    return next((project for project, sign in _LAYOUTS.items() if any(map(sign.search, names))), "upstream")
 
 
 def without_wrappers(names: Iterable[str]) -> dict[str, str]:
@@ -68,14 +37,8 @@ def check_distinct(names: Iterable[str]) -> None:
 def comparable(names: Iterable[str]) -> dict[str, str]:
     """{name: upstream's name, without wrappers}; names that would become equal are not translated."""
     short = without_wrappers(names)
-    upstreams = _apart(short.values(), _upstreams)
+    upstreams = _apart(short.values(), from_project)
     return {name: upstreams[value] for name, value in short.items()}
-
-
-def _upstreams(name):
-    for pattern, replacement in _RULES:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def _apart(names, change):

@@ -1,4 +1,4 @@
-"""Reads PaddlePaddle's ``.pdparams``, a pickle of a dict of NumPy arrays; only arrays are created.
+"""PaddlePaddle's ``.pdparams``, a pickle of a dict of NumPy arrays. The reader creates nothing but arrays.
 
 Source of the format: ``paddle.save`` in PaddlePaddle's ``python/paddle/framework/io.py``.
 """
@@ -6,6 +6,8 @@ Source of the format: ``paddle.save`` in PaddlePaddle's ``python/paddle/framewor
 from __future__ import annotations
 
 import math
+import pickle
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,12 +17,55 @@ from .pickles import Machine
 from .report import Refused
 from .torch_files import PLAIN_DTYPE
 
+PADDLE = ".pdparams"
+"""Ending of the files' names."""
 _BUFFER = ("numpy.core.numeric._frombuffer", "numpy.core.multiarray._frombuffer")
 
 
 def read(file: BinaryIO, size: int) -> Any:
     """{name: tensor} of the file, nested as in the file. Raises :class:`Refused`, or anything for a broken pickle."""
     return _plain(_Reader(file, size, longest=size).load(), depth=0)
+
+
+def transposed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state with the weights of Linear modules as PaddlePaddle has them, (in, out), or back from there.
+
+    These are all matrices called ``weight``; the Performer's random features, a matrix ``w``, are not transposed.
+    """
+    return {
+        name: value.t() if value.ndim == 2 and name.rpartition(".")[2] == "weight" else value
+        for name, value in state.items()
+    }
+
+
+def write(file: BinaryIO, state: Mapping[str, torch.Tensor]) -> None:
+    """Write {name: tensor} as ``paddle.save`` does; Linear weights are (in, out) in the file.
+
+    Raises:
+        Refused: a dtype that NumPy lacks (bfloat16 is written as PaddlePaddle does, as uint16).
+    """
+    arrays: dict[str, Any] = {}
+    for name, value in transposed(state).items():
+        bits = value.view(torch.int16) if value.dtype == torch.bfloat16 else value
+        try:
+            array = bits.contiguous().numpy()
+        except TypeError as error:
+            raise Refused(f"{PADDLE} files cannot hold {name} of {str(value.dtype).removeprefix('torch.')}") from error
+        arrays[name] = array.view(np.uint16) if value.dtype == torch.bfloat16 else array
+    # With this table paddle.load returns tensors, and set_state_dict accepts both kinds of names.
+    _Pickler(file, protocol=4).dump({**arrays, "StructuredToParameterName@@": {name: name for name in arrays}})
+
+
+class _Pickler(pickle.Pickler):
+    """Writes arrays as calls of ``numpy.ndarray``, which every NumPy has under this name.
+
+    NumPy 2 would write ``numpy._core...``, which NumPy 1, used with many versions of PaddlePaddle, does not have.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return np.ndarray, (value.shape, value.dtype.str, value.tobytes())
+        return NotImplemented
 
 
 def _plain(value, depth):
@@ -76,6 +121,11 @@ class _Reader(Machine):
         name = function.name
         if name == "numpy.core.multiarray._reconstruct":
             return _Array()
+        if name == "numpy.ndarray" and len(args) == 3:  # what :func:`write` writes
+            shape, code, data = args
+            array = _Array()
+            array.fill(data, _DType(code), shape, "C")
+            return array
         if name in _BUFFER:
             array = _Array()
             array.fill(*args)

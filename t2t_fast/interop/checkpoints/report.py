@@ -28,8 +28,8 @@ class LoadReport:
     Attributes:
         path: the file, "state dict" for an object; source: the entry of it that was read ("state_dict_ema",
             "state_dict", "net", ..., nested ones with dots; "tensors" if the tensors are at the top).
-        layout: whose names the checkpoint had: "upstream", "mmpretrain", "paddlevit", "vit-pytorch", or those of one of
-            ``models.FAMILIES``.
+        layout: whose names the checkpoint had: "upstream", "mmpretrain", "paddle" (PaddleViT's), "timm" (with
+            :class:`T2TEmbed`), "vit-pytorch", or those of one of ``models.FAMILIES``.
         prefix: (prefix of the checkpoint's names, prefix of the model's that took its place).
         loaded, total: tensors of the model that were loaded, and all of them.
         resized: (name, old grid, new grid) of position tables.
@@ -69,7 +69,7 @@ class LoadReport:
         """Lines that list the tensors without counterpart."""
         mismatched = [f"{name} (checkpoint {theirs}, model {ours})" for name, theirs, ours in self.mismatched]
         rows = (("missing", self.missing), ("unexpected", self.unexpected), ("does not fit", mismatched))
-        return [_row(label, names) for label, names in rows if names]
+        return [row(label, names) for label, names in rows if names]
 
     def __str__(self):
         rows = (
@@ -83,10 +83,11 @@ class LoadReport:
         )
         names = "" if self.layout == "upstream" else f", {self.layout}'s names"
         lines = [f"{self.path} ({self.source}{names}): {self.loaded} of {self.total} tensors loaded"]
-        lines += [_row(label, entries) for label, entries in rows if entries]
+        lines += [row(label, entries) for label, entries in rows if entries]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines + self.problems())
 
 
-def _row(label, names):
+def row(label: str, names: Sequence[str]) -> str:
+    """A line of a report: the label, the number of names, the first of them."""
     return f"  {label:12} {len(names):4}  {listed(names)}"
