@@ -48,7 +48,8 @@ def create_model(
             "qk_scale=embed_dim ** -0.5 as well.)"
         )
     img_size = check_pair("create_model", "img_size", img_size, minimum=1)
-    model = build_model(name, img_size=img_size, in_chans=in_chans, num_classes=num_classes, **options)
+    model: Any = build_model(name, img_size=img_size, in_chans=in_chans, num_classes=num_classes, **options)
+    model.built_as = (name, {"img_size": img_size, "in_chans": in_chans, **options})  # save_pretrained writes it
     if checkpoint is not None:
         report = load_checkpoint(model, checkpoint, num_classes=num_classes)
         if report.reinitialised:

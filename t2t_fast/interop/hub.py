@@ -24,6 +24,7 @@ from ..models import build_model, list_models
 from .checkpoints import load_checkpoint, unwrap
 from .checkpoints.report import listed
 from .checkpoints.writers import write
+from .create import create_model
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _LIBRARY = "t2t_fast"
@@ -162,7 +163,7 @@ def from_pretrained(
         raise CheckpointError(
             f"from_pretrained: {config_path} describes a {name} of {numbers} numbers, {weights} has {size} bytes"
         )
-    model = build_model(name, **{**saved, **options}).to(dtype)
+    model = create_model(name, **{**saved, **options}).to(dtype)
     num_classes = options.get("num_classes")
     report = load_checkpoint(model, weights, num_classes=num_classes, source_grid=described.grid_size)
     if report.reinitialised:
@@ -203,7 +204,10 @@ def _described(function: str, model: Any) -> tuple[nn.Module, dict[str, Any]]:
             "and convert the file (t2t_fast.convert_checkpoint)"
         )
     name, options = built_as
-    options = {"img_size": 224, "in_chans": 3, **options, "num_classes": _num_classes(function, model)}
+    options = {
+        key: value for key, value in options.items() if key not in ("device", "dtype")
+    }  # of the weights, not the model
+    options["num_classes"] = _num_classes(function, model)
     for option, value in options.items():
         try:
             json.dumps(value, allow_nan=False)

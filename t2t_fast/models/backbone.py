@@ -60,8 +60,6 @@ class Backbone(nn.Module):
     """
 
     block_classes: Mapping[str, type[nn.Module]] = BLOCKS
-    built_as: tuple[str, dict[str, Any]] | None = None
-    """Name and options with which :func:`build_model` built the model, for ``save_pretrained``."""
 
     def __init__(
         self,

@@ -72,6 +72,4 @@ def build_model(name: str, **options: Any) -> nn.Module:
     if name not in CONFIGS:
         raise ValueError(f"create_model: name must be one of {', '.join(CONFIGS)}, got {name!r}")
     config = {**CONFIGS[name], **options}
-    model = config.pop("cls")(**config)
-    model.built_as = (name, dict(options))
-    return model
+    return config.pop("cls")(**config)

@@ -321,6 +321,7 @@ def test_upload_and_download(tmp_path, monkeypatch):
     assert asked == [(name, "dev", "secret", True) for name in ("config.json", "model.safetensors")]
 
 
+@pytest.mark.slow
 def test_offline(tmp_path):
     """Without a network: repositories of the cache load, others are an error, folders need no hub."""
     folder = t2t_fast.save_pretrained(tiny(depth=1), tmp_path / "model")
