@@ -23,9 +23,10 @@ ROOT = Path(t2t_fast.__file__).parents[1]
 def test_help_and_version(capsys):
     code, out, err = run(capsys, "--help")
     assert code == 0 and not err
-    assert all(re.search(rf"^    {name} ", out, re.M) for name in ("demo", "verify", "env", "bench", "export"))
+    commands = ("demo", "verify", "env", "bench", "export", "convert")
+    assert all(re.search(rf"^    {name} ", out, re.M) for name in commands)
     assert run(capsys, "--version") == (0, f"t2t-fast {t2t_fast.__version__}\n", "")
-    for name in ("demo", "verify", "env", "bench", "export"):
+    for name in commands:
         code, out, _ = run(capsys, name, "-h")
         assert code == 0 and out.startswith(f"usage: t2t-fast {name}") and "(default: None)" not in out
 

@@ -83,6 +83,19 @@ def test_plain_vits_have_other_names_in_timm(tmp_path):
     assert same(t2t_fast.from_pretrained(folder), model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["t2t_vit_14", "vit_small_patch16_224"])
+def test_timm_reads_and_writes_folders(tmp_path, name):
+    pytest.importorskip("t2t_fast.timm", reason="the models are not registered in timm")
+    timm = pytest.importorskip("timm")
+    options = {key: value for key, value in OPTIONS.items() if key != "token_dim" or name == "t2t_vit_14"}
+    source, x = t2t_fast.create_model(name, **options).eval(), torch.randn(1, 3, 64, 96)
+    t2t_fast.save_pretrained(source, tmp_path / "ours")
+    model = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
+    torch.testing.assert_close(model(x), source(x), rtol=0, atol=0)
+    timm.models.save_for_hf(model, tmp_path / "timms", safe_serialization=True)
+    assert same(t2t_fast.from_pretrained(tmp_path / "timms"), source.state_dict())
+
+
 def test_folders_that_timm_wrote(folder):
     """timm writes no dtype and no library, and model_args only if there are any."""
     edit(
