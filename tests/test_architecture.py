@@ -29,6 +29,7 @@ LAYERS = [
     ["t2t_fast.models*"],
     ["t2t_fast.reference*"],
     ["t2t_fast.interop*"],
+    ["t2t_fast.timm"],
     ["t2t_fast.cuda_graphs", "t2t_fast.testing", "t2t_fast.environment", "t2t_fast.verification*"],
     ["t2t_fast"],
     ["t2t_fast.demo*"],
@@ -48,6 +49,8 @@ COMPOSITES = {
 }
 # Modules that import optional packages at the top: the command imports them after checking that the extra is installed.
 DRAWING = {f"t2t_fast.demo.{name}" for name in ("charts", "page", "pictures", "run", "style")}
+# A plug-in of an optional package, imported by its users only.
+PLUGINS = {"t2t_fast.timm"}
 # Heavy or optional packages, which other modules import only inside the functions that use them.
 LAZY = {
     "timm",
@@ -159,7 +162,7 @@ def test_only_its_own_package_imports_lanl():
             assert ".lanl" not in text and "import lanl" not in text, name
 
 
-@pytest.mark.parametrize("name", [n for n in PACKAGE if n not in DRAWING | TRITON])
+@pytest.mark.parametrize("name", [n for n in PACKAGE if n not in DRAWING | PLUGINS | TRITON])
 def test_optional_packages_are_imported_where_they_are_used(name):
     for target in imports(name, top_level_only=True):
         assert target.split(".")[0] not in LAZY, f"{name} imports {target} at the top"

@@ -293,8 +293,8 @@ def block_stack(
     block_config: Sequence[int],
     options: Mapping[str, Any],
     classes: Mapping[str, type[nn.Module]] = BLOCKS,
-) -> tuple[nn.ModuleList, int]:
-    """The backbone's blocks and its final width.
+) -> tuple[nn.ModuleList, list[int]]:
+    """The backbone's blocks and the widths of their outputs.
 
     Args:
         kind: "plain", "se", "ghost" or "dense".
@@ -307,7 +307,7 @@ def block_stack(
     if kind == "dense":
         return _dense_blocks(classes["dense"], embed_dim, drop_path_rate, growth_rate, block_config, options)
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-    return nn.ModuleList(classes[kind](embed_dim, drop_path=rate, **options) for rate in rates), embed_dim
+    return nn.ModuleList(classes[kind](embed_dim, drop_path=rate, **options) for rate in rates), [embed_dim] * depth
 
 
 def _dense_blocks(
@@ -317,15 +317,17 @@ def _dense_blocks(
     growth_rate: int,
     block_config: Sequence[int],
     options: Mapping[str, Any],
-) -> tuple[nn.ModuleList, int]:
+) -> tuple[nn.ModuleList, list[int]]:
     """Stages of :class:`BlockDense`, with a halving :class:`Transition` between stages, as one list."""
-    blocks = nn.ModuleList()
+    blocks, widths = nn.ModuleList(), []
     rates = torch.linspace(0, drop_path_rate, len(block_config), device="cpu").tolist()
     for stage, (count, rate) in enumerate(zip(block_config, rates, strict=True)):
         if stage > 0:
             blocks.append(Transition(width, width // 2))
             width //= 2
+            widths.append(width)
         for _ in range(count):
             blocks.append(block(growth_rate, width, drop_path=rate, **options))
             width += growth_rate
-    return blocks, width
+            widths.append(width)
+    return blocks, widths

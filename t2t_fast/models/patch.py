@@ -27,8 +27,13 @@ class PatchEmbed(nn.Module):
         self.img_size = check_pair("PatchEmbed", "img_size", img_size, minimum=1)
         self.patch_size = patch_size
         self.windows = (square(patch_size, patch_size, 0),)
-        self.grid_size = self.grid(*self.img_size)
+        self.grid(*self.img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Token grid (h, w) of an image of ``img_size``."""
+        return self.grid(*self.img_size)
 
     @property
     def num_patches(self) -> int:

@@ -6,11 +6,14 @@ Sources: the factories of yitu-opensource/T2T-ViT and table 6 of the T2T-ViT pap
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..errors import FLOATING
 from .t2t_vit import T2TViT, T2TViTDense, T2TViTGhost, T2TViTSE
 from .vit import ViT
 
@@ -63,13 +66,27 @@ def list_models() -> list[str]:
     return list(CONFIGS)
 
 
-def build_model(name: str, **options: Any) -> nn.Module:
+def build_model(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
     """A randomly initialised model by name; options override its configuration.
+
+    Args:
+        device, dtype: where and as what its parameters are made; ``None``: PyTorch's defaults.
 
     Raises:
         ValueError: unknown name. TypeError, ValueError: an option of the wrong type or value.
     """
     if name not in CONFIGS:
         raise ValueError(f"create_model: name must be one of {', '.join(CONFIGS)}, got {name!r}")
+    if dtype is not None and dtype not in FLOATING:
+        names = ", ".join(str(each).removeprefix("torch.") for each in FLOATING)
+        raise ValueError(f"create_model: dtype must be one of {names}, or None, got {dtype!r}")
     config = {**CONFIGS[name], **options}
-    return config.pop("cls")(**config)
+    with nullcontext() if device is None else torch.device(device):
+        model: nn.Module = config.pop("cls")(**config)
+    return model.to(dtype=dtype)

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..modules.options import check_choice, check_options
+from ..modules.options import check_choice
 from ..modules.t2t_module import TOKENS_TYPES, T2TModule
 from ..ops._common.spec import T2T_WINDOWS, Window, square
-from ..ops._common.windows import as_image
-from .backbone import Backbone, check_model, init_weights
+from .backbone import Backbone, check_model
 from .patch import PatchEmbed
 
 
@@ -28,6 +26,7 @@ class T2TViT(Backbone):
         tokens_type: "performer", "transformer", "convolution" or "patch" (``patch_size`` pixels square).
         block: "plain", "se", "ghost" or "dense" (with ``growth_rate`` and ``block_config``).
         token_dim: width of the T2T module's inner tokens.
+        global_pool: see :class:`Backbone`.
         others: as upstream's ``T2T_ViT``; ``num_classes=0`` leaves the head out.
     """
 
@@ -55,21 +54,26 @@ class T2TViT(Backbone):
         block: str = "plain",
         growth_rate: int = 32,
         block_config: Sequence[int] = (3, 4, 6, 3),
+        global_pool: str = "token",
     ):
         check_model(type(self).__name__, locals())
         check_choice(type(self).__name__, "tokens_type", tokens_type, (*TOKENS_TYPES, "patch"))
         windows: tuple[Window, ...]
+        stages: tuple[str, ...] = ()
         if tokens_type == "patch":
             name, windows = "patch_embed", (square(patch_size, patch_size, 0),)
             tokeniser: nn.Module = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         else:
             name, windows = "tokens_to_token", T2T_WINDOWS
             tokeniser = self.tokens_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
+            stages = ("soft_split0", "soft_split1") if tokens_type == "convolution" else ("attention1", "attention2")
         super().__init__(
             name,
             tokeniser,
             windows=windows,
             img_size=img_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
@@ -83,38 +87,11 @@ class T2TViT(Backbone):
             block=block,
             growth_rate=growth_rate,
             block_config=block_config,
+            stages=[(f"{name}.{stage}", token_dim) for stage in stages],
+            global_pool=global_pool,
         )
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = self._make_head(self.num_features)
         self._initialise()
-
-    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
-        """A new, freshly initialised head for ``num_classes``; 0 leaves the head out."""
-        check_options(type(self).__name__, {"num_classes": num_classes})
-        weight = self.cls_token
-        self.num_classes = num_classes
-        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        init_weights(head)
-        self.head = head.to(device=weight.device, dtype=weight.dtype)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The normalised class token (B, num_features)."""
-        return self.encode(*self.tokens(x), slice(1))[:, 0]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) -> (B, num_classes)."""
-        return self.head(self.forward_features(x))
-
-    def forward_stages(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps for dense prediction: a list of (B, C, h, w) at strides 4, 8 and 16.
-
-        The first two are the T2T module's tokens (token_dim channels), the last the backbone's normalised tokens
-        (num_features channels). A "patch" tokeniser has only the last.
-        """
-        stages = [self.tokens(x)] if len(self.windows) == 1 else self.tokeniser(x, stages=True)
-        tokens, grid = stages[-1]
-        stages[-1] = self.encode(tokens, grid, slice(self.extra_tokens, None)), grid
-        return [as_image(tokens, grid) for tokens, grid in stages]
 
 
 class T2TViTSE(T2TViT):

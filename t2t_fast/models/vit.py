@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..modules.options import check_options
-from ..ops._common.windows import as_image
-from .backbone import Backbone, check_model, init_weights
+from ..errors import check_bool
+from .backbone import Backbone, check_model
 from .patch import PatchEmbed
 
 
@@ -25,10 +25,13 @@ class ViT(Backbone):
         img_size: int or (H, W); decides the stored position table, which is learned.
         representation_size: width of a tanh layer before the head, or ``None``; left out with ``distilled``.
         distilled: a second token with its own head; eval mode returns the mean of both heads, training mode both.
+        global_pool: see :class:`Backbone`; not "avg" with ``distilled``.
         norm_layer: LayerNorm with eps 1e-6 by default.
         block, growth_rate, block_config: the backbone's block, as :class:`T2TViT`.
         others: as upstream's ``VisionTransformer``.
     """
+
+    heads = ("head", "head_dist")
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class ViT(Backbone):
         block: str = "plain",
         growth_rate: int = 32,
         block_config: Sequence[int] = (3, 4, 6, 3),
+        global_pool: str = "token",
     ) -> None:
         norm_layer = partial(nn.LayerNorm, eps=1e-6) if norm_layer is None else norm_layer
         check_model(type(self).__name__, locals())
@@ -61,6 +65,8 @@ class ViT(Backbone):
             tokeniser,
             windows=tokeniser.windows,
             img_size=img_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
@@ -74,53 +80,60 @@ class ViT(Backbone):
             block=block,
             growth_rate=growth_rate,
             block_config=block_config,
+            global_pool=global_pool,
             learned_positions=True,
             distilled=distilled,
         )
-        self.num_classes = num_classes
-        width = self.num_features
+        self._check_pool(type(self).__name__, global_pool)
+        self.distilled_training = distilled
         self.pre_logits: nn.Module = nn.Identity()
         if representation_size and not distilled:
-            self.pre_logits = nn.Sequential(OrderedDict(fc=nn.Linear(width, representation_size), act=nn.Tanh()))
-            self.num_features = representation_size
-        self.head = self._make_head(self.num_features)
-        self.head_dist = self._make_head(width) if distilled else None
+            layer = nn.Linear(self.num_features, representation_size)
+            self.pre_logits = nn.Sequential(OrderedDict(fc=layer, act=nn.Tanh()))
+            self.head_hidden_size = representation_size
+        self.head = self._make_head(self.head_hidden_size)
+        self.head_dist = self._make_head(self.num_features) if distilled else None
         self._initialise()
 
-    def _make_head(self, width: int) -> nn.Module:
-        return nn.Linear(width, self.num_classes) if self.num_classes > 0 else nn.Identity()
+    def _check_pool(self, owner: str, global_pool: str) -> None:
+        super()._check_pool(owner, global_pool)
+        if self.dist_token is not None and global_pool == "avg":
+            raise ValueError(
+                f"{owner}: global_pool must be 'token' or '' with distilled, whose heads read tokens, got 'avg'"
+            )
 
-    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
-        """New, freshly initialised heads for ``num_classes``; 0 leaves them out."""
-        check_options(type(self).__name__, {"num_classes": num_classes})
-        self.num_classes = num_classes
-        for name in ("head", "head_dist"):
-            if getattr(self, name) is not None:
-                head = self._make_head(self.num_features)
-                init_weights(head)
-                setattr(self, name, head.to(self.cls_token))
+    def get_classifier(self) -> Any:
+        """The classifier; with ``distilled`` the pair of both."""
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Whether a ``distilled`` model in training mode returns the logits of both heads (upstream) or their mean."""
+        check_bool(f"{type(self).__name__}.set_distilled_training", "enable", enable)
+        self.distilled_training = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that upstream's recipes exempt from weight decay."""
         return {"pos_embed", "cls_token", "dist_token"}
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The input of the head: (B, num_features), or a pair of (B, embed_dim) with ``distilled``."""
-        x = self.encode(*self.tokens(x), slice(self.extra_tokens))
-        if self.dist_token is None:
-            return self.pre_logits(x[:, 0])
-        return x[:, 0], x[:, 1]
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """See :meth:`Backbone.prune_intermediate_layers`; the tanh layer belongs to the head."""
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.pre_logits, self.head_hidden_size = nn.Identity(), self.num_features
+        return taken
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """(B, in_chans, H, W) -> (B, num_classes); with ``distilled`` in training a pair of them, one a head."""
-        features = self.forward_features(x)
-        if self.head_dist is None:
-            return self.head(features)
-        logits, distilled = self.head(features[0]), self.head_dist(features[1])
-        return (logits, distilled) if self.training else (logits + distilled) / 2
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> Any:
+        """(B, extra + h*w, num_features) -> logits, or, with ``pre_logits``, the head's input.
 
-    def forward_stages(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The one feature map of a plain ViT: a list of one (B, C, h, w) at the patch's stride."""
-        tokens, grid = self.tokens(x)
-        x = self.encode(tokens, grid, slice(self.extra_tokens, None))
-        return [as_image(x, grid)]
+        With ``distilled`` and the pooling "token": the mean of both heads' logits or inputs; in training the pair of
+        both logits, if :meth:`set_distilled_training` is on.
+        """
+        if self.head_dist is None or self.global_pool != "token":
+            x = self.pre_logits(self.pool(x))
+            return x if pre_logits else self.head(x)
+        if pre_logits:
+            return (x[:, 0] + x[:, 1]) / 2
+        logits, distilled = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        return (logits, distilled) if self.training and self.distilled_training else (logits + distilled) / 2

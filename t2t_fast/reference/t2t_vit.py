@@ -31,7 +31,7 @@ class Upstream:
         x = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in extra), tokens], dim=1)
         x = self.pos_drop(x + self.pos_embed)
         for block in self.blocks:
-            x = block(x)
+            x = self._run(block, x)
         return self.norm(x)[:, kept]
 
 

@@ -192,7 +192,8 @@ def test_stage_maps_are_the_tokens():
 def test_reset_classifier():
     model = models.T2TViT(**TINY)
     features = model.eval().forward_features(torch.randn(1, 3, 64, 64))
-    assert features.shape == (1, 48) and model.get_classifier() is model.head
+    assert features.shape == (1, 17, 48) and model.get_classifier() is model.head
+    assert torch.equal(model.forward_head(features, pre_logits=True), features[:, 0])
     model.reset_classifier(3)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
     model.reset_classifier(0)

@@ -308,7 +308,11 @@ def _is_head(owner, name):
 
 def _head_size(owner, head):
     """Number of classes and input width of a head; an ``nn.Identity`` has 0 classes."""
-    return (head.out_features, head.in_features) if isinstance(head, nn.Linear) else (0, owner.num_features)
+    return (
+        (head.out_features, head.in_features)
+        if isinstance(head, nn.Linear)
+        else (0, getattr(owner, "head_hidden_size", owner.num_features))
+    )
 
 
 def _new_head(owner, head, width, num_classes):
