@@ -17,7 +17,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model, resolve_pretrained_cfg
+from timm.layers import register_notrace_module
+from timm.models import (
+    adapt_input_conv,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
 from .errors import CheckpointError, check_pair
@@ -25,6 +33,9 @@ from .interop.checkpoints import read_state_dict
 from .interop.checkpoints.fit import Fit
 from .interop.checkpoints.report import Refused
 from .models import CONFIGS, ViT, build_model
+from .models.blocks import BLOCKS
+from .models.patch import PatchEmbed
+from .modules import T2TModule
 from .ops._common.spec import grid_after
 
 __all__: list[str] = ["checkpoint_filter_fn"]
@@ -138,24 +149,18 @@ def _source_grid(state: Mapping[str, torch.Tensor], model: Any) -> tuple[int, in
 
 
 def _adapt_channels(state: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """The state with a first LayerNorm and Linear for the model's channels; convolutions are adapted by timm."""
-    first = model.pretrained_cfg.get("first_conv")
-    linear = f"{first}.weight"
-    adapted, channels = dict(state), model.pretrained_cfg["input_size"][0]
-    if linear not in adapted or adapted[linear].ndim != 2 or model.in_chans == channels:
-        return adapted
-    taps = model.windows[0].taps
-    if adapted[linear].shape[1] != channels * taps:
-        return adapted
-    for name in (linear, *(f"tokens_to_token.attention1.norm1.{part}" for part in ("weight", "bias"))):
-        columns = adapted[name].unflatten(-1, (channels, taps))
-        if model.in_chans == 1:
-            columns = columns.sum(-2, keepdim=True)
-            factor = 1.0 if name == linear else 1 / channels
-        else:
-            columns = columns[..., torch.arange(model.in_chans) % channels, :]
-            factor = channels / model.in_chans if name == linear else 1.0
-        adapted[name] = (columns * factor).flatten(-2)
+    """The state with a first layer for the model's channels: its convolution, or its LayerNorm and Linear."""
+    first, taps = model.pretrained_cfg["first_conv"], model.windows[0].taps
+    channels, wanted = model.pretrained_cfg["input_size"][0], model.in_chans
+    norms = [f"tokens_to_token.attention1.norm1.{part}" for part in ("weight", "bias")]
+    adapted = dict(state)
+    for name in (f"{first}.weight", *norms) if wanted != channels else ():
+        value = state.get(name)
+        if value is not None and value.shape[-1] == channels * taps:  # columns of an unfolded image, channel by channel
+            value = adapt_input_conv(wanted, value.reshape(-1, channels, taps, 1), channels).flatten(1)
+            adapted[name] = value[0] * (wanted / channels) if name in norms else value  # a norm's are not summed up
+        elif value is not None and value.ndim == 4 and value.shape[1] == channels:
+            adapted[name] = adapt_input_conv(wanted, value, channels)
     return adapted
 
 
@@ -208,6 +213,8 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 
 
 def _register() -> None:
+    for layer in (T2TModule, PatchEmbed, *BLOCKS.values()):  # their forwards depend on sizes
+        register_notrace_module(layer)
     for name in CONFIGS:
         create = _entry_point(name)
         if is_model(create.__name__):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import as_size, check_bool, check_pair
@@ -187,9 +188,11 @@ class Backbone(nn.Module):
     def tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Tokens (B, h*w, embed_dim) of an image (B, C, H, W), and their grid (h, w).
 
-        The tokeniser is called as a module, so its hooks and wrappers run; the grid follows from :attr:`windows`.
+        The tokeniser is called as a module, so its hooks and wrappers run; the grid follows from :attr:`windows`. A
+        trace of torch.fx, which knows no sizes, gets the grid of :attr:`grid_size`.
         """
-        return self.tokeniser(x), grid_after(self.windows, *x.shape[2:])
+        tokens = self.tokeniser(x)
+        return tokens, self.grid_size if isinstance(x, Proxy) else grid_after(self.windows, *x.shape[2:])
 
     def _extra(self) -> torch.Tensor:
         """The extra tokens, (1, extra, embed_dim)."""
@@ -203,7 +206,9 @@ class Backbone(nn.Module):
         extra = self._extra()
         table = self.positions(grid)
         encode = partial(self._encode, tokens, extra, table, kept)
-        call = self._dependencies(tokens, extra, table, kept) if remembered.replays(tokens) else None
+        if isinstance(tokens, Proxy) or not remembered.replays(tokens):
+            return encode()
+        call = self._dependencies(tokens, extra, table, kept)
         if call is None:
             return encode()
         found = remembered.entry(self, *call)
@@ -221,7 +226,7 @@ class Backbone(nn.Module):
 
     def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """A block's output; with :attr:`grad_checkpointing` its intermediate tensors are computed again in backward."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled() and not isinstance(x, Proxy):
             again: torch.Tensor = checkpoint(block, x, use_reentrant=False)
             return again
         return block(x)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx import Proxy
 
 from ..ops._common.transforms import active, is_exporting
 
@@ -110,7 +111,7 @@ def add_positions(tokens: torch.Tensor, extra: torch.Tensor, table: torch.Tensor
     Returns:
         (B, E + L, D) in the widest of the three dtypes.
     """
-    if torch.compiler.is_compiling() or is_exporting() or active() is not None:
+    if isinstance(tokens, Proxy) or torch.compiler.is_compiling() or is_exporting() or active() is not None:
         return torch.cat([extra.expand(tokens.shape[0], -1, -1), tokens], dim=1) + table
     found: torch.Tensor = _AddPositions.apply(tokens, extra, table)
     return found
