@@ -4,14 +4,16 @@ import argparse
 import importlib
 import io
 import math
+import warnings
 
 import pytest
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.models import FeatureInfo, get_pretrained_cfg, model_entrypoint, save_for_hf
+from timm.models import FeatureInfo, get_notrace_modules, get_pretrained_cfg, model_entrypoint, save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torchvision.models import feature_extraction
 
 import t2t_fast.timm
 from support.checkpoints import resized_table, saved
@@ -61,17 +63,25 @@ def test_registered_names_are_those_of_list_models():
     assert t2t_fast.timm.t2t_vit_7 is model_entrypoint("t2t_vit_7") and "t2t_vit_7" in t2t_fast.timm.__all__
 
 
-def test_no_name_of_timm_is_replaced(monkeypatch):
+def test_no_name_of_timm_is_replaced():
     for name in list_models():
         if timm.is_model(name) and not name.startswith("t2t_"):
             assert model_entrypoint(name).__module__.startswith("timm.models"), name
     before = model_entrypoint("t2t_vit_7")
-    with pytest.warns(UserWarning, match="timm already has a model t2t_vit_7, which stays; t2t_fast.create_model"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         plugin._register()
+    text = "t2t_fast.timm: timm already has a model t2t_vit_7, which stays; t2t_fast.create_model makes the one"
+    assert len(caught) == len(NAMES) and any(str(each.message).startswith(text) for each in caught)
     assert model_entrypoint("t2t_vit_7") is before
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("t2t_vit_7", "t2t_vit_t_14", "t2t_vit_dense", "t2t_paper_vit_dense_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
+)
 def test_every_model_and_its_pyramid(name):
     """On the meta device: logits at two sizes, default features with the channels and strides that timm is told."""
     model = timm.create_model(name, num_classes=7, device="meta")
@@ -313,6 +323,20 @@ def test_scripts_run_with_the_models_registered(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "__main__ ['--model', 'x'] True\n"
     with pytest.raises(SystemExit, match=r"usage: python -m t2t_fast\.timm SCRIPT"):
         plugin._main([])
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_dense", "t2t_paper_vit_deit_tiny_distilled_patch16_224"])
+def test_torch_fx_traces_the_models(name):
+    """Tokeniser and blocks are single nodes; timm's feature extractor by torch.fx returns the outputs of blocks."""
+    model = small(name, num_classes=3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    tracer = feature_extraction.NodePathTracer(leaf_modules=get_notrace_modules())
+    traced = torch.fx.GraphModule(model, tracer.trace(model))
+    assert torch.equal(traced(x), model(x))
+    features = small(name, features_only=True, feature_cls="fx", out_indices=(-2, -1)).eval()
+    assert [tuple(f.shape) for f in features(x)] == [
+        (2, model.num_prefix_tokens + 16, info["num_chs"]) for info in model.feature_info[-2:]
+    ]
 
 
 def test_models_are_copied_and_saved():
