@@ -41,6 +41,15 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def check_pool(owner: str, global_pool: str, distilled: bool) -> None:
+    """Raise unless ``global_pool`` is one of a model with, or without, a distillation token."""
+    check_choice(owner, "global_pool", global_pool, POOLS)
+    if distilled and global_pool == "avg":
+        raise ValueError(
+            f"{owner}: global_pool must be 'token' or '' with distilled, whose heads read one token each, got 'avg'"
+        )
+
+
 def check_model(owner: str, options: Mapping[str, Any]) -> None:
     """Check a classification model's arguments, name -> value, before anything is built.
 
@@ -50,7 +59,7 @@ def check_model(owner: str, options: Mapping[str, Any]) -> None:
     check_options(owner, options)
     check_pair(owner, "img_size", options["img_size"], minimum=1)
     check_choice(owner, "block", options["block"], tuple(BLOCKS))
-    check_choice(owner, "global_pool", options["global_pool"], POOLS)
+    check_pool(owner, options["global_pool"], options.get("distilled", False))
     width, heads = options["embed_dim"], options["num_heads"]
     if width % heads:
         raise ValueError(f"{owner}: num_heads must divide embed_dim, got embed_dim={width}, num_heads={heads}")
@@ -411,7 +420,7 @@ class Backbone(nn.Module):
         owner = type(self).__name__
         check_options(owner, {"num_classes": num_classes})
         if global_pool is not None:
-            self._check_pool(owner, global_pool)
+            check_pool(owner, global_pool, self.dist_token is not None)
             self.global_pool = global_pool
         self.num_classes = num_classes
         for name in self.heads:
@@ -419,9 +428,6 @@ class Backbone(nn.Module):
                 head = self._make_head(self.head_hidden_size)
                 init_weights(head)
                 setattr(self, name, head.to(self.cls_token).train(self.training))
-
-    def _check_pool(self, owner: str, global_pool: str) -> None:
-        check_choice(owner, "global_pool", global_pool, POOLS)
 
     def get_classifier(self) -> Any:
         """The classifier; a tuple if there are several."""

@@ -84,7 +84,6 @@ class ViT(Backbone):
             learned_positions=True,
             distilled=distilled,
         )
-        self._check_pool(type(self).__name__, global_pool)
         self.distilled_training = distilled
         self.pre_logits: nn.Module = nn.Identity()
         if representation_size and not distilled:
@@ -94,13 +93,6 @@ class ViT(Backbone):
         self.head = self._make_head(self.head_hidden_size)
         self.head_dist = self._make_head(self.num_features) if distilled else None
         self._initialise()
-
-    def _check_pool(self, owner: str, global_pool: str) -> None:
-        super()._check_pool(owner, global_pool)
-        if self.dist_token is not None and global_pool == "avg":
-            raise ValueError(
-                f"{owner}: global_pool must be 'token' or '' with distilled, whose heads read tokens, got 'avg'"
-            )
 
     def get_classifier(self) -> Any:
         """The classifier; with ``distilled`` the pair of both."""

@@ -77,7 +77,7 @@ BAD = {
     "softsplit_kernels": {**TRIPLE, (7.0, 3, 3): TypeError},
     "block_config": {3: TypeError, (1, "x"): TypeError, (1, -1): ValueError, None: TypeError},
     "windows": {None: ValueError, ((7, 4, 2),): ValueError, (7, 4, 2): ValueError, "abc": ValueError},
-    **dict.fromkeys(("tokens_type", "block"), CHOICE),
+    **dict.fromkeys(("tokens_type", "block", "global_pool"), CHOICE),
     "recompute": {"low": TypeError, None: TypeError, 1: TypeError},
     "pixel_norm": {"x": TypeError, ((0.5,) * 2, (0.2,) * 2): ValueError, ((0.5,) * 3, (0.0,) * 3): ValueError},
 }
