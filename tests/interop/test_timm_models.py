@@ -43,7 +43,10 @@ def small(name="t2t_vit_7", **options):
     return timm.create_model(name, **{**KINDS[name], **options})
 
 
-every_kind = pytest.mark.parametrize("name", KINDS)
+ALIKE = ("t2t_vit_c_14", "t2t_vit_16_ghost", "t2t_vit_14_se", "t2t_paper_vit_dense_patch16_224")
+every_kind = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in KINDS]
+)
 
 
 def test_registered_names_are_those_of_list_models():
