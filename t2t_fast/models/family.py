@@ -56,11 +56,13 @@ class Rule:
         matches: module -> whether it has the structure.
         refusal: matching module -> the reason why it cannot be swapped, or ``None``.
         probes: matching module -> input shapes for the proof; the first on which the original runs is used.
+        arguments: matching module -> the further arguments of ``forward`` in the proof.
         inner: child -> the fast class that it gets along with the module.
         containers: path of a child whose parts the module's fast class reads -> what it may have, with its own class.
         operator: the operator whose backend reports show; empty if PyTorch's own functions do the work.
-        soft_splits: child that the fast form does not call -> layer that computes it too; reported as "(fused)". If the
-            module cannot be swapped, these soft splits are, if the proof allows it.
+        soft_splits: ``nn.Unfold`` or ``nn.Fold`` that the fast form does not call -> layer that computes it too, empty
+            for the module itself; reported as "(fused)". If the module cannot be swapped, these children are, if the
+            proof allows it.
         caution: why a match is swapped only if a pattern of ``include`` matches its own path; empty if always.
     """
 
@@ -71,6 +73,7 @@ class Rule:
     probes: Callable[[Any], list[tuple[int, ...]]]
     operator: str
     refusal: Callable[[Any], str | None] = lambda module: None
+    arguments: Callable[[Any], tuple[Any, ...]] = lambda module: ()
     inner: Mapping[str, Form] = field(default_factory=dict)
     containers: Mapping[str, Form] = field(default_factory=dict)
     soft_splits: Mapping[str, str] = field(default_factory=dict)

@@ -54,7 +54,7 @@ def _named(path, include):
 
 
 def _find(model, include, exclude):
-    """The matches, [(path, module, plan)], and a :class:`Row` for each candidate that is left."""
+    """The matches, [(path, module, plans)], and a :class:`Row` for each candidate that is left."""
     found, left, claimed = [], [], set()
     for path, module in model.named_modules():
         if id(module) in claimed:
@@ -65,21 +65,26 @@ def _find(model, include, exclude):
             left.append(Row(path, source, "", "", "is fast already"))
             continue
         try:
-            plan = match_of(module)
+            plans = match_of(module)
         except Mismatch as mismatch:
             left.append(Row(path, source, "", "", str(mismatch)))
             continue
-        if plan is None:
+        if not plans:
             continue
-        inside = (f"{path}.{name}" if path else name for name in plan.rule.containers)
-        if not all(_selected(each, include, exclude) for each in (path, *inside)):
+        if not _chosen(path, plans[0], include, exclude):
             left.append(Row(path, source, "", "", "not selected by include and exclude"))
-        elif plan.rule.caution and not _named(path, include):
-            left.append(Row(path, source, "", "", plan.rule.caution))
+        elif plans[0].rule.caution and not _named(path, include):
+            left.append(Row(path, source, "", "", plans[0].rule.caution))
         else:
-            claimed.update(id(change.module) for change in (*plan.changes, *plan.parts))
-            found.append((path, module, plan))
+            claimed.update(id(change.module) for change in (*plans[0].changes, *plans[0].parts))
+            found.append((path, module, [plan for plan in plans if _chosen(path, plan, include, exclude)]))
     return found, left
+
+
+def _chosen(path, plan, include, exclude):
+    """Whether a module's path and those of the containers that its fast form skips are selected."""
+    inside = (f"{path}.{name}" if path else name for name in plan.rule.containers)
+    return all(_selected(each, include, exclude) for each in (path, *inside))
 
 
 class _Swap(NamedTuple):
@@ -96,32 +101,50 @@ def _prove_all(model, found, include, exclude):
     A match inside a block is tried only if the block cannot be swapped, since the block's fused form skips it.
     """
     proved, left = [], []
-    matches = {id(module): (path, module, plan) for path, module, plan in found}
-    inside = {
-        id(module): [id(module.get_submodule(path)) for path in plan.rule.containers] for _, module, plan in found
-    }
-    templates = {}  # signature -> Template or None
+    matches = {id(module): (path, module, plans) for path, module, plans in found}
+    results = {}  # signature -> Template, None or Mismatch
 
-    def attempt(path, module, plan):
+    def result(module, plan, inner):
+        """The template of one plan's proof; equal modules share one proof."""
+        if plan.reason:
+            raise Mismatch(plan.reason)
+        changes = [*inner, *plan.changes]
+        known = signature(module, changes)
+        if known is None or known not in results:
+            try:
+                results[known] = prove(module, changes, plan.probes, plan.arguments)
+            except Mismatch as mismatch:
+                results[known] = mismatch
+        if isinstance(results[known], Mismatch):
+            raise results[known]
+        return results[known]
+
+    def attempt(path, module, plans):
         own = {id(each) for each in module.modules()}
         inner = [change for swap in proved for change in swap.changes if id(change.module) in own]
-        try:
-            if plan.reason:
-                raise Mismatch(plan.reason)
-            changes = [*inner, *plan.changes]
-            known = signature(module, changes)
-            if known is None or known not in templates:
-                templates[known] = prove(module, changes, plan.probes)
-            whole = plan.changes[-1]._replace(template=templates[known])
-            proved.append(_Swap(path, [*plan.changes[:-1], whole], plan.rule.soft_splits))
-        except Mismatch as mismatch:
-            left.append(Row(path, type(module).__name__, "", "", str(mismatch)))
-            proved.extend(_prove_parts(module, path, plan, inner, include, exclude))
-            for each in inside[id(module)]:
-                if each in matches:
-                    attempt(*matches[each])
+        reasons, skipped = [], []
+        for plan in plans:
+            try:
+                template = result(module, plan, inner)
+                whole = plan.changes[-1]._replace(template=template)
+                proved.append(_Swap(path, [*plan.changes[:-1], whole], plan.rule.soft_splits))
+                skipped = inside(module, [plan])
+                break
+            except Mismatch as mismatch:
+                reasons.append(str(mismatch))
+        else:
+            left.append(Row(path, type(module).__name__, "", "", reasons[0]))
+            proved.extend(_prove_parts(module, path, plans[0], inner, include, exclude))
+        for each in inside(module, plans):
+            if each in matches and each not in skipped:
+                attempt(*matches[each])
 
-    deferred = {each for containers in inside.values() for each in containers}
+    def inside(module, plans):
+        """The ids of the children that the fast forms of plans skip."""
+        paths = dict.fromkeys(path for plan in plans for path in plan.rule.containers)
+        return [id(module.get_submodule(path)) for path in paths]
+
+    deferred = {each for _, module, plans in found for each in inside(module, plans)}
     for match in reversed(found):
         if id(match[1]) not in deferred:
             attempt(*match)
@@ -134,7 +157,7 @@ def _prove_parts(module, path, plan, inner, include, exclude):
     parts = [change for change in plan.parts if _selected(paths[id(change.module)], include, exclude)]
     try:
         if parts:
-            prove(module, [*inner, *parts], plan.probes)
+            prove(module, [*inner, *parts], plan.probes, plan.arguments)
     except Mismatch:
         return []  # the reason of the module itself is reported
     return [_Swap(paths[id(change.module)], [change]) for change in parts]
@@ -207,9 +230,9 @@ def _rows(model, swap, sources):
     returns = f"returns a {change.template}" if change.template is not None else ""
     yield Row(path, sources[path], change.form.name, backend_of(change.module), returns)
     for child, worker in swap.fused.items():
-        if isinstance(getattr(change.module, worker), (*FAST, nn.Linear)):
+        if not worker or isinstance(getattr(change.module, worker), (*FAST, nn.Linear)):
             child_path = f"{path}.{child}" if path else child
-            yield Row(child_path, sources[child_path], FUSED, "", f"with {worker}")
+            yield Row(child_path, sources[child_path], FUSED, "", f"with {worker or 'its module'}")
 
 
 def _undo(module):

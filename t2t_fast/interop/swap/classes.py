@@ -15,6 +15,7 @@ from torch import nn
 
 from ...modules.block import Fused
 from ...modules.fusion import ORIGINAL
+from ...modules.windowed import Windowed
 from .template import Template
 
 
@@ -22,7 +23,7 @@ from .template import Template
 def swapped_class(
     original: Any,
     fast: Any,
-    argument: str | None = None,
+    names: tuple[str, ...] = (),
     template: Template | None = None,
     hidden: tuple[str, ...] = (),
     containers: tuple[tuple[str, type], ...] = (),
@@ -31,24 +32,26 @@ def swapped_class(
 
     Args:
         original, fast: classes of modules.
-        argument: the name of the input of ``original.forward``, if that of ``fast`` differs.
+        names: those of the arguments of ``original.forward``, if those of ``fast`` differ.
         template: describes what ``forward`` returns; ``None`` if it returns what ``fast`` returns.
         hidden: properties of ``fast`` that must not hide attributes of the instance.
         containers: those of a :class:`modules.block.Fused`.
     """
     forward = fast.forward if template is None else _returning(fast, template)
-    forward = forward if argument is None else _renamed(forward, argument, argument_of(fast))
+    forward = _renamed(forward, dict(zip(names, arguments_of(fast), strict=True))) if names else forward
     namespace = {
         "__doc__": f"``{original.__name__}`` with the forward of ``{fast.__name__}``.",
         "__module__": __name__,
         "__reduce_ex__": _reduce,
         ORIGINAL: original,
-        "_t2t_fast_arguments": (original, fast, argument, template, hidden, containers),
+        "_t2t_fast_arguments": (original, fast, names, template, hidden, containers),
         **dict.fromkeys(hidden),
         "forward": forward,
     }
     if issubclass(fast, Fused):
-        namespace |= {"containers": containers, "_unfused": original.forward}
+        namespace["containers"] = containers
+    if issubclass(fast, (Fused, Windowed)):
+        namespace["_unfused"] = original.forward
     return type(fast.__name__, (fast,) if issubclass(fast, original) else (original, fast), namespace)
 
 
@@ -83,19 +86,18 @@ def _returning(fast, template):
     return forward
 
 
-def argument_of(cls: Any) -> str:
-    """The name of the input of a class's ``forward``."""
-    return list(inspect.signature(cls.forward).parameters)[1]
+def arguments_of(cls: Any) -> tuple[str, ...]:
+    """The names of the arguments that a class's ``forward`` needs."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
-def _renamed(call, name, own):
-    """``call`` that also accepts its input under the keyword ``name``."""
+def _renamed(call, own):
+    """``call`` that accepts its arguments under other keywords; own: keyword -> its own one."""
 
     @wraps(call)
     def forward(self, *arguments, **named):
-        if name in named:
-            named[own] = named.pop(name)
-        return call(self, *arguments, **named)
+        return call(self, *arguments, **{own.get(name, name): value for name, value in named.items()})
 
     return forward
 

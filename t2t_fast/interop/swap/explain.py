@@ -11,6 +11,7 @@ from torch import nn
 from ... import backends
 from ...errors import BackendUnavailable
 from ...modules.block import Fused
+from ...modules.windowed import Windowed
 from .rules import FAST, RULES
 
 
@@ -38,7 +39,9 @@ def skipped(module: Any) -> set[int]:
     """The ids of children that a fast module fuses, and that reports therefore do not list."""
     if isinstance(module, Fused):
         return set() if module.obstacle() else {id(module.get_submodule(path)) for path, _ in module.containers}
-    return {id(child) for child in module.children() if isinstance(child, nn.Unfold)}
+    if isinstance(module, Windowed) and module.obstacle():
+        return set()
+    return {id(child) for child in module.children() if isinstance(child, (nn.Unfold, nn.Fold))}
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dis
 import inspect
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ...models.family import Form, Rule
-from ...modules import Unfold
+from ...modules import Fold, Unfold
 from ...modules.block import Fused
-from .classes import argument_of, collisions, original_class
+from .classes import arguments_of, collisions, original_class
 from .rules import RULES
 from .template import Mismatch, Template
 
 _BARE = frozenset(nn.Module().__dict__)
+_SPLITS: dict[Any, type[nn.Module]] = {nn.Unfold.forward: Unfold, nn.Fold.forward: Fold}
+"""``forward`` of a child that can be swapped alone, and its fast class."""
 _YIELDING = {"num_patches", "grid_size", "img_size", "tokens_type"}
 """Names defined by fast classes that attributes of an instance may hide."""
 
@@ -26,14 +28,14 @@ class Change(NamedTuple):
 
     module: nn.Module
     form: Form
-    argument: str | None = None
+    names: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     template: Template | None = None
     containers: tuple[tuple[str, type], ...] = ()
 
 
 class Plan(NamedTuple):
-    """A match: the rule, the changes (the module itself last), input shapes for the proof.
+    """A match: the rule, the changes (the module itself last), input shapes and further arguments for the proof.
 
     Attributes:
         reason: why the module itself cannot be swapped; then there are no changes.
@@ -45,10 +47,11 @@ class Plan(NamedTuple):
     probes: list[tuple[int, ...]]
     reason: str = ""
     parts: tuple[Change, ...] = ()
+    arguments: tuple[Any, ...] = ()
 
 
-def match(module: nn.Module) -> Plan | None:
-    """The :class:`Plan` of the first rule that fits and whose form the module can get, or ``None`` if no rule fits.
+def match(module: nn.Module) -> list[Plan]:
+    """A :class:`Plan` for each rule that fits and whose form the module can get, in the order of the rules.
 
     No rule fits a wrapper: its child is the candidate.
 
@@ -56,20 +59,21 @@ def match(module: nn.Module) -> Plan | None:
         Mismatch: rules fit, and the module cannot be swapped by any of them; the reason is the first one's.
     """
     if _is_wrapper(module):
-        return None
+        return []
+    plans: list[Plan] = []
     reasons: list[Mismatch] = []
     try:
         for rule in RULES:
             if rule.matches(module):
                 try:
-                    return _plan(rule, module)
+                    plans.append(_plan(rule, module))
                 except Mismatch as mismatch:
                     reasons.append(mismatch)
     except Exception as error:  # a property or __getattr__ of another project may raise anything
         raise Mismatch(f"it could not be examined: {type(error).__name__}: {error}") from error
-    if reasons:
+    if reasons and not plans:
         raise reasons[0]
-    return None
+    return plans
 
 
 def _is_wrapper(module):
@@ -83,15 +87,17 @@ def _plan(rule, module):
         raise Mismatch(reason)
     probes = rule.probes(module)
     splits = [getattr(module, name) for name in rule.soft_splits]
-    parts = tuple(_change(split, Form(Unfold)) for split in splits if type(split).forward is nn.Unfold.forward)
+    kinds = [(split, _SPLITS.get(type(split).forward)) for split in splits]
+    parts = tuple(_change(split, Form(kind)) for split, kind in kinds if kind is not None)
+    arguments = rule.arguments(module)
     try:
         changes = [_change(getattr(module, name), form) for name, form in rule.inner.items()]
         changes.append(_change(module, rule.form)._replace(containers=_containers(rule, module)))
     except Mismatch as mismatch:
         if not rule.soft_splits:
             raise
-        return Plan(rule, [], probes, str(mismatch), parts)
-    return Plan(rule, changes, probes, parts=parts)
+        return Plan(rule, [], probes, str(mismatch), parts, arguments)
+    return Plan(rule, changes, probes, parts=parts, arguments=arguments)
 
 
 def _containers(rule, module):
@@ -111,7 +117,7 @@ def _change(module, form):
     if clash := sorted(taken - _YIELDING):
         raise Mismatch(f"it defines {', '.join(clash)}, which the fast form defines too")
     hidden = tuple(sorted(name for name in taken if isinstance(getattr(form.kind, name), property)))
-    return Change(module, form, _argument(module, form.kind), hidden)
+    return Change(module, form, _names(module, form.kind), hidden)
 
 
 def _check(module, form):
@@ -174,11 +180,13 @@ def _parts(code):
             yield from _parts(constant)
 
 
-def _argument(module, kind):
-    """The name of ``forward``'s only argument, or ``None`` if the fast one has the same name."""
+def _names(module, kind):
+    """The names of ``forward``'s arguments, empty if those of the fast one are the same."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     optional = [p for p in parameters[1:] if issubclass(kind, Fused) and p.default is not inspect.Parameter.empty]
     required = [p for p in parameters if p not in optional]
-    if len(required) != 1 or required[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        raise Mismatch(f"its forward takes ({', '.join(map(str, parameters))}), the fast one an input alone")
-    return None if parameters[0].name == argument_of(kind) else parameters[0].name
+    own, names = arguments_of(kind), tuple(p.name for p in required)
+    if len(required) != len(own) or any(p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for p in required):
+        fast = "an input alone" if len(own) == 1 else f"({', '.join(own)})"
+        raise Mismatch(f"its forward takes ({', '.join(map(str, parameters))}), the fast one {fast}")
+    return () if names == own else names

@@ -19,6 +19,7 @@ from torch import nn
 
 from ...backends import backend
 from ...modules.block import Fused
+from ...modules.windowed import Windowed
 from .classes import swapped_class
 from .match import Change
 from .template import Mismatch, Template, recognised
@@ -29,26 +30,32 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative difference between a module and its fast form, in results and in each gradient."""
 
 
-def prove(module: nn.Module, changes: Sequence[Change], probes: Iterable[tuple[int, ...]]) -> Template | None:
+def prove(
+    module: nn.Module,
+    changes: Sequence[Change],
+    probes: Iterable[tuple[int, ...]],
+    arguments: tuple[Any, ...] = (),
+) -> Template | None:
     """Raise :class:`Mismatch` unless a twin of ``module`` computes the same before and after ``changes``.
 
     Args:
         changes: [:class:`match.Change`] of ``module`` and of modules inside it.
         probes: input shapes; the first one on which the original runs is used.
+        arguments: further arguments of its ``forward``.
 
     Returns:
         a :class:`Template` if the original returns a structure of tensors and sizes; ``None`` if a tensor.
     """
     try:
         with _neutral():
-            x, expected, original = _original(module, probes)
+            x, expected, original = _original(module, probes, arguments)
             template = None
             if not isinstance(original, torch.Tensor) and changes[-1].module is module:
                 template = _template(module, changes, x, original)
             fast = _swapped_twin(module, changes, x.dtype, template)
-            if isinstance(fast, Fused) and (why := fast.obstacle()) is not None:
+            if isinstance(fast, (Fused, Windowed)) and (why := fast.obstacle()) is not None:
                 raise Mismatch(why)  # it would run its own forward, and the comparison would show nothing
-            found = _fast_results(fast, x)
+            found = _fast_results(fast, x, arguments)
             if template is not None:
                 _check_sizes(module, fast, probes, x.dtype)
             _compare(found, expected, TOLERANCE[x.dtype])
@@ -76,10 +83,10 @@ def signature(module: nn.Module, changes: Sequence[Change]) -> Hashable | None:
         for name, value in each.__dict__.items():
             if name in _BARE or name in _NEUTRAL:
                 continue
-            values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-            if not all(isinstance(item, _PLAIN) for item in values):
+            try:
+                plain.append((name, _plain_values(value)))
+            except TypeError:
                 return None
-            plain.append((name, values))
         tensors = [
             (name, t.shape, t.dtype, t.device.type, t.requires_grad, type(t), t.layout)
             for held in (each._parameters, each._buffers)
@@ -90,9 +97,20 @@ def signature(module: nn.Module, changes: Sequence[Change]) -> Hashable | None:
     return tuple(found)
 
 
-def _fast_results(twin, x):
+def _plain_values(value):
+    """A value of plain numbers and texts, also in containers, as a hashable one; ``TypeError`` for any other."""
+    if isinstance(value, dict):
+        return tuple((name, _plain_values(item)) for name, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain_values, value))
+    if not isinstance(value, _PLAIN):
+        raise TypeError
+    return value
+
+
+def _fast_results(twin, x, arguments):
     try:
-        return _evaluate(twin, x)[0]
+        return _evaluate(twin, x, arguments)[0]
     except Mismatch:
         raise
     except Exception as error:
@@ -119,7 +137,7 @@ def _neutral():
         yield
 
 
-def _original(module, probes):
+def _original(module, probes, arguments):
     """The first probe on which the original runs, in float64 if it can, its evaluation, and its result."""
     failures = []
     for dtype in TOLERANCE:
@@ -127,7 +145,7 @@ def _original(module, probes):
         for shape in probes:
             x = torch.randn(shape, dtype=dtype)
             try:
-                return x, *_evaluate(twin, x)
+                return x, *_evaluate(twin, x, arguments)
             except Mismatch:
                 raise
             except Exception as error:  # noqa: BLE001 - a forward of another project may raise anything
@@ -225,10 +243,10 @@ def apply(change: Change) -> None:
     module = change.module
     original: Any = type(module)
     kind: Any = change.form.kind
-    module.__class__ = swapped_class(original, kind, change.argument, change.template, change.hidden, change.containers)
+    module.__class__ = swapped_class(original, kind, change.names, change.template, change.hidden, change.containers)
 
 
-def _evaluate(twin, x):
+def _evaluate(twin, x, arguments):
     """Results and gradients in eval and in training mode, [(name, tensor)], and the value of the first call."""
     for each in twin.modules():
         for name in ("p", "drop_prob"):
@@ -239,7 +257,7 @@ def _evaluate(twin, x):
         twin.train(mode == "training")
         twin.zero_grad(set_to_none=True)
         given = x.clone().requires_grad_()
-        returned = twin(given.clone())  # not a leaf, so that it may be changed in place
+        returned = twin(given.clone(), *arguments)  # not a leaf, so that it may be changed in place
         first = returned if first is None else first
         results = list(_tensors(returned))
         if not results:

@@ -14,7 +14,7 @@ from ...modules import Fold, T2TModule, TokenPerformer, TokenTransformer, Unfold
 from ...modules.t2t_module import window_of
 from ...modules.token_transformer import Mlp, TokenAttention
 from ...ops._common.spec import Window
-from . import blocks
+from . import blocks, windowed
 
 
 def _is_performer(module: Any) -> bool:
@@ -122,6 +122,7 @@ RULES = (
         },
     ),
     *blocks.RULES,
+    *windowed.RULES,
     Rule(
         name="nn.Unfold",
         structure="if include names it; also soft_split0..2 of a T2T module that cannot be swapped as a whole",
