@@ -206,6 +206,8 @@ def fused_rule(
     attributes: Mapping[str, tuple[str, ...]] | None = None,
     only: Callable[[Any], bool] = lambda module: True,
     refusal: Callable[[Any], str | None] = lambda module: None,
+    parameters: tuple[str, ...] = (),
+    probe: tuple[int, ...] = (2, 7),
 ) -> Rule:
     """The rule of a fused class, which follows from its parts.
 
@@ -213,7 +215,8 @@ def fused_rule(
         name: as :class:`Rule`; kind: the fused class, with ``parts``.
         attributes: container, or "" for the module itself -> other attributes that its ``forward`` may read.
         only: a further condition of a match.
-        refusal: as :class:`Rule`.
+        refusal: as :class:`Rule`; parameters: of the module itself, as :class:`Form`.
+        probe: the sizes of a probe before its width.
     """
     parts, given = kind.parts, attributes or {}
     linears = [getattr(parts, role) for role in _LINEAR if getattr(parts, role)] + list(parts.linears)
@@ -229,12 +232,13 @@ def fused_rule(
 
     def form(container: str, kind: type[nn.Module]) -> Form:
         found = tuple(sorted(names(container)))
-        return Form(kind, found, attributes=(*found, *given.get(container, ())))
+        own = () if container else parameters
+        return Form(kind, found, own, attributes=(*found, *given.get(container, ())))
 
     def matches(module: Any) -> bool:
         if not all(isinstance(_at(module, path), cls) for path, cls in needed.items()):
             return False
-        if any(_at(module, path) is None for path in numbers) or not only(module):
+        if any(_at(module, path) is None for path in (*numbers, *parameters)) or not only(module):
             return False
         if not parts.qkv:
             return True
@@ -252,7 +256,7 @@ def fused_rule(
         form=form("", kind),
         matches=matches,
         refusal=refusal,
-        probes=lambda module: [(2, 7, width(module))],
+        probes=lambda module: [(*probe, width(module))],
         operator=operator,
         containers={path: form(path, nn.Module) for path in parts.containers()},
     )

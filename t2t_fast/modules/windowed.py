@@ -8,7 +8,7 @@ runs.
 from __future__ import annotations
 
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class Windowed(nn.Module):
     def _obstacle(self) -> str | None:
         return None
 
-    def _unfused(self, *arguments: Any) -> torch.Tensor:
+    def _unfused(self, *arguments: Any, **named: Any) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -60,13 +60,13 @@ class FusionFeedForward(Windowed):
     ``second(unfold(fold(first(x)) / fold(ones)))``; between its two children runs :func:`fused_fold_unfold`.
     """
 
-    first: ClassVar[str] = "conv1"
-    second: ClassVar[str] = "conv2"
+    first, second = "conv1", "conv2"
 
     def _obstacle(self) -> str | None:
         skipped = ("fold", nn.Fold, Fold), ("unfold", nn.Unfold, Unfold)
         found = [skipped_obstacle(self, name, kind, fast) for name, kind, fast in skipped]
-        if window_of(self.fold) != window_of(self.unfold):
+        inner: Any = self
+        if window_of(inner.fold) != window_of(inner.unfold):
             found.append("fold and unfold have different windows")
         return next((why for why in found if why), None)
 
@@ -89,6 +89,12 @@ class FusionFeedForward(Windowed):
         return out
 
 
+class FusionMlp(FusionFeedForward):
+    """The same with the children ``fc1`` and ``fc2``."""
+
+    first, second = "fc1", "fc2"
+
+
 class SizedFusionFeedForward(FusionFeedForward):
     """The same for any image size, a further argument; the window is in ``t2t_params`` (E2FGVI-HQ)."""
 
@@ -103,11 +109,10 @@ class SizedFusionFeedForward(FusionFeedForward):
         return self._averaged(x, output_size, window)
 
 
-class NamedFusionFeedForward(SizedFusionFeedForward):
-    """The same under ProPainter's names."""
+class SizedFusionMlp(SizedFusionFeedForward):
+    """The same with the children ``fc1`` and ``fc2`` (ProPainter)."""
 
-    first = "fc1"
-    second = "fc2"
+    first, second = "fc1", "fc2"
 
 
 class SplitEmbedding(Windowed):
@@ -167,6 +172,23 @@ class Composition(Windowed):
         tokens = inner.embedding(x.reshape(x.shape[0], -1, x.shape[-1]))
         tokens = tokens.reshape(x.shape[0] * t, -1, tokens.shape[2])
         out: torch.Tensor = inner.bias_conv(soft_composition(tokens, output_size, *window).contiguous())
+        return out
+
+
+class SplitLayer(Windowed):
+    """Soft split and a Performer or Transformer layer behind it (``SWT4`` of PTNet), fused as in a T2T module."""
+
+    def _obstacle(self) -> str | None:
+        names = "sw", "transformer"
+        split, layer = (getattr(self, name) for name in names)
+        return stage_obstacle(split, layer, window_of(split), names)
+
+    def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        """(B, C, H, W) -> tokens (B, h*w, dim); with other arguments the original ``forward`` runs."""
+        if others or named or self.obstacle() is not None:
+            return self._unfused(x, *others, **named)
+        inner: Any = self
+        out: torch.Tensor = inner.transformer(x, window=window_of(inner.sw))
         return out
 
 

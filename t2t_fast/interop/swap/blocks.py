@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
+from ...functional import layer_norm_linear, performer_attention
 from ...models.family import fused_rule
+from ...modules import remembered
 from ...modules.block import (
     ATTENTION,
     MLP,
+    Children,
+    Fused,
     FusedAttention,
     FusedAttentionGhost,
     FusedAttentionSE,
@@ -19,6 +28,7 @@ from ...modules.block import (
     FusedResidual,
     Parts,
     block_parts,
+    mlp,
 )
 
 TIMM_ATTENTION = ATTENTION._replace(idle=("q_norm", "k_norm", "norm", "gate"))
@@ -103,6 +113,90 @@ class MmpretrainBlock(FusedBlock):
         return attention.head_dims**-0.5 if scale is None else 1.0 / scale
 
 
+class PerformerBlock(Fused):
+    """A ``Token_performer`` whose skip is its input, as in the decoders of VST: input and output have one width."""
+
+    parts = Parts(
+        norm1="norm1",
+        qkv="kqv",
+        proj="proj",
+        proj_drop="dp",
+        norm2="norm2",
+        fc1="mlp.0",
+        act="mlp.1",
+        fc2="mlp.2",
+        drop="mlp.3",
+    )
+
+    def dependencies(self, x: torch.Tensor) -> tuple[remembered.Dependencies, Mapping[str, Any]] | None:
+        call = super().dependencies(x)
+        if call is None:
+            return None
+        inner: Any = self
+        (tensors, options), children = call
+        return ((*tensors, inner.w), (*options, inner.epsilon)), children
+
+    def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
+        inner: Any = self
+        tensors = (x, *children.weights("norm1", "kqv"))
+        packed, x = remembered.run(children.entry, layer_norm_linear, tensors, norm_eps=children.eps("norm1"))
+        k, q, v = packed.chunk(3, dim=-1)
+        y = F.linear(performer_attention(q, k, v, inner.w, inner.epsilon), *children.weights("proj"))
+        return mlp(self, x, children, y, branch_drop=children.rate("dp"))
+
+
+class OnGrid(Fused):
+    """A fused module whose tokens are a grid (B, H, W, dim), as in VOLO."""
+
+    def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        """(B, H, W, dim) -> the same shape; anything else runs the original ``forward``."""
+        if others or named or x.ndim != 4 or self.obstacle() is not None:
+            return self._unfused(x, *others, **named)
+        return super().forward(x.flatten(1, 2)).view(x.shape)
+
+
+class GridBlock(OnGrid, FusedBlock):
+    """A block of tokens on a grid."""
+
+
+class GridAttention(OnGrid, FusedAttention):
+    """Self-attention of tokens on a grid."""
+
+
+class GridMlpBlock(FusedResidual):
+    """A block of tokens on a grid with any attention, which is called: everything behind it is fused."""
+
+    parts = block_parts(
+        Parts(), "attn", MLP, "mlp", norm2="norm2", drop_path1="drop_path", drop_path2="drop_path",
+        called=("norm1", "attn"),
+    )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        """(B, H, W, dim) -> the same shape; anything else runs the original ``forward``."""
+        if others or named or x.ndim != 4 or self.obstacle() is not None:
+            return self._unfused(x, *others, **named)
+        inner: Any = self
+        branch = inner.attn(inner.norm1(x))
+        paths = (path for path in self.parts.checks() if path not in self.parts.idle)
+        children = Children({path: attrgetter(path)(self) for path in paths}, None)
+        drops = {"branch_path": self.parts.drop_path1, "drop_path": self.parts.drop_path2}
+        rates = {name: children.rate(path) for name, path in drops.items()}
+        return mlp(self, x.flatten(1, 2), children, branch.flatten(1, 2), **rates).view(x.shape)
+
+
+class TimmGridBlock(OnGrid, TimmBlock):
+    """A block of timm's VOLO."""
+
+
+class TimmGridMlpBlock(GridMlpBlock):
+    """A block of timm's VOLO with outlook attention."""
+
+    parts = block_parts(
+        Parts(), "attn", TIMM_MLP, "mlp", norm2="norm2", drop_path1="drop_path1", drop_path2="drop_path2",
+        called=("norm1", "attn"),
+    )  # fmt: skip
+
+
 def _mmpretrain_refusal(module: Any) -> str | None:
     if module.v_shortcut or module.attn.v_shortcut:
         return "v_shortcut is True"
@@ -115,10 +209,21 @@ def _keeps_width(module: Any) -> bool:
     return shapes[0] is not None and shapes[0] == shapes[1]
 
 
+_GRID = (2, 2, 3)
 _HEADS = {"attn": ("head_dim",)}
 _TIMM = ("fused_attn", "head_dim", "attn_dim")
 
+PERFORMER_BLOCK = fused_rule(
+    "Token_performer with a skip of its input",
+    PerformerBlock,
+    attributes={"": ("emb", "m", "head_cnt", "epsilon", "w")},
+    parameters=("w",),
+    refusal=lambda module: None if hasattr(module, "epsilon") else "it has no epsilon",
+)
+"""Behind the rule of ``Token_performer``, which has the same structure."""
+
 RULES = (
+    PERFORMER_BLOCK,
     fused_rule("Block of T2T_ViT_SE", FusedBlockSE, attributes=_HEADS),
     fused_rule("Block of T2T_ViT_Dense", FusedBlockDense, attributes=_HEADS),
     fused_rule("Block of timm", TimmBlock, attributes={"attn": _TIMM}),
@@ -134,11 +239,16 @@ RULES = (
         refusal=_mmpretrain_refusal,
     ),
     fused_rule("Block with another attention or MLP", FusedResidual, "add_layer_norm", only=_keeps_width),
+    fused_rule("Block on a grid", GridBlock, attributes=_HEADS, probe=_GRID),
+    fused_rule("Block on a grid with another attention", GridMlpBlock, only=_keeps_width, probe=_GRID),
+    fused_rule("Block of timm's VOLO", TimmGridBlock, attributes={"attn": _TIMM}, probe=_GRID),
+    fused_rule("Block of timm's VOLO with another attention", TimmGridMlpBlock, only=_keeps_width, probe=_GRID),
     fused_rule("Attention of T2T_ViT_Ghost", FusedAttentionGhost, "", attributes={"": _HEADS["attn"]}),
     fused_rule("Mlp of T2T_ViT_Ghost", FusedMlpGhost, ""),
     fused_rule("Attention of T2T_ViT_SE", FusedAttentionSE, "", attributes={"": _HEADS["attn"]}),
     fused_rule("Attention of timm", TimmAttention, "", attributes={"": _TIMM}),
     fused_rule("Attention", FusedAttention, "", attributes={"": _HEADS["attn"]}),
+    fused_rule("Attention on a grid", GridAttention, "", attributes={"": _HEADS["attn"]}, probe=_GRID),
     fused_rule("Mlp of timm", TimmMlp),
     fused_rule("Mlp", FusedMlp),
     fused_rule("Attention of vit-pytorch", PreNormAttention, "layer_norm_linear"),

@@ -11,7 +11,6 @@ from torch import nn
 
 from ...models.family import Form, Rule
 from ...modules import Fold, Unfold
-from ...modules.block import Fused
 from .classes import arguments_of, collisions, original_class
 from .rules import RULES
 from .template import Mismatch, Template
@@ -183,7 +182,8 @@ def _parts(code):
 def _names(module, kind):
     """The names of ``forward``'s arguments, empty if those of the fast one are the same."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    optional = [p for p in parameters[1:] if issubclass(kind, Fused) and p.default is not inspect.Parameter.empty]
+    more = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(kind.forward).parameters.values())
+    optional = [p for p in parameters[1:] if more and p.default is not p.empty]
     required = [p for p in parameters if p not in optional]
     own, names = arguments_of(kind), tuple(p.name for p in required)
     if len(required) != len(own) or any(p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for p in required):

@@ -42,17 +42,21 @@ def _window(module: Any) -> Window:
 
 
 def _is_sequence(module: Any, *names: str) -> bool:
-    """Whether the named children are ``nn.Sequential`` with a Linear each."""
+    """Whether the named children are each a Linear, or an ``nn.Sequential`` with one."""
     children = [getattr(module, name, None) for name in names]
-    return all(isinstance(c, nn.Sequential) and any(isinstance(each, nn.Linear) for each in c) for c in children)
+    return all(isinstance(child, (nn.Linear, nn.Sequential)) and _linear(child) is not None for child in children)
+
+
+def _linear(child: nn.Module) -> nn.Linear | None:
+    return next((each for each in child.modules() if isinstance(each, nn.Linear)), None)
 
 
 def _width(module: Any, first: str) -> int:
-    linear = next(each for each in getattr(module, first) if isinstance(each, nn.Linear))
+    linear: Any = _linear(getattr(module, first))
     return int(linear.in_features)
 
 
-def _feed_forward(name: str, kind: type[windowed.SizedFusionFeedForward]) -> Rule:
+def _feed_forward(name: str, kind: type[windowed.FusionFeedForward]) -> Rule:
     """The rule of a feed-forward that takes the image size, for its names of its children."""
 
     def stored(module: Any) -> Window:
@@ -65,7 +69,7 @@ def _feed_forward(name: str, kind: type[windowed.SizedFusionFeedForward]) -> Rul
 
     return Rule(
         name=name,
-        structure=f"{kind.first}, {kind.second} (Sequential with a Linear), t2t_params; forward(x, output_size)",
+        structure=f"{kind.first}, {kind.second} (Linear or Sequential), t2t_params; forward(x, output_size)",
         form=Form(kind, (kind.first, kind.second), attributes=_STORED),
         matches=lambda module: (
             _is_sequence(module, kind.first, kind.second)
@@ -78,19 +82,19 @@ def _feed_forward(name: str, kind: type[windowed.SizedFusionFeedForward]) -> Rul
     )
 
 
-def _fixed_feed_forward() -> Rule:
-    """The rule of a feed-forward with ``nn.Fold`` and ``nn.Unfold``, for one image size."""
+def _fixed_feed_forward(name: str, kind: type[windowed.FusionFeedForward]) -> Rule:
+    """The rule of a feed-forward with ``nn.Fold`` and ``nn.Unfold``, for its names of its children."""
 
     def probes(module: Any) -> list[tuple[int, ...]]:
         height, width = _window(module.fold).grid(*_pair(module.fold.output_size))
-        return [(1, height * width, _width(module, "conv1"))]
+        return [(1, height * width, _width(module, kind.first))]
 
     return Rule(
-        name="FusionFeedForward",
-        structure="conv1, conv2 (Sequential with a Linear), fold (nn.Fold), unfold (nn.Unfold)",
-        form=Form(windowed.FusionFeedForward, ("conv1", "conv2", "fold", "unfold"), attributes=_STORED),
+        name=name,
+        structure=f"{kind.first}, {kind.second} (Linear or Sequential), fold (nn.Fold), unfold (nn.Unfold)",
+        form=Form(kind, (kind.first, kind.second, "fold", "unfold"), attributes=_STORED),
         matches=lambda module: (
-            _is_sequence(module, "conv1", "conv2") and has(module, fold=nn.Fold, unfold=nn.Unfold)
+            _is_sequence(module, kind.first, kind.second) and has(module, fold=nn.Fold, unfold=nn.Unfold)
         ),
         refusal=lambda module: window_refusal(module.fold) or window_refusal(module.unfold),
         probes=probes,
@@ -148,15 +152,39 @@ def _composition_arguments(module: Any) -> tuple[Any, ...]:
     return 2, _small(window)[0]
 
 
+def _layer_width(module: Any) -> int:
+    """The input width of the layer behind a soft split, 0 if it is unknown."""
+    for path in ("kqv", "attn.qkv"):
+        try:
+            return int(module.transformer.get_submodule(path).in_features)
+        except AttributeError:
+            continue
+    return 0
+
+
+def _layer_refusal(module: Any) -> str | None:
+    reason = window_refusal(module.sw)
+    width, taps = _layer_width(module), _window(module.sw).taps
+    if reason is None and (width == 0 or width % taps):
+        return f"the layer's width {width} is not a multiple of its window's {taps} pixels"
+    return reason
+
+
+def _layer_probes(module: Any) -> list[tuple[int, ...]]:
+    window = _window(module.sw)
+    return [(2, _layer_width(module) // window.taps, *_small(window)[0])]
+
+
 def _outlook_probes(module: Any) -> list[tuple[int, ...]]:
     window = _window(module.unfold)
     return [(2, 3 * window.stride[0], 2 * window.stride[1], module.v.in_features)]
 
 
 RULES = (
-    _fixed_feed_forward(),
+    _fixed_feed_forward("FusionFeedForward", windowed.FusionFeedForward),
+    _fixed_feed_forward("FusionFeedForward with fc1 and fc2", windowed.FusionMlp),
     _feed_forward("FusionFeedForward of any size", windowed.SizedFusionFeedForward),
-    _feed_forward("FusionFeedForward of ProPainter", windowed.NamedFusionFeedForward),
+    _feed_forward("FusionFeedForward of any size with fc1 and fc2", windowed.SizedFusionMlp),
     _embedding("SoftSplit", windowed.SplitEmbedding, "forward(x, b)", 2, False),
     _embedding("SoftSplit on a grid", windowed.GridEmbedding, "f_h, f_w; forward(x, b)", 2, True),
     _embedding("SoftSplit of any size", windowed.SizedGridEmbedding, "forward(x, b, output_size)", 3, False),
@@ -170,6 +198,16 @@ RULES = (
         probes=_composition_probes,
         arguments=_composition_arguments,
         operator="soft_composition",
+    ),
+    Rule(
+        name="Soft split and layer",
+        structure="sw (nn.Unfold), transformer (a Token_performer or Token_transformer)",
+        form=Form(windowed.SplitLayer, ("sw", "transformer")),
+        matches=lambda module: has(module, sw=nn.Unfold, transformer=nn.Module),
+        refusal=_layer_refusal,
+        probes=_layer_probes,
+        operator="soft_split_linear",
+        soft_splits={"sw": "transformer"},
     ),
     Rule(
         name="OutlookAttention",
