@@ -174,7 +174,8 @@ def swap(
 
     These modules are swapped, wherever they are in the model: the whole tokens-to-token module (both token types; also
     one that returns its stages or their sizes beside the tokens), single ``Token_performer`` and ``Token_transformer``
-    layers, every ``nn.Fold``, and the corresponding modules of the families in ``models.FAMILIES``. The fast form of
+    layers, transformer blocks, every ``nn.Fold``, the feed-forward, soft split and composition of video inpainting,
+    outlook attention, and the corresponding modules of the families in ``models.FAMILIES``. The fast form of
     ``nn.Unfold`` returns a transposed view: an ``nn.Unfold`` is swapped if ``include`` matches its own path, or if the
     proof shows that the T2T module around it accepts the view.
 

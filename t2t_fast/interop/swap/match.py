@@ -187,6 +187,8 @@ def _names(module, kind):
     required = [p for p in parameters if p not in optional]
     own, names = arguments_of(kind), tuple(p.name for p in required)
     if len(required) != len(own) or any(p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for p in required):
-        fast = "an input alone" if len(own) == 1 else f"({', '.join(own)})"
-        raise Mismatch(f"its forward takes ({', '.join(map(str, parameters))}), the fast one {fast}")
+        given = ", ".join(map(str, parameters))
+        if len(own) == 1:
+            raise Mismatch(f"its forward takes ({given}), the fast one an input alone")
+        raise Mismatch(f"its forward takes ({given}), the fast one ({', '.join(own)})")
     return () if names == own else names

@@ -67,7 +67,7 @@ FOREIGN = {
     "DVT": Foreign(forks.Dynamic, (2, 3, 64, 64), _NET),
     "AdaViT": Foreign(forks.Adaptive, (2, 3, 64, 64), _NET),
     "LocalViT": Foreign(forks.Local, (2, 3, 64, 64), _NET),
-    "CrossViT": Foreign(forks.Cross, (2, 3, 96, 96), {**_NET, "size": 240}, (2, 3, 240, 240)),
+    "CrossViT": Foreign(forks.Cross, (2, 3, 96, 96), {**_NET, "size": 240}, (1, 3, 240, 240)),
     "shared blocks": Foreign(forks.Shared, (2, 3, 64, 64), _NET),
     "mmpretrain": Foreign(
         mmpretrain.T2TViT, (2, 3, 64, 96), {"dim": 384, "depth": 4, "heads": 6, "token_dim": 64}, (2, 3, 224, 224)
@@ -87,8 +87,8 @@ FOREIGN = {
         },
     ),
     "LANL": Foreign(_lanl, (2, 1, 60, 100), {"image": (1, 400, 100)}, (4, 1, 400, 100)),
-    "VST": Foreign(saliency.Saliency, (2, 3, 64, 64), _MAPS),
-    "M3Net": Foreign(_m3net, (2, 3, 64, 64), _MAPS),
+    "VST": Foreign(saliency.Saliency, (2, 3, 64, 64), _MAPS, (1, 3, 224, 224)),
+    "M3Net": Foreign(_m3net, (2, 3, 64, 64), _MAPS, (1, 3, 224, 224)),
     "FuseFormer": Foreign(inpainting.FuseFormer, (2, 4, 20, 32), _FIXED, _FRAMES),
     "E2FGVI": Foreign(inpainting.E2FGVI, (2, 4, 20, 32), _FIXED, _FRAMES),
     "E2FGVI-HQ": Foreign(_high_quality, (2, 4, 20, 32), _VIDEO, _FRAMES),
