@@ -76,7 +76,7 @@ FOREIGN = {
         _vit_pytorch,
         (2, 1, 32, 32),
         {
-            "image_size": 224,
+            "image_size": 112,
             "channels": 3,
             "num_classes": 1000,
             "dim": 256,
@@ -85,6 +85,7 @@ FOREIGN = {
             "mlp_dim": 512,
             "dim_head": 64,
         },
+        (1, 3, 112, 112),
     ),
     "LANL": Foreign(_lanl, (2, 1, 60, 100), {"image": (1, 400, 100)}, (4, 1, 400, 100)),
     "VST": Foreign(saliency.Saliency, (2, 3, 64, 64), _MAPS, (1, 3, 224, 224)),
