@@ -104,16 +104,18 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="the largest number of rounds")
     parser.add_argument("--seconds", type=float, default=4.0, help="per model and mode, after which no round begins")
+    parser.add_argument("--minutes", type=float, default=5.5, help="for all models: late ones get fewer rounds")
     parser.add_argument("--tiny", action="store_true", help="the sizes of the tests: shows that the script works")
     parser.add_argument("--models", nargs="+", choices=FOREIGN, default=list(FOREIGN))
     parser.add_argument("--write", type=Path, help="a page whose table is replaced")
     given = parser.parse_args(arguments)
     if given.write is not None:
         replaced(given.write.read_text(), "")  # before the measurement: whether there is a place for the table
-    rows = []
+    rows, end = [], time.perf_counter() + 60 * given.minutes
     for name in given.models:
         begin = time.perf_counter()
-        found = measure(name, not given.tiny, given.rounds, given.seconds)
+        share = (end - begin) / (len(given.models) - len(rows)) / 3  # two modes, and as much for building and proving
+        found = measure(name, not given.tiny, given.rounds, min(given.seconds, share))
         images = FOREIGN[name].images(not given.tiny)
         rows.append([name, " x ".join(map(str, images.shape)), *(cell for each in found for cell in shown(*each))])
         print(f"{name}: {', '.join(rows[-1][2:])}, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
