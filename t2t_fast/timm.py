@@ -28,10 +28,11 @@ from timm.models import (
 )
 from torch import nn
 
-from .errors import CheckpointError, check_pair
+from .errors import CheckpointError, check_bool, check_pair
 from .interop.checkpoints import read_state_dict
 from .interop.checkpoints.fit import Fit
 from .interop.checkpoints.report import Refused
+from .interop.hub import timm_name
 from .models import CONFIGS, ViT, build_model
 from .models.blocks import BLOCKS
 from .models.patch import PatchEmbed
@@ -59,11 +60,6 @@ _FIRST = {
     "convolution": "tokens_to_token.soft_split0",
 }
 """Kind of tokens -> the layer whose input has the image's channels."""
-
-
-def _registered_name(name: str) -> str:
-    """The name in timm's registry of a model of this package."""
-    return name if name.startswith("t2t_") else f"t2t_paper_{name}"
 
 
 def _cfg(name: str, **options: Any) -> dict[str, Any]:
@@ -95,7 +91,7 @@ def _default_cfgs() -> dict[str, dict[str, Any]]:
         for tagged, file in _FILES.items()
     }
     released = {tagged.partition(".")[0] for tagged in _FILES}
-    return {**cfgs, **{_registered_name(name): _cfg(name) for name in CONFIGS if name not in released}}
+    return {**cfgs, **{timm_name(name): _cfg(name) for name in CONFIGS if name not in released}}
 
 
 default_cfgs = generate_default_cfgs(_default_cfgs())
@@ -165,11 +161,8 @@ def _adapt_channels(state: Mapping[str, torch.Tensor], model: Any) -> dict[str, 
 
 
 def _make(name: str, dynamic_img_size: bool = True, **options: Any) -> nn.Module:
-    """A model of this package with timm's arguments."""
-    if dynamic_img_size is not True:
-        raise ValueError(
-            f"{name}: dynamic_img_size must be True, since the model takes images of any size, got {dynamic_img_size!r}"
-        )
+    """A model of this package with timm's arguments; it takes images of any size whatever ``dynamic_img_size``."""
+    check_bool(name, "dynamic_img_size", dynamic_img_size)
     model = build_model(name, **options)
     if isinstance(model, ViT):
         model.set_distilled_training(False)  # timm's scripts take one tensor; its distillation task turns this on
@@ -178,7 +171,7 @@ def _make(name: str, dynamic_img_size: bool = True, **options: Any) -> nn.Module
 
 def _build(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
     """:func:`timm.create_model`'s work for one model: build it, load it, wrap it for ``features_only``."""
-    registered = _registered_name(name)
+    registered = timm_name(name)
     source = resolve_pretrained_cfg(registered, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
     remedy = f"give a local file: pretrained=True, pretrained_cfg_overlay=dict(file=PATH); files are at {_RELEASES}"
     if pretrained and not (source.has_weights or source.state_dict):
@@ -206,7 +199,7 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         return _build(name, pretrained, **options)
 
-    create.__name__ = create.__qualname__ = _registered_name(name)
+    create.__name__ = create.__qualname__ = timm_name(name)
     create.__module__ = __name__
     create.__doc__ = f"``{name}`` of :func:`t2t_fast.create_model`, with timm's arguments."
     return create

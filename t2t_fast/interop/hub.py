@@ -41,6 +41,11 @@ _PREPROCESSING = {
 }
 
 
+def timm_name(name: str) -> str:
+    """The name in timm's registry of a model of this package."""
+    return name if name.startswith("t2t_") else _TIMM_PREFIX + name
+
+
 def save_pretrained(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write a model of :func:`create_model` to a folder that :func:`from_pretrained` reads.
 
@@ -247,7 +252,7 @@ def _config(name: str, options: Mapping[str, Any], model: Any) -> dict[str, Any]
     height, width = check_pair("save_pretrained", "img_size", options["img_size"], minimum=1)
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in model.parameters() if p.is_floating_point()))
     return {
-        "architecture": name if name.startswith("t2t_") else _TIMM_PREFIX + name,
+        "architecture": timm_name(name),
         "num_classes": options["num_classes"],
         "num_features": model.num_features,
         "global_pool": options.get("global_pool", "token"),

@@ -187,8 +187,9 @@ def test_sizes_in_arguments():
     model.set_input_size((32, 64))
     assert model._traits["img_size"] == model._model_args["img_size"] == (32, 64)
     assert model.eval()(torch.randn(1, 5, 50, 40, dtype=torch.float64)).shape == (1, 3)
-    with pytest.raises(ValueError, match=r"t2t_vit_7: dynamic_img_size must be True, .* any size, got False"):
-        small(dynamic_img_size=False)
+    assert small(dynamic_img_size=False).eval()(torch.randn(1, 3, 50, 40)).shape[0] == 1
+    with pytest.raises(TypeError, match=r"t2t_vit_7: dynamic_img_size must be True or False, got 'yes'"):
+        small(dynamic_img_size="yes")
     with pytest.raises(TypeError, match="colour"):
         small(colour="red")
 
