@@ -16,7 +16,18 @@ LAYERS = [
         COMMON,
         *(
             f"{COMMON}.{name}"
-            for name in ("spec", "transforms", "guards", "replay", "costs", "flops", "windows", "philox", "pixels")
+            for name in (
+                "spec",
+                "transforms",
+                "guards",
+                "replay",
+                "costs",
+                "flops",
+                "windows",
+                "causal",
+                "philox",
+                "pixels",
+            )
         ),
     ],
     [f"{COMMON}.{name}" for name in ("library", "launch_table", "cached")],

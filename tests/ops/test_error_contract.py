@@ -57,6 +57,10 @@ CALLS = {
         "x": BYTES, "weight": torch.randn(5, 27), **WINDOW, "pixel_norm": PIXEL_NORM,
     },
     "performer_attention": {**QKV, "w": torch.randn(4, 8), "eps": 1e-8, "key_mask": torch.ones(2, 5, dtype=torch.bool)},
+    "performer_attention of heads": {
+        **{name: torch.randn(2, 3, 5, 8) for name in QKV}, "w": torch.randn(3, 4, 8), "key_mask": torch.ones(2, 3, 5),
+        "causal": True, "normalize": True,
+    },
     "token_mlp": {"y": QKV["q"], "v": QKV["v"], **TOKEN_MLP},
     "performer_layer": {"x": IMAGE, **LAYER, "recompute": False},
     "add_layer_norm": {
@@ -112,14 +116,14 @@ NUMBERS = {
     "str": "1e-5", "NaN": float("nan"), "NumPy NaN": np.float64("nan"), "-1": -1.0, "complex": 1e-5j, "list": [1e-5],
     "tensor": torch.ones(1), "None": None,
 }  # fmt: skip
+BOOLS = {"str": "low", "None": None, "int": 1}
 PROBABILITIES = NUMBERS | {"1": 1.0, "2": 2}
 OPTIONS = {
     **dict.fromkeys(("kernel_size", "stride", "padding", "output_size", "grid"), SIZES),
     **dict.fromkeys(("eps", "norm_eps", "norm1_eps", "norm2_eps"), NUMBERS),
     **dict.fromkeys(("proj_drop", "mlp_drop", "drop", "drop_path"), PROBABILITIES),
     **dict.fromkeys(("branch_drop", "branch_path", "hidden_drop"), PROBABILITIES),
-    "residual": {"str": "yes", "None": None, "int": 1},
-    "recompute": {"str": "low", "None": None, "int": 1},
+    **dict.fromkeys(("residual", "recompute", "causal", "normalize"), BOOLS),
     "backend": {"str": "cuda", "None": None, "int": 1},
     "pixel_norm": {
         "str": "x", "number": 0.5, "one": ((0.5,) * 3,), "None": None, "too long": ((0.5,) * 4, (0.2,) * 4),
@@ -134,6 +138,7 @@ RELATIONS = ("another dtype", "rank + 1", "one longer", "empty", "meta")
 RIGHT = {
     *((name, kind) for name in ("x", "tokens", "input") for kind in ("another dtype", "one longer", "meta")),
     ("weight", "another dtype"),
+    ("v", "one longer"),
 }
 
 

@@ -139,7 +139,7 @@ BAD = {
         lambda: performer_attention(QKV, QKV[:1], QKV, W), ValueError, "k must have shape (2, 5, 8) (batch and width of q)",
     ),
     "performer_attention: v shape": (
-        lambda: performer_attention(QKV, QKV, QKV[:, :3], W), ValueError, "v must have shape (2, 5, 8) (the shape of k)",
+        lambda: performer_attention(QKV, QKV, QKV[:, :3], W), ValueError, "v must have shape (2, 5, 8) (batch and tokens of k)",
     ),
     "performer_attention: w shape": (
         lambda: performer_attention(QKV, QKV, QKV, W[:, :5]), ValueError, "w must have shape (4, 8)",
@@ -164,8 +164,12 @@ BAD = {
         "performer_attention: key_mask must be a torch.Tensor or None, got list",
     ),
     "performer_attention: key mask dtype": (
-        lambda: performer_attention(QKV, QKV, QKV, W, key_mask=torch.ones(2, 5)), ValueError,
-        "performer_attention: key_mask must be one of bool, got float32",
+        lambda: performer_attention(QKV, QKV, QKV, W, key_mask=torch.ones(2, 5, dtype=torch.int64)), ValueError,
+        "performer_attention: key_mask must be one of bool, float32, got int64",
+    ),
+    "performer_attention: weights in another dtype": (
+        lambda: performer_attention(*[QKV.half()] * 3, W, key_mask=KEEP.double()), ValueError,
+        "performer_attention: key_mask must be one of bool, float16, float32, got float64",
     ),
     "performer_attention: key mask rank": (
         lambda: performer_attention(QKV, QKV, QKV, W, key_mask=KEEP[0]), ValueError, "key_mask must be 2-D, got 1-D of shape (5,)",
@@ -175,7 +179,31 @@ BAD = {
         "performer_attention: key_mask must have shape (2, 3) (batch and tokens of k), got (2, 5)",
     ),
     "performer_attention: key mask with a head axis": (
-        lambda: performer_attention(HEADS, HEADS, HEADS, W, key_mask=KEEP.unsqueeze(1)), ValueError, "key_mask must be 2-D, got 3-D",
+        lambda: performer_attention(QKV, QKV, QKV, W, key_mask=KEEP.unsqueeze(1)), ValueError, "key_mask must be 2-D, got 3-D",
+    ),
+    "performer_attention: key mask of other heads": (
+        lambda: performer_attention(HEADS, HEADS, HEADS, W, key_mask=KEEP.unsqueeze(1).expand(2, 3, 5)), ValueError,
+        "key_mask must have shape (2, 1, 5) (batch, heads and tokens of k), got (2, 3, 5)",
+    ),
+    "performer_attention: features per head without heads": (
+        lambda: performer_attention(QKV, QKV, QKV, W.unsqueeze(0)), ValueError, "w must be 2-D, got 3-D of shape (1, 4, 8)",
+    ),
+    "performer_attention: features of other heads": (
+        lambda: performer_attention(HEADS, HEADS, HEADS, W.expand(3, 4, 8)), ValueError,
+        "w must have shape (1, 4, 8) (heads of q, random features, token width), got (3, 4, 8)",
+    ),
+    "performer_attention: v without channels": (
+        lambda: performer_attention(QKV, QKV, QKV[..., :0], W), ValueError, "v must have at least one channel, got shape (2, 5, 0)",
+    ),
+    "performer_attention: causal is no bool": (
+        lambda: performer_attention(QKV, QKV, QKV, W, causal=1), TypeError, "causal must be True or False, got 1",
+    ),
+    "performer_attention: normalize is no bool": (
+        lambda: performer_attention(QKV, QKV, QKV, W, normalize="sqrt"), TypeError, "normalize must be True or False, got 'sqrt'",
+    ),
+    "performer_attention: causal with other tokens": (
+        lambda: performer_attention(QKV, QKV[:, :3], QKV[:, :3], W, causal=True), ValueError,
+        "performer_attention: causal=True needs q with as many tokens as k, got 5 and 3",
     ),
     "performer_attention: device of the key mask": (
         lambda: performer_attention(QKV, QKV, QKV, W, key_mask=KEEP.to("meta")), ValueError,

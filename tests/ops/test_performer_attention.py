@@ -221,7 +221,7 @@ def test_a_key_mask_is_traced(gradient):
     """opcheck with dynamic shapes, torch.compile and torch.export; the mask is an input of the graph."""
     q, k, v, w, keep = masked_inputs(2, 3, 11, 8)
     leaves = [t.clone().requires_grad_(gradient) for t in (q, k, v, w)]
-    torch.library.opcheck(torch.ops.t2t_fast.performer_attention.default, (*leaves, 1e-8, keep, "aten"))
+    torch.library.opcheck(torch.ops.t2t_fast.performer_attention.default, (*leaves, 1e-8, keep, False, False, "aten"))
 
     class Attend(torch.nn.Module):
         def forward(self, q, k, v, w, keep):

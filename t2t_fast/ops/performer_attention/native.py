@@ -8,13 +8,18 @@ import torch
 from .._common import native_library
 from .._common.library import first_order, wants_gradient
 from .._common.native_library import gradient, single
+from . import aten
 
 _KINDS = native_library.devices("performer_attention")
 
 
 def supports(request):
     masked = "no key mask in the native kernels" if request.sizes.get("masked") else None
-    return masked or native_library.reason(request, _KINDS, native_library.SINGLE)
+    return (
+        masked
+        or aten.beyond_kernels(request, "native")
+        or native_library.reason(request, _KINDS, native_library.SINGLE)
+    )
 
 
 @native_library.fake("performer_attention")
@@ -51,8 +56,8 @@ class PerformerAttention(torch.autograd.Function):
         return *(gradient(value, tensor) for value, tensor in zip(found, tensors, strict=True)), None
 
 
-def forward(q, k, v, w, eps, key_mask):
-    """``key_mask`` is always ``None``: ``supports`` rejects masks."""
+def forward(q, k, v, w, eps, key_mask, causal, normalize):
+    """``supports`` rejects key masks, ``causal`` and ``normalize``."""
     shape = q.shape
     if q.dim() == 4:  # each head is a separate sequence
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))

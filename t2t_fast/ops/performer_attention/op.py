@@ -8,14 +8,14 @@ from .triton import operators as triton
 from .triton import support
 
 
-def _autocast(call, dtype, q, k, v, w, eps, key_mask):
+def _autocast(call, dtype, q, k, v, w, *options):
     """q, k and v are cast to autocast's dtype, as operands of a matrix product; the features stay in float32."""
-    return call(q.to(dtype), k.to(dtype), v.to(dtype), w, eps, key_mask)
+    return call(q.to(dtype), k.to(dtype), v.to(dtype), w, *options)
 
 
 performer_attention = define(
     "performer_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor w, float eps, Tensor? key_mask",
+    "Tensor q, Tensor k, Tensor v, Tensor w, float eps, Tensor? key_mask, bool causal, bool normalize",
     implementations={
         "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
         "native": Implementation(native.forward, native.supports, native_library.passed_over),

@@ -81,7 +81,8 @@ class PerformerAttention(torch.autograd.Function):
         return *found, d_w.to(w.dtype) if need_w else None, None, None
 
 
-def forward(q, k, v, w, eps, key_mask):
+def forward(q, k, v, w, eps, key_mask, causal, normalize):
+    """``supports`` rejects ``causal`` and ``normalize``."""
     if wants_gradient(q, k, v, w):
         return PerformerAttention.apply(q, k, v, w, eps, key_mask)[0]
     return operators.performer_attention(q, k, v, w, eps, key_mask)[0]

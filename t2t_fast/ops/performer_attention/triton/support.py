@@ -9,7 +9,7 @@ from . import launch
 
 def obstacle(request):
     """Why the kernels do not support a call, or ``None``, without a self-test."""
-    why = runtime.reason(request)
+    why = runtime.reason(request) or aten.beyond_kernels(request, "Triton")
     width = request.sizes.get("width", 64)
     if why is None and width > launch.LARGEST_WIDTH:
         why = f"the Triton kernels take up to {launch.LARGEST_WIDTH} channels, got {width}"
