@@ -326,12 +326,43 @@ def performer_attention_cases() -> list[Case]:
         ("key mask, heads", (2, 3, 37, 16), 8, (0.5, 0.9)),
     ]:
         generator = torch.Generator().manual_seed(len(cases))
-        tensors = {each: _normal(generator, *shape, std=1.5 / shape[-1] ** 0.5) for each in ("q", "k")}
-        tensors |= {"v": _normal(generator, *shape), "w": features(generator, m, shape[-1])}
+        tensors = _attention_tensors(generator, shape, m)
         drawn = torch.rand(shape[0], shape[-2], generator=generator)
         tensors["key_mask"] = drawn < torch.tensor(shares).unsqueeze(1)
         cases.append(Case("performer_attention", name, tensors, {"eps": 1e-8}, ("q", "k", "v", "w")))
+    # name, shape, features, options, kind of mask, whether each head has its own features, width of v
+    for name, shape, m, options, mask, own, v_width in [
+        ("weights", (2, 37, 16), 8, {}, "weights", False, 16),
+        ("weights per head, features per head, narrow v", (2, 3, 37, 16), 8, {}, "weights per head", True, 5),
+        ("normalize", (2, 3, 37, 16), 8, {"normalize": True}, None, False, 16),
+        ("causal, longer than two chunks", (2, 150, 16), 8, {"causal": True}, None, False, 16),
+        ("causal, one chunk", (1, 64, 32), 16, {"causal": True}, None, False, 32),
+        ("causal, one token", (2, 1, 16), 8, {"causal": True, "eps": 0.1}, None, False, 16),
+        ("causal, eps 0", (1, 3, 67, 16), 8, {"causal": True, "eps": 0.0}, None, False, 16),
+        ("causal, mask", (2, 70, 16), 8, {"causal": True}, "mask", False, 16),
+        ("causal, everything", (2, 3, 70, 16), 8, {"causal": True, "normalize": True}, "weights per head", True, 24),
+    ]:
+        generator = torch.Generator().manual_seed(len(cases))
+        tensors = _attention_tensors(generator, shape, m, v_width, shape[1] if own else None)
+        wants = ("q", "k", "v", "w")
+        if mask is not None:
+            drawn = torch.rand(shape[:-1] if "per head" in mask else (shape[0], shape[-2]), generator=generator)
+            keep = drawn < 0.6
+            keep[0, ..., 0], keep[-1, ..., :4] = True, False  # causal queries before the first key have none
+            tensors["key_mask"] = keep if mask == "mask" else drawn + 0.1
+            wants += ("key_mask",) if mask != "mask" else ()
+        cases.append(Case("performer_attention", name, tensors, {"eps": 1e-8, **options}, wants))
     return cases
+
+
+def _attention_tensors(
+    generator: torch.Generator, shape: tuple[int, ...], m: int, v_width: int | None = None, heads: int | None = None
+) -> dict[str, torch.Tensor]:
+    """q, k of ``shape`` and norm 1.5, v, and w: (m, E), or (heads, m, E)."""
+    tensors = {each: _normal(generator, *shape, std=1.5 / shape[-1] ** 0.5) for each in ("q", "k")}
+    tensors["v"] = _normal(generator, *shape[:-1], v_width or shape[-1])
+    drawn = [features(generator, m, shape[-1]) for _ in range(heads or 1)]
+    return {**tensors, "w": torch.stack(drawn) if heads else drawn[0]}
 
 
 def token_mlp_cases() -> list[Case]:

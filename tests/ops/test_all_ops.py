@@ -155,7 +155,7 @@ TRACED = {
     "soft_composition": {"stage2"},
     "fused_fold_unfold": {"stage2"},
     "soft_split_linear": {"stage2, LayerNorm", "stage2, Linear", "one pixel window, LayerNorm"},
-    "performer_attention": {"heads", "odd sizes"},
+    "performer_attention": {"heads", "odd sizes", "causal, mask"},
     "token_mlp": {"dropout"},
     "performer_layer": {"stage2", "dropout"},
     "add_layer_norm": {"dropout, stochastic depth"},

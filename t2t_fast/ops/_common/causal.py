@@ -21,11 +21,18 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from . import transforms
+
 CHUNK = 64
 """Tokens of a chunk. On a CPU 16 to 128 take about the same time; memory is chunks times (m, values)."""
 
 NOTHING = -1e30
 """The logarithm of an empty sum over keys: like -inf it closes the gate, but its sum with a finite score is finite."""
+
+
+def _length(x: torch.Tensor) -> int:
+    """The tokens of x as a constant, also in a traced program: the number of its operations depends on them."""
+    return int(transforms.constant(x.shape[-2]))
 
 
 def _size(length: int) -> int:
@@ -37,8 +44,9 @@ def _size(length: int) -> int:
 
 def _chunks(x: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
     """(..., L, n) -> (..., chunks, size, n), the last chunk filled up."""
-    size = _size(x.shape[-2])
-    missing = -x.shape[-2] % size
+    length = _length(x)
+    size = _size(length)
+    missing = -length % size
     return (F.pad(x, (0, 0, 0, missing), value=fill) if missing else x).unflatten(-2, (-1, size))
 
 
@@ -82,7 +90,7 @@ def weighted_sums(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor) -> tor
         a, b: (..., L, m); no exponent of a pair is above 0.
         values: (..., L, n).
     """
-    length = a.shape[-2]
+    length = _length(a)
     a, b, values = _chunks(a, -math.inf), _chunks(b, -math.inf), _chunks(values)
     out = (a + b).exp_().sum(-1, keepdim=True) * values
     for (keys, _), (_, queries), (earlier, _), (_, later) in _blocks(a.shape[-2], a, b, values, out):
@@ -102,7 +110,7 @@ def backward(
     Returns:
         ``sum_s r along`` (..., L, m), ``sum_t r along`` (..., L, m), and ``sum_t sum_i r grads`` (..., L, n).
     """
-    length = a.shape[-2]
+    length = _length(a)
     a, b, values, grads = _chunks(a, -math.inf), _chunks(b, -math.inf), _chunks(values), _chunks(grads)
     weights = (a + b).exp_()
     d_values = weights.sum(-1, keepdim=True) * grads
