@@ -10,6 +10,7 @@ import t2t_fast
 from benchmarks.questions import amp
 from support import sanitizer
 from t2t_fast import reference, testing
+from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import performer_attention
 from t2t_fast.ops._common.launch_table import cut
 from t2t_fast.ops.performer_attention.triton.launch import TABLE
@@ -46,8 +47,12 @@ def test_against_float64(op, dtype):
     dtype = DTYPES[dtype]
     for case in CASES[op]():
         rounded = case.cast(dtype)
+        try:
+            out, gradients = rounded.cast(dtype, "cuda").run_backward("triton", dtype)
+        except BackendUnavailable as error:  # an option that the kernels do not have
+            assert "in the Triton kernels" in str(error)
+            continue
         expected, expected_gradients = rounded.cast(torch.float64).run_backward("reference", dtype)
-        out, gradients = rounded.cast(dtype, "cuda").run_backward("triton", dtype)
         assert_close(out.cpu(), expected, op, "forward", dtype, case.name)
         for name, gradient in gradients.items():
             assert_close(gradient.cpu(), expected_gradients[name], op, "backward", dtype, f"{case.name}: {name}")
@@ -284,6 +289,7 @@ def test_a_swapped_model_uses_it():
 
 SANITIZED = """
 import torch
+from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import performer_attention
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
     for batch, length, width, m in ((2, 77, 64, 32), (1, 1, 32, 16), (1, 1500, 96, 40), (3, 130, 10, 5)):

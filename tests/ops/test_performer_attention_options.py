@@ -67,12 +67,13 @@ def softmax_features(x, w, kernel_eps, axes):
     return torch.exp(along - x.square().sum(-1, keepdim=True) / 2 - along.amax(axes, keepdim=True)) + kernel_eps
 
 
-def fast_attention(q, k, v, w, *, causal=False, kernel_eps=0.0):
-    """What ``FastAttention`` computes, with its constant inside the features; all pairs of tokens at once."""
+def fast_attention(q, k, v, w, *, causal=False, kernel_eps=0.0, eps=0.0):
+    """What ``FastAttention`` computes, with its constants in features and denominator; all pairs of tokens at once."""
     qp, kp = softmax_features(q, w, kernel_eps, -1), softmax_features(k, w, kernel_eps, (-1, -2))
     weights = qp @ kp.mT
     weights = weights.tril() if causal else weights
-    return weights @ v / weights.sum(-1, keepdim=True)
+    # its features have a factor 1 / sqrt(m), and eps is added to each sum of a key's features
+    return weights @ v / (weights.sum(-1, keepdim=True) + eps * w.shape[0] ** 0.5 * qp.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
@@ -109,9 +110,10 @@ def test_equals_the_package_performer_pytorch(causal):
     module.projection_matrix.copy_(w)
     module.causal_linear_fn = package.causal_linear_attention_noncuda
     whole = module(q, k, v)
-    # as docs/performer.md says: its module adds 1e-4 to each feature (and 1e-6 to a causal denominator)
+    # as docs/performer.md says: its module adds 1e-4 to each feature (and 1e-6 to each causal sum of them)
     assert 1e-3 < errors(ours(q, k, v), whole)[0] < 0.1
-    assert errors(fast_attention(q, k, v, w, causal=causal, kernel_eps=1e-4), whole)[0] < (1e-5 if causal else 1e-12)
+    constants = {"kernel_eps": 1e-4, "eps": 1e-6 if causal else 0.0}
+    assert errors(fast_attention(q, k, v, w, causal=causal, **constants), whole)[0] < 1e-12
 
 
 # ---- causal
