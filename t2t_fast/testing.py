@@ -331,7 +331,7 @@ def performer_attention_cases() -> list[Case]:
         tensors["key_mask"] = drawn < torch.tensor(shares).unsqueeze(1)
         cases.append(Case("performer_attention", name, tensors, {"eps": 1e-8}, ("q", "k", "v", "w")))
     # name, shape, features, options, kind of mask, whether each head has its own features, width of v
-    for name, shape, m, options, mask, own, v_width in [
+    rows: list[tuple[Any, ...]] = [
         ("weights", (2, 37, 16), 8, {}, "weights", False, 16),
         ("weights per head, features per head, narrow v", (2, 3, 37, 16), 8, {}, "weights per head", True, 5),
         ("normalize", (2, 3, 37, 16), 8, {"normalize": True}, None, False, 16),
@@ -341,10 +341,11 @@ def performer_attention_cases() -> list[Case]:
         ("causal, eps 0", (1, 3, 67, 16), 8, {"causal": True, "eps": 0.0}, None, False, 16),
         ("causal, mask", (2, 70, 16), 8, {"causal": True}, "mask", False, 16),
         ("causal, everything", (2, 3, 70, 16), 8, {"causal": True, "normalize": True}, "weights per head", True, 24),
-    ]:
+    ]
+    for name, shape, m, options, mask, own, v_width in rows:
         generator = torch.Generator().manual_seed(len(cases))
         tensors = _attention_tensors(generator, shape, m, v_width, shape[1] if own else None)
-        wants = ("q", "k", "v", "w")
+        wants: tuple[str, ...] = ("q", "k", "v", "w")
         if mask is not None:
             drawn = torch.rand(shape[:-1] if "per head" in mask else (shape[0], shape[-2]), generator=generator)
             keep = drawn < 0.6
