@@ -110,7 +110,7 @@ def test_bad_arguments(options, error, text):
 
 
 @pytest.mark.parametrize(
-    ("build", "indices", "blocks"), [(t2t, (0, 1, 2), 1), (t2t, (0, 1), 0), (dense, (-2,), 3), (vit, 1, 2)], ids=str
+    ("build", "indices", "blocks"), [(t2t, (0, 1, 2), 1), (t2t, (0, 1), 0), (dense, (-2,), 3), (vit, 1, 2)]
 )
 def test_pruning_keeps_the_intermediates(build, indices, blocks):
     model = build()
