@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..functional import window as make_window
+from ..modules import TokenTransformer
 from ..modules.block import Fused
 from ..modules.t2t_module import window_of
 
@@ -200,7 +201,7 @@ def _at(module: Any, path: str) -> Any:
 
 def fused_rule(
     name: str,
-    kind: type[Fused],
+    kind: type[Fused] | type[TokenTransformer],
     operator: str = "layer_norm_mlp",
     *,
     attributes: Mapping[str, tuple[str, ...]] | None = None,
@@ -244,7 +245,10 @@ def fused_rule(
             return True
         qkv, proj = _at(module, parts.qkv), _at(module, parts.proj) if parts.proj else None
         width = qkv.out_features // 3 if proj is None else proj.in_features
-        return qkv.out_features == 3 * width and (proj is None or proj.out_features == qkv.in_features)
+        if qkv.out_features != 3 * width:
+            return False
+        # a token layer may change the width
+        return proj is None or issubclass(kind, TokenTransformer) or proj.out_features == qkv.in_features
 
     def width(module: Any) -> int:
         first = _at(module, next(iter(linears), parts.norm2))

@@ -148,7 +148,7 @@ class Fused(nn.Module):
         super().__init_subclass__(**named)
         parts = getattr(cls, "parts", None)
         if parts is not None:
-            cls._part_checks = _checks(cls)
+            cls._part_checks = part_checks(cls)
             cls._normed, cls._dropped = parts.named(_NORMS), parts.named(_DROPS)
             cls._weighted = (*parts.named((*_NORMS, *_LINEARS)), *parts.linears, *parts.cheap)
 
@@ -208,7 +208,7 @@ _LINEARS = ("qkv", "proj", "fc1", "fc2")
 _DROPS = ("attn_drop", "proj_drop", "drop_path1", "hidden_drop", "drop", "drop_path2")
 
 
-def _checks(cls: Any) -> fusion.Checks:
+def part_checks(cls: Any) -> fusion.Checks:
     """The table of :func:`fusion.obstacle` for a class: its containers first, then its parts."""
     paths, checks = cls.parts.paths(), dict[str, fusion.Check]()
     for path, kind in cls.containers:

@@ -104,10 +104,8 @@ def no_dropout(child: Any) -> str | None:
 
 def no_drop_path(child: Any) -> str | None:
     """Stochastic depth without effect in the current mode."""
-    if type(child) is nn.Identity:
-        return difference(child, nn.Identity)
-    why = difference(child, DropPath)
-    return "is active" if why is None and child.training and child.drop_prob > 0 else why
+    why = drop_path(child)
+    return "is active" if why is None and rate(child) > 0 else why
 
 
 def drop_path(child: Any) -> str | None:
@@ -222,18 +220,6 @@ def _is_drop_path(module: Any) -> bool:
     kept = y[:, 0, 0]
     uniform = torch.equal(y, kept.view(-1, 1, 1).expand_as(y))
     return uniform and set(kept.tolist()) == {0.0, 2.0} and abs(kept.mean().item() - 1.0) < 0.1  # 6 deviations
-
-
-def container(kind: type[nn.Module], *names: str) -> Check:
-    """A child of class ``kind`` with exactly the named children; its ``forward`` is skipped as well."""
-
-    def check(child: Any) -> str | None:
-        why = difference(child, kind)
-        if why is None and tuple(child._modules) != names:
-            return f"has the children {', '.join(child._modules) or 'none'}"
-        return why
-
-    return check
 
 
 ORIGINAL = "_t2t_fast_original"

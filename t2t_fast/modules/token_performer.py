@@ -21,7 +21,7 @@ _PARTS = fusion.Checks(
         "dp": fusion.dropout,
         "proj": fusion.linear,
         "norm2": fusion.layer_norm,
-        "mlp": fusion.container(nn.Sequential, "0", "1", "2", "3"),
+        "mlp": fusion.holder(nn.Sequential, ("0", "1", "2", "3")),
         "mlp.0": fusion.linear,
         "mlp.1": fusion.gelu,
         "mlp.2": fusion.linear,

@@ -1,7 +1,8 @@
 """The Transformer layer of the T2T module, with upstream's parameter names."""
 
 from collections.abc import Callable
-from typing import Any
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from ..ops._common.pixels import PixelNorm
 from ..ops._common.spec import Window
 from . import fusion, remembered
 from .attention import attend, heads, merged
-from .block import FusedMlp
+from .block import ATTENTION, MLP, FusedMlp, Parts, block_parts, part_checks
 from .drop_path import DropPath
 from .options import check_options
 from .token_layer import TokenLayer
@@ -54,15 +55,11 @@ class TokenAttention(nn.Module):
         self.proj = nn.Linear(in_dim, in_dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def mix(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention on packed (B, T, 3 * in_dim): its output and the values v, (B, T, in_dim) each."""
-        q, k, v = heads(qkv, self.num_heads)
-        return merged(attend(q, k, v, self.scale, self.attn_drop)), merged(v)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, dim) -> (B, T, in_dim)."""
-        y, v = self.mix(self.qkv(x))
-        return v + self.proj_drop(self.proj(y))
+        q, k, v = heads(self.qkv(x), self.num_heads, self.qkv)
+        y = merged(attend(q, k, v, self.scale, self.attn_drop))
+        return merged(v) + self.proj_drop(self.proj(y))
 
 
 class Mlp(FusedMlp):
@@ -88,35 +85,36 @@ class Mlp(FusedMlp):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-_PARTS = fusion.Checks(
-    {
-        "norm1": fusion.layer_norm,
-        "attn": fusion.container(TokenAttention, "qkv", "attn_drop", "proj", "proj_drop"),
-        "attn.qkv": fusion.linear,
-        "attn.proj": fusion.linear,
-        "attn.proj_drop": fusion.dropout,
-        "drop_path": fusion.no_drop_path,
-        "norm2": fusion.layer_norm,
-        "mlp": fusion.container(Mlp, "fc1", "act", "fc2", "drop"),
-        "mlp.fc1": fusion.linear,
-        "mlp.act": fusion.gelu,
-        "mlp.fc2": fusion.linear,
-        "mlp.drop": fusion.no_dropout,
-    }
-)
+def _checks(cls: Any) -> fusion.Checks:
+    """The table of :func:`fusion.obstacle` for a class of token layers.
+
+    Dropout in the MLP and stochastic depth have no fused form. The dropout of the attention's weights may be any
+    module, which is called on them.
+    """
+    checks, parts = dict(part_checks(cls)), cls.parts
+    checks.pop(parts.attn_drop, None)
+    inactive = {"hidden_drop": fusion.no_dropout, "drop": fusion.no_dropout}
+    inactive |= {"drop_path1": fusion.no_drop_path, "drop_path2": fusion.no_drop_path}
+    checks |= {getattr(parts, role): check for role, check in inactive.items() if getattr(parts, role)}
+    return fusion.Checks(checks)
 
 
 class TokenTransformer(TokenLayer):
     """LayerNorm and attention (no skip around them: the width changes), then LayerNorm and MLP with a skip.
 
     Upstream: ``Token_transformer`` (``models/token_transformer.py``); parameters have its names and shapes, and the
-    arguments have the same meaning. Dropout in the MLP and stochastic depth have no fused form.
+    arguments have the same meaning. With dropout in the MLP or stochastic depth it runs unfused.
     """
 
-    mlp_name = "mlp"
-    """Name of the child with ``fc1``, ``act`` and ``fc2``; subclasses whose checkpoints use another override it."""
+    parts: ClassVar[Parts] = block_parts(
+        ATTENTION, "attn", MLP, "mlp", norm1="norm1", norm2="norm2", drop_path2="drop_path"
+    )
+    """Where the parts are; subclasses whose checkpoints have other names override it and :attr:`containers`."""
+    containers: ClassVar[tuple[tuple[str, type[nn.Module]], ...]] = (("attn", TokenAttention), ("mlp", Mlp))
 
-    _parts = _PARTS
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        cls._parts = _checks(cls)
 
     def __init__(
         self,
@@ -151,45 +149,65 @@ class TokenTransformer(TokenLayer):
     def dependencies(
         self, x: Any, window: Window | None, pixel_norm: PixelNorm | None
     ) -> remembered.Dependencies | None:
-        parts = fusion.children(self, self._parts)
-        drop = getattr(self.attn, "attn_drop", None)
-        if parts is None or (drop is not None and fusion.dropout(drop) is not None):
+        children = fusion.children(self, self._parts)
+        drop = self._weights_dropout()
+        if children is None or (isinstance(drop, nn.Module) and fusion.dropout(drop) is not None):
             return None
-        attn, rates = parts["attn"], (0.0 if drop is None else fusion.rate(drop), self._projection_dropout())
-        names = ("attn.qkv", "norm1", "attn.proj", "norm2", f"{self.mlp_name}.fc1", f"{self.mlp_name}.fc2")
-        tensors = (x, *[tensor for name in names for tensor in fusion.weights(parts[name])])
-        numbers = parts["norm1"].eps, parts["norm2"].eps, attn.num_heads, attn.scale, *rates
+        parts = self.parts
+        paths = parts.qkv, parts.norm1, parts.proj, parts.norm2, parts.fc1, parts.fc2
+        tensors = (x, *[tensor for path in paths for tensor in fusion.weights(children[path])])
+        rates = fusion.rate(drop) if isinstance(drop, nn.Module) else drop, self._projection_dropout()
+        numbers = children[parts.norm1].eps, children[parts.norm2].eps, self._heads(), self._scale(), *rates
         return tensors, (window, *numbers, *remembered.constants_of(pixel_norm))
 
     def _fused(
         self, x: torch.Tensor, window: Window, pixel_norm: PixelNorm | None, found: remembered.Entry | None
     ) -> torch.Tensor:
         kernel, stride, padding = window
-        qkv, mlp = self.attn.qkv, getattr(self, self.mlp_name)
-        tokens = remembered.run(
+        parts = self.parts
+        roles = parts.norm1, parts.qkv, parts.proj, parts.norm2, parts.fc1, parts.fc2
+        norm1, qkv, *others = (attrgetter(path)(self) for path in roles)
+        packed = remembered.run(
             found,
             soft_split_linear,
-            (x, qkv.weight, qkv.bias, self.norm1.weight, self.norm1.bias),
+            (x, qkv.weight, qkv.bias, norm1.weight, norm1.bias),
             kernel_size=kernel,
             stride=stride,
             padding=padding,
-            norm_eps=self.norm1.eps,
+            norm_eps=norm1.eps,
             pixel_norm=pixel_norm,
         )
-        y, v = self.attn.mix(tokens)
-        parameters = [fusion.weights(each) for each in (self.attn.proj, self.norm2, mlp.fc1, mlp.fc2)]
+        q, k, v = heads(packed, self._heads())
+        y = merged(attend(q, k, v, self._scale(), self._weights_dropout()))
         out: torch.Tensor = remembered.run(
             found,
             token_mlp,
-            (y, v, *(tensor for pair in parameters for tensor in pair)),
-            norm_eps=self.norm2.eps,
+            (y, merged(v), *(tensor for each in others for tensor in fusion.weights(each))),
+            norm_eps=others[1].eps,
             proj_drop=self._projection_dropout(),
         )
         return out
 
+    def _heads(self) -> int:
+        number: int = attrgetter(self.parts.num_heads)(self)
+        return number
+
+    def _scale(self) -> float:
+        """The factor of q k^T."""
+        scale: float = attrgetter(self.parts.scale)(self)
+        return scale
+
+    def _weights_dropout(self) -> nn.Module | float:
+        """The dropout module of the attention's weights, 0 if there is none."""
+        drop: nn.Module | float = attrgetter(self.parts.attn_drop)(self) if self.parts.attn_drop else 0.0
+        return drop
+
     def _projection_dropout(self) -> float:
-        return fusion.rate(self.attn.proj_drop)
+        return fusion.rate(attrgetter(self.parts.proj_drop)(self)) if self.parts.proj_drop else 0.0
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:
         x = self.attn(self.norm1(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+TokenTransformer._parts = _checks(TokenTransformer)

@@ -45,7 +45,11 @@ SWAPPED = {
         **blocks("blocks.1"),
     },
     "shared blocks": {**PERFORMER, "block": "FusedBlock"},
-    "mmpretrain": {"tokens_to_token": "T2TModule", **blocks("encoder", name="MmpretrainBlock")},
+    "mmpretrain": {
+        "tokens_to_token": "T2TModule",
+        **{f"tokens_to_token.attention{index}": "MmpretrainTokenTransformer" for index in (1, 2)},
+        **blocks("encoder", name="MmpretrainBlock"),
+    },
     "vit-pytorch": {
         **{f"to_patch_embedding.{step}.layers.0.0": "PreNormHead" for step in (3, 7)},
         **{f"to_patch_embedding.{step}.layers.0.1": "PreNormMlp" for step in (3, 7)},

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ...functional import layer_norm_linear, performer_attention
 from ...models.family import fused_rule
-from ...modules import remembered
+from ...modules import TokenTransformer, remembered
 from ...modules.block import (
     ATTENTION,
     MLP,
@@ -90,27 +90,43 @@ class PreNormMlp(FusedMlp):
     parts = Parts(norm2="net.0", fc1="net.1", act="net.2", hidden_drop="net.3", fc2="net.4", drop="net.5")
 
 
+_MMPRETRAIN = block_parts(
+    Parts(qkv="qkv", num_heads="num_heads", proj="proj", proj_drop="proj_drop", idle=("gamma1",)),
+    "attn",
+    Parts(
+        fc1="layers.0.0", act="layers.0.1", hidden_drop="layers.0.2", fc2="layers.1", drop="layers.2", idle=("gamma2",)
+    ),
+    "ffn",
+    norm1="ln1",
+    norm2="ln2",
+    drop_path1="attn.out_drop",
+    drop_path2="ffn.dropout_layer",
+)
+
+
+def _mmpretrain_scale(layer: Any) -> float:
+    """The factor of q k^T: mmpretrain's attention divides by its ``scale``, by default the root of the head width."""
+    scale = getattr(layer.attn.scaled_dot_product_attention, "keywords", {}).get("scale")
+    return layer.attn.head_dims**-0.5 if scale is None else 1.0 / scale
+
+
 class MmpretrainBlock(FusedBlock):
-    """Block of mmpretrain's T2T-ViT: its attention divides q k^T by ``scale``, which is 1 / sqrt(head width)."""
+    """Block of mmpretrain's T2T-ViT."""
 
-    parts = block_parts(
-        Parts(qkv="qkv", num_heads="num_heads", proj="proj", proj_drop="proj_drop", idle=("gamma1",)),
-        "attn",
-        Parts(
-            fc1="layers.0.0", act="layers.0.1", hidden_drop="layers.0.2", fc2="layers.1", drop="layers.2",
-            idle=("gamma2",),
-        ),
-        "ffn",
-        norm1="ln1",
-        norm2="ln2",
-        drop_path1="attn.out_drop",
-        drop_path2="ffn.dropout_layer",
-    )  # fmt: skip
+    parts = _MMPRETRAIN
+    _scale = _mmpretrain_scale
 
-    def _scale(self) -> float:
-        attention: Any = self.attn
-        scale = getattr(attention.scaled_dot_product_attention, "keywords", {}).get("scale")
-        return attention.head_dims**-0.5 if scale is None else 1.0 / scale
+
+class MmpretrainTokenTransformer(TokenTransformer):
+    """Layer of mmpretrain's T2T module; its unfused form is the original ``forward``."""
+
+    parts = _MMPRETRAIN
+    containers = ()
+    _scale = _mmpretrain_scale
+
+    def _weights_dropout(self) -> float:
+        rate: float = self.attn.attn_drop if self.training else 0.0
+        return rate
 
 
 class PerformerBlock(Fused):
@@ -203,6 +219,11 @@ def _mmpretrain_refusal(module: Any) -> str | None:
     return f"attn.attn_drop is {module.attn.attn_drop}" if module.attn.attn_drop else None
 
 
+def _mmpretrain_token_refusal(module: Any) -> str | None:
+    heads = module.attn.num_heads
+    return None if heads == 1 else f"attn.num_heads is {heads}: its skip through v is defined for 1 head only"
+
+
 def _keeps_width(module: Any) -> bool:
     """Whether a block's tokens keep their width, unlike in a token layer with the same names."""
     shapes = [getattr(norm, "normalized_shape", None) for norm in (module.norm1, module.norm2)]
@@ -210,6 +231,11 @@ def _keeps_width(module: Any) -> bool:
 
 
 _GRID = (2, 2, 3)
+_MMPRETRAIN_ATTRIBUTES = {
+    "": ("v_shortcut",),
+    "attn": ("head_dims", "embed_dims", "attn_drop", "scaled_dot_product_attention", "v_shortcut"),
+    "ffn": ("add_identity",),
+}
 _HEADS = {"attn": ("head_dim",)}
 _TIMM = ("fused_attn", "head_dim", "attn_dim")
 
@@ -229,13 +255,17 @@ RULES = (
     fused_rule("Block of timm", TimmBlock, attributes={"attn": _TIMM}),
     fused_rule("Block", FusedBlock, attributes=_HEADS),
     fused_rule(
+        "T2TTransformerLayer of mmpretrain's T2T module",
+        MmpretrainTokenTransformer,
+        "soft_split_linear",
+        attributes=_MMPRETRAIN_ATTRIBUTES,
+        only=lambda module: getattr(module, "v_shortcut", False),
+        refusal=_mmpretrain_token_refusal,
+    ),
+    fused_rule(
         "T2TTransformerLayer of mmpretrain",
         MmpretrainBlock,
-        attributes={
-            "": ("v_shortcut",),
-            "attn": ("head_dims", "embed_dims", "attn_drop", "scaled_dot_product_attention", "v_shortcut"),
-            "ffn": ("add_identity",),
-        },
+        attributes=_MMPRETRAIN_ATTRIBUTES,
         refusal=_mmpretrain_refusal,
     ),
     fused_rule("Block with another attention or MLP", FusedResidual, "add_layer_norm", only=_keeps_width),

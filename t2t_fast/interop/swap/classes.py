@@ -35,7 +35,8 @@ def swapped_class(
         names: those of the arguments of ``original.forward``, if those of ``fast`` differ.
         template: describes what ``forward`` returns; ``None`` if it returns what ``fast`` returns.
         hidden: properties of ``fast`` that must not hide attributes of the instance.
-        containers: those of a :class:`modules.block.Fused`.
+        containers: those of a class with :class:`modules.block.Parts`, whose original ``forward`` runs if it is not
+            fused.
     """
     forward = fast.forward if template is None else _returning(fast, template)
     forward = _renamed(forward, dict(zip(names, arguments_of(fast), strict=True))) if names else forward
@@ -48,9 +49,9 @@ def swapped_class(
         **dict.fromkeys(hidden),
         "forward": forward,
     }
-    if issubclass(fast, Fused):
+    if containers or issubclass(fast, Fused):
         namespace["containers"] = containers
-    if issubclass(fast, (Fused, Windowed)):
+    if containers or issubclass(fast, (Fused, Windowed)):
         namespace["_unfused"] = original.forward
     return type(fast.__name__, (fast,) if issubclass(fast, original) else (original, fast), namespace)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ... import backends
 from ...errors import BackendUnavailable
+from ...modules import TokenTransformer
 from ...modules.block import Fused
 from ...modules.windowed import Windowed
 from .rules import FAST, RULES
@@ -37,7 +38,7 @@ def backend_of(module: Any) -> str:
 
 def skipped(module: Any) -> set[int]:
     """The ids of children that a fast module fuses, and that reports therefore do not list."""
-    if isinstance(module, Fused):
+    if isinstance(module, (Fused, TokenTransformer)):
         return set() if module.obstacle() else {id(module.get_submodule(path)) for path, _ in module.containers}
     if isinstance(module, Windowed) and module.obstacle():
         return set()

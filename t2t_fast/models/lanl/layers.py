@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ...modules import fusion
 from ...modules.attention import attend, heads, merged
 from ...modules.block import FusedBlock, Parts, block_parts
 from ...modules.options import check_options
@@ -31,15 +30,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, chan * 3, bias=qkv_bias)
         self.proj = nn.Linear(chan, chan)
 
-    def mix(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention on packed (B, T, 3 * chan): the mixed values and the values themselves, (B, T, chan) each."""
-        q, k, v = heads(qkv, self.num_heads)
-        return merged(attend(q, k, v, self.scale)), merged(v)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, dim) -> (B, T, chan)."""
-        y, v = self.mix(self.qkv(x))
-        return v + self.proj(y)
+        q, k, v = heads(self.qkv(x), self.num_heads, self.qkv)
+        return merged(v) + self.proj(merged(attend(q, k, v, self.scale)))
 
 
 class NeuralNet(nn.Module):
@@ -64,26 +58,22 @@ class NeuralNet(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-_PARTS = fusion.Checks(
-    {
-        "norm1": fusion.layer_norm,
-        "attn": fusion.container(Attention, "qkv", "proj"),
-        "attn.qkv": fusion.linear,
-        "attn.proj": fusion.linear,
-        "norm2": fusion.layer_norm,
-        "neuralnet": fusion.container(NeuralNet, "fc1", "act", "fc2"),
-        "neuralnet.fc1": fusion.linear,
-        "neuralnet.act": fusion.gelu,
-        "neuralnet.fc2": fusion.linear,
-    }
+_PARTS = block_parts(
+    Parts(qkv="qkv", num_heads="num_heads", scale="scale", proj="proj", skip=True),
+    "attn",
+    Parts(fc1="fc1", act="act", fc2="fc2"),
+    "neuralnet",
+    norm1="norm1",
+    norm2="norm2",
 )
+_CONTAINERS = (("attn", Attention), ("neuralnet", NeuralNet))
 
 
 class TokenTransformer(_TokenTransformer):
     """LayerNorm and attention (the width changes), then LayerNorm and MLP with a skip: (B, T, dim) -> (B, T, chan)."""
 
-    mlp_name = "neuralnet"
-    _parts = _PARTS
+    parts = _PARTS
+    containers = _CONTAINERS
 
     def __init__(
         self,
@@ -102,9 +92,6 @@ class TokenTransformer(_TokenTransformer):
         self.attn = Attention(dim, chan, num_heads=num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale)
         self.norm2 = norm_layer(chan)
         self.neuralnet = NeuralNet(chan, int(chan * hidden_chan_mul), chan, act_layer)
-
-    def _projection_dropout(self) -> float:
-        return 0.0
 
     def _unfused(self, x: torch.Tensor) -> torch.Tensor:
         x = self.attn(self.norm1(x))
@@ -142,18 +129,11 @@ class PlainEncoding(nn.Module):
 class FusedEncoding(FusedBlock):
     """The fused form of a block with these names."""
 
-    parts = block_parts(
-        Parts(qkv="qkv", num_heads="num_heads", scale="scale", proj="proj", skip=True),
-        "attn",
-        Parts(fc1="fc1", act="act", fc2="fc2"),
-        "neuralnet",
-        norm1="norm1",
-        norm2="norm2",
-    )
+    parts = _PARTS
 
 
 class Encoding(FusedEncoding, PlainEncoding):
     """Backbone block, fused."""
 
-    containers = (("attn", Attention), ("neuralnet", NeuralNet))
+    containers = _CONTAINERS
     _unfused = PlainEncoding.forward
