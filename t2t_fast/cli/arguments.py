@@ -9,6 +9,8 @@ from ..config import BACKENDS
 PROJECTS = ("upstream", "mmpretrain", "paddle", "timm", "vit-pytorch", "lanl")
 DTYPES = ("fp32", "fp16", "bf16", "fp64")
 
+EXPORT_FORMATS = ("both", "onnx", "program", "aoti", "openvino", "onnx-int8")
+
 
 def positive(text: str) -> int:
     """An int of at least 1, for argparse."""
@@ -82,10 +84,16 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=positive, nargs="+", default=[224], metavar="N", help=size)
     add("--in-chans", type=positive, default=3, metavar="N", help="channels of the image; default: 3")
     add("--num-classes", type=int, default=1000, metavar="N", help="classes, 0 for no head; default: 1000")
-    formats = "program: a torch.export program; default: both"
-    add("--format", choices=("onnx", "program", "both"), default="both", help=formats)
+    formats = (
+        "program: a torch.export program; aoti: compiled by AOTInductor; openvino: .xml and .bin; onnx-int8: ONNX with "
+        "int8 weights; both: onnx and program; may be repeated; default: both"
+    )
+    add("--format", action="append", choices=EXPORT_FORMATS, help=formats)
     add("--batch", type=positive, default=1, metavar="N", help="batch size, fixed in the file; default: 1")
-    add("--dynamic-batch", action="store_true", help="leave the batch size dynamic")
+    add("--dynamic-batch", action="store_true", help="leave the batch size free")
+    add("--dynamic-size", action="store_true", help="leave height and width free")
+    triton = "also write a model repository of the Triton Inference Server, with the onnx, onnx-int8 or aoti file"
+    add("--triton-repository", metavar="DIR", help=triton)
     add("--name", help="name of the files; default: the model's")
 
 
@@ -119,7 +127,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "verify": ("compare the fast path with the float64 reference on this machine", _verify),
     "env": ("versions, devices, native build, and the backend of each operator with reasons", _env),
     "bench": ("run the benchmark suite of the source tree", _bench),
-    "export": ("write a model as ONNX and as a torch.export program of plain operators", _export),
+    "export": ("write a model as ONNX, torch.export, AOTInductor or OpenVINO files of plain operators", _export),
     "convert": ("write a checkpoint with another project's names or as another file type, and compare both", _convert),
 }
 """Name -> (summary, function that adds the arguments)."""

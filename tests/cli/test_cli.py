@@ -15,7 +15,9 @@ import t2t_fast
 from support.command import run
 from t2t_fast import backends, testing
 from t2t_fast.cli import bench
+from t2t_fast.cli.arguments import EXPORT_FORMATS
 from t2t_fast.cli.common import CommandError, Progress, UsageError
+from t2t_fast.interop.export import FORMATS
 
 ROOT = Path(t2t_fast.__file__).parents[1]
 
@@ -60,6 +62,12 @@ def test_module_runs_and_help_imports_nothing_heavy():
         (["export", "t2t_vit_7"], 2, "required: --out"),
         (["export", "resnet50", "--out", "x"], 2, "unknown model 'resnet50'"),
         (["export", "t2t_vit_7", "--out", "x", "--img-size", "1", "2", "3"], 2, "a side or H W"),
+        (["export", "t2t_vit_7", "--out", "x", "--format", "tflite"], 2, "invalid choice: 'tflite'"),
+        (
+            ["export", "t2t_vit_7", "--out", "x", "--format", "program", "--triton-repository", "y"],
+            2,
+            "needs --format onnx, onnx-int8, aoti, got program",
+        ),
         (["export", "t2t_vit_7", "--out", "x", "--checkpoint", "no.pth"], 2, "there is no file no.pth"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
@@ -237,6 +245,15 @@ class TestExport:
         assert isinstance(seen.pop("model"), t2t_fast.T2TViT)
         expected = {"folder": "there", "img_size": (32, 48), "formats": ("onnx",), "name": "t2t_vit_7"}
         assert expected.items() <= seen.items()
+
+    def test_formats(self, capsys, monkeypatch):
+        seen = {}
+        monkeypatch.setattr("t2t_fast.interop.export.export_model", lambda *_, **options: seen.update(options))
+        common = ("export", "t2t_vit_7", "--out", "there", "--img-size", 32, "--dynamic-batch", "--dynamic-size")
+        assert run(capsys, *common, "--format", "both", "--format", "openvino", "--format", "onnx")[0] == 0
+        assert seen["formats"] == ("onnx", "program", "openvino")
+        assert seen["dynamic_batch"] is True and seen["dynamic_size"] is True
+        assert set(EXPORT_FORMATS) == {"both", *FORMATS}
 
     def test_failure_is_one_line(self, capsys, monkeypatch):
         def refuse(*_, **__):

@@ -11,8 +11,7 @@ from torch import nn
 
 from support import ROOT
 from t2t_fast import reference
-from t2t_fast.interop import export
-from t2t_fast.interop.export import FORBIDDEN_NODES, export_model
+from t2t_fast.interop.export import FORBIDDEN_NODES, TOLERANCES, export_model, onnx_files
 from t2t_fast.interop.swap import swap
 from t2t_fast.models import T2TViT, lanl
 from t2t_fast.modules import TokenPerformer
@@ -176,7 +175,7 @@ def test_a_program_runs_without_the_package(exported, tmp_path):
 
 def test_bfloat16(tmp_path):
     report = export_model(T2TViT(**TINY).bfloat16(), tmp_path, formats="program")
-    assert report.dtype == torch.bfloat16 and report.files[0].max_rel_error <= export.TOLERANCES[torch.bfloat16]
+    assert report.dtype == torch.bfloat16 and report.files[0].max_rel_error <= TOLERANCES[torch.bfloat16]
     assert report.name == "t2tvit" and (tmp_path / "t2tvit.pt2").exists()
 
 
@@ -184,7 +183,7 @@ def test_bfloat16(tmp_path):
 def test_half_onnx(tmp_path):
     onnx_packages()
     report = export_model(T2TViT(**TINY).half(), tmp_path, formats="onnx")
-    assert report.files[0].max_rel_error <= export.TOLERANCES[torch.float16]
+    assert report.files[0].max_rel_error <= TOLERANCES[torch.float16]
 
 
 def test_opset_18(tmp_path):
@@ -219,7 +218,7 @@ def test_the_model_is_as_before(tmp_path):
 
 def test_weights_in_a_second_file(tmp_path, monkeypatch):
     onnx_packages()
-    monkeypatch.setattr(export, "SINGLE_FILE_LIMIT", 0)
+    monkeypatch.setattr(onnx_files, "SINGLE_FILE_LIMIT", 0)
     model = nn.Sequential(nn.Conv2d(3, 64, 5), nn.Flatten(2))
     report = export_model(model, tmp_path, name="model", formats="onnx", img_size=8)
     parts = [tmp_path / "model.onnx", tmp_path / "model.onnx.data"]
@@ -232,7 +231,7 @@ def test_files_are_replaced_only_by_good_ones(tmp_path, monkeypatch):
     onnx_packages()
     for ending in (".onnx", ".pt2"):
         (tmp_path / f"convolution{ending}").write_bytes(b"old")
-    monkeypatch.setitem(export.TOLERANCES, torch.float32, -1.0)
+    monkeypatch.setitem(TOLERANCES, torch.float32, -1.0)
     with pytest.raises(RuntimeError, match="the onnx file differs from the model by"):
         export_model(Convolution(), tmp_path)
     assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == [b"old", b"old"]
@@ -278,8 +277,13 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package):
     [
         (dict(model="t2t_vit_7"), TypeError, r"model must be a torch\.nn\.Module, got str"),
         (dict(batch=0), ValueError, "batch must be an int of at least 1, got 0"),
-        (dict(formats=("onnx", "tflite")), ValueError, "formats must be of onnx, program, got"),
-        (dict(formats=()), ValueError, "formats must be of onnx, program, got"),
+        (
+            dict(formats=("onnx", "tflite")),
+            ValueError,
+            "formats must be of onnx, program, aoti, openvino, onnx-int8, got",
+        ),
+        (dict(formats=()), ValueError, "formats must be of onnx, program, aoti, openvino, onnx-int8, got"),
+        (dict(dynamic_size=1), TypeError, "dynamic_size must be True or False, got 1"),
         (dict(opset=17), ValueError, "opset must be an int of at least 18, got 17"),
         (dict(name="a/b"), ValueError, "name must be a plain file name, got 'a/b'"),
         (dict(img_size="32"), TypeError, "img_size must be an int or a pair of ints, got '32'"),
@@ -287,7 +291,7 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package):
         (dict(model=Convolution().double(), formats="onnx"), ValueError, r"float32 or float16, got .* torch\.float64"),
         (dict(model=nn.Upsample(scale_factor=2), img_size=0), ValueError, "img_size must be at least 1, got 0"),
     ],
-    ids=["model", "batch", "format", "no format", "opset", "name", "size", "no size", "dtype", "zero"],
+    ids=["model", "batch", "format", "no format", "dynamic", "opset", "name", "size", "no size", "dtype", "zero"],
 )
 def test_bad_arguments(tmp_path, options, error, text):
     with pytest.raises(error, match=text):
@@ -303,10 +307,8 @@ def test_a_file_in_the_folders_place(tmp_path):
 
 
 def test_optional_packages_are_imported_when_they_are_needed():
-    script = (
-        "import sys, t2t_fast.interop; "
-        "print([name for name in ('onnx', 'onnxscript', 'onnxruntime', 'safetensors', 'timm') if name in sys.modules])"
-    )
+    names = ("onnx", "onnxscript", "onnxruntime", "openvino", "torchao", "safetensors", "timm")
+    script = f"import sys, t2t_fast.interop; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

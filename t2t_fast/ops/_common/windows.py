@@ -1,7 +1,8 @@
 """Window arithmetic in plain PyTorch that several operators share: split, compose, and sums over windows.
 
 A window of kh x kw pixels is processed as kh + kw (separable sums) or kh * kw (composition) strided slices; no tensor
-of the unfolded width is built. All loops run over Python integers, so export and Inductor see plain slices.
+of the unfolded width is built. All loops run over Python integers, so export and Inductor see plain slices,
+or views of windows where the size is free.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,9 @@ def gradient_in_layout(x: torch.Tensor) -> torch.Tensor:
 
 def taps_along(x: torch.Tensor, dim: int, kernel: int, stride: int) -> Iterator[torch.Tensor]:
     """The ``kernel`` strided slices of ``x`` along ``dim``, one value per window each; ``x`` is padded already."""
+    if isinstance(x.shape[dim], torch.SymInt):  # the same slices, whose number torch writes as a convolution's grid
+        yield from x.unfold(dim, kernel, stride).unbind(-1)
+        return
     index = [slice(None)] * x.ndim
     for tap in range(kernel):
         # not tap + stride * (steps - 1) + 1, which export cannot prove to be within a dynamic size
