@@ -106,6 +106,22 @@ def test_an_openvino_file(tmp_path):
     torch.testing.assert_close(in_openvino(report.files[0].path, x, tmp_path), expected, rtol=1e-4, atol=1e-5)
 
 
+class Attention(nn.Module):
+    """Attention whose scale is not the default one."""
+
+    img_size = (8, 8)
+
+    def forward(self, x):
+        x = x.flatten(2) / 4
+        return nn.functional.scaled_dot_product_attention(x, x, x.flip(1), scale=0.5)
+
+
+def test_openvino_keeps_the_scale_of_attention(tmp_path):
+    pytest.importorskip("openvino")
+    report = export_model(Attention(), tmp_path, formats="openvino", dynamic_batch=True)
+    assert report.files[0].max_rel_error < 1e-5
+
+
 def test_openvino_is_named_if_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r"format 'openvino' needs openvino: pip install 't2t_fast\[openvino\]'"):
