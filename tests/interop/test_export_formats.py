@@ -10,6 +10,8 @@ from torch import nn
 from interop.test_export import TINY, Convolution, Stage, onnx_packages
 from t2t_fast.interop.export import FORMATS, INT8_TOLERANCE, export_model, write_triton_repository
 from t2t_fast.models import T2TViT
+from t2t_fast.modules import TokenTransformer
+from t2t_fast.ops._common.spec import T2T_WINDOWS
 
 
 class Perceptron(nn.Module):
@@ -106,19 +108,24 @@ def test_an_openvino_file(tmp_path):
     torch.testing.assert_close(in_openvino(report.files[0].path, x, tmp_path), expected, rtol=1e-4, atol=1e-5)
 
 
-class Attention(nn.Module):
-    """Attention whose scale is not the default one."""
+class Transformer(nn.Module):
+    """A layer whose attention has another scale than the default one, with weights that make it matter."""
 
-    img_size = (8, 8)
+    img_size = (16, 20)
+
+    def __init__(self):
+        super().__init__()
+        self.layer = TokenTransformer(27, 64, 1)
+        with torch.no_grad():
+            self.layer.attn.qkv.weight.mul_(3)
 
     def forward(self, x):
-        x = x.flatten(2) / 4
-        return nn.functional.scaled_dot_product_attention(x, x, x.flip(1), scale=0.5)
+        return self.layer(x, T2T_WINDOWS[1])
 
 
 def test_openvino_keeps_the_scale_of_attention(tmp_path):
     pytest.importorskip("openvino")
-    report = export_model(Attention(), tmp_path, formats="openvino", dynamic_batch=True)
+    report = export_model(Transformer(), tmp_path, formats="openvino", dynamic_batch=True)
     assert report.files[0].max_rel_error < 1e-5
 
 

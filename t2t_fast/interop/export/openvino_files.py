@@ -35,7 +35,8 @@ def openvino_runner(path: Path) -> Runner:
 def _scaled_queries(program: ExportedProgram) -> ExportedProgram:
     """The program with the scale of every attention applied to its queries.
 
-    OpenVINO 2026.4 ignores ``scale`` of ``scaled_dot_product_attention``, which in the T2T module is not the default.
+    OpenVINO 2026.4 takes the default scale instead of the given one where queries, keys and values are transposed, as in
+    the T2T module's transformer; there the scale is that of the wider input tokens.
     """
     program = program.run_decompositions({})  # a copy
     graph = program.graph
