@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -35,19 +36,20 @@ def openvino_runner(path: Path) -> Runner:
 def _scaled_queries(program: ExportedProgram) -> ExportedProgram:
     """The program with the scale of every attention applied to its queries.
 
-    OpenVINO 2026.4 takes the default scale instead of the given one where queries, keys and values are transposed, as in
-    the T2T module's transformer; there the scale is that of the wider input tokens.
+    OpenVINO 2026.4 takes the default scale instead of the given one where queries, keys and values are transposed, as
+    in the T2T module's transformer; there the scale is that of the wider input tokens.
     """
     program = program.run_decompositions({})  # a copy
     graph = program.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.scaled_dot_product_attention.default and node.kwargs.get("scale") is not None:
             query = node.args[0]
-            with graph.inserting_before(node):
-                factor = node.kwargs["scale"] * query.meta["val"].shape[-1] ** 0.5
-                scaled = graph.call_function(torch.ops.aten.mul.Tensor, (query, factor))
-            scaled.meta = {"val": query.meta["val"]}
-            node.args = (scaled, *node.args[1:])
+            factor = node.kwargs["scale"] * query.meta["val"].shape[-1] ** 0.5
+            if not math.isclose(factor, 1):
+                with graph.inserting_before(node):
+                    scaled = graph.call_function(torch.ops.aten.mul.Tensor, (query, factor))
+                scaled.meta = {"val": query.meta["val"]}
+                node.args = (scaled, *node.args[1:])
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "scale"}
     program.graph_module.recompile()
     return program
