@@ -32,21 +32,21 @@ class Perceptron(nn.Module):
 
 @pytest.mark.slow
 def test_an_aoti_package(tmp_path):
-    model = T2TViT(**TINY)
+    model = Convolution()
     texts = []
-    report = export_model(model, tmp_path, formats="aoti", dynamic_batch=True, progress=texts.append)
+    report = export_model(model, tmp_path, formats="aoti", dynamic_batch=True, dynamic_size=True, progress=texts.append)
     assert texts == [
         "trace the model",
         "write a package compiled by AOTInductor",
-        "compare t2tvit.aoti.pt2 with the model",
+        "compare convolution.aoti.pt2 with the model",
     ]
-    assert report.files[0].path.name == "t2tvit.aoti.pt2" and report.files[0].batches == (1, 2, 3)
+    assert report.files[0].path.name == "convolution.aoti.pt2" and report.files[0].batches == (1, 2, 3)
     assert report.files[0].max_rel_error < 1e-5 and report.files[0].nodes == {}
-    x = torch.randn(7, 3, 32, 32)
+    x = torch.randn(7, 3, 8, 12)
     torch.save(x, tmp_path / "x.pt")
     script = (
         "import sys, torch; sys.modules['t2t_fast'] = None; from torch._inductor import aoti_load_package\n"
-        "torch.save(aoti_load_package('t2tvit.aoti.pt2')(torch.load('x.pt')), 'y.pt')"
+        "torch.save(aoti_load_package('convolution.aoti.pt2')(torch.load('x.pt')), 'y.pt')"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-I", "-c", script], cwd=tmp_path, check=True, timeout=300)
     with torch.no_grad():
@@ -81,19 +81,15 @@ def in_openvino(path, x, folder):
 
 
 @pytest.mark.slow
-def test_openvino_from_the_model_and_from_onnx(tmp_path):
+def test_openvino_reads_the_onnx_file(tmp_path):
     pytest.importorskip("openvino")
     onnx_packages()
     model = Stage()
-    report = export_model(model, tmp_path, name="stage", formats=("openvino", "onnx"), dynamic_batch=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage.bin", "stage.onnx", "stage.xml"]
-    assert report.files[0].size == sum((tmp_path / f"stage.{end}").stat().st_size for end in ("bin", "xml"))
-    assert report.files[0].max_rel_error < 1e-5 and report.files[0].nodes["Convolution"] == 1
+    report = export_model(model, tmp_path, formats="onnx", dynamic_batch=True)
     x = torch.randn(5, 3, 16, 20)
     with torch.no_grad():
         expected = model.eval()(x)
-    for file in report.files:
-        torch.testing.assert_close(in_openvino(file.path, x, tmp_path), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(in_openvino(report.files[0].path, x, tmp_path), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_openvino_file(tmp_path):
@@ -123,6 +119,7 @@ class Transformer(nn.Module):
         return self.layer(x, T2T_WINDOWS[1])
 
 
+@pytest.mark.slow
 def test_openvino_keeps_the_scale_of_attention(tmp_path):
     pytest.importorskip("openvino")
     report = export_model(Transformer(), tmp_path, formats="openvino", dynamic_batch=True)

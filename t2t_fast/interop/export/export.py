@@ -149,12 +149,13 @@ def _sizes(size: tuple[int, int], smallest: tuple[int, int]) -> list[tuple[int, 
 
 def _trace_free_sizes(model: nn.Module, sample: torch.Tensor, dynamic_batch: bool) -> ExportedProgram:
     """:func:`trace` with free sizes, or an error that says what to do."""
-    advice = "; build it by t2t_fast.create_model, and load its weights by t2t_fast.load_checkpoint"
-    shape = "x".join(map(str, sample.shape[2:]))
+    advice = "; build a T2T-ViT by t2t_fast.create_model, and load its weights by t2t_fast.load_checkpoint"
     what = f"export_model: dynamic_size=True needs a model that accepts images of any size, and {type(model).__name__}"
+    odd = sample[:1, :, 11:, 27:]
     try:
-        model(sample[:1])
+        model(odd)
     except (RuntimeError, ValueError, AssertionError) as error:
+        shape = "x".join(map(str, odd.shape[2:]))
         raise RuntimeError(f"{what} fails for {shape} ({_first_line(error)}){advice}") from error
     try:
         return trace(model, sample, dynamic_batch, dynamic_size=True)
