@@ -3,8 +3,8 @@
 from .checkpoints import ConvertReport, LoadReport, convert_checkpoint, load_checkpoint, read_state_dict
 from .create import create_model
 from .export import ExportReport, export_model, write_triton_repository
-from .quantization import QuantizationReport, backbone_filter, quantization_report
 from .hub import from_pretrained, push_to_hub, save_pretrained
+from .quantization import QuantizationReport, backbone_filter, quantization_report
 from .swap import ModelExplanation, SwapReport, explain, swap, swapped, unswap
 from .timm_embed import T2TEmbed
 
@@ -23,8 +23,8 @@ __all__ = [
     "export_model",
     "from_pretrained",
     "load_checkpoint",
-    "quantization_report",
     "push_to_hub",
+    "quantization_report",
     "read_state_dict",
     "save_pretrained",
     "swap",
