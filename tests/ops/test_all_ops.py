@@ -2,11 +2,13 @@
 
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import backends, testing
 from t2t_fast.errors import BackendUnavailable
@@ -121,6 +123,24 @@ def test_parity_with_the_float64_reference(case, backend, dtype):
     for name, gradient in gradients.items():
         assert gradient.dtype == rounded.tensors[name].dtype
         assert_close(gradient, expected_gradients[name], case.op, "backward", dtype, f"{case.name}: {name}")
+
+
+@pytest.mark.parametrize(("case", "backend"), with_backends(ALL_CASES, without=("reference", "triton")))
+def test_gradients_under_activation_checkpointing(case, backend):
+    """Equal bit for bit. A checkpoint lets a backward read each saved tensor once."""
+
+    def gradients(around):
+        leaves = {name: case.tensors[name].detach().requires_grad_() for name in case.wants_gradient}
+        traced = testing.Case(case.op, case.name, {**case.tensors, **leaves}, case.options, case.wants_gradient)
+        out = around(lambda *_: traced.run(backend), *leaves.values())
+        total = sum(each.square().sum() for each in tree_leaves(out))
+        return torch.autograd.grad(total, list(leaves.values()))
+
+    with running(backend):
+        expected = gradients(lambda call, *tensors: call(*tensors))
+    found = gradients(partial(checkpoint, use_reentrant=False))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def slow(params, where):

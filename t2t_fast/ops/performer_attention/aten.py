@@ -267,10 +267,10 @@ class PerformerAttention(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, grad, *_):
-        *tensors, key_mask = ctx.saved_tensors[:5]
+        q, k, v, w, key_mask, *kept = ctx.saved_tensors  # read once: a checkpoint lets go of what was read
         needed = ctx.needs_input_grad
         found = (causal_gradients if ctx.causal else gradients)(
-            grad, *tensors, ctx.eps, key_mask, *ctx.saved_tensors[5:], needed[3], needed[5], ctx.normalize
+            grad, q, k, v, w, ctx.eps, key_mask, *kept, needed[3], needed[5], ctx.normalize
         )
         return *found[:4], None, found[4], None, None
 

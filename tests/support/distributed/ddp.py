@@ -111,7 +111,7 @@ class Features(nn.Module):
         self.inner = model
 
     def forward(self, x):
-        return self.inner.forward_features(x)
+        return self.inner.forward_head(self.inner.forward_features(x), pre_logits=True)
 
 
 @check_each(FORMS)
