@@ -89,6 +89,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "int8 weights; both: onnx and program; may be repeated; default: both"
     )
     add("--format", action="append", choices=EXPORT_FORMATS, help=formats)
+    add("--aoti", dest="format", action="append_const", const="aoti", help="the same as --format aoti")
     add("--batch", type=positive, default=1, metavar="N", help="batch size, fixed in the file; default: 1")
     add("--dynamic-batch", action="store_true", help="leave the batch size free")
     add("--dynamic-size", action="store_true", help="leave height and width free")

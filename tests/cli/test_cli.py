@@ -252,6 +252,8 @@ class TestExport:
         common = ("export", "t2t_vit_7", "--out", "there", "--img-size", 32, "--dynamic-batch", "--dynamic-size")
         assert run(capsys, *common, "--format", "both", "--format", "openvino", "--format", "onnx")[0] == 0
         assert seen["formats"] == ("onnx", "program", "openvino")
+        assert run(capsys, *common, "--aoti")[0] == 0
+        assert seen["formats"] == ("aoti",)
         assert seen["dynamic_batch"] is True and seen["dynamic_size"] is True
         assert set(EXPORT_FORMATS) == {"both", *FORMATS}
 
