@@ -38,14 +38,18 @@ def gradient_in_layout(x: torch.Tensor) -> torch.Tensor:
 
 def taps_along(x: torch.Tensor, dim: int, kernel: int, stride: int) -> Iterator[torch.Tensor]:
     """The ``kernel`` strided slices of ``x`` along ``dim``, one value per window each; ``x`` is padded already."""
-    if isinstance(x.shape[dim], torch.SymInt):  # the same slices, whose number torch writes as a convolution's grid
-        yield from x.unfold(dim, kernel, stride).unbind(-1)
-        return
     index = [slice(None)] * x.ndim
     for tap in range(kernel):
         # not tap + stride * (steps - 1) + 1, which export cannot prove to be within a dynamic size
         index[dim] = slice(tap, x.shape[dim] - (kernel - 1 - tap), stride)
         yield x[tuple(index)]
+
+
+def values_along(x: torch.Tensor, dim: int, kernel: int, stride: int) -> Sequence[torch.Tensor]:
+    """The slices of :func:`taps_along`, only to be read; of a free size views, whose length torch writes as a grid."""
+    if isinstance(x.shape[dim], torch.SymInt):
+        return x.unfold(dim, kernel, stride).unbind(-1)
+    return list(taps_along(x, dim, kernel, stride))
 
 
 def as_image(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -76,7 +80,7 @@ def merge_statistics(
     mean, rest, m2 = (F.pad(part, (pw, pw, ph, ph)) for part in (mean, rest, m2))
     levels = [(mean, rest)]
     for dim, kernel, stride in ((2, window.kernel[1], window.stride[1]), (1, window.kernel[0], window.stride[0])):
-        cells, rests, squares = (list(taps_along(part, dim, kernel, stride)) for part in (mean, rest, m2))
+        cells, rests, squares = (values_along(part, dim, kernel, stride) for part in (mean, rest, m2))
         mean = cells[kernel // 2]
         apart = [(cell - mean) + other for cell, other in zip(cells, rests, strict=True)]
         rest = sum(apart[1:], apart[0]) / kernel
