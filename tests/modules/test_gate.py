@@ -322,10 +322,10 @@ def test_one_dropout_in_training_mode(make, path):
 
 def test_parts_of_a_transformer_layer_that_have_no_fused_form():
     layer = t2t_fast.TokenTransformer(27, 16, drop=0.1, drop_path=0.2, attn_drop=0.3).train()
-    assert layer.obstacle() == "drop_path is active"
-    layer.drop_path.eval()
     assert layer.obstacle() == "mlp.drop is active"
     layer.mlp.drop.eval()
+    assert layer.obstacle() == "drop_path is active"
+    layer.drop_path.eval()
     assert layer.obstacle() is None  # PyTorch's attention drops weights, the operator drops the projection's output
     assert isinstance(layer.drop_path, DropPath)
     layer.drop_path = nn.Dropout(0.1)
@@ -379,7 +379,7 @@ def test_a_longer_mlp_and_a_missing_child():
     twin.load_state_dict(layer.state_dict())
     for each in (layer, twin):
         each.mlp.append(nn.Tanh())
-    assert layer.obstacle() == "mlp has the children 0, 1, 2, 3, 4"
+    assert layer.obstacle() == "mlp has the child 4"
     close(layer(torch.ones(1, 5, 27)), twin(torch.ones(1, 5, 27)))
     del layer.mlp
     assert layer.obstacle() == "mlp is missing"
