@@ -150,8 +150,10 @@ class TokenTransformer(TokenLayer):
         self, x: Any, window: Window | None, pixel_norm: PixelNorm | None
     ) -> remembered.Dependencies | None:
         children = fusion.children(self, self._parts)
+        if children is None:
+            return None
         drop = self._weights_dropout()
-        if children is None or (isinstance(drop, nn.Module) and fusion.dropout(drop) is not None):
+        if isinstance(drop, nn.Module) and fusion.dropout(drop) is not None:
             return None
         parts = self.parts
         paths = parts.qkv, parts.norm1, parts.proj, parts.norm2, parts.fc1, parts.fc2

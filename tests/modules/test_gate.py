@@ -332,6 +332,15 @@ def test_parts_of_a_transformer_layer_that_have_no_fused_form():
     assert layer.obstacle() == "drop_path is Dropout"
 
 
+def test_a_wrapped_attention_without_the_originals_attributes():
+    """As of an adapter: the layer calls it, though it has neither attn_drop nor scale."""
+    layer, x = t2t_fast.TokenTransformer(27, 16).eval(), torch.randn(2, 5, 27)
+    expected = layer(x)
+    layer.attn = nn.Sequential(layer.attn)
+    assert layer.obstacle() == "attn is Sequential"
+    torch.testing.assert_close(layer(x), expected)
+
+
 class GELU(nn.Module):
     def forward(self, x):
         return nn.functional.gelu(x)

@@ -125,7 +125,7 @@ class MmpretrainTokenTransformer(TokenTransformer):
     _scale = _mmpretrain_scale
 
     def _weights_dropout(self) -> float:
-        rate: float = self.attn.attn_drop if self.training else 0.0
+        rate: float = self.attn.attn_drop if self.attn.training else 0.0
         return rate
 
 
