@@ -10,6 +10,10 @@
   "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, float proj_drop, float mlp_drop, " \
   "Tensor? seed"
 #define T2T_FAST_LAYER "Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW ", Tensor w, float eps, " T2T_FAST_MLP
+// The four Linears are packed (pack_linear); `factors` (2, B): of the attention and of the MLP of every sample.
+#define T2T_FAST_BLOCK                                                                                               \
+  "Tensor x, Tensor qkv, Tensor proj, Tensor fc1, Tensor fc2, int heads, int hidden, float scale, float norm1_eps, " \
+  "float norm2_eps, Tensor? factors, bool bf16"
 
 STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
   library.def("soft_split(Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor");
@@ -36,8 +40,23 @@ STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
   library.def("performer_layer_backward(Tensor grad, " T2T_FAST_LAYER
               ", Tensor lz, Tensor state, bool need_image, bool need_weight, bool need_w) -> (Tensor, Tensor, Tensor, "
               "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The instruction set whose CPU kernels run; `use` changes it for the whole process (tests compare them).
-  library.def("cpu_instruction_set(str use=\"\") -> str");
+  // The instruction set whose CPU kernels run, with products of float32 or of bfloat16; `use` changes it for the whole
+  // process (tests compare them).
+  library.def("cpu_instruction_set(str use=\"\", bool bf16=False) -> str");
+  // A Linear with LayerNorm's affine part folded into it, in the layout of the instruction set in use; `back`: for the
+  // gradient of its input.
+  library.def(
+      "pack_linear(Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, bool bf16, bool back) "
+      "-> Tensor");
+  library.def("packed_linear_size(int inputs, int outputs, bool bf16, bool back) -> int");
+  // Also what backward needs, empty unless `save`: qkv, the attention's result and log-sum-exp, the sum behind it, fc1's
+  // output.
+  library.def("transformer_block(" T2T_FAST_BLOCK ", bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The gradient of x, and of each Linear those of its weight, behind its LayerNorm without affine part, and of its
+  // bias, empty unless `needed` has a 1 for it. The Linears are packed for the gradient of their inputs.
+  library.def("transformer_block_backward(Tensor grad, " T2T_FAST_BLOCK
+              ", Tensor saved_qkv, Tensor y, Tensor lse, Tensor t, Tensor h, int[] needed) -> (Tensor, Tensor, Tensor, "
+              "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Most bytes of scratch memory that the CPU kernels had in use at a time since the last call with `restart`.
   library.def("scratch_bytes(bool restart=False) -> int");
 }

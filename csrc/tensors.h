@@ -99,13 +99,15 @@ inline Image<const void*> image_of(const Tensor& image) {
   return {image.const_data_ptr(), stride_of(image, 0), stride_of(image, 1), stride_of(image, 2), stride_of(image, 3)};
 }
 
-// Uninitialised memory of `like`'s dtype and device, all of which a kernel is going to write.
-inline Tensor empty(const Sizes& size, const Tensor& like, bool channels_last = false) {
+// Uninitialised memory of `like`'s device, and of its dtype unless another one is given, all of which a kernel is going
+// to write.
+inline Tensor empty(const Sizes& size, const Tensor& like, bool channels_last = false,
+                    std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   using torch::headeronly::MemoryFormat;
-  Tensor tensor = torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+  Tensor tensor = torch::stable::empty(size, dtype.value_or(like.scalar_type()), std::nullopt, like.device(), std::nullopt,
                                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (!like.is_cuda()) {
-    const int64_t bytes = with_type(element_of(like, "empty"), [](auto* type) { return int64_t{sizeof(*type)}; });
+    const int64_t bytes = with_type(element_of(tensor, "empty"), [](auto* type) { return int64_t{sizeof(*type)}; });
     expect_full_use(tensor.mutable_data_ptr(), tensor.numel() * bytes);
   }
   return tensor;

@@ -151,6 +151,13 @@ def resolve(op: str, request: Request, name: str = "auto") -> str:
     raise BackendUnavailable(_refusal(op, "auto", request))
 
 
+def runs(op: str, name: str, request: Request) -> bool:
+    """Whether a call of ``op`` without an explicit backend is free to run ``request`` by ``name``, and it can."""
+    if _selected(op) not in ("auto", name):
+        return False
+    return implementation(op, name).passed_over(request) is None and reason(op, name, request) is None
+
+
 def _refusal(op: str, name: str, request: Request) -> str:
     dtype = str(request.dtype).removeprefix("torch.")
     lines = [f"{op}: backend {name!r} cannot run on {request.device} with {dtype}"]

@@ -18,6 +18,7 @@ from .soft_split import soft_split
 from .soft_split_linear import clear_weight_cache, soft_split_linear
 from .soft_split_linear import refold as refold  # deprecated
 from .token_mlp import token_mlp
+from .transformer_block import transformer_block
 
 __all__ = [
     "add_layer_norm",
@@ -32,5 +33,6 @@ __all__ = [
     "soft_split",
     "soft_split_linear",
     "token_mlp",
+    "transformer_block",
     "window",
 ]

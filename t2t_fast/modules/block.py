@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..functional import add_layer_norm, layer_norm_linear, layer_norm_mlp
+from ..functional import add_layer_norm, layer_norm_linear, layer_norm_mlp, transformer_block
+from ..functional.transformer_block import native as native_block
 from . import fusion, remembered
 from .attention import attend, heads, merged
 
@@ -273,6 +274,22 @@ def mlp(
     return out
 
 
+def block(module: Fused, x: torch.Tensor, children: Children) -> torch.Tensor:
+    """A whole block by :func:`functional.transformer_block`."""
+    parts = module.parts
+    options = {
+        "heads": attrgetter(parts.num_heads)(module),
+        "scale": module._scale(),
+        "norm1_eps": children.eps(parts.norm1),
+        "norm2_eps": children.eps(parts.norm2),
+        "drop_path1": children.rate(parts.drop_path1),
+        "drop_path2": children.rate(parts.drop_path2),
+    }
+    paths = parts.norm1, parts.qkv, parts.proj, parts.norm2, parts.fc1, parts.fc2
+    out: torch.Tensor = remembered.run(children.entry, transformer_block, (x, *children.weights(*paths)), **options)
+    return out
+
+
 class FusedAttention(Fused):
     """Self-attention that forms no N x N tensor."""
 
@@ -357,6 +374,8 @@ class FusedBlock(Fused):
     )
 
     def _fused(self, x: torch.Tensor, children: Children) -> torch.Tensor:
+        if self._whole(x, children):
+            return block(self, x, children)
         branch, x = attention(self, x, children)
         rates = {
             name: children.rate(path)
@@ -367,6 +386,16 @@ class FusedBlock(Fused):
             )
         }
         return mlp(self, x, children, branch, **rates)
+
+    def _whole(self, x: torch.Tensor, children: Children) -> bool:
+        """Whether the block runs as one operator, which only the native backend gains from."""
+        parts = self.parts
+        return not (
+            x.is_cuda
+            or parts.called
+            or self.recompute
+            or any(map(children.rate, (parts.attn_drop, parts.proj_drop, parts.hidden_drop, parts.drop)))
+        ) and native_block(x)
 
 
 class FusedBlockSE(FusedBlock):

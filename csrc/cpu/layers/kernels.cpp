@@ -9,6 +9,9 @@
 namespace t2t_fast::cpu {
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 namespace avx512 {
 extern const Kernels table;
 }
@@ -30,10 +33,12 @@ bool offers(std::initializer_list<const char*> needed) {
   return true;
 }
 
-// The kernels that this CPU can run, the widest first.
-std::vector<const Kernels*> runnable() {
+// The kernels that this CPU can run, the fastest first.
+std::vector<const Kernels*> runnable(bool bf16) {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
+  if (bf16 && offers({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx2", "fma"}))
+    found.push_back(&avx512_bf16::table);
   if (offers({"avx512f", "avx512bw", "avx512vl", "avx2", "fma"})) found.push_back(&avx512::table);
   if (offers({"avx2", "fma"})) found.push_back(&avx2::table);
 #endif
@@ -41,25 +46,25 @@ std::vector<const Kernels*> runnable() {
   return found;
 }
 
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels{runnable().front()};
-  return kernels;
+std::atomic<const Kernels*>& chosen(bool bf16) {
+  static std::atomic<const Kernels*> kernels[] = {runnable(false).front(), runnable(true).front()};
+  return kernels[bf16];
 }
 
 }  // namespace
 
-const Kernels& kernels() { return *chosen().load(); }
+const Kernels& kernels(bool bf16) { return *chosen(bf16).load(); }
 
-std::vector<std::string> instruction_sets() {
+std::vector<std::string> instruction_sets(bool bf16) {
   std::vector<std::string> names;
-  for (const Kernels* each : runnable()) names.push_back(each->name);
+  for (const Kernels* each : runnable(bf16)) names.push_back(each->name);
   return names;
 }
 
-bool use_instruction_set(const std::string& name) {
-  for (const Kernels* each : runnable()) {
+bool use_instruction_set(const std::string& name, bool bf16) {
+  for (const Kernels* each : runnable(bf16)) {
     if (name != each->name) continue;
-    chosen().store(each);
+    chosen(bf16).store(each);
     return true;
   }
   return false;

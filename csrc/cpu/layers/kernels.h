@@ -123,6 +123,45 @@ struct PerformerLayerGradient {
   MlpGradient mlp;
 };
 
+// A pre-norm transformer block, its weights packed by pack_linear (LayerNorm folded into qkv and fc1).
+struct Block {
+  int64_t batch, length, width, heads, hidden;
+  float scale, norm1_eps, norm2_eps;
+  Tokens x;
+  const float *qkv, *proj, *fc1, *fc2;
+  const float* factors;  // of the attention and of the MLP, (2, batch); null for 1
+};
+
+// Rows that the forward pass saves, in float32 or bfloat16; null for none.
+struct Saved {
+  void* data;
+  int64_t row;
+  bool half;
+
+  // The rows from a column on.
+  Saved from(int64_t column) const {
+    return {static_cast<char*>(data) + (data ? column * (half ? 2 : 4) : 0), row, half};
+  }
+};
+
+// What the backward pass of a Block reads: q, k and v; the attention's result and the logarithms of its softmax's sums
+// (batch, heads, length); the sum behind the attention; fc1's output.
+struct BlockSaved {
+  Saved qkv, y;
+  float* lse;
+  Saved t, h;
+};
+
+// The backward pass of a Block whose weights are packed for it: the gradients of x, and for each Linear, behind its
+// LayerNorm without affine part, the weight's gradient (outputs, inputs) and the sum of its output's (outputs); null
+// unless wanted.
+struct BlockGradient {
+  float* x;
+  struct Linear {
+    float *weight, *bias;
+  } qkv, proj, fc1, fc2;
+};
+
 struct Kernels {
   const char* name;
   void (*soft_split_linear)(const Workers&, const SplitLinear&, float* out);
@@ -133,15 +172,21 @@ struct Kernels {
   void (*token_mlp_backward)(const Workers&, const TokenMlp&, Tokens grad, const TokenMlpGradient&);
   void (*performer_layer)(const Workers&, const PerformerLayer&, TokensOut out);
   void (*performer_layer_backward)(const Workers&, const PerformerLayer&, Tokens grad, const PerformerLayerGradient&);
+  int64_t (*packed_linear_size)(int64_t inputs, int64_t outputs, bool back);
+  void (*pack_linear)(const Workers&, const NormLinear&, bool back, float* packed);
+  void (*transformer_block)(const Workers&, const Block&, TokensOut out, const BlockSaved&);
+  void (*transformer_block_backward)(const Workers&, const Block&, const BlockSaved&, Tokens grad,
+                                     const BlockGradient&);
 };
 
-// The kernels in use: of the widest instruction set, unless another one was asked for.
-const Kernels& kernels();
+// The kernels in use, with products of float32 or of bfloat16: of the widest instruction set, unless another one was
+// asked for. Where the CPU multiplies no bfloat16, its products are of float32.
+const Kernels& kernels(bool bf16 = false);
 
-// Names of the instruction sets that this CPU can run, the widest first.
-std::vector<std::string> instruction_sets();
+// Names of the instruction sets that this CPU can run, the fastest first.
+std::vector<std::string> instruction_sets(bool bf16 = false);
 
 // Uses the kernels of another instruction set from now on; false where this CPU cannot run them.
-bool use_instruction_set(const std::string& name);
+bool use_instruction_set(const std::string& name, bool bf16 = false);
 
 }  // namespace t2t_fast::cpu

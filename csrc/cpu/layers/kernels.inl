@@ -16,6 +16,7 @@
 #include <new>
 #include <vector>
 
+#include "../../half.h"
 #include "../memory.h"
 #include "kernels.h"
 
@@ -33,21 +34,34 @@ namespace t2t_fast::cpu::T2T_FAST_ISA {
 
 // clang-format off: in the order in which they use each other
 #include "vector.inl"
+#include "cells.inl"
 #include "gemm.inl"
 #include "tile.inl"
+#include "operand.inl"
+#include "packed_linear.inl"
 #include "patches.inl"
 #include "dropout.inl"
+#if !defined(T2T_FAST_PAIRS)
 #include "soft_split_linear.inl"
 #include "performer_attention.inl"
 #include "token_mlp.inl"
 #include "performer_layer.inl"
+#endif
+#include "block.inl"
+#include "block_backward.inl"
 // clang-format on
 
 extern const Kernels table;
 const Kernels table = {
-    T2T_FAST_TEXT(T2T_FAST_ISA),  soft_split_linear, soft_split_linear_backward, performer_attention,
+    T2T_FAST_TEXT(T2T_FAST_ISA),
+#if defined(T2T_FAST_PAIRS)
+    nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+#else
+    soft_split_linear, soft_split_linear_backward, performer_attention,
     performer_attention_backward, token_mlp,         token_mlp_backward,         performer_layer,
     performer_layer_backward,
+#endif
+    packed_linear_size, pack_linear,               transformer_block, transformer_block_backward,
 };
 
 }  // namespace t2t_fast::cpu::T2T_FAST_ISA

@@ -13,10 +13,10 @@ inline Vec splat(float x) { return x - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a < b ? b : a; }  // of a NaN in a and a number: the NaN
 
 // x with the lanes whose numbers differ in the bit DISTANCE exchanged.
-template <int64_t DISTANCE>
-inline Vec exchanged(Vec x) {
+template <int64_t DISTANCE, typename Register>
+inline Register exchanged(Register x) {
 #if defined(__clang__)
-  Vec y;
+  Register y;
   for (int64_t i = 0; i < LANES; ++i) y[i] = x[i ^ DISTANCE];
   return y;
 #else
@@ -27,14 +27,14 @@ inline Vec exchanged(Vec x) {
 }
 
 // Transposes a square of LANES registers, exchanging blocks of 1, 2, 4 ... lanes between pairs of registers.
-template <int64_t DISTANCE = 1>
-inline void transpose(Vec (&x)[LANES]) {
+template <int64_t DISTANCE = 1, typename Register>
+inline void transpose(Register (&x)[LANES]) {
   if constexpr (DISTANCE < LANES) {
     IntVec upper;
     for (int64_t lane = 0; lane < LANES; ++lane) upper[lane] = lane & DISTANCE ? -1 : 0;
     for (int64_t i = 0; i < LANES; ++i) {
       if (i & DISTANCE) continue;
-      const Vec a = x[i], b = x[i | DISTANCE];
+      const Register a = x[i], b = x[i | DISTANCE];
       x[i] = upper ? exchanged<DISTANCE>(b) : a;
       x[i | DISTANCE] = upper ? b : exchanged<DISTANCE>(a);
     }

@@ -22,11 +22,13 @@ def _defined(name: str) -> bool:
     return _MISSING is None and hasattr(torch.ops.t2t_fast_native, name)
 
 
-def instruction_set() -> str | None:
-    """The instruction set of the layers' CPU kernels, or ``None`` if the loaded library has none."""
+def instruction_set(bf16: bool = False) -> str | None:
+    """The instruction set of the layers' CPU kernels with products of float32, or of bfloat16; ``None`` if the loaded
+    library has none.
+    """
     if not devices("performer_layer"):
         return None
-    return torch.ops.t2t_fast_native.cpu_instruction_set()
+    return torch.ops.t2t_fast_native.cpu_instruction_set("", bf16)
 
 
 def devices(name: str) -> tuple[str, ...]:
