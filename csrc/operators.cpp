@@ -22,23 +22,25 @@ STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
       "soft_composition(Tensor tokens, int[] size, int[] kernel, int[] stride, int[] padding, bool channels_last) "
       "-> Tensor");
   library.def("fused_fold_unfold(Tensor tokens, int[] size, int[] kernel, int[] stride, int[] padding) -> Tensor");
+  // With `bf16`, matrix products are of bfloat16 where the CPU multiplies it; all else stays float32.
   // A backward gives its gradients in the order of the forward's tensors; an empty one was not wanted, or belongs to a
   // parameter that is missing. An image's gradient comes in the memory order of the image: (B, H, W, C) where channels
   // are adjacent.
-  library.def("soft_split_linear(Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW ") -> Tensor");
+  library.def("soft_split_linear(Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW ", bool bf16=False) -> Tensor");
   library.def("soft_split_linear_backward(Tensor grad, Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW
-              ", bool need_image, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+              ", bool need_image, bool need_weight, bool bf16=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Also the key state lz and S that backward needs.
-  library.def("performer_attention(Tensor q, Tensor k, Tensor v, Tensor w, float eps) -> (Tensor, Tensor, Tensor)");
+  library.def("performer_attention(Tensor q, Tensor k, Tensor v, Tensor w, float eps, bool bf16=False) "
+              "-> (Tensor, Tensor, Tensor)");
   library.def(
       "performer_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor w, float eps, Tensor lz, "
-      "Tensor state, bool need_w) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("token_mlp(Tensor y, Tensor v, " T2T_FAST_MLP ") -> Tensor");
+      "Tensor state, bool need_w, bool bf16=False) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("token_mlp(Tensor y, Tensor v, " T2T_FAST_MLP ", bool bf16=False) -> Tensor");
   library.def("token_mlp_backward(Tensor grad, Tensor y, Tensor v, " T2T_FAST_MLP
-              ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("performer_layer(" T2T_FAST_LAYER ") -> (Tensor, Tensor, Tensor)");
+              ", bool bf16=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("performer_layer(" T2T_FAST_LAYER ", bool bf16=False) -> (Tensor, Tensor, Tensor)");
   library.def("performer_layer_backward(Tensor grad, " T2T_FAST_LAYER
-              ", Tensor lz, Tensor state, bool need_image, bool need_weight, bool need_w) -> (Tensor, Tensor, Tensor, "
+              ", Tensor lz, Tensor state, bool need_image, bool need_weight, bool need_w, bool bf16=False) -> (Tensor, Tensor, Tensor, "
               "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The instruction set whose CPU kernels run, with products of float32 or of bfloat16; `use` changes it for the whole
   // process (tests compare them).

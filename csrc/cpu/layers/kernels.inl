@@ -41,12 +41,10 @@ namespace t2t_fast::cpu::T2T_FAST_ISA {
 #include "packed_linear.inl"
 #include "patches.inl"
 #include "dropout.inl"
-#if !defined(T2T_FAST_PAIRS)
 #include "soft_split_linear.inl"
 #include "performer_attention.inl"
 #include "token_mlp.inl"
 #include "performer_layer.inl"
-#endif
 #include "block.inl"
 #include "block_backward.inl"
 // clang-format on
@@ -54,13 +52,9 @@ namespace t2t_fast::cpu::T2T_FAST_ISA {
 extern const Kernels table;
 const Kernels table = {
     T2T_FAST_TEXT(T2T_FAST_ISA),
-#if defined(T2T_FAST_PAIRS)
-    nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-#else
     soft_split_linear, soft_split_linear_backward, performer_attention,
     performer_attention_backward, token_mlp,         token_mlp_backward,         performer_layer,
     performer_layer_backward,
-#endif
     packed_linear_size, pack_linear,               transformer_block, transformer_block_backward,
 };
 

@@ -15,7 +15,7 @@ inline void cells_over(const float* data, int64_t row, int64_t count, int64_t wi
 class Operand {
  public:
   // For tiles of up to `rows` rows of up to `width` floats.
-  Operand(int64_t rows, int64_t width) : copy_(TERMS == 1 ? 0 : (rows + 1) * padded(width)) {}
+  Operand(int64_t rows, int64_t width) : copy_(TERMS == 1 ? Cells() : Cells((rows + 1) * padded(width))) {}
 
   // Cell (r, step): row r, and a sum along it.
   Left along(const float* data, int64_t row, int64_t count, int64_t width) const {
@@ -68,4 +68,27 @@ class Operand {
 #endif
 
   Cells copy_;
+};
+
+// A worker's products of tiles.
+class Products {
+ public:
+  // Of tiles of up to `rows` rows of up to `width` floats.
+  Products(int64_t rows, int64_t width) : left_(rows, width), right_(rows, width) {}
+
+  // out (count, columns) = rows (count, terms) times the right operand, plus a bias, or added to `out`.
+  void times(Rows rows, int64_t count, int64_t terms, Right right, int64_t columns, float* out, int64_t out_row,
+             const float* bias = nullptr, bool add = false) const {
+    gemm(count, columns, terms, left_.along(rows.data, rows.row, count, terms), right, out, out_row, bias, add);
+  }
+
+  // sums (outputs, inputs) += the transposed of `left` (count, outputs) times `right` (count, inputs).
+  void add_over(Rows left, int64_t outputs, Rows right, int64_t inputs, int64_t count, float* sums,
+                int64_t sums_row) const {
+    add_gemm(outputs, inputs, count, left_.over_left(left.data, left.row, count, outputs),
+             right_.over(right.data, right.row, count, inputs), sums, sums_row);
+  }
+
+ private:
+  Operand left_, right_;
 };

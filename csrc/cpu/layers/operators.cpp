@@ -140,16 +140,17 @@ PerformerLayer layer_of(Call& call, SPLIT_LINEAR_PARAMETERS, const Tensor& w, do
 
 // ---- the operators
 
-Tensor soft_split_linear(SPLIT_LINEAR_PARAMETERS) {
+Tensor soft_split_linear(SPLIT_LINEAR_PARAMETERS, bool bf16) {
   Call call("soft_split_linear");
   const SplitLinear arguments = split_linear_of(call, SPLIT_LINEAR_ARGUMENTS);
   const int64_t batch = arguments.split.batch, length = arguments.split.tokens();
   Tensor out = empty({batch, length, arguments.linear.outputs}, x);
-  kernels().soft_split_linear(workers_for(batch * length), arguments, floats(out));
+  kernels(bf16).soft_split_linear(workers_for(batch * length), arguments, floats(out));
   return out;
 }
 
-auto soft_split_linear_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, bool need_image, bool need_weight) {
+auto soft_split_linear_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, bool need_image, bool need_weight,
+                                bool bf16) {
   Call call("soft_split_linear_backward");
   const SplitLinear arguments = split_linear_of(call, SPLIT_LINEAR_ARGUMENTS);
   const int64_t batch = arguments.split.batch, length = arguments.split.tokens();
@@ -157,12 +158,12 @@ auto soft_split_linear_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, boo
   const auto d_linear = linear_gradients(arguments.linear, need_weight, x);
   SplitLinearGradient out = {{}, pointers_of<NormLinearGradient>(d_linear)};
   const std::array d_image = {image_gradient(need_image, arguments.split, x, out.image)};
-  kernels().soft_split_linear_backward(workers_for(batch * length), arguments, grad_data, out);
+  kernels(bf16).soft_split_linear_backward(workers_for(batch * length), arguments, grad_data, out);
   return std::tuple_cat(d_image, d_linear);
 }
 
 std::tuple<Tensor, Tensor, Tensor> performer_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                       const Tensor& w, double eps) {
+                                                       const Tensor& w, double eps, bool bf16) {
   Call call("performer_attention");
   Attention arguments = attention_of(call, q, k, v);
   const int64_t batch = arguments.batch, queries = arguments.queries, keys = arguments.keys, width = q.size(2);
@@ -172,14 +173,14 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention(const Tensor& q, const Te
   Tensor out = empty({batch, queries, width}, q);
   Tensor lz = empty({batch, features}, q), state = empty({batch, features, width}, q);
   arguments.state = {floats(lz), floats(state)};
-  kernels().performer_attention(workers_for(batch * (queries + keys)), arguments, out_of(out));
+  kernels(bf16).performer_attention(workers_for(batch * (queries + keys)), arguments, out_of(out));
   return {out, lz, state};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention_backward(const Tensor& grad, const Tensor& q,
                                                                         const Tensor& k, const Tensor& v,
                                                                         const Tensor& w, double eps, const Tensor& lz,
-                                                                        const Tensor& state, bool need_w) {
+                                                                        const Tensor& state, bool need_w, bool bf16) {
   Call call("performer_attention_backward");
   Attention arguments = attention_of(call, q, k, v);
   const int64_t batch = arguments.batch, queries = arguments.queries, keys = arguments.keys, width = q.size(2);
@@ -188,22 +189,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention_backward(const Te
   arguments.state = saved_state(call, arguments.performer, batch, lz, state);
   Tensor d_q = empty({batch, queries, width}, q), d_k = empty({batch, keys, width}, q);
   Tensor d_v = empty({batch, keys, width}, q), d_w = gradient(need_w, {arguments.performer.features, width}, q);
-  kernels().performer_attention_backward(workers_for(batch * (queries + keys)), arguments, gradients,
+  kernels(bf16).performer_attention_backward(workers_for(batch * (queries + keys)), arguments, gradients,
                                          {out_of(d_q), out_of(d_k), out_of(d_v), wanted(d_w)});
   return {d_q, d_k, d_v, d_w};
 }
 
-Tensor token_mlp(const Tensor& y, const Tensor& v, MLP_PARAMETERS) {
+Tensor token_mlp(const Tensor& y, const Tensor& v, MLP_PARAMETERS, bool bf16) {
   Call call("token_mlp");
   TokenMlp arguments = token_mlp_of(call, y, v);
   const int64_t batch = arguments.batch, length = arguments.length, width = y.size(2);
   arguments.mlp = mlp_of(call, width, MLP_ARGUMENTS);
   Tensor out = empty({batch, length, width}, y);
-  kernels().token_mlp(workers_for(batch * length), arguments, out_of(out));
+  kernels(bf16).token_mlp(workers_for(batch * length), arguments, out_of(out));
   return out;
 }
 
-auto token_mlp_backward(const Tensor& grad, const Tensor& y, const Tensor& v, MLP_PARAMETERS) {
+auto token_mlp_backward(const Tensor& grad, const Tensor& y, const Tensor& v, MLP_PARAMETERS, bool bf16) {
   Call call("token_mlp_backward");
   TokenMlp arguments = token_mlp_of(call, y, v);
   const int64_t batch = arguments.batch, length = arguments.length, width = y.size(2);
@@ -211,13 +212,13 @@ auto token_mlp_backward(const Tensor& grad, const Tensor& y, const Tensor& v, ML
   arguments.mlp = mlp_of(call, width, MLP_ARGUMENTS);
   const std::array d_tokens = {empty({batch, length, width}, y), empty({batch, length, width}, y)};
   const auto d_mlp = mlp_gradients(arguments.mlp, y);
-  kernels().token_mlp_backward(workers_for(batch * length), arguments, gradients,
+  kernels(bf16).token_mlp_backward(workers_for(batch * length), arguments, gradients,
                                {out_of(d_tokens[0]), out_of(d_tokens[1]), pointers_of<MlpGradient>(d_mlp)});
   return std::tuple_cat(d_tokens, d_mlp);
 }
 
 std::tuple<Tensor, Tensor, Tensor> performer_layer(SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps,
-                                                   MLP_PARAMETERS) {
+                                                   MLP_PARAMETERS, bool bf16) {
   Call call("performer_layer");
   PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, MLP_ARGUMENTS);
   const int64_t batch = layer.kqv.split.batch, length = layer.kqv.split.tokens();
@@ -225,12 +226,13 @@ std::tuple<Tensor, Tensor, Tensor> performer_layer(SPLIT_LINEAR_PARAMETERS, cons
   Tensor out = empty({batch, length, width}, x);
   Tensor lz = empty({batch, features}, x), state = empty({batch, features, width}, x);
   layer.state = {floats(lz), floats(state)};
-  kernels().performer_layer(workers_for(batch * length), layer, out_of(out));
+  kernels(bf16).performer_layer(workers_for(batch * length), layer, out_of(out));
   return {out, lz, state};
 }
 
 auto performer_layer_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps, MLP_PARAMETERS,
-                              const Tensor& lz, const Tensor& state, bool need_image, bool need_weight, bool need_w) {
+                              const Tensor& lz, const Tensor& state, bool need_image, bool need_weight, bool need_w,
+                              bool bf16) {
   Call call("performer_layer_backward");
   PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, MLP_ARGUMENTS);
   const int64_t batch = layer.kqv.split.batch, length = layer.kqv.split.tokens(), width = layer.performer.width;
@@ -244,7 +246,7 @@ auto performer_layer_backward(const Tensor& grad, SPLIT_LINEAR_PARAMETERS, const
   PerformerLayerGradient out = {
       {{}, pointers_of<NormLinearGradient>(d_linear)}, wanted(d_w[0]), pointers_of<MlpGradient>(d_mlp)};
   const std::array d_image = {image_gradient(need_image, layer.kqv.split, x, out.kqv.image)};
-  kernels().performer_layer_backward(workers_for(batch * length), layer, gradients, out);
+  kernels(bf16).performer_layer_backward(workers_for(batch * length), layer, gradients, out);
   return std::tuple_cat(d_image, d_linear, d_w, d_mlp);
 }
 

@@ -13,22 +13,25 @@ constexpr float NOTHING = -1e30f;  // shuts the gate as -infinity would, but a f
 struct Features {
   const Performer& performer;
   int64_t width, wide, count, wide_count;
-  Floats rows;     // w (count, wide): the right operand of gradients
-  Floats columns;  // w transposed, packed: the right operand of scores
+  Cells rows;      // w packed: the right operand of gradients
+  Cells columns;   // w transposed, packed: the right operand of scores
   float log_gate;  // ln(m eps)
 
   explicit Features(const Performer& performer_)
       : performer(performer_), width(performer.width), wide(padded(width)), count(performer.features),
-        wide_count(padded(count)), rows(count * wide), columns(packed_size(width, count)),
+        wide_count(padded(count)), rows(packed_size(count, width)), columns(packed_size(width, count)),
         log_gate(static_cast<float>(std::log(performer.features * performer.eps))) {
-    for (int64_t i = 0; i < count; ++i) pad_vector(rows + i * wide, performer.w + i * width, width);
-    pack_right(columns, width, count, rows, 1, wide);
+    pack_right(rows, count, width, performer.w, width, 1);
+    pack_right(columns, width, count, performer.w, 1, width);
   }
 
   // w x of every token and feature, (tokens, wide_count).
-  void scores(Rows x, int64_t tokens, float* out) const {
-    gemm(tokens, count, width, x.left(), panels_of(columns, width), out, wide_count);
+  void scores(Rows x, int64_t tokens, const Products& products, float* out) const {
+    products.times(x, tokens, width, panels_of(columns, width), count, out, wide_count);
   }
+
+  // Products of tiles of tokens and of their scores.
+  Products products() const { return {TILE, std::max(width, count)}; }
 };
 
 inline float half_square_norm(const float* x, int64_t wide) {
@@ -53,8 +56,9 @@ struct KeySums {
 };
 
 // Adds a tile of keys and values. `scores` is scratch of (tokens, wide_count).
-inline void add_keys(const Features& f, Rows k, Rows v, int64_t tokens, float* scores, KeySums& sums) {
-  f.scores(k, tokens, scores);
+inline void add_keys(const Features& f, Rows k, Rows v, int64_t tokens, const Products& products, float* scores,
+                     KeySums& sums) {
+  f.scores(k, tokens, products, scores);
   for (int64_t t = 0; t < tokens; ++t) {
     const float shift = half_square_norm(k.at(t), f.wide);
     float* row = scores + t * f.wide_count;
@@ -80,14 +84,15 @@ inline void add_keys(const Features& f, Rows k, Rows v, int64_t tokens, float* s
       for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * fade[lane]);
     }
   }
-  add_gemm(f.count, f.width, tokens, {scores, 1, f.wide_count}, v.right(), sums.state, f.wide);
+  products.add_over({scores, f.wide_count}, f.count, v, f.width, tokens, sums.state, f.wide);
 }
 
 // The keys of a whole sequence as the queries see them.
 struct KeyView {
   Floats lz;          // (wide_count), -infinity in the padding
-  Floats state;       // S (count, wide)
-  Floats transposed;  // S transposed, packed: the right operand of gradients
+  Floats state;      // S (count, wide)
+  Cells packed;      // S packed: the right operand of the result
+  Cells transposed;  // S transposed, packed: the right operand of gradients
 
   // From the sums of all parts of a sequence, merged in their order.
   KeyView(const Features& f, const std::vector<KeySums>& parts, const Span& span) : KeyView(f) {
@@ -113,6 +118,7 @@ struct KeyView {
       lz[i] = top + std::log(total);
       for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) / total);
     }
+    pack_right(packed, f.count, f.width, state, f.wide, 1);
   }
 
   // As a forward pass has saved them.
@@ -120,6 +126,7 @@ struct KeyView {
     std::memcpy(lz, saved.lz + image * f.count, f.count * sizeof(float));
     for (int64_t i = 0; i < f.count; ++i)
       pad_vector(state + i * f.wide, saved.state + (image * f.count + i) * f.width, f.width);
+    pack_right(packed, f.count, f.width, state, f.wide, 1);
     pack_right(transposed, f.width, f.count, state, 1, f.wide);
   }
 
@@ -130,22 +137,24 @@ struct KeyView {
 
  private:
   explicit KeyView(const Features& f)
-      : lz(f.wide_count), state(f.count * f.wide), transposed(packed_size(f.width, f.count)) {
+      : lz(f.wide_count), state(f.count * f.wide), packed(packed_size(f.count, f.width)),
+        transposed(packed_size(f.width, f.count)) {
     for (int64_t i = 0; i < f.wide_count; ++i) lz[i] = -INFINITY;
   }
 };
 
 // Scratch for a tile of queries.
 struct QueryScratch {
+  Products products;
   Floats p, along, weight_sum, gate, y;  // (TILE, wide_count), the same, (TILE), (TILE), (TILE, wide)
 
   explicit QueryScratch(const Features& f)
-      : p(TILE * f.wide_count), along(TILE * f.wide_count), weight_sum(TILE), gate(TILE), y(TILE * f.wide) {}
+      : products(f.products()), p(TILE * f.wide_count), along(TILE * f.wide_count), weight_sum(TILE), gate(TILE), y(TILE * f.wide) {}
 };
 
 // The softmax over features of a tile's queries to s.p, and their gate to s.gate.
 inline void weigh_features(const Features& f, const KeyView& keys, Rows q, int64_t tokens, QueryScratch& s) {
-  f.scores(q, tokens, s.p);
+  f.scores(q, tokens, s.products, s.p);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = s.p + t * f.wide_count;
     Vec most = load(row) + load(keys.lz);
@@ -175,11 +184,11 @@ inline void weigh_features(const Features& f, const KeyView& keys, Rows q, int64
   }
 }
 
-// What a tile of queries reads from a state (count, wide), after weigh_features(): gate p state, plus the bias (wide)
-// if there is one, into out (tokens, wide).
-inline void read_state(const Features& f, const float* state, int64_t tokens, const QueryScratch& s, float* out,
+// What a tile of queries reads from a state (count, width), packed, after weigh_features(): gate p state, plus the bias
+// (wide) if there is one, into out (tokens, wide).
+inline void read_state(const Features& f, const Cell* state, int64_t tokens, const QueryScratch& s, float* out,
                        const float* bias = nullptr) {
-  gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(state, f.wide), out, f.wide);
+  s.products.times({s.p, f.wide_count}, tokens, f.count, panels_of(state, f.count), f.width, out, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = out + t * f.wide;
     for (int64_t c = 0; c < f.wide; c += LANES) {
@@ -192,7 +201,7 @@ inline void read_state(const Features& f, const float* state, int64_t tokens, co
 // The attention's output of a tile to s.y; leaves the softmax over features in s.p and the gate in s.gate.
 inline void attend(const Features& f, const KeyView& keys, Rows q, int64_t tokens, QueryScratch& s) {
   weigh_features(f, keys, q, tokens, s);
-  read_state(f, keys.state, tokens, s, s.y);
+  read_state(f, keys.packed, tokens, s, s.y);
 }
 
 // A part of the queries' sums for the keys' backward, and w's gradient.
@@ -216,8 +225,9 @@ inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int6
     float* row = d_y + t * f.wide;
     for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * s.gate[t]);
   }
-  gemm(tokens, f.count, f.width, {d_y, f.wide, 1}, panels_of(keys.transposed, f.width), s.along, f.wide_count);
-  add_gemm(f.count, f.width, tokens, {s.p, 1, f.wide_count}, rows_of(d_y, f.wide), sums.d_state, f.wide);
+  s.products.times({d_y, f.wide}, tokens, f.width, panels_of(keys.transposed, f.width), f.count, s.along,
+                   f.wide_count);
+  s.products.add_over({s.p, f.wide_count}, f.count, {d_y, f.wide}, f.width, tokens, sums.d_state, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     const float* p = s.p + t * f.wide_count;
     float* row = s.along + t * f.wide_count;
@@ -229,8 +239,8 @@ inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int6
     s.gate[t] = d_lse;  // replaces the gate, which is no longer needed
   }
   add_row_sum(sums.d_lz, {s.along, f.wide_count}, tokens, f.count);
-  if (sums.need_w) add_gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, q.right(), sums.d_w, f.wide);
-  gemm(tokens, f.width, f.count, {s.along, f.wide_count, 1}, rows_of(f.rows, f.wide), d_q, f.wide);
+  if (sums.need_w) s.products.add_over({s.along, f.wide_count}, f.count, q, f.width, tokens, sums.d_w, f.wide);
+  s.products.times({s.along, f.wide_count}, tokens, f.count, panels_of(f.rows, f.count), f.width, d_q, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = d_q + t * f.wide;
     for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) - load(q.at(t) + c) * s.gate[t]);
@@ -240,14 +250,16 @@ inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int6
 // What the keys' backward needs of all queries: dS, as it is and packed transposed, and dS_i . S_i - dlz_i per feature.
 struct KeyGradient {
   const KeyView& keys;
-  Floats rows, transposed, shift;
+  Floats rows, shift;
+  Cells packed, transposed;
 
   // From the sums of all parts of the queries, merged in their order.
   KeyGradient(const Features& f, const KeyView& keys_, const std::vector<QuerySums>& parts, const Span& span)
-      : keys(keys_), rows(zeros(f.count * f.wide)), transposed(packed_size(f.width, f.count)),
-        shift(zeros(f.wide_count)) {
+      : keys(keys_), rows(zeros(f.count * f.wide)), shift(zeros(f.wide_count)), packed(packed_size(f.count, f.width)),
+        transposed(packed_size(f.width, f.count)) {
     const int64_t first = span.first_slot, number = span.slots;
     for (int64_t p = 0; p < number; ++p) accumulate(rows, parts[first + p].d_state, f.count * f.wide);
+    pack_right(packed, f.count, f.width, rows, f.wide, 1);
     pack_right(transposed, f.width, f.count, rows, 1, f.wide);
     for (int64_t i = 0; i < f.count; ++i) {
       Vec product{};
@@ -263,8 +275,8 @@ struct KeyGradient {
 // Backward of a tile of keys: d_k (tokens, wide), and the attention's share added to d_v (tokens, wide).
 inline void keys_backward(const Features& f, const KeyGradient& gradient, Rows k, Rows v, int64_t tokens,
                           QueryScratch& s, QuerySums& sums, float* d_k, float* d_v) {
-  f.scores(k, tokens, s.p);
-  gemm(tokens, f.count, f.width, v.left(), panels_of(gradient.transposed, f.width), s.along, f.wide_count);
+  f.scores(k, tokens, s.products, s.p);
+  s.products.times(v, tokens, f.width, panels_of(gradient.transposed, f.width), f.count, s.along, f.wide_count);
   for (int64_t t = 0; t < tokens; ++t) {
     float* p = s.p + t * f.wide_count;
     float* row = s.along + t * f.wide_count;
@@ -281,9 +293,10 @@ inline void keys_backward(const Features& f, const KeyGradient& gradient, Rows k
     }
     s.gate[t] = sum(total);
   }
-  add_gemm(tokens, f.width, f.count, {s.p, f.wide_count, 1}, rows_of(gradient.rows, f.wide), d_v, f.wide);
-  if (sums.need_w) add_gemm(f.count, f.width, tokens, {s.along, 1, f.wide_count}, k.right(), sums.d_w, f.wide);
-  gemm(tokens, f.width, f.count, {s.along, f.wide_count, 1}, rows_of(f.rows, f.wide), d_k, f.wide);
+  s.products.times({s.p, f.wide_count}, tokens, f.count, panels_of(gradient.packed, f.count), f.width, d_v, f.wide,
+                   nullptr, true);
+  if (sums.need_w) s.products.add_over({s.along, f.wide_count}, f.count, k, f.width, tokens, sums.d_w, f.wide);
+  s.products.times({s.along, f.wide_count}, tokens, f.count, panels_of(f.rows, f.count), f.width, d_k, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = d_k + t * f.wide;
     for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) - load(k.at(t) + c) * s.gate[t]);
@@ -299,13 +312,14 @@ inline void performer_attention(const Workers& workers, const Attention& argumen
   auto sums = several<KeySums>(workers.count, f);
   const auto on_keys = [&](const Span& span) {
     const Floats scores(TILE * f.wide_count);
+    const Products products = f.products();
     const RowReader k_rows(f.width), v_rows(f.width);
     KeySums& part = sums[span.slot];
     part.reset(f);
     for_tiles(span.share_begin(keys), span.share_end(keys), [&](int64_t first, int64_t count) {
       const Rows k_tile = k_rows.read(k.at(span.image, first), k.row, count);
       const Rows v_tile = v_rows.read(v.at(span.image, first), v.row, count);
-      add_keys(f, k_tile, v_tile, count, scores, part);
+      add_keys(f, k_tile, v_tile, count, products, scores, part);
     });
   };
   const auto on_queries = [&](const Span& span) {

@@ -4,30 +4,35 @@
 // again, overwrites it with its own gradient, and hands that to linear_backward.
 
 inline void performer_layer(const Workers& workers, const PerformerLayer& arguments, TokensOut out) {
-  const FoldedLinear folded(workers, arguments.kqv);
+  const FoldedLinear folded(workers, arguments.kqv, false);
   const Features f(arguments.performer);
   const MlpWeights w(arguments.mlp, false);
   const int64_t batch = folded.split.batch, length = folded.split.tokens(), row = folded.outputs, width = f.width;
   auto sums = several<KeySums>(workers.count, f);
   const auto kqv = several<Floats>(images_at_a_time(workers, batch), length * row);
   const auto on_keys = [&](const Span& span) {
-    const Floats tile(TILE * folded.wide_inputs), spare(TILE * padded(row)), scores(TILE * f.wide_count);
+    const PatchScratch patches(folded);
+    const Floats scores(TILE * f.wide_count);
+    const Products products = f.products();
     const RowReader k_rows(width), v_rows(width);
     KeySums& part = sums[span.slot];
     part.reset(f);
     float* own = kqv[span.first_slot];
     for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
-      folded.tokens(span.image, first, first + count, tile, spare, own, row);
+      folded.tokens(span.image, first, first + count, patches, own, row);
       const float* k = own + first * row;
-      add_keys(f, k_rows.read(k, row, count), v_rows.read(k + 2 * width, row, count), count, scores, part);
+      add_keys(f, k_rows.read(k, row, count), v_rows.read(k + 2 * width, row, count), count, products, scores,
+               part);
     });
   };
   const auto on_queries = [&](const Span& span) {
     const KeyView view(f, sums, span);
     if (span.slot == span.first_slot) view.write(f, arguments.state, span.image);
     // token_mlp's projection of a sum over features is the sum of their projections: once an image, not once a token.
-    const Floats projected(f.count * f.wide);
-    gemm(f.count, width, width, {view.state, f.wide, 1}, panels_of(w.proj, width), projected, f.wide);
+    const Floats rows(f.count * f.wide);
+    const Cells projected(packed_size(f.count, width));
+    Products(f.count, width).times({view.state, f.wide}, f.count, width, panels_of(w.proj, width), width, rows, f.wide);
+    pack_right(projected, f.count, width, rows, f.wide, 1);
     QueryScratch scratch(f);
     MlpScratch mlp_scratch(w);
     const RowReader q_rows(width), v_rows(width);
@@ -46,7 +51,7 @@ inline void performer_layer(const Workers& workers, const PerformerLayer& argume
 
 inline void performer_layer_backward(const Workers& workers, const PerformerLayer& arguments, Tokens grad,
                                      const PerformerLayerGradient& out) {
-  const FoldedLinear folded(workers, arguments.kqv);
+  const FoldedLinear folded(workers, arguments.kqv, true);
   const Features f(arguments.performer);
   const MlpWeights w(arguments.mlp, true);
   const int64_t batch = folded.split.batch, length = folded.split.tokens(), row = folded.outputs, width = f.width;
@@ -56,7 +61,7 @@ inline void performer_layer_backward(const Workers& workers, const PerformerLaye
   const auto kqv = several<Floats>(images_at_a_time(workers, batch), length * row);
   const auto skip = several<Floats>(images_at_a_time(workers, batch), length * f.wide);  // the skip's share of d_v
   const auto on_queries = [&](const Span& span) {
-    const Floats tile(TILE * folded.wide_inputs), spare(TILE * padded(row));
+    const PatchScratch patches(folded);
     const KeyView view(f, arguments.state, span.image);
     QueryScratch scratch(f);
     MlpBackwardScratch mlp_scratch(w);
@@ -66,7 +71,7 @@ inline void performer_layer_backward(const Workers& workers, const PerformerLaye
     const Floats d_y(TILE * f.wide), d_q(TILE * f.wide);
     float* own = kqv[span.first_slot];
     for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
-      folded.tokens(span.image, first, first + count, tile, spare, own, row);
+      folded.tokens(span.image, first, first + count, patches, own, row);
       float* k = own + first * row;
       const Rows q = q_rows.read(k + width, row, count);
       const Rows grad_tile = grad_rows.read(grad.at(span.image, first), grad.row, count);

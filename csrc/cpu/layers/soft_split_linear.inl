@@ -4,19 +4,22 @@
 // offset is needed afterwards, and backward has the normalised rows for the weight's gradient.
 
 // LayerNorm's affine part folded into the Linear: y = weight xhat + bias, columns in the order of the packed rows.
+struct PatchScratch;
+
 struct FoldedLinear {
   const Split& split;
   const NormLinear& linear;
   int64_t inputs, wide_inputs, outputs;
-  Floats rows;    // (outputs, wide_inputs): the right operand of the input's gradient
-  Floats panels;  // the same, packed transposed: the right operand of the forward product
+  Floats rows;   // (outputs, wide_inputs)
+  Cells panels;  // packed transposed: the right operand of the forward product
+  Cells back;    // packed: the right operand of the input's gradient; only for the backward pass
   Floats bias;    // padded(outputs)
   IntVec last;
 
-  FoldedLinear(const Workers& workers, const SplitLinear& arguments)
+  FoldedLinear(const Workers& workers, const SplitLinear& arguments, bool backward)
       : split(arguments.split), linear(arguments.linear), inputs(linear.inputs), wide_inputs(padded(inputs)),
         outputs(linear.outputs), rows(outputs * wide_inputs), panels(packed_size(inputs, outputs)),
-        bias(padded(outputs)), last(last_lanes(inputs)) {
+        back(backward ? packed_size(outputs, inputs) : 0), bias(padded(outputs)), last(last_lanes(inputs)) {
     pad_vector(bias, linear.bias, outputs);
     run(workers, workers.count, [&](int64_t slot) {
       for (int64_t o = outputs * slot / workers.count; o < outputs * (slot + 1) / workers.count; ++o) fold_row(o);
@@ -25,6 +28,12 @@ struct FoldedLinear {
     run(workers, workers.count, [&](int64_t slot) {
       pack_right(panels, inputs, outputs, rows, 1, wide_inputs, count * slot / workers.count,
                  count * (slot + 1) / workers.count);
+    });
+    if (!backward) return;
+    const int64_t count_back = (inputs + PANEL - 1) / PANEL;
+    run(workers, workers.count, [&](int64_t slot) {
+      pack_right(back, outputs, inputs, rows, wide_inputs, 1, count_back * slot / workers.count,
+                 count_back * (slot + 1) / workers.count);
     });
   }
 
@@ -59,21 +68,30 @@ struct FoldedLinear {
     }
   }
 
-  // out (count, outputs) in rows of out_row floats; the tile's last register must fit into a row (see tokens()).
-  void product(const float* tile, int64_t count, float* out, int64_t out_row) const {
-    gemm(count, outputs, inputs, {tile, wide_inputs, 1}, panels_of(panels, inputs), out, out_row, bias);
-  }
-
   // Tokens [begin, end) of an image to out + token * out_row.
-  void tokens(int64_t image, int64_t begin, int64_t end, float* tile, float* spare, float* out, int64_t out_row) const {
-    for_tiles(begin, end, [&](int64_t first, int64_t count) {
-      patches(image, first, count, tile, nullptr);
-      if (outputs % LANES == 0) return product(tile, count, out + first * out_row, out_row);
-      product(tile, count, spare, padded(outputs));
-      copy_rows(out + first * out_row, out_row, spare, padded(outputs), outputs, count);
-    });
-  }
+  void tokens(int64_t image, int64_t begin, int64_t end, const PatchScratch& s, float* out, int64_t out_row) const;
 };
+
+// Scratch for a tile of patches and what a Linear makes of it.
+struct PatchScratch {
+  Floats tile, spare;
+  Products products;
+
+  explicit PatchScratch(const FoldedLinear& folded)
+      : tile(TILE * folded.wide_inputs), spare(TILE * padded(folded.outputs)), products(TILE, folded.inputs) {}
+};
+
+inline void FoldedLinear::tokens(int64_t image, int64_t begin, int64_t end, const PatchScratch& s, float* out,
+                                 int64_t out_row) const {
+  for_tiles(begin, end, [&](int64_t first, int64_t count) {
+    patches(image, first, count, s.tile, nullptr);
+    const bool whole = outputs % LANES == 0;
+    float* to = whole ? out + first * out_row : s.spare;
+    const int64_t row = whole ? out_row : padded(outputs);
+    s.products.times({s.tile, wide_inputs}, count, inputs, panels_of(panels, inputs), outputs, to, row, bias);
+    if (!whole) copy_rows(out + first * out_row, out_row, to, row, outputs, count);
+  });
+}
 
 // One worker's sums of gradients over its tokens, columns in the order of the packed rows.
 struct LinearSums {
@@ -88,10 +106,11 @@ struct LinearSums {
 struct LinearScratch {
   Floats tile, d_tile, rstd;
   RowReader grad;
+  Products products;
 
   explicit LinearScratch(const FoldedLinear& folded, bool image_gradient)
       : tile(TILE * folded.wide_inputs), d_tile(image_gradient ? TILE * folded.wide_inputs : 0), rstd(TILE),
-        grad(folded.outputs) {}
+        grad(folded.outputs), products(TILE, std::max(folded.inputs, folded.outputs)) {}
 };
 
 // Backward of one image's part: adds its own tokens to `sums`, and writes its own rows of the image's gradient, for
@@ -109,12 +128,13 @@ inline void linear_backward(const FoldedLinear& folded, const Span& span, const 
       if (own) {
         add_row_sum(sums.total, g, count, folded.outputs);
         if (weights) {
-          add_gemm(folded.outputs, folded.inputs, count, g.transposed(), rows_of(scratch.tile, wide), sums.products,
-                   wide);
+          scratch.products.add_over(g, folded.outputs, {scratch.tile, wide}, folded.inputs, count, sums.products,
+                                    wide);
         }
       }
       if (row_begin >= row_end) return;
-      gemm(count, folded.inputs, folded.outputs, g.left(), rows_of(folded.rows, wide), scratch.d_tile, wide);
+      scratch.products.times(g, count, folded.outputs, panels_of(folded.back, folded.outputs), folded.inputs,
+                             scratch.d_tile, wide);
       float* image = d_image.data + span.image * d_image.batch_stride;
       for (int64_t r = 0; r < count; ++r) {
         float* row = scratch.d_tile + r * wide;
@@ -137,11 +157,10 @@ inline void linear_backward(const FoldedLinear& folded, const Span& span, const 
 // ---- the operator
 
 inline void soft_split_linear(const Workers& workers, const SplitLinear& arguments, float* out) {
-  const FoldedLinear folded(workers, arguments);
+  const FoldedLinear folded(workers, arguments, false);
   const int64_t length = folded.split.tokens(), outputs = folded.outputs;
   for_images(workers, folded.split.batch, length, [&](const Span& span) {
-    const Floats tile(TILE * folded.wide_inputs), spare(TILE * padded(outputs));
-    folded.tokens(span.image, span.begin, span.end, tile, spare, out + span.image * length * outputs, outputs);
+    folded.tokens(span.image, span.begin, span.end, PatchScratch(folded), out + span.image * length * outputs, outputs);
   });
 }
 
@@ -187,7 +206,7 @@ inline void linear_gradients(const Workers& workers, const FoldedLinear& folded,
 
 inline void soft_split_linear_backward(const Workers& workers, const SplitLinear& arguments, const float* grad,
                                        const SplitLinearGradient& out) {
-  const FoldedLinear folded(workers, arguments);
+  const FoldedLinear folded(workers, arguments, true);
   const int64_t length = folded.split.tokens(), outputs = folded.outputs;
   auto sums = several<LinearSums>(workers.count, folded);
   for_images(workers, folded.split.batch, length, [&](const Span& span) {

@@ -73,11 +73,6 @@ struct Rows {
   int64_t row;
 
   const float* at(int64_t r) const { return data + r * row; }
-#if !defined(T2T_FAST_PAIRS)
-  Left left() const { return {data, row, 1}; }
-  Left transposed() const { return {data, 1, row}; }
-  Right right() const { return rows_of(data, row); }
-#endif
 };
 
 // Makes Rows of a tile: one at a time.

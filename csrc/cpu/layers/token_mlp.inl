@@ -8,8 +8,8 @@ struct MlpWeights {
   int64_t width, wide, hidden, wide_hidden;
   IntVec last;
   Dropout dropout;
-  Floats proj, fc1, fc2;                 // packed transposed: forward
-  Floats proj_back, fc1_back, fc2_back;  // packed: gradients of the inputs
+  Cells proj, fc1, fc2;                 // packed transposed: forward
+  Cells proj_back, fc1_back, fc2_back;  // packed: gradients of the inputs
   Floats proj_bias, norm_weight, norm_bias, fc1_bias, fc2_bias;
 
   MlpWeights(const MlpParameters& mlp_parameters, bool backward)
@@ -36,10 +36,11 @@ struct MlpWeights {
 };
 
 struct MlpScratch {
+  Products products;
   Floats t, n, h, rstd, lanes;
 
   explicit MlpScratch(const MlpWeights& w)
-      : t(TILE * w.wide), n(TILE * w.wide), h(TILE * w.wide_hidden), rstd(TILE),
+      : products(TILE, std::max(w.width, w.hidden)), t(TILE * w.wide), n(TILE * w.wide), h(TILE * w.wide_hidden), rstd(TILE),
         lanes((Dropout::room(TILE * w.width) + 1) / 2) {}
 
   uint16_t* lane_buffer() const { return reinterpret_cast<uint16_t*>(static_cast<float*>(lanes)); }
@@ -47,7 +48,7 @@ struct MlpScratch {
 
 // y Wp^T + bp of a tile of y (tokens, wide) into s.t, the input of mlp_skip().
 inline void mlp_project(const MlpWeights& w, const float* y, int64_t tokens, MlpScratch& s) {
-  gemm(tokens, w.width, w.width, {y, w.wide, 1}, panels_of(w.proj, w.width), s.t, w.wide, w.proj_bias);
+  s.products.times({y, w.wide}, tokens, w.width, panels_of(w.proj, w.width), w.width, s.t, w.wide, w.proj_bias);
 }
 
 // A tile of tokens: rows of v, and the number of its first element among those of the dropout.
@@ -88,12 +89,14 @@ inline void mlp_forward(const MlpWeights& w, const MlpTile& tile, MlpScratch& s,
   const int64_t tokens = tile.tokens;
   const uint16_t* lanes = mlp_skip(w, tile, s);
   mlp_affine(w, s.n, s.n, tokens);
-  gemm(tokens, w.hidden, w.width, {s.n, w.wide, 1}, panels_of(w.fc1, w.width), s.h, w.wide_hidden, w.fc1_bias);
+  s.products.times({s.n, w.wide}, tokens, w.width, panels_of(w.fc1, w.width), w.hidden, s.h, w.wide_hidden,
+                   w.fc1_bias);
   for (int64_t i = 0; i < tokens * w.wide_hidden; i += LANES) {
     const Vec h = load(s.h + i);
     store(s.h + i, h * normal(h).phi);
   }
-  gemm(tokens, w.width, w.hidden, {s.h, w.wide_hidden, 1}, panels_of(w.fc2, w.hidden), s.n, w.wide, w.fc2_bias);
+  s.products.times({s.h, w.wide_hidden}, tokens, w.hidden, panels_of(w.fc2, w.hidden), w.width, s.n, w.wide,
+                   w.fc2_bias);
   for (int64_t r = 0; r < tokens; ++r) {
     for (int64_t c = 0; c < w.wide; c += LANES) {
       Vec f = load(s.n + r * w.wide + c);
@@ -128,7 +131,8 @@ inline void mlp_backward(const MlpWeights& w, const MlpTile& tile, const float* 
   const uint16_t* lanes = mlp_skip(w, tile, s);
   const float* xhat = s.n;
   mlp_affine(w, xhat, s.affine, tokens);
-  gemm(tokens, w.hidden, w.width, {s.affine, w.wide, 1}, panels_of(w.fc1, w.width), s.h, w.wide_hidden, w.fc1_bias);
+  s.products.times({s.affine, w.wide}, tokens, w.width, panels_of(w.fc1, w.width), w.hidden, s.h, w.wide_hidden,
+                   w.fc1_bias);
   Rows d_f = grad;
   if (lanes) {
     for (int64_t r = 0; r < tokens; ++r)
@@ -136,19 +140,18 @@ inline void mlp_backward(const MlpWeights& w, const MlpTile& tile, const float* 
         store(s.d_f + r * w.wide + c, w.dropout.mlp(load(grad.at(r) + c), lanes + r * w.width + c));
     d_f = {s.d_f, w.wide};
   }
-  gemm(tokens, w.hidden, w.width, d_f.left(), panels_of(w.fc2_back, w.width), s.d_h, w.wide_hidden);
+  s.products.times(d_f, tokens, w.width, panels_of(w.fc2_back, w.width), w.hidden, s.d_h, w.wide_hidden);
   for (int64_t i = 0; i < tokens * w.wide_hidden; i += LANES) {
     const Vec h = load(s.h + i);
     const Normal at = normal(h);
     store(s.d_h + i, load(s.d_h + i) * (at.phi + h * at.bell * 0.3989422804014327f));
     store(s.h + i, h * at.phi);
   }
-  add_gemm(w.width, w.hidden, tokens, {d_f.data, 1, d_f.row}, rows_of(s.h, w.wide_hidden), sums.fc2_weight,
-           w.wide_hidden);
+  s.products.add_over(d_f, w.width, {s.h, w.wide_hidden}, w.hidden, tokens, sums.fc2_weight, w.wide_hidden);
   add_row_sum(sums.fc2_bias, d_f, tokens, w.width);
-  add_gemm(w.hidden, w.width, tokens, {s.d_h, 1, w.wide_hidden}, rows_of(s.affine, w.wide), sums.fc1_weight, w.wide);
+  s.products.add_over({s.d_h, w.wide_hidden}, w.hidden, {s.affine, w.wide}, w.width, tokens, sums.fc1_weight, w.wide);
   add_row_sum(sums.fc1_bias, {s.d_h, w.wide_hidden}, tokens, w.hidden);
-  gemm(tokens, w.width, w.hidden, {s.d_h, w.wide_hidden, 1}, panels_of(w.fc1_back, w.hidden), s.d_n, w.wide);
+  s.products.times({s.d_h, w.wide_hidden}, tokens, w.hidden, panels_of(w.fc1_back, w.hidden), w.width, s.d_n, w.wide);
   add_row_sum(sums.norm_bias, {s.d_n, w.wide}, tokens, w.width);
   for (int64_t c = 0; c < w.wide; c += LANES) {
     Vec total{};
@@ -169,9 +172,9 @@ inline void mlp_backward(const MlpWeights& w, const MlpTile& tile, const float* 
       store(d_n + c, lanes ? w.dropout.proj(d_t, lanes + r * w.width + c) : d_t);
     }
   }
-  add_gemm(w.width, w.width, tokens, {s.d_n, 1, w.wide}, rows_of(y, w.wide), sums.proj_weight, w.wide);
+  s.products.add_over({s.d_n, w.wide}, w.width, {y, w.wide}, w.width, tokens, sums.proj_weight, w.wide);
   add_row_sum(sums.proj_bias, {s.d_n, w.wide}, tokens, w.width);
-  gemm(tokens, w.width, w.width, {s.d_n, w.wide, 1}, panels_of(w.proj_back, w.width), d_y, w.wide);
+  s.products.times({s.d_n, w.wide}, tokens, w.width, panels_of(w.proj_back, w.width), w.width, d_y, w.wide);
 }
 
 // ---- the operator

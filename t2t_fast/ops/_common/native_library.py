@@ -115,7 +115,7 @@ def passed_over(request: backends.Request) -> str | None:
 
 
 SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes of the operators that always compute in float32."""
+"""Dtypes of the operators whose tensors are float32; their argument ``bf16`` makes matrix products bfloat16."""
 
 
 def single(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

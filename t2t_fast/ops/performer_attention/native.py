@@ -23,12 +23,12 @@ def supports(request):
 
 
 @native_library.fake("performer_attention")
-def _fake(q, k, v, w, eps):
+def _fake(q, k, v, w, eps, bf16=False):
     return q.new_empty(q.shape), q.new_empty(q.shape[0], w.shape[0]), q.new_empty(q.shape[0], *w.shape)
 
 
 @native_library.fake("performer_attention_backward")
-def _fake_backward(grad, q, k, v, w, eps, lz, state, need_w):
+def _fake_backward(grad, q, k, v, w, eps, lz, state, need_w, bf16=False):
     return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape), q.new_empty(w.shape if need_w else 0)
 
 
@@ -37,7 +37,7 @@ class PerformerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, w, eps):
-        return torch.ops.t2t_fast_native.performer_attention(*single(q, k, v, w), eps)
+        return torch.ops.t2t_fast_native.performer_attention(*single(q, k, v, w), eps, q.dtype == torch.bfloat16)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -51,7 +51,7 @@ class PerformerAttention(torch.autograd.Function):
     def backward(ctx, grad, _lz, _state):
         *tensors, lz, state = ctx.saved_tensors
         found = torch.ops.t2t_fast_native.performer_attention_backward(
-            *single(grad, *tensors), ctx.eps, lz, state, ctx.needs_input_grad[3]
+            *single(grad, *tensors), ctx.eps, lz, state, ctx.needs_input_grad[3], tensors[0].dtype == torch.bfloat16
         )
         return *(gradient(value, tensor) for value, tensor in zip(found, tensors, strict=True)), None
 
@@ -61,8 +61,5 @@ def forward(q, k, v, w, eps, key_mask, causal, normalize):
     shape = q.shape
     if q.dim() == 4:  # each head is a separate sequence
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    if wants_gradient(q, k, v, w):
-        out = PerformerAttention.apply(q, k, v, w, eps)[0]
-    else:
-        out = torch.ops.t2t_fast_native.performer_attention(*single(q, k, v, w), eps)[0]
-    return out.to(q.dtype).view(shape)
+    run = PerformerAttention.apply if wants_gradient(q, k, v, w) else PerformerAttention.forward
+    return run(q, k, v, w, eps)[0].to(q.dtype).view(shape)

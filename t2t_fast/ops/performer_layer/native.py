@@ -27,6 +27,7 @@ class Options(NamedTuple):
     eps: float
     norm_eps: float
     drops: tuple
+    bf16: bool
 
     def arguments(self, x, kqv_weight, kqv_bias, norm1_weight, norm1_bias, w, *mlp_and_seed):
         """The native operator's arguments, with tensors in float32."""
@@ -52,7 +53,7 @@ def _fake(x, weight, bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, 
 
 @native_library.fake("performer_layer_backward")
 def _fake_backward(grad, x, weight, bias, norm1_weight, norm1_bias, norm1_eps, kernel, stride, padding, w, eps, *rest):
-    proj_weight, proj_bias, norm_weight, norm_bias, _, *fc, _, _, _, _, _, need_image, need_weight, need_w = rest
+    proj_weight, proj_bias, norm_weight, norm_bias, _, *fc, _, _, _, _, _, need_image, need_weight, need_w = rest[:17]
     return (
         native_library.fake_image_gradient(x, need_image),
         *fake_gradients(x, weight if need_weight else None, bias, norm1_weight if need_weight else None, norm1_bias),
@@ -65,7 +66,7 @@ class PerformerLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(options, *tensors):
-        return torch.ops.t2t_fast_native.performer_layer(*options.arguments(*tensors))
+        return torch.ops.t2t_fast_native.performer_layer(*options.arguments(*tensors), options.bf16)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -81,7 +82,7 @@ class PerformerLayer(torch.autograd.Function):
         need_x, need_weight, _, need_gamma, _, need_w = ctx.needs_input_grad[1:7]
         arguments = ctx.options.arguments(*tensors)
         d_image, *found = torch.ops.t2t_fast_native.performer_layer_backward(
-            grad, *arguments, lz, state, need_x, need_weight or need_gamma, need_w
+            grad, *arguments, lz, state, need_x, need_weight or need_gamma, need_w, ctx.options.bf16
         )
         d_x = image_gradient(d_image, arguments[0])
         gradients = [gradient(value, tensor) for value, tensor in zip(found, tensors[1:-1], strict=True)]
@@ -107,10 +108,7 @@ def forward(
     *mlp_arguments, _ = arguments
     x = values(x, pixels, torch.float32)
     mlp, (norm_eps, *drops), seed = unpack(*mlp_arguments)
-    options = Options(norm1_eps, (kernel, stride, padding), eps, norm_eps, tuple(drops))
+    options = Options(norm1_eps, (kernel, stride, padding), eps, norm_eps, tuple(drops), dtype == torch.bfloat16)
     linear = (kqv_weight, kqv_bias, norm1_weight, norm1_bias)
-    if wants_gradient(x, *linear, w, *mlp):
-        out, _, _ = PerformerLayer.apply(options, x, *linear, w, *mlp, seed)
-    else:
-        out, _, _ = torch.ops.t2t_fast_native.performer_layer(*options.arguments(x, *linear, w, *mlp, seed))
-    return out.to(dtype)
+    run = PerformerLayer.apply if wants_gradient(x, *linear, w, *mlp) else PerformerLayer.forward
+    return run(options, x, *linear, w, *mlp, seed)[0].to(dtype)

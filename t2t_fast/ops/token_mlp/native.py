@@ -1,4 +1,5 @@
-"""token_mlp as a native operator (``csrc/cpu``), in float32, a tile of tokens at a time.
+"""token_mlp as a native operator (``csrc/cpu``), a tile of tokens at a time. Products are of bfloat16 for that dtype,
+everything else is float32.
 
 Saved for backward: y, v, the dropout seed and the parameters; everything else is recomputed.
 """
@@ -35,13 +36,15 @@ def _arguments(y, v, mlp, options, seed):
 
 def run(y, v, mlp, options, seed):
     """Forward without autograd."""
-    return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, mlp, options, seed)).to(y.dtype)
+    bf16 = y.dtype == torch.bfloat16
+    return torch.ops.t2t_fast_native.token_mlp(*_arguments(y, v, mlp, options, seed), bf16).to(y.dtype)
 
 
 def run_backward(grad, y, v, mlp, options, seed, needed):
     """All gradients, needed or not, each in the dtype of its tensor."""
     arguments = _arguments(y, v, mlp, options, seed)
-    found = torch.ops.t2t_fast_native.token_mlp_backward(grad.to(torch.float32), *arguments)
+    bf16 = y.dtype == torch.bfloat16
+    found = torch.ops.t2t_fast_native.token_mlp_backward(grad.to(torch.float32), *arguments, bf16)
     d_y, d_v, *gradients = (gradient(value, tensor) for value, tensor in zip(found, (y, v, *mlp), strict=True))
     return d_y, d_v, gradients
 
