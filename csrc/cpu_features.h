@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -72,6 +76,16 @@ inline std::vector<CpuFeature> cpu_features() {
       {"amx_int8", tiles && bit(leaf7.edx, 25)},
       {"amx_bf16", tiles && bit(leaf7.edx, 22)},
   };
+}
+
+// Asks the kernel to let this process use the tiles of AMX, which need larger signal frames; false where it refuses.
+inline bool tiles_permitted() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
 }
 
 #elif defined(__aarch64__)

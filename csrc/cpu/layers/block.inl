@@ -2,9 +2,11 @@
 //   t = x + f1 proj(attention(LN1(x)))     out = t + f2 fc2(gelu(fc1(LN2(t))))
 // q, k and v of an image lie in a worker's second-level cache; everything else is a tile of tokens. Part of kernels.inl.
 
-constexpr int64_t BLOCK_TILE = 102;  // tokens: half of T2T-ViT's 197 in one tile, and a multiple of the register block
-constexpr int64_t KEYS = 4 * PANEL;  // keys at a time; all of T2T-ViT's at 224 px
-constexpr int64_t HIDDEN = 8 * PANEL;  // hidden units at a time
+// Tokens at a time: about half of T2T-ViT's 197, and a multiple of a product's rows.
+constexpr int64_t BLOCK_TILE = STEPS > 1 ? 112 : 102;
+constexpr int64_t KEYS = 256;    // keys at a time; all of T2T-ViT's at 224 px
+constexpr int64_t HIDDEN = 512;  // hidden units at a time
+static_assert(KEYS % PANEL == 0 && HIDDEN % PANEL == 0, "a part begins with a panel");
 
 struct BlockWeights {
   const Block& block;

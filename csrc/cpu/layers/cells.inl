@@ -90,8 +90,14 @@ inline Vec multiply_add(Cell a, CellVec b, Vec sum) { return sum + a * b; }
 
 #endif
 
+#if defined(T2T_FAST_TILES)
+constexpr int64_t STEPS = 16;  // a sum has a multiple of so many cells, filled with zeros
+#else
+constexpr int64_t STEPS = 1;
+#endif
+
 // Cells of a sum of `terms`.
-inline int64_t cells(int64_t terms) { return (terms + TERMS - 1) / TERMS; }
+inline int64_t cells(int64_t terms) { return (terms + TERMS * STEPS - 1) / (TERMS * STEPS) * STEPS; }
 
 // Scratch memory of cells; a whole register may be read or written at any of them.
 using Cells = Buffer<Cell, LANES>;

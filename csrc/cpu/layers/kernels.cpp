@@ -8,6 +8,11 @@
 
 namespace t2t_fast::cpu {
 
+#if defined(__x86_64__) || defined(T2T_FAST_EMULATE_TILES)
+namespace amx {
+extern const Kernels table;
+}
+#endif
 #if defined(__x86_64__)
 namespace avx512_bf16 {
 extern const Kernels table;
@@ -36,9 +41,15 @@ bool offers(std::initializer_list<const char*> needed) {
 // The kernels that this CPU can run, the fastest first.
 std::vector<const Kernels*> runnable(bool bf16) {
   std::vector<const Kernels*> found;
+#if defined(T2T_FAST_EMULATE_TILES)
+  if (bf16) found.push_back(&amx::table);
+#endif
 #if defined(__x86_64__)
-  if (bf16 && offers({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx2", "fma"}))
-    found.push_back(&avx512_bf16::table);
+  const bool pairs = bf16 && offers({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx2", "fma"});
+#if !defined(T2T_FAST_EMULATE_TILES)
+  if (pairs && offers({"amx_tile", "amx_bf16"}) && tiles_permitted()) found.push_back(&amx::table);
+#endif
+  if (pairs) found.push_back(&avx512_bf16::table);
   if (offers({"avx512f", "avx512bw", "avx512vl", "avx2", "fma"})) found.push_back(&avx512::table);
   if (offers({"avx2", "fma"})) found.push_back(&avx2::table);
 #endif

@@ -1,9 +1,13 @@
 // Compiles every CPU kernel of the layers for one instruction set, into a namespace of its own. Included only by
-// kernels_{avx512,avx2,baseline}.cpp, each of which defines
+// kernels_{amx,avx512_bf16,avx512,avx2,baseline}.cpp, each of which defines
 //   T2T_FAST_ISA     the namespace, and the name of the instruction set
 //   T2T_FAST_TARGET  what the compiler may use beyond its default; undefined for the default
 //   T2T_FAST_LANES   floats in a register
 //   T2T_FAST_PANEL   registers in a product's panel
+// and, for products of bfloat16,
+//   T2T_FAST_PAIRS      cells are pairs of bfloat16
+//   T2T_FAST_BF16_UNIT  the CPU has AVX512_BF16
+//   T2T_FAST_TILES      products run in the tiles of AMX
 // The standard headers come first, before the compiler switches to the instruction set: the linker keeps one copy of an
 // inline function for the whole library, and that copy must run on every CPU.
 #include <algorithm>
@@ -35,7 +39,13 @@ namespace t2t_fast::cpu::T2T_FAST_ISA {
 // clang-format off: in the order in which they use each other
 #include "vector.inl"
 #include "cells.inl"
+#include "packing.inl"
+#if defined(T2T_FAST_TILES)
+#include "tiles.inl"
+#include "gemm_tiles.inl"
+#else
 #include "gemm.inl"
+#endif
 #include "tile.inl"
 #include "operand.inl"
 #include "packed_linear.inl"

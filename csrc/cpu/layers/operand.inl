@@ -1,6 +1,8 @@
 // Rows of floats as operands of products: the rows themselves in the float32 kernels, a copy in the bf16 kernels.
 // Part of kernels.inl.
 
+constexpr int64_t READ_ROWS = 2 * STEPS;  // rows that may be read or written behind a tile
+
 // Cells of sums over rows: of `count` rows of whole registers, cells(count) rows of to_row cells.
 inline void cells_over(const float* data, int64_t row, int64_t count, int64_t width, Cell* to, int64_t to_row) {
   for (int64_t r = 0; r < count; r += TERMS) {
@@ -8,6 +10,13 @@ inline void cells_over(const float* data, int64_t row, int64_t count, int64_t wi
     for (int64_t c = 0; c < padded(width); c += LANES)
       store(to + r / TERMS * to_row + c, r + TERMS <= count ? successive(from + c, row) : only(load(from + c)));
   }
+  for (int64_t step = (count + TERMS - 1) / TERMS; step < cells(count); ++step)
+    std::memset(to + step * to_row, 0, padded(width) * sizeof(Cell));
+}
+
+// out += a b.
+inline void add_gemm(int64_t rows, int64_t columns, int64_t terms, Left a, Right b, float* out, int64_t out_row) {
+  gemm(rows, columns, terms, a, b, out, out_row, nullptr, true);
 }
 
 // Makes operands of tiles, one at a time. Rows are whole registers (what lies behind their width does not matter) and
@@ -15,7 +24,8 @@ inline void cells_over(const float* data, int64_t row, int64_t count, int64_t wi
 class Operand {
  public:
   // For tiles of up to `rows` rows of up to `width` floats.
-  Operand(int64_t rows, int64_t width) : copy_(TERMS == 1 ? Cells() : Cells((rows + 1) * padded(width))) {}
+  Operand(int64_t rows, int64_t width)
+      : copy_(TERMS == 1 ? Cells() : Cells((rows + READ_ROWS) * std::max(padded(width), cells(width)))) {}
 
   // Cell (r, step): row r, and a sum along it.
   Left along(const float* data, int64_t row, int64_t count, int64_t width) const {
@@ -47,7 +57,7 @@ class Operand {
 
  private:
 #if defined(T2T_FAST_PAIRS)
-  static int64_t cells_in_rows(int64_t width) { return padded((width + 1) / 2); }
+  static int64_t cells_in_rows(int64_t width) { return padded(cells(width)); }
   static int64_t over_row(int64_t, int64_t width) { return padded(width); }
 
   // A register at the start of `count` floats, zeros behind them.

@@ -12,6 +12,7 @@ import torch
 
 from ... import _extension, backends
 from ...errors import FLOATING
+from .cached import FOLDED
 from .library import opaque_obstacle
 
 _MISSING = _extension.operators_error()
@@ -29,6 +30,16 @@ def instruction_set(bf16: bool = False) -> str | None:
     if not devices("performer_layer"):
         return None
     return torch.ops.t2t_fast_native.cpu_instruction_set("", bf16)
+
+
+def use_instruction_set(name: str, bf16: bool = False) -> None:
+    """Run the layers' CPU kernels of another instruction set from now on, in the whole process; for tests.
+
+    Raises:
+        RuntimeError: this CPU does not have it.
+    """
+    torch.ops.t2t_fast_native.cpu_instruction_set(name, bf16)
+    FOLDED.clear()  # packed weights have the layout of an instruction set
 
 
 def devices(name: str) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ def _empty(x: torch.Tensor) -> Callable[..., torch.Tensor]:
     return _dynamo.guards.__dict__["_empty_strided_cuda" if x.is_cuda else "_empty_strided_cpu"]
 
 
+_NATIVE = "torch._ops.t2t_fast_native"
+
 _thread = threading.local()
 
 
@@ -133,7 +135,7 @@ class Recorder(TorchFunctionMode):
         """All named tensors: while they live, their ids are unique."""
         self._steps: list[_Step] = []
         self._constants: dict[str, Any] = {}
-        self._launches = 0
+        self._launches = 0  # of Triton kernels, and calls of native operators
         self._function: _Function | None = None
         self._first = next(tensor for tensor in tensors if tensor is not None)
         self._device = self._first.device.type
@@ -181,6 +183,7 @@ class Recorder(TorchFunctionMode):
             arguments = [self._text(each, reads) for each in args]
             arguments += [f"{key}={self._text(each, reads)}" for key, each in named.items()]
             call = f"{self._constant(function)}({', '.join(arguments)})"
+        self._launches += getattr(function, "__module__", "").startswith(_NATIVE)
         made = {path: self._name(tensor) for path, tensor in fresh}
         if not atomic and isinstance(result, torch.Tensor) and fresh:
             for _, tensor in _tensors(args):  # a view that begins where its base does

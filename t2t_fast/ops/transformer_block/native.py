@@ -5,13 +5,15 @@ LayerNorm before them folded in; inference keeps the packed weights. Saved for b
 and log-sum-exp, the sum behind the attention, fc1's output, and the parameters.
 """
 
+from functools import partial
+
 import torch
 
 from .._common import native_library
 from .._common.cached import FOLDED
 from .._common.library import first_order, wants_gradient
-from .._common.native_library import SINGLE, instruction_set, single
-from .._common.replay import recorded_forward
+from .._common.native_library import SINGLE, single
+from .._common.replay import atomic, recorded_forward
 from .arguments import Parameters, unpack
 
 _KINDS = native_library.devices("transformer_block")
@@ -60,23 +62,23 @@ def _parts(parameters, linear, norm):
     return [*(getattr(parameters, name) for name in names), *([] if norm else [None, None])]
 
 
-def _packed(parameters, bf16, back):
+def _pack(parameters, bf16, back):
     """The four Linears, packed for the instruction set in use."""
+    operator = torch.ops.t2t_fast_native.pack_linear
+    return [operator(*single(*_parts(parameters, *names)), bf16, back) for names in _LINEARS]
 
-    def pack():
-        operator = torch.ops.t2t_fast_native.pack_linear
-        return [operator(*single(*_parts(parameters, *names)), bf16, back) for names in _LINEARS]
 
-    if wants_gradient(*parameters) or back:
-        return pack()
-    return FOLDED.get(parameters, ("transformer_block", instruction_set(bf16)), pack)
+@atomic
+def _kept(bf16, *parameters):
+    """The packed Linears of inference."""
+    return FOLDED.get(parameters, ("transformer_block", bf16), partial(_pack, Parameters(*parameters), bf16, False))
 
 
 def _run(x, parameters, options, seed, save):
     bf16 = options.dtype == torch.bfloat16
-    return torch.ops.t2t_fast_native.transformer_block(
-        x.to(torch.float32), *_packed(parameters, bf16, back=False), *_options(x, parameters, options, seed), save
-    )
+    packed = _pack(parameters, bf16, False) if save else _kept(bf16, *parameters)
+    numbers = _options(x, parameters, options, seed)
+    return torch.ops.t2t_fast_native.transformer_block(x.to(torch.float32), *packed, *numbers, save)
 
 
 def _options(x, parameters, options, seed):
@@ -124,7 +126,7 @@ class TransformerBlock(torch.autograd.Function):
         bf16 = ctx.options.dtype == torch.bfloat16
         d_x, *found = torch.ops.t2t_fast_native.transformer_block_backward(
             *single(grad, x),
-            *_packed(parameters, bf16, back=True),
+            *_pack(parameters, bf16, True),
             *_options(x, parameters, ctx.options, seed),
             *saved,
             [int(each) for each in wanted],
