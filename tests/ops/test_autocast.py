@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
+from support.calls import skip_unless_available
 from t2t_fast import reference
 from t2t_fast.functional import performer_attention, soft_split, soft_split_linear
 from t2t_fast.interop.swap import swap
-from t2t_fast.testing import errors, features, natural_images
+from t2t_fast.testing import CASES, errors, features, natural_images
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -53,6 +54,27 @@ def test_error_is_at_most_upstreams(dtype, tokens_type, gain):
     worst = {n: errors(g, exact_gradients[n])[0] for n, g in our_gradients.items()}
     their_worst = max(errors(g, exact_gradients[n])[0] for n, g in their_gradients.items())
     assert max(worst.values()) <= 1.25 * their_worst, max(worst, key=worst.get)
+
+
+BLOCKS = [case for case in CASES["transformer_block"]() if case.tensors["x"].numel()]
+
+
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", ["native", "aten"])
+def test_error_of_a_block_is_at_most_the_references(backend, case):
+    """Under bfloat16's autocast, against float64: of the output, and of all gradients together."""
+    skip_unless_available("transformer_block", backend)
+    exact, exact_gradients = case.cast(torch.float64).run_backward("reference", torch.float32)
+
+    def error(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            out, gradients = case.run_backward(backend)
+        assert out.dtype == torch.float32
+        square = [errors(gradients[name], exact_gradients[name])[0] ** 2 for name in gradients]
+        return errors(out, exact)[0], (sum(square) / len(square)) ** 0.5
+
+    for ours, reference in zip(error(backend), error("reference"), strict=True):
+        assert ours <= reference
 
 
 def test_upstream_makes_nan_in_float16_and_ours_does_not():
