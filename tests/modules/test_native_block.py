@@ -25,11 +25,11 @@ WIDTH, HEADS = 32, 4
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """A list that grows with each call of the native operator."""
+    """A list that grows with each forward call of the native operator."""
     skip_unless_available("transformer_block", "native")
     clear_weight_cache()
     made, run = [], native._run
-    monkeypatch.setattr(native, "_run", lambda *arguments: made.append(arguments) or run(*arguments))
+    monkeypatch.setattr(native, "_run", lambda *arguments: made.append(None) or run(*arguments))
     return made
 
 
@@ -215,7 +215,7 @@ def test_masks_of_stochastic_depth_are_those_of_the_other_backends(calls):
 
 @pytest.mark.parametrize("trained", ["norm1.weight", "attn.qkv.bias", "attn.proj.weight", "mlp.fc1.weight", "none"])
 def test_frozen_parameters_have_no_gradient(trained, calls):
-    plain, block = pair()
+    plain, block = pair(qkv_bias=True)
     for each in (plain, block):
         for name, parameter in each.named_parameters():
             parameter.requires_grad_(name == trained)
@@ -252,12 +252,18 @@ CHANGES = {
     "another parameter": lambda block: setattr(block.mlp.fc1, "weight", nn.Parameter(block.mlp.fc1.weight * 2)),
     "another storage": lambda block: setattr(block.attn.proj.weight, "data", block.attn.proj.weight.detach() * 2),
     "data, then backward": lambda block: (_hidden(block), block(tokens()).sum().backward()),
+    "data, then backward of another block": lambda block: (_hidden(block), _composed_backward()),
     "data, then clear": lambda block: (_hidden(block), clear_weight_cache()),
 }
 
 
 def _step(block):
     torch.optim.AdamW(block.parameters(), lr=0.1).step()
+
+
+def _composed_backward():
+    with t2t_fast.backend("aten"):
+        pair()[1](tokens()).sum().backward()
 
 
 def _hidden(block):
