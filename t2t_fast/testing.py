@@ -43,6 +43,8 @@ layer_norm_linear    forward         1e-13 (0)    1e-6 (1.9e-7)    1e-3 (2.5e-4)
 layer_norm_linear    backward        1e-13 (0)      2e-6 (3e-7)  1.5e-3 (3.6e-4)  1.2e-2 (2.6e-3)
 layer_norm_mlp       forward   1e-13 (1.1e-15)    1e-6 (1.5e-7)      1e-3 (4e-4)    6e-3 (3.3e-3)
 layer_norm_mlp       backward  1e-13 (5.1e-16)    2e-6 (4.2e-7)  1.5e-3 (6.8e-4)  1.2e-2 (5.3e-3)
+transformer_block    forward    1e-13 (1.1e-15)    1e-6 (2.2e-7)  2e-3 (5.1e-4)  1.5e-2 (4.3e-3)
+transformer_block    backward   1e-13 (1.2e-15)    2e-6 (7e-7)    4e-3 (1.1e-3)    2.5e-2 (1e-2)
 t2t_module           forward    1e-13 (1.5e-15)    3e-6 (5.6e-7)    2e-3 (5.3e-4)  1.5e-2 (4.3e-3)
 t2t_module           backward     1e-13 (2e-15)    1e-5 (1.2e-6)    8e-3 (8.7e-4)      4e-2 (1e-2)
 """
@@ -190,6 +192,19 @@ def token_mlp_parameters(
         "fc2_weight": _normal(generator, width, hidden, std=std),
         "fc2_bias": _normal(generator, width, std=0.05),
     }
+
+
+def transformer_block_parameters(generator: torch.Generator, width: int, hidden: int) -> dict[str, torch.Tensor]:
+    """Random parameters of ``transformer_block``; every term contributes, and logits have deviation 1."""
+    tensors: dict[str, torch.Tensor] = {}
+    shapes = {"qkv": (3 * width, width), "proj": (width, width), "fc1": (hidden, width), "fc2": (width, hidden)}
+    for name, (outputs, inputs) in shapes.items():
+        if norm := {"qkv": "norm1", "fc1": "norm2"}.get(name):
+            tensors[f"{norm}_weight"] = _normal(generator, width, std=0.1, mean=1.0)
+            tensors[f"{norm}_bias"] = _normal(generator, width, std=0.1)
+        tensors[f"{name}_weight"] = _normal(generator, outputs, inputs, std=inputs**-0.5)
+        tensors[f"{name}_bias"] = _normal(generator, outputs, std=0.05)
+    return tensors
 
 
 def features(generator: torch.Generator, m: int, width: int) -> torch.Tensor:
@@ -462,6 +477,33 @@ def layer_norm_mlp_cases() -> list[Case]:
     return cases
 
 
+def transformer_block_cases() -> list[Case]:
+    """Cases of ``transformer_block``: with and without stochastic depth, biases and LayerNorm's parameters."""
+    cases: list[Case] = []
+    problems: list[tuple[str, tuple[int, int, int], int, int, dict[str, float]]] = [
+        ("T2T-ViT-7", (2, 50, 256), 4, 512, {}),
+        ("stochastic depth", (5, 13, 48), 3, 96, {"drop_path1": 0.5, "drop_path2": 0.3}),
+        ("odd sizes", (3, 7, 19), 1, 11, {"norm1_eps": 1e-6, "norm2_eps": 1e-3, "scale": 0.5}),
+        ("more keys than one part", (1, 300, 36), 3, 40, {}),  # of 256; heads of 12 channels
+        ("several tiles of tokens and of hidden units", (2, 211, 20), 2, 540, {}),
+        ("one token", (2, 1, 16), 2, 16, {}),
+        ("batch 0", (0, 5, 16), 2, 16, {}),
+    ]
+    for name, shape, heads, hidden, options in problems:
+        generator = torch.Generator().manual_seed(len(cases))
+        tensors = {"x": _normal(generator, *shape), **transformer_block_parameters(generator, shape[-1], hidden)}
+        wants = tuple(tensors)
+        tensors["seed"] = torch.tensor(1234567890123)
+        cases.append(Case("transformer_block", name, tensors, {"heads": heads, **options}, wants))
+    full = cases[2]
+    kept = {name: t for name, t in full.tensors.items() if t.ndim != 1}
+    absent: dict[str, Any] = dict.fromkeys(full.tensors.keys() - kept.keys())
+    options = {**full.options, **absent}
+    wants = tuple(name for name in kept if name != "seed")
+    cases.append(Case(full.op, "LayerNorm without affine, no biases", kept, options, wants))
+    return cases
+
+
 def performer_layer_cases() -> list[Case]:
     """Cases of ``performer_layer``; k and q have the norms of a freshly initialised model."""
     cases: list[Case] = []
@@ -506,6 +548,7 @@ CASES = {
     "add_layer_norm": add_layer_norm_cases,
     "layer_norm_linear": layer_norm_linear_cases,
     "layer_norm_mlp": layer_norm_mlp_cases,
+    "transformer_block": transformer_block_cases,
 }
 
 

@@ -27,6 +27,7 @@ LAYERS = [
                 "causal",
                 "philox",
                 "pixels",
+                "attention",
             )
         ),
     ],
@@ -57,6 +58,7 @@ COMPOSITES = {
     "performer_layer": {"soft_split_linear", "performer_attention", "token_mlp"},
     "layer_norm_linear": {"add_layer_norm"},
     "layer_norm_mlp": {"add_layer_norm", "layer_norm_linear"},
+    "transformer_block": {"layer_norm_linear", "layer_norm_mlp"},
 }
 # Modules that import optional packages at the top: the command imports them after checking that the extra is installed.
 DRAWING = {f"t2t_fast.demo.{name}" for name in ("charts", "page", "pictures", "run", "style")}

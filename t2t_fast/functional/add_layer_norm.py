@@ -88,14 +88,20 @@ def check_branch(function: str, x: torch.Tensor, branch: torch.Tensor) -> None:
 
 
 def check_norm(
-    function: str, x: torch.Tensor, norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, norm_eps: float
+    function: str,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    norm_eps: float,
+    name: str = "norm",
 ) -> float:
-    """Check a LayerNorm over x's last axis; returns ``norm_eps`` as a Python number."""
-    check_together(function, "x", x, same_dtype=same_dtype(x), norm_weight=norm_weight, norm_bias=norm_bias)
-    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+    """Check a LayerNorm over x's last axis, arguments ``name``_weight and so on; returns its eps as a Python number."""
+    given: dict[str, Any] = {f"{name}_weight": norm_weight, f"{name}_bias": norm_bias}
+    check_together(function, "x", x, same_dtype=same_dtype(x), **given)
+    for each, value in given.items():
         if value is not None:
-            check_shape(function, name, value, x.shape[2:], "the width of x")
-    return check_number(function, "norm_eps", norm_eps, above=0)
+            check_shape(function, each, value, x.shape[2:], "the width of x")
+    return check_number(function, f"{name}_eps", norm_eps, above=0)
 
 
 def check_linear(

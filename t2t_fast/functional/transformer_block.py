@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..backends import Request, runs
-from ..errors import check_count, check_number, check_probability, check_sizes
+from ..errors import check_count, check_number, check_probability, check_sizes, known
 from ..ops._common import transforms
 from ..ops._common.library import wants_gradient
 from ..ops.transformer_block.op import transformer_block as _transformer_block
@@ -88,8 +88,8 @@ def transformer_block(
     function = "transformer_block"
     check_tokens(function, x)
     width = x.shape[2]
-    norm1_eps = check_norm(function, x, norm1_weight, norm1_bias, norm1_eps)
-    norm2_eps = check_norm(function, x, norm2_weight, norm2_bias, norm2_eps)
+    norm1_eps = check_norm(function, x, norm1_weight, norm1_bias, norm1_eps, "norm1")
+    norm2_eps = check_norm(function, x, norm2_weight, norm2_bias, norm2_eps, "norm2")
     hidden = check_linear(function, x, "fc1", fc1_weight, fc1_bias, width)
     linears = {
         "qkv": (qkv_weight, qkv_bias, width, 3 * width),
@@ -97,13 +97,15 @@ def transformer_block(
         "fc2": (fc2_weight, fc2_bias, hidden, width),
     }
     for name, (weight, bias, inputs, rows) in linears.items():
-        if (outputs := check_linear(function, x, name, weight, bias, inputs)) != rows:
+        outputs = check_linear(function, x, name, weight, bias, inputs)
+        if known(outputs != rows):
             raise ValueError(f"{function}: {name}_weight must have {rows} rows, got {outputs}")
     check_sizes(function, heads=heads)
-    if width % heads:
+    if known(width % heads != 0):
         raise ValueError(f"{function}: heads must divide the width of x, {width}, got {heads}")
-    scale = (width // heads) ** -0.5 if scale is None else check_number(function, "scale", scale)
-    check_count(function, "the hidden units", *x.shape[:2], max(3 * width, hidden))
+    scale = (transforms.constant(width) // heads) ** -0.5 if scale is None else check_number(function, "scale", scale)
+    check_count(function, "q, k and v", *x.shape[:2], 3 * width)
+    check_count(function, "the hidden units", *x.shape[:2], hidden)
     drop_path1 = check_probability(function, "drop_path1", drop_path1)
     drop_path2 = check_probability(function, "drop_path2", drop_path2)
     seed = seed_for(function, x, seed, drop_path1, drop_path2)

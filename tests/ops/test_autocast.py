@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
+from support.calls import skip_unless_available
 from t2t_fast import reference
 from t2t_fast.functional import performer_attention, soft_split, soft_split_linear
 from t2t_fast.interop.swap import swap
-from t2t_fast.testing import errors, features, natural_images
+from t2t_fast.testing import Case, errors, features, natural_images, transformer_block_parameters
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -53,6 +54,34 @@ def test_error_is_at_most_upstreams(dtype, tokens_type, gain):
     worst = {n: errors(g, exact_gradients[n])[0] for n, g in our_gradients.items()}
     their_worst = max(errors(g, exact_gradients[n])[0] for n, g in their_gradients.items())
     assert max(worst.values()) <= 1.25 * their_worst, max(worst, key=worst.get)
+
+
+# batch, tokens, heads, width, hidden units: enough values that chance does not decide
+BLOCKS = [(2, 50, 4, 256, 512), (2, 197, 2, 64, 192), (1, 300, 3, 36, 40), (8, 37, 1, 72, 72), (16, 13, 4, 32, 33)]
+
+
+@pytest.mark.parametrize("gain", [1, 8])
+@pytest.mark.parametrize("sizes", BLOCKS, ids=str)
+def test_error_of_a_native_block_is_at_most_the_references(sizes, gain):
+    """Under bfloat16's autocast, against float64: of the output, and of all gradients together."""
+    skip_unless_available("transformer_block", "native")
+    batch, length, heads, width, hidden = sizes
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"x": torch.randn(batch, length, width, generator=generator)}
+    tensors |= transformer_block_parameters(generator, width, hidden)
+    options = {"heads": heads, "scale": gain * (width / heads) ** -0.5}
+    case = Case("transformer_block", "", tensors, options, tuple(tensors))
+    exact, exact_gradients = case.cast(torch.float64).run_backward("reference", torch.float32)
+
+    def error(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            out, gradients = case.run_backward(backend)
+        assert out.dtype == torch.float32
+        square = [errors(gradients[name], exact_gradients[name])[0] ** 2 for name in gradients]
+        return errors(out, exact)[0], (sum(square) / len(square)) ** 0.5
+
+    for ours, upstream in zip(error("native"), error("reference"), strict=True):
+        assert ours <= upstream
 
 
 def test_upstream_makes_nan_in_float16_and_ours_does_not():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from t2t_fast import backends
 from t2t_fast.functional import clear_weight_cache, soft_split_linear
@@ -92,6 +93,15 @@ def test_subclasses_and_inference_tensors_are_not_cached(made):
 def test_no_caching_under_fsdp(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert "FSDP" in kept.obstacle([torch.ones(1)])
+
+
+def test_fake_values_are_not_cached():
+    """A trace with fake tensors may read real parameters; later calls must not get its fake results."""
+    parameter, store = torch.ones(3), kept.WeightCache()
+    make = Counted(parameter)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(store.get((parameter,), "key", make), FakeTensor)
+    assert not len(store) and torch.equal(store.get((parameter,), "key", make), parameter)
 
 
 def test_a_hidden_write_needs_clear():

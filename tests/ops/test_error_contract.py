@@ -25,7 +25,7 @@ from t2t_fast.modules import (
     TokenTransformer,
     Unfold,
 )
-from t2t_fast.testing import token_mlp_parameters
+from t2t_fast.testing import token_mlp_parameters, transformer_block_parameters
 
 GENERATOR = torch.Generator().manual_seed(0)
 WINDOW = {"kernel_size": 3, "stride": 2, "padding": 1}
@@ -42,6 +42,7 @@ LAYER = {
     **{name.replace("norm", "norm1"): value for name, value in NORM.items()}, "norm1_eps": 1e-5,
     **{name.replace("norm", "norm2"): value for name, value in TOKEN_MLP.items()},
 }  # fmt: skip
+BLOCK = transformer_block_parameters(GENERATOR, 8, 12)
 BLOCK_NORM = {"norm_weight": torch.ones(8), "norm_bias": torch.zeros(8), "norm_eps": 1e-5}
 CALLS = {
     "window": WINDOW,
@@ -72,6 +73,10 @@ CALLS = {
         **{name: value for name, value in TOKEN_MLP.items() if name.startswith("fc")},
         **dict.fromkeys(("branch_drop", "branch_path", "hidden_drop", "drop", "drop_path"), 0.1),
         "residual": True, "recompute": False, "seed": torch.tensor(1),
+    },
+    "transformer_block": {
+        "x": QKV["q"], **BLOCK, "heads": 2, "scale": 0.5, "norm1_eps": 1e-5, "norm2_eps": 1e-5, "drop_path1": 0.1,
+        "drop_path2": 0.1, "seed": torch.tensor(1),
     },
     "performer_layer of bytes": {"x": BYTES, **LAYER, "pixel_norm": PIXEL_NORM},
 }  # fmt: skip
@@ -105,7 +110,7 @@ SPOILT = {
 OPTIONAL = {
     "bias", "norm_weight", "norm_bias", "kqv_bias", "proj_bias", "fc1_bias", "fc2_bias", "norm1_weight", "norm1_bias",
     "norm2_weight", "norm2_bias", "key_mask", "seed", "norm_eps", "pixel_norm",
-    "branch",
+    "branch", "qkv_bias", "scale",
 }  # fmt: skip
 SIZES = {
     "float": 1.5, "NaN": float("nan"), "str": "3", "None": None, "three": (1, 2, 3), "bool": True, "-1": -1,
@@ -121,7 +126,9 @@ PROBABILITIES = NUMBERS | {"1": 1.0, "2": 2}
 OPTIONS = {
     **dict.fromkeys(("kernel_size", "stride", "padding", "output_size", "grid"), SIZES),
     **dict.fromkeys(("eps", "norm_eps", "norm1_eps", "norm2_eps"), NUMBERS),
-    **dict.fromkeys(("proj_drop", "mlp_drop", "drop", "drop_path"), PROBABILITIES),
+    "heads": SIZES | {"no divisor": 3},
+    "scale": {kind: value for kind, value in NUMBERS.items() if kind != "-1"},
+    **dict.fromkeys(("proj_drop", "mlp_drop", "drop", "drop_path", "drop_path1", "drop_path2"), PROBABILITIES),
     **dict.fromkeys(("branch_drop", "branch_path", "hidden_drop"), PROBABILITIES),
     **dict.fromkeys(("residual", "recompute", "causal", "normalize"), BOOLS),
     "backend": {"str": "cuda", "None": None, "int": 1},

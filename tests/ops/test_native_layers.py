@@ -7,10 +7,25 @@ from t2t_fast import backends
 from t2t_fast.errors import BackendUnavailable
 from t2t_fast.functional import performer_attention, performer_layer, soft_split_linear, token_mlp
 from t2t_fast.ops._common import native_library as native
-from t2t_fast.testing import CASES, Case, assert_close, errors, features, token_mlp_parameters
+from t2t_fast.testing import (
+    CASES,
+    Case,
+    assert_close,
+    errors,
+    features,
+    token_mlp_parameters,
+    transformer_block_parameters,
+)
 
 OPS = ["soft_split_linear", "performer_attention", "token_mlp", "performer_layer"]
 INSTRUCTION_SETS = ["avx512", "avx2", "baseline"]
+# of a block's products; the first one multiplies bfloat16, the others convert it to float32
+BLOCK_SETS = [(name, False) for name in INSTRUCTION_SETS] + [
+    (name, True) for name in ("amx", "avx512_bf16", *INSTRUCTION_SETS)
+]
+over_block_sets = pytest.mark.parametrize(
+    "instruction_set", BLOCK_SETS, indirect=True, ids=lambda given: f"{given[0]}-{'bf16' if given[1] else 'fp32'}"
+)
 REASON = native.reason(backends.Request("cpu", torch.float32, {}), native.devices("performer_layer"))
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
@@ -18,15 +33,15 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
 
 @pytest.fixture
 def instruction_set(request):
-    """Run the test with the kernels of one instruction set."""
-    use = torch.ops.t2t_fast_native.cpu_instruction_set
-    before = use()
+    """Run the test with the kernels of one instruction set, of a given kind of products or of float32."""
+    name, bf16 = request.param if isinstance(request.param, tuple) else (request.param, False)
+    before = native.instruction_set(bf16)
     try:
-        use(request.param)
+        native.use_instruction_set(name, bf16)
     except RuntimeError as error:
         pytest.skip(str(error).splitlines()[0])
     yield request.param
-    use(before)
+    native.use_instruction_set(before, bf16)
 
 
 @pytest.fixture
@@ -51,6 +66,71 @@ def test_every_instruction_set_is_right(op, instruction_set):
         assert_close(out, expected, op, "forward", torch.float32, case.name)
         for name, gradient in gradients.items():
             assert_close(gradient, expected_gradients[name], op, "backward", torch.float32, f"{case.name}: {name}")
+
+
+@over_block_sets
+def test_every_instruction_set_is_right_for_blocks(instruction_set):
+    """All cases, forward and gradients, with products of float32 and of bfloat16."""
+    dtype = torch.bfloat16 if instruction_set[1] else torch.float32
+    for case in CASES["transformer_block"]():
+        case = case.cast(dtype)
+        out, gradients = case.run_backward("native")
+        expected, expected_gradients = case.cast(torch.float64).run_backward("reference", dtype)
+        assert_close(out, expected, case.op, "forward", dtype, case.name)
+        for name, gradient in gradients.items():
+            assert_close(gradient, expected_gradients[name], case.op, "backward", dtype, f"{case.name}: {name}")
+
+
+def test_one_instruction_set_after_another():
+    """Packed weights have the layout of an instruction set, so a change drops the kept ones."""
+    case = CASES["transformer_block"]()[1]
+    for dtype in (torch.float32, torch.bfloat16):
+        rounded, bf16 = case.cast(dtype), dtype == torch.bfloat16
+        before = native.instruction_set(bf16)
+        try:
+            expected = rounded.run("native")
+            for name in ("baseline", before, "baseline"):
+                native.use_instruction_set(name, bf16)
+                out = rounded.run("native")
+                assert_close(out, expected.double(), case.op, "forward", dtype)
+                assert torch.equal(out, expected) or name != before
+        finally:
+            native.use_instruction_set(before, bf16)
+
+
+def block_case(batch, length, width=36, heads=3, hidden=40):
+    """``transformer_block`` with stochastic depth; every tensor requires a gradient."""
+    generator = torch.Generator().manual_seed(batch * length)
+    tensors = {"x": torch.randn(batch, length, width, generator=generator)}
+    tensors |= transformer_block_parameters(generator, width, hidden)
+    options = {"heads": heads, "drop_path1": 0.2, "drop_path2": 0.2}
+    return Case("transformer_block", "block", {**tensors, "seed": torch.tensor(5)}, options, tuple(tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 120), (2, 103), (5, 37)])
+def test_a_block_is_the_same_for_any_number_of_threads(batch, length, dtype, threads):
+    """Bit for bit, output and gradients: nothing is added up by worker. (A group of long images has one for each.)"""
+    case = block_case(batch, length).cast(dtype)
+    threads(1)
+    out, gradients = case.run_backward("native")
+    for count in (2, 3, 7):
+        threads(count)
+        other, other_gradients = case.run_backward("native")
+        assert torch.equal(other, out), count
+        for name, gradient in gradients.items():
+            assert torch.equal(other_gradients[name], gradient), (count, name)
+
+
+def test_a_block_without_tokens(threads):
+    """An empty result, and gradients of 0, as the reference's."""
+    threads(3)
+    for shape in ((2, 0), (0, 0)):
+        case = block_case(*shape)
+        out, gradients = case.run_backward("native")
+        expected, expected_gradients = case.run_backward("reference")
+        assert out.shape == expected.shape
+        assert all(torch.equal(gradient, expected_gradients[name]) for name, gradient in gradients.items())
 
 
 def layer_case(batch, height, width, channels=5, drop=0.1, embed=16):
@@ -182,6 +262,24 @@ def test_backward_keeps_neither_kqv_nor_the_unfolded_tokens():
     assert sum(size for where, size in kept.items() if where not in inputs) == 2 * 8 * (16 + 1) * 4
 
 
+NUMBERS = 0.5, 1e-5, 1e-5  # scale and eps of a block
+
+
+def packed(t, back=False):
+    """The four Linears of a block with tokens t and 12 hidden units."""
+    width = t.shape[-1]
+    shapes = (3 * width, width), (width, width), (12, width), (width, 12)
+    operator = torch.ops.t2t_fast_native.pack_linear
+    return [operator(torch.ones(shape), None, None, None, False, back) for shape in shapes]
+
+
+def backward_of(ops, t, spoil, needed=(1, 1, 1, 1), grad=None):
+    """The backward operator of a block, with spoilt saved tensors."""
+    _, *saved = ops.transformer_block(t, *packed(t), 2, 12, *NUMBERS, None, False, True)
+    arguments = t, *packed(t, True), 2, 12, *NUMBERS, None, False
+    return ops.transformer_block_backward(t if grad is None else grad, *arguments, *spoil(saved), list(needed))
+
+
 WRONG = {
     "length of v": lambda ops, t, w: ops.performer_attention(t, t, t[:, :3], w, 1e-8),
     "width of k": lambda ops, t, w: ops.performer_attention(t, t[..., :4], t, w, 1e-8),
@@ -192,10 +290,29 @@ WRONG = {
     "weight": lambda ops, t, w: ops.soft_split_linear(
         t.unsqueeze(1), w, None, None, None, None, (3, 3), (1, 1), (1, 1)
     ),
+    "packed weight": lambda ops, t, w: ops.transformer_block(t, w, *packed(t)[1:], 2, 12, *NUMBERS, None, False, True),
+    "heads": lambda ops, t, w: ops.transformer_block(t, *packed(t), 3, 12, *NUMBERS, None, False, True),
+    "no heads": lambda ops, t, w: ops.transformer_block(t, *packed(t), 0, 12, *NUMBERS, None, False, True),
+    "hidden": lambda ops, t, w: ops.transformer_block(t, *packed(t), 2, 700, *NUMBERS, None, False, True),
+    "factors": lambda ops, t, w: ops.transformer_block(t, *packed(t), 2, 12, *NUMBERS, w, False, True),
+    "tokens": lambda ops, t, w: ops.transformer_block(t[0], *packed(t), 2, 12, *NUMBERS, None, False, True),
+    "pack_linear": lambda ops, t, w: ops.pack_linear(w, w[0], None, None, False, False),
+    "saved": lambda ops, t, w: ops.transformer_block_backward(
+        t, t, *packed(t, True), 2, 12, *NUMBERS, None, False, t, t, t, t, t, [1, 1, 1, 1]
+    ),
+    "saved dtype": lambda ops, t, w: backward_of(ops, t, lambda saved: [each.double() for each in saved]),
+    "saved strides": lambda ops, t, w: backward_of(ops, t, lambda saved: [each.mT.contiguous().mT for each in saved]),
+    "needed": lambda ops, t, w: backward_of(ops, t, lambda saved: saved, needed=[1]),
+    "incoming gradient": lambda ops, t, w: backward_of(ops, t, lambda saved: saved, grad=t[:, 1:]),
     "window": lambda ops, t, w: ops.soft_split_linear(
         t.unsqueeze(1), w, None, None, None, None, (9, 9), (1, 1), (0, 0)
     ),
 }
+
+
+def test_the_operators_of_a_block_accept_right_arguments():
+    """Those of :data:`WRONG`, unspoilt."""
+    backward_of(torch.ops.t2t_fast_native, torch.randn(2, 5, 8), lambda saved: saved)
 
 
 @pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)

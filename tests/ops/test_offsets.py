@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from support.calls import skip_unless_available, with_gradients
-from t2t_fast.functional import soft_split_linear, token_mlp
-from t2t_fast.testing import errors, token_mlp_parameters, tolerance
+from t2t_fast.functional import soft_split_linear, token_mlp, transformer_block
+from t2t_fast.testing import errors, token_mlp_parameters, tolerance, transformer_block_parameters
 
 OFFSETS = [0.0, 1e2, 1e4, 1e6]
 FUSED = ["aten", "native", "triton"]
@@ -121,3 +121,23 @@ def check_token_mlp(backend, offset, dtype, allowed):
     found["out"] = found["out"].double() - offset
     for name, value in found.items():
         assert errors(value, expected[name])[0] <= allowed + 0.5 * offset * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("backend", ["aten", "native"])
+def test_transformer_block(backend, offset):
+    """Both LayerNorms remove the tokens' offset; the sum behind the attention is rounded, which adds an error."""
+    skip_unless_available("transformer_block", backend, torch.float32)
+    generator, width = torch.Generator().manual_seed(0), 32
+    x = torch.randn(2, 40, width, generator=generator, dtype=torch.float64) + offset
+    tensors = {"x": x.float(), **transformer_block_parameters(generator, width, 48)}
+
+    def exact(x, **parameters):
+        return transformer_block(x - offset, **parameters, heads=2, backend="reference")
+
+    expected = with_gradients(exact, {name: t.double() for name, t in tensors.items()})
+    found = with_gradients(lambda **t: transformer_block(**t, heads=2, backend=backend), tensors)
+    found["out"] = found["out"].double() - offset
+    for name, value in found.items():
+        allowed = tolerance("transformer_block", "backward", torch.float32) + offset * torch.finfo(torch.float32).eps
+        assert errors(value, expected[name])[0] <= allowed, name

@@ -21,6 +21,7 @@ from t2t_fast.testing import (
     features,
     token_mlp_parameters,
     tolerance,
+    transformer_block_parameters,
 )
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -199,6 +200,21 @@ class Maker:
             options["norm_eps"] = self.draw(st.sampled_from([None, 1e-5]))
         return tensors, {**options, "residual": residual, "recompute": self.draw(st.booleans())}
 
+    def transformer_block(self):
+        batch, heads = self.batch(), self.draw(st.sampled_from([1, 2, 3]))
+        # more than 256 keys are two parts, more than 102 tokens two tiles
+        tokens = self.draw(st.sampled_from([1, 2, 7, 31, 102, 103, 257]))
+        width = heads * self.draw(st.sampled_from([1, 2, 5, 8, 16, 17]))
+        tensors = transformer_block_parameters(self.generator, width, self.draw(sizes))
+        for norm in ("norm1", "norm2"):
+            if self.draw(st.booleans()):
+                tensors[f"{norm}_weight"] = tensors[f"{norm}_bias"] = None
+        for linear in ("qkv", "proj", "fc1", "fc2"):
+            if self.draw(st.booleans()):
+                tensors[f"{linear}_bias"] = None
+        seed, options = self._probabilities("drop_path1", "drop_path2")
+        return {"x": self.normal(batch, tokens, width), **tensors, **seed}, {"heads": heads, **options}
+
     def performer_layer(self):
         width, m = self.draw(sizes), self.draw(st.integers(1, 12))
         linear, options, columns, tokens = self._linear("kqv_", 3 * width, 2.0 / width**0.5)
@@ -311,6 +327,8 @@ def vanishing(case):
         names.add("x")
     if "layer_norm" in case.op and case.tensors["x"].shape[-1] <= 2 and "norm_eps" not in case.options:
         names |= {"x", "branch", "norm_weight"}
+    if case.op == "transformer_block" and case.tensors["x"].shape[-1] <= 2:
+        names |= {"norm1_weight", "norm2_weight"}
     if case.op == "performer_attention" and case.tensors["w"].shape[0] == 1:
         names.add("q")
     return names

@@ -11,9 +11,17 @@ from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from t2t_fast import _extension
-from t2t_fast.functional import fused_fold_unfold, soft_composition, soft_split, soft_split_linear, window
+from t2t_fast.functional import (
+    fused_fold_unfold,
+    soft_composition,
+    soft_split,
+    soft_split_linear,
+    transformer_block,
+    window,
+)
 from t2t_fast.models.patch import PatchEmbed
 from t2t_fast.modules import FusedFoldUnfold, SoftComposition, SoftSplit, T2TModule
+from t2t_fast.testing import transformer_block_parameters
 
 
 class Three:
@@ -93,12 +101,16 @@ def test_other_values_raise(name):
 
 
 WEIGHT = torch.randn(4, 27)
+BLOCK = transformer_block_parameters(torch.Generator().manual_seed(0), 3, 5)
 PROGRAMS = {
     "soft_split": lambda x, backend: soft_split(x, 3, 2, 1, backend=backend),
     "soft_composition": lambda x, backend: soft_composition(_tokens(x), x.shape[2:], 3, 2, 1, backend=backend),
     "fused_fold_unfold": lambda x, backend: fused_fold_unfold(_tokens(x), x.shape[2:], 3, 2, 1, backend=backend),
     "soft_split_linear": lambda x, backend: soft_split_linear(
         x, WEIGHT.to(x), None, 3, 2, 1, norm_eps=1e-5, backend=backend
+    ),
+    "transformer_block": lambda x, backend: transformer_block(
+        x.flatten(2).mT, **{name: t.to(x) for name, t in BLOCK.items()}, heads=3, backend=backend
     ),
     "grid": lambda x, backend: soft_split(x.flatten(2).mT, 3, 2, 1, grid=x.shape[2:], backend=backend),
 }
@@ -180,6 +192,8 @@ def test_products_above_the_limit_raise():
         soft_composition(one[0], 2**31 - 1, 1, 2**31 - 1)
     with pytest.raises(ValueError, match=r"the result must have at most 2\*\*56 values, got 1 x 1 x 1 x "):
         soft_split_linear(one, torch.ones(1, 1).expand(2**57, 1))
+    with pytest.raises(ValueError, match=r"q, k and v must have at most 2\*\*56 values, got 18014398509481984 x "):
+        transformer_block(torch.ones(1, 1, 3).expand(2**54, 1, 3), **BLOCK, heads=3)
 
 
 def gradient_of(call, x):

@@ -3,9 +3,9 @@
 // Images are handled in groups. First every image of a group goes back to its input, tile by tile; what the weights'
 // gradients are products of is kept, as cells of sums over tokens. Then the workers divide the rows of the weights'
 // gradients and add the group's products. So no worker writes what another one writes, the sums exist once, and a result
-// does not depend on the number of workers.
+// depends on the number of workers only where a group holds but one image for each.
 
-constexpr int64_t GROUP_TOKENS = 1024;  // of a group, unless every worker has but one image
+constexpr int64_t GROUP_TOKENS = 1600;  // of a group, unless that is less than an image for each worker
 
 // What a Linear's gradient is a product of, for the tokens of a group: cells (steps, padded width).
 struct LinearTerms {

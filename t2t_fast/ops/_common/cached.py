@@ -23,6 +23,8 @@ def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
     """Why values derived from these tensors must not be cached, or ``None``."""
     if torch.compiler.is_compiling():
         return "torch.compile folds constants itself"
+    if torch._C._len_torch_dispatch_stack():
+        return "a mode, such as that of fake tensors, may replace the values"
     for tensor in tensors:
         if type(tensor) not in PLAIN or tensor.dtype not in FLOATING:
             return "a tensor of a subclass may change unseen"

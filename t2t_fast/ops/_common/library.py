@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ... import backends
 from . import flops, replay, transforms
+from .cached import FOLDED
 
 OPAQUE = ("triton", "native")
 """Backends whose kernels are opaque to PyTorch."""
@@ -106,7 +107,7 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for a hand-written backward: disables autocast, raises an error if a second derivative is requested,
-    and returns no gradients if there is no incoming gradient."""
+    returns no gradients if there is no incoming gradient, and clears the cached weights, which change next."""
     once = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
@@ -116,6 +117,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "t2t_fast: this operator has no second derivative (its backward was asked for one by "
                 "create_graph=True); use t2t_fast.backend('reference') for it"
             )
+        if not torch.compiler.is_compiling():
+            FOLDED.clear()
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         kind = grads[0].device.type

@@ -53,7 +53,14 @@ class SoftSplitLinear(torch.autograd.Function):
         need_x, need_weight, _, need_gamma, _ = ctx.needs_input_grad[:5]
         x, *parameters = single(*tensors)
         d_image, *found = torch.ops.t2t_fast_native.soft_split_linear_backward(
-            grad.to(torch.float32), x, *parameters, ctx.norm_eps, *ctx.window, need_x, need_weight or need_gamma, ctx.bf16
+            grad.to(torch.float32),
+            x,
+            *parameters,
+            ctx.norm_eps,
+            *ctx.window,
+            need_x,
+            need_weight or need_gamma,
+            ctx.bf16,
         )
         d_x = image_gradient(d_image, x)
         gradients = [gradient(value, tensor) for value, tensor in zip(found, tensors[1:], strict=True)]

@@ -14,7 +14,7 @@ from .._common.cached import FOLDED
 from .._common.library import first_order, wants_gradient
 from .._common.native_library import SINGLE, single
 from .._common.replay import atomic, recorded_forward
-from .arguments import Parameters, unpack
+from .autograd import Parameters, unpack
 
 _KINDS = native_library.devices("transformer_block")
 

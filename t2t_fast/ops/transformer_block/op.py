@@ -3,7 +3,7 @@
 from ...backends import Implementation, always
 from .._common import native_library, transforms
 from .._common.library import define
-from . import composed, native
+from . import aten, native, reference
 
 DTYPE = 19  # index of the argument
 
@@ -21,8 +21,8 @@ transformer_block = define(
     "float drop_path1, float drop_path2, ScalarType dtype, Tensor? seed",
     implementations={
         "native": Implementation(native.forward, native.supports, native_library.passed_over),
-        "aten": Implementation(composed.aten, transforms.plain),
-        "reference": Implementation(composed.reference, always),
+        "aten": Implementation(aten.forward, transforms.plain),
+        "reference": Implementation(reference.forward, always),
     },
     absent={"triton": "on a GPU a block is layer_norm_linear, attention and layer_norm_mlp"},
     autocast=_autocast,

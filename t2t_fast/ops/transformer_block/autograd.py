@@ -1,9 +1,11 @@
-"""The arguments of transformer_block."""
+"""The arguments of transformer_block, and its forward composed of the implementations of its parts."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from .._common.attention import heads, merged
 from .._common.philox import Drops, branch_masks
 
 
@@ -60,3 +62,26 @@ def unpack(*arguments):
     *tensors, heads, scale, drop_path1, drop_path2, dtype, seed = arguments
     norm1_eps, norm2_eps = tensors.pop(2), tensors.pop(8)
     return Parameters(*tensors), Options(norm1_eps, norm2_eps, heads, scale, drop_path1, drop_path2, dtype), seed
+
+
+def composed(linear, attention, mlp):
+    """The operator's forward.
+
+    Args:
+        linear, mlp: the forwards of ``layer_norm_linear`` and ``layer_norm_mlp``, which are differentiable.
+        attention: (q, k, v, scale) -> softmax attention, (B, heads, N, D) each.
+    """
+
+    def forward(x, *arguments):
+        """(B, N, D) -> (B, N, D) in x's dtype."""
+        p, o, seed = unpack(*arguments)
+        packed, x = linear(x, p.norm1_weight, p.norm1_bias, o.norm1_eps, p.qkv_weight, p.qkv_bias, o.dtype)
+        y = merged(attention(*heads(packed, o.heads), o.scale))
+        branch = F.linear(y, p.proj_weight.to(o.dtype), None if p.proj_bias is None else p.proj_bias.to(o.dtype))
+        norm = p.norm2_weight, p.norm2_bias, o.norm2_eps
+        drops = 0.0, o.drop_path1, 0.0, 0.0, o.drop_path2
+        return mlp(
+            x, branch, *norm, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, *drops, True, False, o.dtype, seed
+        )
+
+    return forward
