@@ -75,7 +75,7 @@ def test_a_block_is_one_call(training, amp, calls):
         for _ in range(3):
             found, expected = block.train(training)(tokens()), plain.train(training)(tokens())
             close(found, expected, 1e-2 if amp else 1e-6)
-    assert len(calls) == 3
+    assert len(calls) == 2  # the third one is replayed
 
 
 def test_each_block_of_a_model(calls):

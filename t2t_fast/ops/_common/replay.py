@@ -139,6 +139,7 @@ class Recorder(TorchFunctionMode):
         self._function: _Function | None = None
         self._first = next(tensor for tensor in tensors if tensor is not None)
         self._device = self._first.device.type
+        self._differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         self._autocast = torch.is_autocast_enabled(self._device)
         self._autocast_dtype = torch.get_autocast_dtype(self._device)
         for name, tensor in zip(self._arguments, tensors, strict=True):
@@ -230,6 +231,8 @@ class Recorder(TorchFunctionMode):
         """What was recorded, as a function of the arguments that returns ``result``; ``None`` if that is impossible."""
         if self.why is None and not self._launches:
             self.why = "it launches no kernel"
+        if self.why is None and self._differentiated and self._function is None:
+            self.why = "its autograd function is not noted"
         if self.why is None:
             try:
                 return self._program(result)
