@@ -30,13 +30,13 @@ def runtime(name):
     return found if os.path.isabs(found) else None
 
 
-def build(root):
-    """The library of operators of ``root``/csrc with both sanitizers, below ``root``/build."""
+def build(root, flags=FLAGS):
+    """The library of operators of ``root``/csrc, compiled by g++ with ``flags``, below ``root``/build."""
     sys.path.insert(0, str(ROOT))
     from build_support import operators
 
     before = {name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")}
-    os.environ |= {"CXX": "g++", "CXXFLAGS": FLAGS, "LDFLAGS": FLAGS}
+    os.environ |= {"CXX": "g++", "CXXFLAGS": flags, "LDFLAGS": flags}
     try:
         return operators.build(root, with_cuda=False).library
     finally:

@@ -35,13 +35,9 @@ inline CellVec narrowed(Vec low, Vec high) {
 
 // One cell of each lane: its number in `low` and its number in `high`.
 inline CellVec paired(Vec low, Vec high) {
-  typedef uint16_t Halves __attribute__((vector_size(LANES * 4)));
-  Halves order;
-  for (int64_t i = 0; i < LANES; ++i) {
-    order[2 * i] = static_cast<uint16_t>(i);
-    order[2 * i + 1] = static_cast<uint16_t>(i + LANES);
-  }
-  return (CellVec)__builtin_shuffle((Halves)narrowed(low, high), order);
+  const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x10001)));
+  return (CellVec)_mm512_permutexvar_epi16(order, (__m512i)narrowed(low, high));
 }
 
 inline Vec multiply_add(Cell a, CellVec b, Vec sum) {
