@@ -195,7 +195,7 @@ def test_lengths(device):
     lengths = [int(group.subject.partition("-L")[2]) for group in full]
     assert (min(lengths), max(lengths)) == (196, 1_000_000)
     dtypes = {group.dtype for group in full if group.subject.endswith("-L3136")}
-    assert dtypes == set(groups.DTYPES[device])
+    assert dtypes == set(groups.DTYPES[device] if device == "cuda" else groups.DTYPES[device][:1])
     assert {group.dtype for group in full if not group.subject.endswith("-L3136")} == {groups.DTYPES[device][0]}
     quick = [group for group in groups.groups("ops", device, quick=True) if groups.CROSSOVER in group.id]
     assert [(group.subject, group.mode) for group in quick] == [
