@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 from ..measure import run_file
+from ..suites.runtimes import RUNTIMES
 from .frame import BASELINE, OURS, frame, pd, timed
 from .goals import judge
 from .words import number, template
@@ -24,8 +25,8 @@ MARKED = re.compile(
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-PEERS = ["openvino", "onnxruntime"]
-SHOWN = [BASELINE, f"{BASELINE}-compiled", f"{BASELINE}-graph", *PEERS]
+PEERS = [f"{BASELINE}-compiled", *RUNTIMES]
+SHOWN = [BASELINE, f"{BASELINE}-compiled", f"{BASELINE}-graph", *RUNTIMES]
 SHOWN += [OURS, f"{OURS}-compiled", f"{OURS}-graph", f"{OURS}-fp32"]
 EMPTY = "–"
 
@@ -103,7 +104,7 @@ def _models(found, headline):
     rows = _worded(found, "models", "training").sort_values("lite", kind="stable")
     rows = rows[rows["where"] == rows["where"].iloc[0]] if headline and len(rows) else rows
     ours, upstream = (rows[rows["provider"] == name] for name in (OURS, BASELINE))
-    peers = rows[rows["provider"].isin(PEERS)].drop_duplicates(["provider", "model"])
+    peers = rows[rows["provider"].isin(PEERS) & (rows["mode"] == "inference")]
     rows = ours.merge(upstream[["model", "mode", "time"]], on=["model", "mode"], suffixes=("", "_before"))
     rows["change"] = rows["time_before"] + " → " + rows["time"]
     heads = {("change", "inference"): "inference", ("spread", "inference"): "speed-up"}
@@ -164,7 +165,7 @@ def _fits(found):
 def _faster(found):
     """(runtime, its cases, those in which it is faster than t2t_fast) of every other runtime."""
     ours = found[found["provider"] == OURS].set_index("group")["speedup_median"]
-    peers = found[found["provider"].isin(PEERS) & found["group"].isin(ours.index)]
+    peers = found[found["provider"].isin(RUNTIMES) & found["group"].isin(ours.index)]
     peers = peers.assign(faster=peers["speedup_median"] > peers["group"].map(ours))
     counts = peers.groupby("label", sort=False)["faster"].agg(["size", "sum"])
     return [(label.removeprefix(f"{BASELINE}, "), *row) for label, row in zip(counts.index, counts.values, strict=True)]

@@ -102,6 +102,8 @@ def test_other_runtimes_are_shown_where_they_were_measured_and_where_they_win(tm
         *case(model.format("fp32"), 0.4, 0.2),
         *case(model.format("fp32"), 0.4, 0.1, "openvino")[1:],
         *case(model.format("fp32"), 0.4, 0.5, "onnxruntime")[1:],
+        *case(model.format("bf16"), 0.4, 0.25, "upstream-compiled")[1:],
+        *case(model.format("bf16").replace("inference", "training"), 0.9, 0.7, "upstream-compiled"),
         *case("model-t2t_vit_14-224px-b8-fp32-inference", 0.8, 0.4),
         *case(model.format("bf16"), 0.4, 0.1),
         *case(model.format("bf16"), 0.4, 0.2, "openvino")[1:],
@@ -117,7 +119,8 @@ def test_other_runtimes_are_shown_where_they_were_measured_and_where_they_win(tm
     change = "| `t2t_vit_7`, 224 px, batch 8 | 400 ms → 200 ms | 2.00× (2.00 – 2.00) | – | – |"
     assert f"{change} 100 ms, 4.00× | 500 ms, 0.80× | – |" in lines
     assert any(line.startswith("| `t2t_vit_14`") and line.endswith("| – | – | – | – | – |") for line in lines)
-    assert heads.format("bfloat16", "OpenVINO, inference") in lines
+    assert heads.format("bfloat16", "`torch.compile`, inference | OpenVINO, inference") in lines
+    assert any(line.endswith("| 250 ms, 1.60× | 200 ms, 2.00× | – |") for line in lines)
     heads = "| one image, bfloat16: median, 95th percentile | upstream | t2t_fast | upstream, OpenVINO | {} |"
     assert heads.format("t2t_fast, float32") in lines
     assert any(line.count("200 ms, 300 ms; 2.00×") == 2 for line in lines)

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from benchmarks.measure import harness
@@ -182,6 +184,24 @@ def test_the_exported_model_is_upstreams(name):
     group = Group("model", name, 224, 1, "fp32", "inference", False, "models")
     results = _measure(group)
     assert {name: result.facts["error"] < 1e-5 for name, result in results.items()} == dict.fromkeys(results, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+def test_a_real_run_that_is_ended_leaves_no_process(tmp_path, sent):
+    words = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--suite", "latency"]
+    words += ["--filter", "performer", "--report", str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        assert any("interleaved rounds of" in line for line in run.stdout)  # reads no further than this line
+        below = psutil.Process(run.pid).children(recursive=True)
+        workers = [each for each in below if each.parent().pid != run.pid and "spawn_main" in " ".join(each.cmdline())]
+        assert len(workers) == 2
+        # the process of the suites is killed, as by a lack of memory; the command itself is interrupted
+        workers[0].parent().kill() if sent == signal.SIGKILL else run.send_signal(sent)
+        said = run.stdout.read()
+        assert run.wait(60) == {signal.SIGKILL: 128 + signal.SIGKILL, signal.SIGINT: 130}[sent], said
+        _, alive = psutil.wait_procs(below, timeout=15)
+        assert not alive
 
 
 def test_other_runtimes_are_peers_of_inference_on_a_cpu():
