@@ -112,9 +112,9 @@ def _models(found, headline):
     table = _pivot("whole model, {precision}", rows, "model", "mode", heads)
     if table is None:
         return None
-    for head, times in peers.groupby("head", sort=False):
-        head = head.removeprefix(f"{BASELINE}, ")
-        table[f"{head}, inference"] = times.set_index("model")["brief"].reindex(table.index, fill_value=EMPTY)
+    for place, (head, times) in enumerate(peers.groupby("head", sort=False), 2):  # behind our own inference
+        cells = times.set_index("model")["brief"].reindex(table.index, fill_value=EMPTY)
+        table.insert(place, head.removeprefix(f"{BASELINE}, "), cells)
     return table.assign(**{"not fused": rows.groupby("model")["left"].first()})
 
 

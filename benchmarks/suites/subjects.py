@@ -32,8 +32,10 @@ UNCACHED = 2**28  # bytes; inputs of this size exceed every cache and need not r
 # hundred times as many tokens, some windows are flat, and upstream's half-precision gradients must pass too.
 SLACK = 10
 FLAT_ROW = 1e-3  # allowed error of the row of a flat window, where LayerNorm magnifies rounding up to 316 times
-# (logits, worst parameter gradient) of a whole model; wide, because errors grow from block to block
-MODEL_TOLERANCES = {"fp32": (2e-5, 1e-3), "fp16": (2e-2, 2e-1), "bf16": (1e-1, 5e-1)}
+# (logits, worst parameter gradient) of a whole model; wide, because errors grow from block to block. On a CPU PyTorch
+# sums the gradients of LayerNorm's bias over all tokens in bfloat16, where a sum stops growing: upstream's are too
+# small by up to their own size. A gradient that is missing has an error of 1.
+MODEL_TOLERANCES = {"fp32": (2e-5, 1e-3), "fp16": (2e-2, 2e-1), "bf16": (1e-1, 9e-1)}
 # allowed effect of dropout on (output, gradients); upstream's is 0.05 and 0.4 for a T2T module's first images
 NOISE = (0.2, 0.8)
 MODULE_WIDTH = 384  # output width of the T2T modules, as in T2T-ViT-14

@@ -27,7 +27,6 @@ GROUP = Group("module", "performer", 32, 2, "fp32", "inference", False, "latency
 @pytest.fixture(autouse=True)
 def _no_process_is_left():
     yield
-    gc.collect()
     assert multiprocessing.active_children() == []
 
 
