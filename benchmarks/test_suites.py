@@ -1,10 +1,9 @@
 """The timed rows under pytest-benchmark: ``pytest benchmarks -m headline -k "token_mlp and inference"``.
 
 Each row is checked against float64 and then timed alone, for pytest-benchmark's own files, histograms and comparisons.
+The time of a row in another process includes the request and the answer.
 Ratios between rows need interleaved rounds: ``python -m benchmarks``.
 """
-
-from functools import lru_cache
 
 import pytest
 import torch
@@ -16,7 +15,24 @@ from .suites.providers import BY_NAME, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-subject_of = lru_cache(1)(subjects.build)
+
+@pytest.fixture(scope="module")
+def subject_of():
+    """A function that returns the subject of a group and keeps the last one."""
+    kept = {}
+
+    def close():
+        while kept:
+            kept.popitem()[1].close()
+
+    def subject(group):
+        if group not in kept:
+            close()
+            kept[group] = subjects.build(group, DEVICE)
+        return kept[group]
+
+    yield subject
+    close()
 
 
 def _rows():
@@ -28,11 +44,11 @@ def _rows():
 
 
 @pytest.mark.parametrize(("group", "name"), list(_rows()))
-def test_row(group, name, benchmark):
+def test_row(group, name, benchmark, subject_of):
     torch._dynamo.reset()
     try:
         clock = clocks.clock(DEVICE, "latency")
-        row = harness.prepare(subject_of(group, DEVICE), BY_NAME[name], DEVICE, clock, thorough=False)
+        row = harness.prepare(subject_of(group), BY_NAME[name], DEVICE, clock, thorough=False)
     except LeftOut as reason:
         pytest.skip(str(reason))
 

@@ -10,7 +10,7 @@ percentile.
 import gc
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
@@ -31,6 +31,9 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 60
 ROUNDS = {"latency": (30, 300), "scaling": (5, 60)}
 WARM_UP_CALLS = 2
 LONG = 2.0  # seconds; after a first call of this length one more warm-up call is enough
+# OpenMP's threads wait actively for some milliseconds after a loop, which slows down another process: seconds of sleep
+# between two looks, the share of a processor from which on they are at work, and the number of looks
+QUIET, IDLE_SHARE, LOOKS = 0.01, 0.1, 50
 
 
 @dataclass
@@ -57,24 +60,44 @@ def blaming(name, device):
         raise
 
 
-def interleave(participants, clock, least, most=None, seconds=0.0, device="cpu"):
+def settle():
+    """Wait until the threads of this process sleep, so that they disturb no call in another process."""
+    for _ in range(LOOKS):
+        before = time.process_time()
+        time.sleep(QUIET)
+        if time.process_time() - before < IDLE_SHARE * QUIET:
+            return
+
+
+def interleave(participants, clock, least, most=None, seconds=0.0, device="cpu", before=lambda: None):
     """Time all participants: one turn each in every round, the order rotating by one from round to round.
 
-    After the ``least`` rounds there are more, up to ``most``, until the seconds have passed.
+    After the ``least`` rounds there are more, up to ``most``, until the seconds have passed. ``before`` is called
+    before every turn. A participant that raises has no further turn.
+
+    Returns:
+        name -> the exception, of each participant that raised one.
     """
     gc.collect()
     gc.disable()
-    started = time.perf_counter()
+    started, failures = time.perf_counter(), {}
     try:
         for index in range(most or least):
             if index >= least and time.perf_counter() - started >= seconds:
                 break
             first = index % len(participants)
             for each in participants[first:] + participants[:first]:
-                with blaming(each.name, device):
-                    each.times.append(clock.turn(each.step, each.implementation, each.calls))
+                if each.name in failures:
+                    continue
+                before()
+                found = _attempt(partial(clock.turn, each.step, each.implementation, each.calls), each.name, device)
+                if isinstance(found, Exception):
+                    failures[each.name] = found
+                else:
+                    each.times.append(found)
     finally:
         gc.enable()
+    return failures
 
 
 def _forward(subject, provider, implementation, device):
@@ -89,18 +112,24 @@ def _forward(subject, provider, implementation, device):
             function = t2t_fast.cuda_graph(implementation.module, implementation.inputs[0]["x"])
     cudagraphs = provider.compiled and device == "cuda"
     backend = partial(t2t_fast.backend, provider.source) if provider.source in BACKENDS else nullcontext
+    autocast = nullcontext() if provider.float32 else subject.autocast
 
     def forward(index):
         if cudagraphs:
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.set_grad_enabled(subject.training), subject.autocast, backend():
+        with torch.set_grad_enabled(subject.training), autocast, backend():
             return function(**implementation.inputs[index])
 
     return forward
 
 
 def _step(subject, implementation, forward, backward):
-    """The timed call, without arguments; it takes the next input set each time."""
+    """The timed call, without arguments; it takes the next input set each time.
+
+    It returns the seconds if it is a call in another process, which measures them, and nothing otherwise.
+    """
+    if implementation.worker is not None:
+        return implementation.worker.turn
     turn = 0
 
     def step():
@@ -163,6 +192,8 @@ def prepare(subject, provider, device, clock, thorough=True, check=True):
 def measure_memory(subject, provider, participant, device):
     """Saved and peak bytes of one call; ``None`` if they do not apply or cannot be measured."""
     implementation = participant.implementation
+    if implementation.worker is not None:
+        return {"saved_bytes": None, "peak_bytes": None}
     implementation.clear()
     saved = peak = None
     if subject.training:
@@ -231,9 +262,15 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    clock, first, results = clocks.clock(device, group.suite), rounds is None, {}
-    say("inputs and float64 truth" if first else "inputs")
-    subject = subjects.build(group, device)
+    say("inputs and float64 truth" if rounds is None else "inputs")
+    with closing(subjects.build(group, device)) as subject:
+        return _measure(subject, names, budget, say, thorough, visits, rounds)
+
+
+def _measure(subject, names, budget, say, thorough, visits, rounds):
+    """:func:`measure` of a subject."""
+    group, device, first, results = subject.group, subject.device, rounds is None, {}
+    clock = clocks.clock(device, group.suite)
     if first:
         _ = subject.truth  # without it no row of the group can be measured
     for name in names:
@@ -245,8 +282,9 @@ def measure(group, names, device, budget, say, thorough=True, visits=1, rounds=N
     least, most = (ceil(limit / visits) for limit in ROUNDS.get(group.suite, (MIN_ROUNDS, MAX_ROUNDS)))
     if timed:
         say(f"{rounds or 'interleaved'} rounds of {len(timed)}")
-        interleave(timed, clock, rounds or least, rounds or most, budget / visits, device)
-    for each in timed:
+        before = settle if any(each.implementation.worker for each in timed) else lambda: None
+        results |= interleave(timed, clock, rounds or least, rounds or most, budget / visits, device, before)
+    for each in [result for result in results.values() if isinstance(result, Participant)]:
         each.facts["cost"] = subject.cost
         if first:
             found = _attempt(partial(measure_memory, subject, BY_NAME[each.name], each, device), each.name, device)

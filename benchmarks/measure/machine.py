@@ -21,6 +21,7 @@ REPEATS = 7
 
 # Packages whose versions are recorded, ``None`` if not installed
 PACKAGES = ["torch", "triton", "performer-pytorch", "flash-linear-attention", "fla-core", "vit-pytorch", "timm"]
+PACKAGES += ["openvino", "onnxruntime", "onnx", "onnxscript"]
 
 
 def describe(device):

@@ -44,11 +44,12 @@ def rows(group, results, limits, device, earlier):
 
 def _row(group, name, times, visits, facts, cost, limits, device):
     """The row of a provider. Args: times: of all providers; visits: number of its rounds in each visit."""
-    seconds, baseline = summary(times[name]), times.get(BASELINE)
+    seconds, baseline, provider = summary(times[name]), times.get(BASELINE), BY_NAME[name]
+    dtype = "fp32" if provider.float32 else group.dtype
     saved = facts["saved_bytes"]
     return {
         **named(group, name),
-        "backends": backends(device, group.dtype) if BY_NAME[name].source == "t2t_fast" else None,
+        "backends": backends(device, dtype) if provider.source == "t2t_fast" else None,
         "seconds": seconds,
         "times": times[name],
         "visits": visits,

@@ -20,6 +20,7 @@ from importlib import import_module
 
 from ..suites.groups import DTYPES, LOST, TIMED, ContextLost, LeftOut
 from ..suites.providers import BASELINE, BY_NAME, matching, plan
+from ..suites.runtimes import RUNTIMES
 from . import fit, harness, machine, processes, rows, run_file
 
 # visits to each timed group in a full and a quick run; GPUs are exclusive, so one visit suffices
@@ -30,6 +31,7 @@ BUDGETS = {"op": (6, 2), "module": (20, 12), "model": (20, 10), "latency": (10, 
 # row per visit; compilation at the first visit, and at later ones with the code on disk; imports, limits and the report
 SECONDS = {"op": 0.13, "module": 0.7, "model": 1.3, "latency": 0.4, "scaling": 0.9, "memory": 15.0, "processes": 10.0}
 COMPILE_SECONDS, COMPILE_AGAIN_SECONDS, START_SECONDS = 18.0, 1.2, 30.0
+RUNTIME_SECONDS = 2.0  # of a row in another runtime: half of an export, the start of its process, the check
 # settings that must not change when a run is resumed
 SAME_RUN = ("device", "threads", "malloc", "t2t_fast", "torch", "compile_mode", "float32_matmul_precision", "quick")
 SAME_RUN += ("visits",)
@@ -54,7 +56,8 @@ def estimate(group, names, name, device, quick, visit):
     """Estimated seconds of one row at a visit (0 is the first); ``names``: all rows of its group."""
     rounds = _own(BUDGETS, group)[quick] / len(names) / visits(group, device, quick) if group.suite in TIMED else 0.0
     compilation = COMPILE_AGAIN_SECONDS if visit else COMPILE_SECONDS
-    return rounds + _own(SECONDS, group) + BY_NAME[name].compiled * compilation
+    elsewhere = (name in RUNTIMES) * RUNTIME_SECONDS
+    return rounds + _own(SECONDS, group) + BY_NAME[name].compiled * compilation + elsewhere
 
 
 def describe(device, quick, command):

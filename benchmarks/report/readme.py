@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 from ..measure import run_file
+from ..suites.runtimes import RUNTIMES
 from .frame import BASELINE, OURS, frame, pd, timed
 from .goals import judge
 from .words import number, template
@@ -24,7 +25,9 @@ MARKED = re.compile(
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-SHOWN = [f"{name}{form}" for name in (BASELINE, OURS) for form in ("", "-compiled", "-graph")]
+PEERS = [f"{BASELINE}-compiled", *RUNTIMES]
+SHOWN = [BASELINE, f"{BASELINE}-compiled", f"{BASELINE}-graph", *RUNTIMES]
+SHOWN += [OURS, f"{OURS}-compiled", f"{OURS}-graph", f"{OURS}-fp32"]
 EMPTY = "–"
 
 
@@ -40,9 +43,8 @@ def _seconds(seconds):
 
 
 def _worded(found, *suites):
-    """The rows of some suites in the first row's dtype, with columns of text."""
+    """The rows of some suites with columns of text."""
     rows = timed(found, *suites)
-    rows = rows[rows["dtype"] == rows["dtype"].iloc[0]] if len(rows) else rows
     baseline, time = rows["provider"] == BASELINE, _text(_seconds, rows["median_s"])
     speedups = [rows[f"speedup_{each}"] for each in ("median", "p20", "p80")]
     speedup, spread = _text("{:.2f}×".format, speedups[0]), _text("{:.2f}× ({:.2f} – {:.2f})".format, *speedups)
@@ -53,6 +55,7 @@ def _worded(found, *suites):
         speedup=speedup,
         spread=spread,
         cell=time.where(baseline, time + ", " + spread),
+        brief=time + ", " + speedup,
         latency=latency.where(baseline | (speedup == EMPTY), latency + "; " + speedup),
         share=_text("{:.0f} %".format, 100 * rows["floor_share"]),
         left=_text(str, rows["unfused"]),
@@ -101,12 +104,18 @@ def _models(found, headline):
     rows = _worded(found, "models", "training").sort_values("lite", kind="stable")
     rows = rows[rows["where"] == rows["where"].iloc[0]] if headline and len(rows) else rows
     ours, upstream = (rows[rows["provider"] == name] for name in (OURS, BASELINE))
+    peers = rows[rows["provider"].isin(PEERS) & (rows["mode"] == "inference")]
     rows = ours.merge(upstream[["model", "mode", "time"]], on=["model", "mode"], suffixes=("", "_before"))
     rows["change"] = rows["time_before"] + " → " + rows["time"]
     heads = {("change", "inference"): "inference", ("spread", "inference"): "speed-up"}
     heads |= {("change", "training"): "training step", ("spread", "training"): "speed-up"}
     table = _pivot("whole model, {precision}", rows, "model", "mode", heads)
-    return table if table is None else table.assign(**{"not fused": rows.groupby("model")["left"].first()})
+    if table is None:
+        return None
+    for place, (head, times) in enumerate(peers.groupby("head", sort=False), 2):  # behind our own inference
+        cells = times.set_index("model")["brief"].reindex(table.index, fill_value=EMPTY)
+        table.insert(place, head.removeprefix(f"{BASELINE}, "), cells)
+    return table.assign(**{"not fused": rows.groupby("model")["left"].first()})
 
 
 def _modules(found):
@@ -126,12 +135,13 @@ def _modules(found):
     heads = {("speedup", where): where for where in ours.sort_values(["size", "batch"])["where"]}
     others = ours.assign(module=ours["module"] + " module") if len(rows) > len(first) else ours.iloc[:0]
     others = _pivot("eager, inference / training", others, "module", "where", heads, ["mode"])
-    return {"module": table, "floors": floors.to_dict("records"), "modules": others}
+    return {"first": table, "floors": floors.to_dict("records"), "others": others}
 
 
 def _operators(found):
-    """Every operator at 224 px, a line for all its places in the T2T module."""
+    """Every operator at 224 px in the headline dtype, a line for all its places in the T2T module."""
     rows = _worded(found[found["size"] == 224], "ops").query("provider == @OURS")
+    rows = rows[rows["dtype"].isin(rows["dtype"].head(1))]
     heads = {("speedup", "inference"): "forward", ("share", "inference"): "floor / time"}
     heads |= {("speedup", "training"): "forward and backward", ("share", "training"): "floor / time"}
     table = _pivot("operator, batch {batch:.0f}, {precision}", rows, "operator", "mode", heads, ["stage"])
@@ -152,6 +162,15 @@ def _fits(found):
     return _pivot("largest batch whose training step fits", fits, "line", "provider", heads, ["size"])
 
 
+def _faster(found):
+    """(runtime, its cases, those in which it is faster than t2t_fast) of every other runtime."""
+    ours = found[found["provider"] == OURS].set_index("group")["speedup_median"]
+    peers = found[found["provider"].isin(RUNTIMES) & found["group"].isin(ours.index)]
+    peers = peers.assign(faster=peers["speedup_median"] > peers["group"].map(ours))
+    counts = peers.groupby("label", sort=False)["faster"].agg(["size", "sum"])
+    return [(label.removeprefix(f"{BASELINE}, "), *row) for label, row in zip(counts.index, counts.values, strict=True)]
+
+
 def _machine(folder, headline):
     """What the template shows of a folder of results."""
     run = run_file.read(folder)
@@ -159,12 +178,16 @@ def _machine(folder, headline):
     ours = timed(found).dropna(subset="speedup_median").sort_index().query("own")
     chosen = ours["provider"].str.startswith(OURS)
     title = "one image, {precision}: median, 95th percentile"
+    # the dtypes in the order in which they were measured
+    parts = [found[found["dtype"] == dtype] for dtype in timed(found)["dtype"].unique()]
+    latency = [_providers(title, _worded(part, "latency"), "image", "latency") for part in parts]
     return {
         "files": [file.name for file in folder.iterdir()],
         "environment": run.environment,
-        "models": _models(found, headline),
-        **_modules(found),
-        "latency": _providers(title, _worded(found, "latency"), "image", "latency"),
+        "models": [_models(part, headline) for part in parts],
+        "modules": [_modules(part) for part in parts],
+        "latency": latency,
+        "faster": _faster(timed(found)),
         "operators": _operators(found),
         "fits": _fits(found),
         "ours": ours[chosen],

@@ -21,6 +21,9 @@ COLORS = {
     "t2t_fast-compiled": "#04463f",
     "t2t_fast-low": "#6fbab1",
     "t2t_fast-graph": "#12b3a0",
+    "t2t_fast-fp32": "#3d5a2a",
+    "openvino": "#7e57c2",
+    "onnxruntime": "#00a1c9",
     "aten": "#8ab4f8",
     "aten-compiled": "#4285f4",
     "native": "#f2a65a",
@@ -38,7 +41,7 @@ COLORS = {
 }
 """Of every provider, the same in every picture."""
 
-MARKERS = {"compiled": "D", "graph": "s", "low": "v"}
+MARKERS = {"compiled": "D", "graph": "s", "low": "v", "fp32": "^"}
 """By the last word of a provider's name, so that forms of one implementation differ by more than colour."""
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 BATCHES = {"cpu": (8, 32), "cuda": (256, 32)}  # the headline batch first
 MIDDLE = {"cpu": 8, "cuda": 32}  # the batch for operators and for 384 px
 # the headline dtype first; half types run under autocast with float32 parameters
-DTYPES = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
+DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}
 MODES = ("inference", "training")
 MODULES = ("performer", "transformer")
 # measured models, all six sizes; the lite ones first, because their T2T module has the largest share of the time
@@ -138,6 +138,7 @@ def _quick(suite, cells, device):
 def groups(suite, device, quick):
     """The groups of a suite on a device, the important ones first; quick: the headline rows."""
     cells, modes, dtypes = _cells(device)[suite], _MODES.get(suite, MODES), DTYPES[device]
+    headline = 224, BATCHES[device][0]
     compared = suite in TIMED and suite != "scaling"  # in every dtype, and with torch.compile
     if quick:
         cells, modes = _quick(suite, cells, device), modes[:1] if suite == "scaling" else modes
@@ -150,6 +151,8 @@ def groups(suite, device, quick):
         minor_length = size is None and dtype != dtypes[0] and subject != _HEADLINE_ATTENTION
         slow = suite == "scaling" and device == "cpu" and mode == "training" and batch > LARGEST_CPU_TRAINING
         level = "op" if suite == "ops" else "module" if subject in MODULES else "model"
-        if not (minor_length or slow):
+        # on a CPU the time of a run is limited: modules and models at the headline size, and one image
+        minor = device == "cpu" and dtype != dtypes[0] and (suite == "ops" or (size, batch) not in ((224, 1), headline))
+        if not (minor_length or minor or slow):
             found.append(Group(level, subject, size, batch, dtype, mode, compiled, suite, count))
     return found

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import t2t_fast
 from t2t_fast.testing import DTYPES
 
-from . import operators, packages
+from . import operators, packages, runtimes
+from .goals import ROWS
 from .groups import groups
 
 COMPILE_MODES = {"cuda": "max-autotune", "cpu": "default"}  # modes of ``torch.compile``, for every provider
@@ -17,7 +18,8 @@ class Provider(NamedTuple):
 
     ``source``: which implementation of a subject it runs (see ``subjects.py``); ``another``: it computes another
     function, for orientation only; ``package``: it needs an optional package, and its failure leaves out its row but
-    does not fail the run; ``captured``: it replays a CUDA graph; ``recompute``: its Performer layers recompute.
+    does not fail the run; ``captured``: it replays a CUDA graph; ``recompute``: its Performer layers recompute;
+    ``float32``: it runs without autocast in a group of a half type.
     """
 
     name: str
@@ -28,10 +30,11 @@ class Provider(NamedTuple):
     package: bool = False
     captured: bool = False
     recompute: bool = False
+    float32: bool = False
 
 
-def _package(name, label):
-    return Provider(name, label, name, another=True, package=True)
+def _package(name, label, another=True):
+    return Provider(name, label, name, another=another, package=True)
 
 
 # In the order of every table; the others are compared with the first
@@ -39,6 +42,7 @@ PROVIDERS = (
     Provider("upstream", "upstream, eager", "upstream"),
     Provider("upstream-compiled", "upstream, torch.compile", "upstream", compiled=True),
     Provider("upstream-graph", "upstream, CUDA graph", "upstream", captured=True),
+    *(_package(name, f"upstream, {runtime.label}", False) for name, runtime in runtimes.RUNTIMES.items()),
     Provider("aten", "t2t_fast aten, eager", "aten"),
     Provider("aten-compiled", "t2t_fast aten, torch.compile", "aten", compiled=True),
     Provider("native", "t2t_fast native, eager", "native"),
@@ -47,6 +51,7 @@ PROVIDERS = (
     Provider("t2t_fast-compiled", "t2t_fast, torch.compile", "t2t_fast", compiled=True),
     Provider("t2t_fast-low", "t2t_fast, low memory", "t2t_fast", recompute=True),
     Provider("t2t_fast-graph", "t2t_fast, CUDA graph", "t2t_fast", captured=True),
+    Provider("t2t_fast-fp32", "t2t_fast, eager, float32", "t2t_fast", float32=True),
     Provider("unfold", "F.unfold alone, tokens not contiguous", "unfold"),
     Provider("convolution", "convolution of the same shape, no LayerNorm", "convolution", another=True),
     Provider("two-sdpa", "log-space form by two scaled_dot_product_attention", "two-sdpa"),
@@ -74,6 +79,8 @@ def _sources(group, device):
         return sources  # nobody would train with another backend
     if group.level == "model":
         sources = (*sources, *(name for name, model in packages.MODELS.items() if group.subject in model.beside))
+    if device == "cpu" and group.suite in ("models", "latency"):
+        sources = (*sources, *runtimes.RUNTIMES)
     verdicts = {backend: set() for backend in BACKENDS}
     for op, backend, verdict in t2t_fast.explain(device=device, dtype=DTYPES[group.dtype]).rows:
         if backend in BACKENDS and (group.level != "op" or op == operator):
@@ -89,6 +96,7 @@ def providers(group, device):
     # on a CPU the native layers keep little without recompute
     performer = group.level != "op" and group.subject != "transformer" and "_t_" not in group.subject
     keeping = device == "cuda" and performer and group.mode == "training" and group.suite in ("module", "memory")
+    half = device == "cpu" and group.dtype != "fp32"  # whether autocast pays depends on the processor
     return [
         provider
         for provider in PROVIDERS
@@ -96,6 +104,7 @@ def providers(group, device):
         and (group.compiled or not provider.compiled)
         and (graphs or not provider.captured)
         and (keeping or not provider.recompute)
+        and (half or not provider.float32)
     ]
 
 
@@ -119,12 +128,16 @@ def matching(expression):
 
 
 def plan(suites, device, quick, wanted=lambda name: True):
-    """The rows of a run: group -> names of its providers; ``wanted``: predicate of "<suite> <group>-<provider>"."""
+    """The rows of a run: group -> names of its providers.
+
+    ``wanted``: predicate of "<suite> <group>-<provider>", with " goal" behind it if a goal compares the row.
+    """
     planned = {}
     for group in (group for suite in suites for group in groups(suite, device, quick)):
         for provider in providers(group, device):
             # compilation takes most of a quick run's time
             left_out = quick and provider.compiled and provider.source in BACKENDS
-            if not left_out and wanted(f"{group.suite} {group.id}-{provider.name}"):
+            goal = " goal" if (group.id, provider.name) in ROWS else ""
+            if not left_out and wanted(f"{group.suite} {group.id}-{provider.name}{goal}"):
                 planned.setdefault(group, []).append(provider.name)
     return planned

@@ -9,6 +9,7 @@ import torch
 from benchmarks.measure import clocks, harness
 from benchmarks.measure.statistics import ratios, summary
 from benchmarks.suites.groups import ContextLost
+from benchmarks.suites.providers import BY_NAME
 
 
 class Time:
@@ -113,10 +114,46 @@ def test_lost_context_names_its_provider(monkeypatch):
         raise ValueError("wrong")
 
     monkeypatch.setattr(harness.clocks, "context_lost", lambda device: device == "cuda")
-    for device, error in (("cuda", ContextLost), ("cpu", ValueError)):
-        with pytest.raises(error, match="wrong") as failure:
-            harness.interleave(_participants("a"), SimpleNamespace(turn=turn), 1, device=device)
-        assert getattr(failure.value, "provider", "a") == "a"
+    monkeypatch.setattr(harness, "BY_NAME", {"a": BY_NAME["upstream"]})
+    with pytest.raises(ContextLost, match="wrong") as failure:
+        harness.interleave(_participants("a"), SimpleNamespace(turn=turn), 1, device="cuda")
+    assert failure.value.provider == "a"
+    failures = harness.interleave(_participants("a"), SimpleNamespace(turn=turn), 1, device="cpu")
+    assert [(name, str(failure)) for name, failure in failures.items()] == [("a", "wrong")]
+
+
+def test_a_participant_that_fails_has_no_further_turn(monkeypatch):
+    monkeypatch.setattr(harness, "BY_NAME", dict.fromkeys("abc", BY_NAME["upstream"]))
+    order = []
+
+    def turn(step, implementation, calls):
+        order.append(step())
+        if order[-1] == "b" and order.count("b") == 2:
+            raise RuntimeError("ended")
+        return 1.0
+
+    participants = _participants("abc")
+    failures = harness.interleave(participants, SimpleNamespace(turn=turn), 4, before=lambda: order.append("."))
+    assert "".join(order) == ".a.b.c.b.c.a.c.a.a.c" and list(failures) == ["b"]
+    assert [len(each.times) for each in participants] == [4, 1, 4]
+
+
+def test_other_processes_wait_until_the_threads_of_this_one_sleep(monkeypatch):
+    busy, now = [1.0, 0.5, 0.0, 1.0], Time()
+    monkeypatch.setattr(
+        harness, "time", SimpleNamespace(process_time=now, sleep=lambda seconds: now.spend(seconds * busy.pop(0)))
+    )
+    harness.settle()
+    assert busy == [1.0]  # two looks at busy threads, and one at sleeping threads
+    busy = [1.0] * 2 * harness.LOOKS
+    harness.settle()
+    assert len(busy) == harness.LOOKS  # threads that never sleep do not stop a run
+
+
+def test_a_step_in_another_process_measures_itself():
+    time = Time()
+    implementation = SimpleNamespace(clear=lambda: None)
+    assert clocks.CpuClock(timer=time).turn(lambda: time.spend(5.0) or 0.25, implementation, 4) == 0.25
 
 
 def test_ratios_are_taken_inside_a_round():

@@ -81,14 +81,51 @@ def test_models_lite_ones_first(tmp_path):
         *case("model-t2t_vit_7-224px-b8-fp32-training", 2.0, 1.6, **left),
         *case("model-t2t_vit_7-224px-b8-bf16-inference", 0.1, 0.01, **left),
     ]
-    (table,) = [block for block in section(written(tmp_path, {"a": made(rows)})) if "whole model" in block]
-    assert table.splitlines() == [
+    first, second = [block for block in section(written(tmp_path, {"a": made(rows)})) if "whole model" in block]
+    assert second.splitlines() == [
+        "| whole model, bfloat16 | inference | speed-up | training step | speed-up | not fused |",
+        "|---|---|---|---|---|---|",
+        "| `t2t_vit_7`, 224 px, batch 8 | 100 ms → 10.0 ms | 10.00× (10.00 – 10.00) | – | – | norm, head |",
+    ]
+    assert first.splitlines() == [
         "| whole model, float32 | inference | speed-up | training step | speed-up | not fused |",
         "|---|---|---|---|---|---|",
         "| `t2t_vit_7`, 224 px, batch 8 | 120 ms → 100 ms | 1.20× (1.20 – 1.20) | 2.00 s → 1.60 s "
         "| 1.25× (1.25 – 1.25) | norm, head |",
         "| `t2t_vit_14`, 224 px, batch 8 | 400 ms → 350 ms | 1.14× (1.14 – 1.14) | – | – | norm, head |",
     ]
+
+
+def test_other_runtimes_are_shown_where_they_were_measured_and_where_they_win(tmp_path):
+    model, single = "model-t2t_vit_7-224px-b8-{}-inference", "latency-t2t_vit_7-224px-b1-{}-inference"
+    rows = [
+        *case(model.format("fp32"), 0.4, 0.2),
+        *case(model.format("fp32"), 0.4, 0.1, "openvino")[1:],
+        *case(model.format("fp32"), 0.4, 0.5, "onnxruntime")[1:],
+        *case(model.format("bf16"), 0.4, 0.25, "upstream-compiled")[1:],
+        *case(model.format("bf16").replace("inference", "training"), 0.9, 0.7, "upstream-compiled"),
+        *case("model-t2t_vit_14-224px-b8-fp32-inference", 0.8, 0.4),
+        *case(model.format("bf16"), 0.4, 0.1),
+        *case(model.format("bf16"), 0.4, 0.2, "openvino")[1:],
+        *case(single.format("bf16"), 0.4, 0.1, p95_s=0.2),
+        *case(single.format("bf16"), 0.4, 0.2, "openvino", p95_s=0.3)[1:],
+        *case(single.format("bf16"), 0.4, 0.2, "t2t_fast-fp32", p95_s=0.3)[1:],
+    ]
+    path = written(tmp_path, {"a": made(rows)})
+    blocks = section(path)
+    lines = [line for block in blocks for line in block.splitlines()]
+    heads = "| whole model, {} | inference | speed-up | {} | training step | speed-up | not fused |"
+    assert heads.format("float32", "OpenVINO | ONNX Runtime") in lines
+    change = "| `t2t_vit_7`, 224 px, batch 8 | 400 ms → 200 ms | 2.00× (2.00 – 2.00) |"
+    assert f"{change} 100 ms, 4.00× | 500 ms, 0.80× | – | – | – |" in lines
+    assert any(line.startswith("| `t2t_vit_14`") and line.endswith("| – | – | – | – | – |") for line in lines)
+    assert heads.format("bfloat16", "`torch.compile` | OpenVINO") in lines
+    assert any(line.endswith("| 250 ms, 1.60× | 200 ms, 2.00× | – | – | – |") for line in lines)
+    heads = "| one image, bfloat16: median, 95th percentile | upstream | t2t_fast | upstream, OpenVINO | {} |"
+    assert heads.format("t2t_fast, float32") in lines
+    assert any(line.count("200 ms, 300 ms; 2.00×") == 2 for line in lines)
+    text = "With upstream's exported graph, OpenVINO is faster than t2t_fast in 1 of 3 cases, "
+    assert f"{text}ONNX Runtime is faster than t2t_fast in 0 of 1 cases." in blocks
 
 
 def test_module_batches_latency_operators_fits(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from benchmarks import __main__ as command
 from benchmarks.measure import harness, run_file, session
 from benchmarks.measure.statistics import ratios
 from benchmarks.report import __main__ as report
-from benchmarks.suites import groups
+from benchmarks.suites import groups, subjects
 from benchmarks.suites.groups import Group
 from benchmarks.suites.providers import matching
 from support import ROOT
@@ -395,9 +396,11 @@ def test_a_row_of_the_pytest_entry_is_checked_and_timed(monkeypatch):
             call()
 
     made = Benchmark(extra_info={})
-    test_suites.test_row(Group("op", "token_mlp-stage1", 64, 1, "fp32", "training", suite="ops"), "t2t_fast", made)
+    group = Group("op", "token_mlp-stage1", 64, 1, "fp32", "training", suite="ops")
+    subject_of = partial(subjects.build, device="cpu")
+    test_suites.test_row(group, "t2t_fast", made, subject_of)
     assert made.extra_info["error"] < 1e-5 and made.group == "op-token_mlp-stage1-64px-b1-fp32-training"
     missing = groups.LeftOut("not installed")
     monkeypatch.setattr(test_suites.harness, "prepare", lambda *_, **__: (_ for _ in ()).throw(missing))
     with pytest.raises(pytest.skip.Exception, match="not installed"):
-        test_suites.test_row(FIRST._replace(size=64, batch=1), "upstream", made)
+        test_suites.test_row(FIRST._replace(size=64, batch=1), "upstream", made, subject_of)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks.measure import harness
-from benchmarks.report.goals import GOALS, judge
+from benchmarks.report.goals import judge
 from benchmarks.suites import costs, groups, subjects
+from benchmarks.suites.goals import GOALS
 from benchmarks.suites.groups import Group
 from benchmarks.suites.providers import Provider, providers
 from support.rows import made_run
