@@ -109,7 +109,7 @@ def _bfloat16(products: str | None) -> str:
     """How the CPU kernels multiply bfloat16."""
     if products == "avx512_bf16":
         return f"bfloat16 by {products}"
-    return f"bfloat16 by float32 products of {products}: the CPU has no AVX512_BF16"
+    return f"bfloat16 by float32 products of {products}: no AVX512_BF16"
 
 
 def _matmul_precision() -> str:
