@@ -20,7 +20,7 @@ from t2t_fast.testing import (
 OPS = ["soft_split_linear", "performer_attention", "token_mlp", "performer_layer"]
 INSTRUCTION_SETS = ["avx512", "avx2", "baseline"]
 # of a block's products; the first one multiplies bfloat16, the others convert it to float32
-BLOCK_SETS = [(name, False) for name in INSTRUCTION_SETS] + [(name, True) for name in ("avx512_bf16", *INSTRUCTION_SETS)]
+BLOCK_SETS = [(each, bf16) for bf16 in (False, True) for each in (["avx512_bf16"] * bf16 + INSTRUCTION_SETS)]
 over_block_sets = pytest.mark.parametrize(
     "instruction_set", BLOCK_SETS, indirect=True, ids=lambda given: f"{given[0]}-{'bf16' if given[1] else 'fp32'}"
 )
