@@ -155,7 +155,7 @@ def runs(op: str, name: str, request: Request) -> bool:
     """Whether a call of ``op`` without an explicit backend is free to run ``request`` by ``name``, and it can."""
     if _selected(op) not in ("auto", name):
         return False
-    return implementation(op, name).passed_over(request) is None and reason(op, name, request) is None
+    return reason(op, name, request) is None and implementation(op, name).passed_over(request) is None
 
 
 def _refusal(op: str, name: str, request: Request) -> str:

@@ -57,7 +57,14 @@ VERIFIED = {
     "split": ("soft_split_linear",),
     "layer": ("performer_layer", "token_mlp"),
     "block": ("add_layer_norm", "layer_norm_linear", "layer_norm_mlp"),
-    "others": ("model", "performer_attention", "soft_split", "soft_composition", "fused_fold_unfold"),
+    "others": (
+        "model",
+        "performer_attention",
+        "soft_split",
+        "soft_composition",
+        "fused_fold_unfold",
+        "transformer_block",
+    ),
 }
 
 CUDA, LAYERS, NATIVE = (f"gpu/test_{name}.py" for name in ("triton_cuda", "triton_cuda_layers", "native_cuda"))

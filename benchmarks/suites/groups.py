@@ -25,6 +25,7 @@ _WHERE = {
     "performer_layer": _STAGES[:2],
     "performer_attention": _STAGES[:2],
     "token_mlp": _STAGES[:1],
+    "transformer_block": ("vit14",),  # a CPU's only; on a GPU it is composed of other operators
     "soft_split": (*_STAGES, "fuseformer"),
     "soft_composition": (*_STAGES, "fuseformer"),
     "fused_fold_unfold": ("fuseformer",),
@@ -109,7 +110,8 @@ def _cells(device):
     middle, model, module = MIDDLE[device], LITE[0], MODULES[0]
     models = [(name, 224, batch) for name in (*LITE, *LARGER, *LARGEST)]
     models += [(model, 224, other_batch), *((name, 384, middle) for name in (model, *LARGER))]
-    operators = [(name, size, middle) for size in (224, 384) for name in OPERATORS]
+    named = [name for name in OPERATORS if device == "cpu" or not name.startswith("transformer_block")]
+    operators = [(name, size, middle) for size in (224, 384) for name in named]
     lengths = [(f"performer_attention-L{length}", None, batch) for length, batch in LENGTHS[device].items()]
     return {
         "module": [(name, *at) for at in ((224, batch), (224, other_batch), (384, middle)) for name in MODULES],

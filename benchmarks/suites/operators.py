@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from t2t_fast import functional
 from t2t_fast.ops._common import costs
 from t2t_fast.ops._common.spec import T2T_WINDOWS, grid_after, square
-from t2t_fast.testing import features, natural_images, token_mlp_parameters
+from t2t_fast.testing import features, natural_images, token_mlp_parameters, transformer_block_parameters
 
 from . import attention
 
@@ -241,6 +241,26 @@ def add_layer_norm(stage, size, batch):
     return op
 
 
+def transformer_block(stage, size, batch, width=384, hidden=1152, heads=6):
+    """T2T-ViT-14's transformer block, whatever the stage."""
+    tokens, generator = (size // 16) ** 2 + 1, _generator()
+
+    def upstream(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, **mlp):
+        packed = F.linear(F.layer_norm(x, x.shape[-1:], norm1_weight, norm1_bias), qkv_weight, qkv_bias)
+        q, k, v = packed.reshape(*x.shape[:2], 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1) * (width // heads) ** -0.5).softmax(-1) @ v
+        y = y.transpose(1, 2).reshape(x.shape)
+        return _mlp(y, x, norm="norm2", proj_weight=proj_weight, proj_bias=proj_bias, **mlp)
+
+    return Operator(
+        {"x": torch.randn(batch, tokens, width, generator=generator)},
+        transformer_block_parameters(generator, width, hidden),
+        {"upstream": upstream, "t2t_fast": partial(functional.transformer_block, heads=heads)},
+        partial(costs.block, tokens, width, hidden, heads),
+        stream="x",
+    )
+
+
 BOTH = ("upstream", "t2t_fast")
 # Operator -> its builder, and its sources, which are known before anything is built
 OPERATORS = {
@@ -253,6 +273,7 @@ OPERATORS = {
     "performer_layer": (performer_layer, BOTH),
     "add_layer_norm": (add_layer_norm, BOTH),
     "layer_norm_mlp": (layer_norm_mlp, BOTH),
+    "transformer_block": (transformer_block, BOTH),
 }
 
 

@@ -96,12 +96,20 @@ def _gpus() -> dict[str, Any]:
 def _native() -> dict[str, Any]:
     reasons = {"t2t_fast._C": _extension.load_error(), "t2t_fast._ops": _extension.operators_error()}
     loaded = {name: "loaded" if reason is None else reason for name, reason in reasons.items()}
-    if native_library.instruction_set() is not None:
-        loaded["CPU kernels for"] = native_library.instruction_set()
+    products = native_library.instruction_set()
+    if products is not None:
+        loaded["CPU kernels"] = f"float32 by {products}, {_bfloat16(native_library.instruction_set(bf16=True))}"
     info = _extension.build_info() or {}
     if info and info["cuda"] is None and (why := _extension.lacking("cuda")):
         loaded["operators for CUDA"] = why
     return loaded | info
+
+
+def _bfloat16(products: str | None) -> str:
+    """How the CPU kernels multiply bfloat16."""
+    if products == "avx512_bf16":
+        return f"bfloat16 by {products}"
+    return f"bfloat16 by float32 products of {products}: no AVX512_BF16"
 
 
 def _matmul_precision() -> str:

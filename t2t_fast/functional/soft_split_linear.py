@@ -107,11 +107,12 @@ def soft_split_linear(
 
 
 def clear_weight_cache() -> None:
-    """Drop the folded and packed weights that the Triton kernels cache between inference calls.
+    """Drop the folded and packed weights that are cached between inference calls.
 
-    A cached weight is recomputed when a parameter's version counter changes, which every in-place operation visible to
-    autograd increments. A write through ``parameter.data`` does not. A backward pass drops the cache too, so this
-    function is needed only after such a write without a backward pass.
+    Triton's soft splits and native transformer blocks cache them. A cached weight is recomputed when a parameter's
+    version counter changes, which every in-place operation visible to autograd increments. A write through
+    ``parameter.data`` does not. A backward pass of a fused operator drops the cache too, so this function is needed
+    only after such a write without a backward pass, or with a compiled one.
     """
     FOLDED.clear()
 

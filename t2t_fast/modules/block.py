@@ -18,6 +18,7 @@ from torch import nn
 
 from ..functional import add_layer_norm, layer_norm_linear, layer_norm_mlp, transformer_block
 from ..functional.transformer_block import native as native_block
+from ..ops._common.guards import PLAIN
 from . import fusion, remembered
 from .attention import attend, heads, merged
 
@@ -285,9 +286,20 @@ def block(module: Fused, x: torch.Tensor, children: Children) -> torch.Tensor:
         "drop_path1": children.rate(parts.drop_path1),
         "drop_path2": children.rate(parts.drop_path2),
     }
-    paths = parts.norm1, parts.qkv, parts.proj, parts.norm2, parts.fc1, parts.fc2
-    out: torch.Tensor = remembered.run(children.entry, transformer_block, (x, *children.weights(*paths)), **options)
+    tensors = (x, *children.weights(*_block_paths(parts)))
+    out: torch.Tensor = remembered.run(children.entry, transformer_block, tensors, **options)
     return out
+
+
+def _block_paths(parts: Parts) -> tuple[str, ...]:
+    """The paths of the children with weights, in the order of :func:`functional.transformer_block`."""
+    return parts.norm1, parts.qkv, parts.proj, parts.norm2, parts.fc1, parts.fc2
+
+
+def _is_square(x: torch.Tensor, qkv_weight: torch.Tensor, proj_weight: torch.Tensor) -> bool:
+    """Whether q, k and v are as wide as x; pruned heads make them narrower."""
+    width = x.shape[2]
+    return qkv_weight.shape[0] == 3 * width and proj_weight.shape[1] == width
 
 
 class FusedAttention(Fused):
@@ -390,12 +402,13 @@ class FusedBlock(Fused):
     def _whole(self, x: torch.Tensor, children: Children) -> bool:
         """Whether the block runs as one operator, which only the native backend gains from."""
         parts = self.parts
-        return not (
-            x.is_cuda
-            or parts.called
-            or self.recompute
-            or any(map(children.rate, (parts.attn_drop, parts.proj_drop, parts.hidden_drop, parts.drop)))
-        ) and native_block(x)
+        if x.is_cuda or parts.skip or parts.called or self.recompute:
+            return False
+        if any(map(children.rate, (parts.attn_drop, parts.proj_drop, parts.hidden_drop, parts.drop))):
+            return False
+        tensors = x, *children.weights(*_block_paths(parts))
+        plain = all(t is None or type(t) in PLAIN for t in tensors)
+        return plain and native_block(x) and _is_square(x, *tensors[3:7:2])
 
 
 class FusedBlockSE(FusedBlock):

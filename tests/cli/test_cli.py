@@ -14,10 +14,11 @@ import torch
 import t2t_fast
 from support.command import run
 from t2t_fast import backends, testing
-from t2t_fast.cli import bench
+from t2t_fast.cli import bench, env
 from t2t_fast.cli.arguments import EXPORT_FORMATS
 from t2t_fast.cli.common import CommandError, Progress, UsageError
 from t2t_fast.interop.export import FORMATS
+from t2t_fast.ops._common import native_library
 
 ROOT = Path(t2t_fast.__file__).parents[1]
 
@@ -138,6 +139,16 @@ def test_env_text(capsys):
         assert words in out
     for op in backends.operators():
         assert re.search(rf"^  {op} +\w+", out, re.M)
+    if native_library.instruction_set() is not None:
+        assert re.search(r"^  CPU kernels +float32 by \w+, bfloat16 by \w+", out, re.M)
+
+
+def test_env_says_how_bfloat16_is_multiplied(monkeypatch):
+    monkeypatch.setattr(native_library, "instruction_set", lambda bf16=False: "avx512_bf16" if bf16 else "avx512")
+    assert env._native()["CPU kernels"] == "float32 by avx512, bfloat16 by avx512_bf16"
+    monkeypatch.setattr(native_library, "instruction_set", lambda bf16=False: "avx2")
+    words = "float32 by avx2, bfloat16 by float32 products of avx2: no AVX512_BF16"
+    assert env._native()["CPU kernels"] == words
 
 
 @pytest.mark.usefixtures("untested_kernels")

@@ -120,6 +120,32 @@ def test_other_blocks_are_not(name, calls):
     assert not calls
 
 
+def test_a_block_with_pruned_heads_is_not(calls):
+    """q, k and v of one head less: narrower than the tokens."""
+    _, block = pair()
+    attention, kept = block.attn, 3 * WIDTH // HEADS
+    with torch.no_grad():
+        rows = torch.cat([attention.qkv.weight[part * WIDTH : part * WIDTH + kept] for part in range(3)])
+        attention.qkv.weight = nn.Parameter(rows)
+        attention.proj.weight = nn.Parameter(attention.proj.weight[:, :kept])
+    attention.qkv.out_features, attention.proj.in_features, attention.num_heads = 3 * kept, kept, HEADS - 1
+    found = block(tokens())
+    with t2t_fast.backend("reference"):
+        close(found, block(tokens()))
+    assert not calls
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_block_that_adds_the_values_is_not(heads, calls):
+    """LANL's attention has a residual connection of its own."""
+    block = models.lanl.Encoding(WIDTH, heads).eval()
+    with torch.no_grad():
+        found = block(tokens())
+        with t2t_fast.backend("reference"):
+            close(found, block(tokens()))
+    assert not calls
+
+
 def test_dropout_of_evaluation_is_none(calls):
     _, block = pair(drop=0.1, attn_drop=0.1)
     block.eval()(tokens())

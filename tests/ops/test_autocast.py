@@ -80,8 +80,8 @@ def test_error_of_a_native_block_is_at_most_the_references(sizes, gain):
         square = [errors(gradients[name], exact_gradients[name])[0] ** 2 for name in gradients]
         return errors(out, exact)[0], (sum(square) / len(square)) ** 0.5
 
-    for ours, upstream in zip(error("native"), error("reference"), strict=True):
-        assert ours <= upstream
+    for ours, theirs in zip(error("native"), error("reference"), strict=True):
+        assert ours <= theirs
 
 
 def test_upstream_makes_nan_in_float16_and_ours_does_not():

@@ -126,7 +126,7 @@ def check_token_mlp(backend, offset, dtype, allowed):
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("backend", ["aten", "native"])
 def test_transformer_block(backend, offset):
-    """Both LayerNorms remove the tokens' offset; the sum behind the attention is rounded, which adds an error."""
+    """Both LayerNorms remove the tokens' offset; the additional error is that of the rounded sum between them."""
     skip_unless_available("transformer_block", backend, torch.float32)
     generator, width = torch.Generator().manual_seed(0), 32
     x = torch.randn(2, 40, width, generator=generator, dtype=torch.float64) + offset

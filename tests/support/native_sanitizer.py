@@ -225,6 +225,34 @@ class Draw:
         needs = [self.random.random() < 0.5 for _ in range(3)]
         return [self.tensor(batch, length, width), *arguments, *state, *needs]
 
+    def pack_linear(self):
+        outputs, inputs = self.size(60), self.size(40)
+        norm = [self.optional(inputs), self.optional(inputs)]
+        flags = [self.random.random() < 0.5 for _ in range(2)]
+        return [self.tensor(outputs, inputs), self.optional(outputs), *norm, *flags]
+
+    def _block(self, back):
+        heads, batch, length = self.random.randint(1, 3), self.random.randint(0, 4), self.size(300)
+        width, hidden = heads * self.size(20), self.random.choice([self.size(40), 513])
+        bf16 = self.random.random() < 0.5
+        packed_size = self.torch.ops.t2t_fast_native.packed_linear_size
+        shapes = (width, 3 * width), (width, width), (width, hidden), (hidden, width)
+        packed = [self.tensor(packed_size(*shape, bf16, back)) for shape in shapes]
+        numbers = [heads, hidden, self.random.choice([0.1, 1.0, 30.0]), 1e-5, 1e-6]
+        arguments = [self.tensor(batch, length, width), *packed, *numbers, self.optional(2, batch), bf16]
+        return arguments, (batch, length, width, heads, hidden)
+
+    def transformer_block(self):
+        return [*self._block(False)[0], self.random.random() < 0.5]
+
+    def transformer_block_backward(self):
+        arguments, (batch, length, width, heads, hidden) = self._block(True)
+        dtype = self.torch.bfloat16 if arguments[-1] else self.torch.float32
+        qkv, y, t, h = (self.torch.randn(batch, length, columns) for columns in (3 * width, width, width, hidden))
+        saved = [qkv.to(dtype), y.to(dtype), self.tensor(batch, heads, length), t, h.to(dtype)]
+        needed = [self.random.choice([0, 1]) for _ in range(4)]
+        return [self.tensor(batch, length, width), *arguments, *saved, needed]
+
     # ---- hostile arguments
 
     def spoil(self, arguments):
@@ -241,6 +269,8 @@ class Draw:
             return [choose(HOSTILE) if self.random.random() < 0.6 else n for n in value]
         if isinstance(value, bool):
             return not value
+        if isinstance(value, int):
+            return choose(HOSTILE)
         if isinstance(value, float):
             return choose(NUMBERS)
         if value is None:
@@ -266,7 +296,7 @@ class Draw:
 OPERATORS = (
     "soft_split", "soft_composition", "fused_fold_unfold", "soft_split_linear", "soft_split_linear_backward",
     "performer_attention", "performer_attention_backward", "token_mlp", "token_mlp_backward", "performer_layer",
-    "performer_layer_backward",
+    "performer_layer_backward", "pack_linear", "transformer_block", "transformer_block_backward",
 )  # fmt: skip
 
 
@@ -293,13 +323,14 @@ def exercise(library, cases, current, seed, only):
 
     torch.ops.load_library(library)
     native = torch.ops.t2t_fast_native
-    sets = ["avx512", "avx2", "baseline"]
-    available = []
-    for name in sets:
-        try:
-            available.append(native.cpu_instruction_set(name))
-        except RuntimeError:
-            continue
+    sets = ["avx512_bf16", "avx512", "avx2", "baseline"]
+    available = {False: [], True: []}  # for products of float32 and of bfloat16
+    for bf16, found in available.items():
+        for name in sets:
+            try:
+                found.append(native.cpu_instruction_set(name, bf16))
+            except RuntimeError:
+                continue
     begin = said = time.monotonic()
     returned = refused = skipped = 0
     numbers = range(cases) if only is None else [only]
@@ -307,13 +338,14 @@ def exercise(library, cases, current, seed, only):
         for number in numbers:
             name = OPERATORS[number % len(OPERATORS)]
             hostile = number // len(OPERATORS) % 2 == 1
+            for bf16, found in available.items():  # a packed weight's size depends on it
+                native.cpu_instruction_set(found[number // (2 * len(OPERATORS)) % len(found)], bf16)
             draw = Draw(seed * 2**32 + number)
             arguments = getattr(draw, name)()
             if hostile:
                 arguments = draw.spoil(arguments)
             file.seek(0)
             file.write(f"{number} ({name})".encode().ljust(64))
-            native.cpu_instruction_set(available[number // (2 * len(OPERATORS)) % len(available)])
             if only is not None:
                 print(name, [tuple(v.shape) if hasattr(v, "shape") else v for v in arguments], flush=True)
             if effort(arguments) in range(WORK, MOST_MEGABYTES * 2**18):
@@ -332,7 +364,7 @@ def exercise(library, cases, current, seed, only):
     seconds = time.monotonic() - begin
     print(
         f"{returned} calls returned, {refused} were refused, {skipped} were left out as too long; {seconds:.0f} s, "
-        f"seed {seed}, {', '.join(available)}: no report"
+        f"seed {seed}, {', '.join(available[True])}: no report"
     )
 
 

@@ -41,8 +41,8 @@ class WeightCache:
     """A cache of values derived from tensors, valid while the tensors are the same and unchanged.
 
     Changes are detected by a tensor's version counter, which every in-place operation increments except a write through
-    ``.data``, as some optimizers and moving averages do. Such writes usually follow a backward pass, so a backward pass
-    clears the cache; after a write without one, call :func:`functional.clear_weight_cache`.
+    ``.data``, as some optimizers and moving averages do. Such writes usually follow a backward pass, so that of any
+    fused operator clears the cache; after a write without one, call :func:`functional.clear_weight_cache`.
     """
 
     def __init__(self) -> None:

@@ -212,6 +212,28 @@ def _linear(x: Any, weight: Any, *_: Any, out_shape: Any) -> float:
     return 2 * tokens * weight[0] * weight[1]
 
 
+def _block(x: Any, heads: int, hidden: int) -> tuple[int, costs.Cost]:
+    batch, length, width = x
+    return batch, costs.block(length, width, hidden, heads)
+
+
+def _native_block(
+    x: Any, qkv: Any, proj: Any, fc1: Any, fc2: Any, heads: int, hidden: int, *_: Any, out_shape: Any
+) -> float:
+    batch, cost = _block(x, heads, hidden)
+    return batch * _flops(cost.forward)
+
+
+def _native_block_backward(
+    grad: Any, x: Any, qkv: Any, proj: Any, fc1: Any, fc2: Any, heads: int, hidden: int, *rest: Any, out_shape: Any
+) -> float:
+    batch, cost = _block(x, heads, hidden)
+    _, length, width = x
+    weights = 3 * width * width, width * width, hidden * width, width * hidden
+    spared = sum(weight for weight, needed in zip(weights, rest[-1], strict=True) if not needed)
+    return batch * (_flops(cost.backward) - 2 * length * spared)
+
+
 def _composition(tokens: Any, *_: Any, out_shape: Any) -> float:
     batch, length, columns = tokens
     return batch * length * columns  # the additions of costs.soft_composition
@@ -229,6 +251,8 @@ FORMULAS = {
         "token_mlp_backward": _native_mlp_backward,
         "performer_layer": _native_layer,
         "performer_layer_backward": _native_layer_backward,
+        "transformer_block": _native_block,
+        "transformer_block_backward": _native_block_backward,
     },
     "t2t_fast_triton": {
         "soft_split_linear": _triton_split_linear,

@@ -7,7 +7,7 @@ from . import aten, reference
 from .triton import operators as triton
 from .triton import support
 
-NO_NATIVE = "no native kernel; on a CPU the aten form runs"
+NO_NATIVE = "none of its own: on a CPU the native transformer_block contains it; alone, the aten form runs"
 
 DTYPE = 7  # index of the argument
 

@@ -3,6 +3,7 @@
 from ...backends import Implementation, always
 from .._common import transforms, triton_runtime
 from .._common.library import define
+from ..add_layer_norm.op import NO_NATIVE
 from ..add_layer_norm.triton import operators as norm
 from ..add_layer_norm.triton import support
 from . import aten, reference
@@ -25,6 +26,6 @@ layer_norm_linear = define(
         "aten": Implementation(aten.forward, transforms.plain),
         "reference": Implementation(reference.forward, always),
     },
-    absent={"native": "no native kernel; on a CPU the aten form runs"},
+    absent={"native": NO_NATIVE},
     autocast=_autocast,
 )

@@ -1,7 +1,6 @@
 """``t2t_fast::performer_layer``: a whole Performer layer, from the image or the tokens before its soft split.
 
-The only operator composed of others: it may import the implementations of ``soft_split_linear``,
-``performer_attention`` and ``token_mlp``. No other operator imports another.
+It is composed of the implementations of ``soft_split_linear``, ``performer_attention`` and ``token_mlp``.
 """
 
 from ...backends import Implementation, always
