@@ -17,13 +17,13 @@ class Goal(NamedTuple):
     ours: str = "t2t_fast"
 
 
-# Batches and single images, as a user without a GPU would run them in OpenVINO
-DEPLOYED = [
-    f"{kind}-{model}-224px-{batch}-{dtype}-inference"
-    for kind, batch in (("model", "b8"), ("latency", "b1"))
-    for model in ("t2t_vit_7", "t2t_vit_14")
-    for dtype in ("fp32", "bf16")
-]
+# Over OpenVINO, which a user without a GPU would run: (model, dtype) -> ratio, for batches and for one image
+DEPLOYED = {
+    ("t2t_vit_7", "fp32"): 1.15,
+    ("t2t_vit_14", "fp32"): 1.05,
+    ("t2t_vit_7", "bf16"): 1.05,
+    ("t2t_vit_14", "bf16"): 1.0,
+}
 
 GOALS = (
     Goal("module-performer-224px-b8-fp32-inference", "times", 3.0),
@@ -59,11 +59,15 @@ GOALS = (
     Goal("model-t2t_vit_7-224px-b8-fp32-training", "times", 1.5),
     Goal("model-t2t_vit_14-224px-b8-fp32-training", "times", 1.2),
     Goal("model-t2t_vit_14-224px-b8-fp32-training", "saved_bytes", 1 / 0.6),
-    *(Goal(group, "times", 1.0, against="openvino") for group in DEPLOYED),
-    Goal("model-t2t_vit_7-224px-b8-bf16-training", "times", 1.5),
-    Goal("model-t2t_vit_14-224px-b8-bf16-training", "times", 1.2),
-    Goal("module-performer-224px-b8-bf16-inference", "times", 1.5, against="t2t_fast-fp32"),
-    Goal("module-performer-224px-b8-bf16-training", "times", 1.5, against="t2t_fast-fp32"),
+    *(
+        Goal(f"{kind}-{model}-224px-{batch}-{dtype}-inference", "times", wanted, against="openvino")
+        for kind, batch in (("model", "b8"), ("latency", "b1"))
+        for (model, dtype), wanted in DEPLOYED.items()
+    ),
+    Goal("model-t2t_vit_7-224px-b8-bf16-training", "times", 2.2),
+    Goal("model-t2t_vit_14-224px-b8-bf16-training", "times", 1.6),
+    Goal("module-performer-224px-b8-bf16-inference", "times", 2.0, against="t2t_fast-fp32"),
+    Goal("module-performer-224px-b8-bf16-training", "times", 1.6, against="t2t_fast-fp32"),
     Goal("model-t2t_vit_7-224px-b256-bf16-inference", "times", 3.5),
     Goal("model-t2t_vit_7-224px-b256-bf16-inference", "times", 1.5, against="upstream-compiled"),
     Goal("model-t2t_vit_7-224px-b256-bf16-training", "times", 3.0),

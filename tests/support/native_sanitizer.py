@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -O0 -g1"
+FLAGS += " -DT2T_FAST_EMULATE_TILES -Wno-psabi"  # the kernels for AMX, on any CPU
 HOSTILE = (-(2**63), -(2**31), -1, 0, 1, 2, 2**30, 2**31 - 1, 2**31, 2**32, 2**61, 2**62, 2**63 - 1)
 NUMBERS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 1e308)
 WORK = 2**20  # the most multiplications in one call
@@ -298,6 +299,7 @@ OPERATORS = (
     "performer_attention", "performer_attention_backward", "token_mlp", "token_mlp_backward", "performer_layer",
     "performer_layer_backward", "pack_linear", "transformer_block", "transformer_block_backward",
 )  # fmt: skip
+LAYERS = OPERATORS[3:11]
 
 
 def effort(arguments):
@@ -323,7 +325,7 @@ def exercise(library, cases, current, seed, only):
 
     torch.ops.load_library(library)
     native = torch.ops.t2t_fast_native
-    sets = ["avx512_bf16", "avx512", "avx2", "baseline"]
+    sets = ["amx", "avx512_bf16", "avx512", "avx2", "baseline"]
     available = {False: [], True: []}  # for products of float32 and of bfloat16
     for bf16, found in available.items():
         for name in sets:
@@ -342,6 +344,8 @@ def exercise(library, cases, current, seed, only):
                 native.cpu_instruction_set(found[number // (2 * len(OPERATORS)) % len(found)], bf16)
             draw = Draw(seed * 2**32 + number)
             arguments = getattr(draw, name)()
+            if name in LAYERS:
+                arguments.append(draw.random.random() < 0.5)  # bf16
             if hostile:
                 arguments = draw.spoil(arguments)
             file.seek(0)
