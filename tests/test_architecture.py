@@ -32,7 +32,7 @@ LAYERS = [
     ],
     [f"{COMMON}.{name}" for name in ("library", "launch_table", "cached")],
     [f"{COMMON}.{name}" for name in ("native_library", "triton_runtime", "tiles", "elementwise")],
-    [f"{OPS}.{name}" for name in ("reference", "autograd", "aten")],
+    [f"{OPS}.{name}" for name in ("reference", "autograd", "aten", "graph")],
     [f"{OPS}.triton.*", f"{OPS}.native"],
     [f"{OPS}.op"],
     ["t2t_fast.functional*"],
