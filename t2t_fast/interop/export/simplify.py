@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,14 +119,16 @@ def keep_needed_tokens(program: ExportedProgram) -> None:
         wanted = {_wanted(user, node, needs) for user in node.users}
         if len(wanted) == 1 and (kept := wanted.pop()) is not None and rule(node, kept) is not None:
             needs[node] = kept
-    for node in list(graph.nodes):
-        if node in needs:
-            _narrow(node, needs)
-        elif (kept := _selection(node)) is not None and node.args[0] in needs:
-            if node.target is aten.slice.Tensor:
-                node.replace_all_uses_with(node.args[0])
-            else:
-                node.args = (node.args[0], kept.dim, 0)
+    # only now, since a selection is checked against sizes that change
+    taken = {node: kept for node in graph.nodes if (kept := _selection(node)) is not None and node.args[0] in needs}
+    rules = {node: _RULES[node.target](node, kept) or {} for node, kept in needs.items()}
+    for node, parts in rules.items():
+        _narrow(node, needs, parts)
+    for node, kept in taken.items():
+        if node.target is aten.slice.Tensor:
+            node.replace_all_uses_with(node.args[0])
+        else:
+            node.args = (node.args[0], kept.dim, 0)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 
@@ -139,7 +142,7 @@ def _selection(node: Any) -> Kept | None:
         dim, start, stop = node.args[1:4]
     else:
         return None
-    if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
+    if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop < sys.maxsize):
         return None
     value = node.args[0].meta["val"]
     inside = stop == 1 or _known(stop <= value.shape[dim])
@@ -154,10 +157,9 @@ def _wanted(user: Node, node: Node, needs: dict[Node, Kept]) -> Kept | None:
     return _selection(user) if user.args and user.args[0] is node else None
 
 
-def _narrow(node: Node, needs: dict[Node, Kept]) -> None:
-    """Let a node compute its needed part only."""
+def _narrow(node: Node, needs: dict[Node, Kept], parts: dict[Node, Kept]) -> None:
+    """Let a node compute its needed part only; parts: what it needs of its inputs."""
     kept, graph = needs[node], node.graph
-    parts: dict[Node, Kept] = _RULES[node.target](node, kept) or {}
     for source, part in parts.items():
         if source not in needs:
             with graph.inserting_before(node):

@@ -39,7 +39,8 @@ class Windows(NamedTuple):
 def windows(x, window, eps, dtype):
     """The :class:`Windows` of an image in the accumulation dtype; dtype: of the convolution."""
     rstd = _reciprocal_deviation(x, window, eps)
-    if x.shape[1] < window.taps:
+    # of half types always, whose rounded weights do not cancel the mean of the channels either
+    if x.shape[1] < window.taps or dtype != x.dtype:
         return Windows(differences(x, window).to(dtype), (0, 0), window, True, rstd)
     return Windows(x.to(dtype), window.padding, window, False, rstd)
 
