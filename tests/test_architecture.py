@@ -181,7 +181,7 @@ def test_optional_packages_are_imported_where_they_are_used(name):
 
 
 def test_every_operator_has_the_same_files():
-    implementations = {"reference.py", "aten.py", "native.py", "autograd.py"}
+    implementations = {"reference.py", "aten.py", "graph.py", "native.py", "autograd.py"}
     kernels = {"operators.py", "support.py", "launch.py", "forward.py"}
     for folder in (ROOT / "t2t_fast" / "ops").iterdir():
         if not folder.is_dir() or folder.name in ("_common", "__pycache__"):
