@@ -90,7 +90,7 @@ def test_dropout_is_that_of_the_aten_form(graph_forms):
     assert not torch.allclose(found, type(case)(**{**vars(case), "options": {}}).run("aten"))
 
 
-@pytest.mark.parametrize("kind", ["swapped", "created", "free"])
+@pytest.mark.parametrize("kind", ["swapped", "created", pytest.param("free", marks=pytest.mark.slow)])
 def test_everything_that_depends_on_weights_alone_is_a_constant(kind):
     program = traced(swapped() if kind == "swapped" else T2TViT(**TINY), kind == "free")
     image = program.graph_signature.user_inputs[0]
@@ -113,7 +113,7 @@ def test_everything_that_depends_on_weights_alone_is_a_constant(kind):
     program.validate()
 
 
-@pytest.mark.parametrize("free", [False, True], ids=["fixed", "free"])
+@pytest.mark.parametrize("free", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fixed", "free"])
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_only_the_needed_tokens(free, pool):
     model = T2TViT(**{**TINY, "depth": 2}, global_pool=pool)
@@ -169,6 +169,7 @@ def test_parts_of_the_tokens(part, twice, length):
     assert linear.meta["val"].shape[1] == length
 
 
+@pytest.mark.slow
 def test_plain_onnx_without_gathers(tmp_path):
     onnx_packages()
     from onnx import TensorProto
