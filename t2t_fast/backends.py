@@ -40,12 +40,14 @@ class Implementation(NamedTuple):
 
     ``call`` takes the operator's arguments without the backend name and is differentiable. ``supports`` takes a
     :class:`Request` and returns ``None`` or the reason why not; ``passed_over`` likewise, for calls that it can run
-    but ``auto`` leaves to a faster one.
+    but ``auto`` leaves to a faster one. ``graph`` is ``call`` for the compiler of another runtime, in inference only:
+    plain expressions of a few large operations, of which everything that depends on weights alone can be folded.
     """
 
     call: Callable[..., Any]
     supports: Callable[[Request], str | None]
     passed_over: Callable[[Request], str | None] = always
+    graph: Callable[..., Any] | None = None
 
 
 _tables: dict[str, dict[str, Implementation]] = {}

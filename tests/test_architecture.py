@@ -33,7 +33,7 @@ LAYERS = [
     ],
     [f"{COMMON}.{name}" for name in ("library", "launch_table", "cached")],
     [f"{COMMON}.{name}" for name in ("native_library", "triton_runtime", "tiles", "elementwise")],
-    [f"{OPS}.{name}" for name in ("reference", "autograd", "aten")],
+    [f"{OPS}.{name}" for name in ("reference", "autograd", "aten", "graph")],
     [f"{OPS}.triton.*", f"{OPS}.native"],
     [f"{OPS}.op"],
     ["t2t_fast.functional*"],
@@ -183,7 +183,7 @@ def test_optional_packages_are_imported_where_they_are_used(name):
 
 
 def test_every_operator_has_the_same_files():
-    implementations = {"reference.py", "aten.py", "native.py", "autograd.py"}
+    implementations = {"reference.py", "aten.py", "graph.py", "native.py", "autograd.py"}
     kernels = {"operators.py", "support.py", "launch.py", "forward.py"}
     for folder in (ROOT / "t2t_fast" / "ops").iterdir():
         if not folder.is_dir() or folder.name in ("_common", "__pycache__"):

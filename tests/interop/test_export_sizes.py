@@ -44,7 +44,7 @@ def test_files_of_any_batch_and_size(exported):
         assert file.batches == (1, 2, 3) and file.max_rel_error < 1e-5
         agree(file, model, SIZES)
     nodes = report.files[0].nodes
-    assert nodes["Resize"] == 1 and nodes["Conv"] == 3 and not set(FORBIDDEN_NODES) & set(nodes)
+    assert nodes["Resize"] == 1 and nodes["Conv"] == 12 and not set(FORBIDDEN_NODES) & set(nodes)
 
 
 @pytest.mark.slow

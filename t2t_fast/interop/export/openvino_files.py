@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from .source import Runner, Source, output_names
+from .trace import image_size
 
 
 def write_openvino(source: Source, path: Path) -> dict[str, int]:
@@ -17,6 +18,8 @@ def write_openvino(source: Source, path: Path) -> dict[str, int]:
     import openvino
 
     converted = openvino.convert_model(_scaled_queries(source.program))
+    # the conversion leaves every size free, and OpenVINO then copies what it could read in another layout
+    converted.reshape([size if isinstance(size, int) else -1 for size in image_size(source.program)])
     converted.inputs[0].get_tensor().set_names({"image"})
     for output, name in zip(converted.outputs, output_names(len(converted.outputs)), strict=True):
         output.get_tensor().set_names({name})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ...backends import backend, implementation, operators
+from .simplify import fold_constants, keep_needed_tokens
 
 
 def outputs(value: Any) -> tuple[torch.Tensor, ...]:
@@ -45,16 +47,25 @@ def trace(model: nn.Module, sample: torch.Tensor, dynamic_batch: bool, dynamic_s
         free |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
 
     def plain(op: str) -> Callable[..., Any]:
-        return lambda *args: implementation(op, args[-1]).call(*args[:-1])
+        def call(*args: Any) -> Any:
+            found = implementation(op, args[-1])
+            return (found.graph or found.call)(*args[:-1])
+
+        return call
 
     with backend("aten"):
         program = torch.export.export(model, (sample,), dynamic_shapes=(free,) if free else None)
         table = {getattr(torch.ops.t2t_fast, op).default: plain(op) for op in operators()}
         program = program.run_decompositions(table)
     foreign = set()
-    for node in program_nodes(program):
+    nodes: list[Any] = list(program_nodes(program))
+    for node in nodes:
         for key in ("stack_trace", "from_node"):
             node.meta.pop(key, None)
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # true for every image of the traced dtype
+            node.graph.erase_node(node)
+        if node.target is torch.ops.aten.slice.Tensor and node.args[2:] == (0, sys.maxsize):
+            node.replace_all_uses_with(node.args[0])
         # The traced strides are not always those at run time (for a batch of 1 several are valid), and view() fails for
         # strides that do not fit.
         if node.target is torch.ops.aten.view.default:
@@ -63,15 +74,22 @@ def trace(model: nn.Module, sample: torch.Tensor, dynamic_batch: bool, dynamic_s
             foreign.add(str(node.target))
     if foreign:
         raise RuntimeError(f"export_model: only ATen operators can be exported, got {', '.join(sorted(foreign))}")
-    program.graph_module.recompile()
+    keep_needed_tokens(program)
+    fold_constants(program)
     return program
+
+
+def image_size(program: ExportedProgram) -> torch.Size:
+    """The size (B, C, H, W) of a program's image, symbols where it is free."""
+    image = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    size: torch.Size = image.meta["val"].shape
+    return size
 
 
 def smallest_size(program: ExportedProgram) -> tuple[int, int]:
     """The smallest (H, W) of a program's image."""
-    image = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     sizes = []
-    for size in image.meta["val"].shape[2:]:
+    for size in image_size(program)[2:]:
         found = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
         sizes.append(int(size) if found is None else max(1, int(found.lower)))
     return sizes[0], sizes[1]

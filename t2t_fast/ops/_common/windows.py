@@ -54,8 +54,8 @@ def values_along(x: torch.Tensor, dim: int, kernel: int, stride: int) -> Sequenc
 
 def as_image(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Tokens (B, h*w, C) as an image (B, C, h, w) in channels-last memory, which is a view."""
-    # not unflatten(), which would fix the batch size in an ONNX file
-    return tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], *grid)
+    # not unflatten(), which would fix the batch size in an ONNX file; permute() last, which OpenVINO does not execute
+    return tokens.view(tokens.shape[0], *grid, tokens.shape[2]).permute(0, 3, 1, 2)
 
 
 def merge_statistics(

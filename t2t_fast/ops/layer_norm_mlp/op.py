@@ -4,7 +4,7 @@ from ...backends import Implementation, always
 from .._common import transforms, triton_runtime
 from .._common.library import define
 from ..add_layer_norm.op import NO_NATIVE
-from . import aten, reference
+from . import aten, graph, reference
 from .triton import operators as triton
 from .triton import support
 
@@ -23,7 +23,7 @@ layer_norm_mlp = define(
     "float hidden_drop, float drop, float drop_path, bool residual, bool recompute, ScalarType dtype, Tensor? seed",
     implementations={
         "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
-        "aten": Implementation(aten.forward, transforms.plain),
+        "aten": Implementation(aten.forward, transforms.plain, graph=graph.forward),
         "reference": Implementation(reference.forward, always),
     },
     absent={"native": NO_NATIVE},

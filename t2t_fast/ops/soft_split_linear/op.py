@@ -3,7 +3,7 @@
 from ...backends import Implementation, always
 from .._common import native_library, transforms, triton_runtime
 from .._common.library import define
-from . import aten, native, reference
+from . import aten, graph, native, reference
 from .triton import operators as triton
 from .triton import support
 
@@ -26,7 +26,7 @@ soft_split_linear = define(
     implementations={
         "triton": Implementation(triton.forward, support.supports, triton_runtime.passed_over),
         "native": Implementation(native.forward, native.supports, native_library.passed_over),
-        "aten": Implementation(aten.forward, transforms.plain),
+        "aten": Implementation(aten.forward, transforms.plain, graph=graph.forward),
         "reference": Implementation(reference.forward, always),
     },
     absent={},
