@@ -124,6 +124,8 @@ inline void mlp_backward(const BlockWeights& w, const BlockSaved& saved, Tokens 
     cells_over(s.n, wide, count, width, tile.at(terms->proj.rows, width), padded(width));
   }
   gemm(count, width, width, s.tokens.along(s.g, wide, count, width), panels_of(w.proj.panels, width), d_y, wide);
+  // the attention's backward subtracts two sums of it, which must see the same numbers
+  for (int64_t i = 0; i < count * wide; i += LANES) store(d_y + i, term_of(load(d_y + i)));
 }
 
 struct AttentionBackwardScratch {

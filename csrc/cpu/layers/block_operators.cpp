@@ -41,7 +41,8 @@ Block block_of(Call& call, BLOCK_PARAMETERS, bool back) {
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
   call.check(heads >= 1 && width >= heads && width % heads == 0, "the width must be a multiple of the heads");
   call.check(hidden >= 1, "there must be hidden units");
-  check_count(call.function, {batch, length, std::max(3 * width, hidden)});
+  for (const Sizes& sizes : {Sizes{batch, length, 3, width}, {batch, length, hidden}, {3, width, width}, {width, hidden}})
+    check_count(call.function, sizes);
   const auto packed = [&](const Tensor& tensor, int64_t inputs, int64_t outputs) {
     return call.parameter(tensor, {kernels(bf16).packed_linear_size(inputs, outputs, back)});
   };

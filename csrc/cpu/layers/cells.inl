@@ -68,6 +68,9 @@ inline CellVec consecutive(const float* from) { return narrowed(load(from), load
 inline CellVec successive(const float* from, int64_t next) { return paired(load(from), load(from + next)); }
 inline CellVec only(Vec last) { return paired(last, Vec{}); }
 
+// x as a term of a sum.
+inline Vec term_of(Vec x) { return (Vec)(rounded((CellVec)x) & 0xffff0000u); }
+
 // The sum of a register of cells' terms, lane by lane.
 inline Vec term_sum(CellVec cell) { return (Vec)(cell << 16) + (Vec)(cell & 0xffff0000u); }
 
@@ -81,6 +84,7 @@ inline Cell cell_of(float term, float) { return term; }
 inline CellVec consecutive(const float* from) { return load(from); }
 inline CellVec successive(const float* from, int64_t) { return load(from); }
 inline CellVec only(Vec last) { return last; }
+inline Vec term_of(Vec x) { return x; }
 inline Vec term_sum(CellVec cell) { return cell; }
 inline Vec multiply_add(Cell a, CellVec b, Vec sum) { return sum + a * b; }
 

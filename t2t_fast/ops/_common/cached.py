@@ -15,8 +15,8 @@ _SIZE = 256
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """A tensor's storage and layout, unique as long as a weak reference to the storage is held."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
+    """A tensor's address and layout, which no other tensor has as long as its storage lives."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def obstacle(tensors: Sequence[torch.Tensor]) -> str | None:
@@ -59,7 +59,7 @@ class WeightCache:
         versions = [t._version for t in given]
         with self._lock:
             entry = self._entries.get(full)
-            if entry is not None and entry[0] == versions:
+            if entry is not None and entry[0] == versions and not any(r.expired() for r in entry[1]):
                 self._entries.move_to_end(full)
                 return entry[2]
         value = make()
