@@ -30,8 +30,9 @@ STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
   library.def("soft_split_linear_backward(Tensor grad, Tensor x, " T2T_FAST_LINEAR T2T_FAST_WINDOW
               ", bool need_image, bool need_weight, bool bf16=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Also the key state lz and S that backward needs.
-  library.def("performer_attention(Tensor q, Tensor k, Tensor v, Tensor w, float eps, bool bf16=False) "
-              "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "performer_attention(Tensor q, Tensor k, Tensor v, Tensor w, float eps, bool bf16=False) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def(
       "performer_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor w, float eps, Tensor lz, "
       "Tensor state, bool need_w, bool bf16=False) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -40,7 +41,8 @@ STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
               ", bool bf16=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("performer_layer(" T2T_FAST_LAYER ", bool bf16=False) -> (Tensor, Tensor, Tensor)");
   library.def("performer_layer_backward(Tensor grad, " T2T_FAST_LAYER
-              ", Tensor lz, Tensor state, bool need_image, bool need_weight, bool need_w, bool bf16=False) -> (Tensor, Tensor, Tensor, "
+              ", Tensor lz, Tensor state, bool need_image, bool need_weight, bool need_w, bool bf16=False) -> (Tensor, "
+              "Tensor, Tensor, "
               "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The instruction set whose CPU kernels run, with products of float32 or of bfloat16; `use` changes it for the whole
   // process (tests compare them).
@@ -51,8 +53,8 @@ STABLE_TORCH_LIBRARY(t2t_fast_native, library) {
       "pack_linear(Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, bool bf16, bool back) "
       "-> Tensor");
   library.def("packed_linear_size(int inputs, int outputs, bool bf16, bool back) -> int");
-  // Also what backward needs, empty unless `save`: qkv, the attention's result and log-sum-exp, the sum behind it, fc1's
-  // output.
+  // Also what backward needs, empty unless `save`: qkv, the attention's result and log-sum-exp, the sum behind it,
+  // fc1's output.
   library.def("transformer_block(" T2T_FAST_BLOCK ", bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The gradient of x, and of each Linear those of its weight, behind its LayerNorm without affine part, and of its
   // bias, empty unless `needed` has a 1 for it. The Linears are packed for the gradient of their inputs.

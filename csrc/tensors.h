@@ -104,8 +104,9 @@ inline Image<const void*> image_of(const Tensor& image) {
 inline Tensor empty(const Sizes& size, const Tensor& like, bool channels_last = false,
                     std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   using torch::headeronly::MemoryFormat;
-  Tensor tensor = torch::stable::empty(size, dtype.value_or(like.scalar_type()), std::nullopt, like.device(), std::nullopt,
-                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor tensor =
+      torch::stable::empty(size, dtype.value_or(like.scalar_type()), std::nullopt, like.device(), std::nullopt,
+                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (!like.is_cuda()) {
     const int64_t bytes = with_type(element_of(tensor, "empty"), [](auto* type) { return int64_t{sizeof(*type)}; });
     expect_full_use(tensor.mutable_data_ptr(), tensor.numel() * bytes);

@@ -1,6 +1,7 @@
 // A pre-norm transformer block, one image after the other (formulas: docs/math.md, section 8):
 //   t = x + f1 proj(attention(LN1(x)))     out = t + f2 fc2(gelu(fc1(LN2(t))))
-// q, k and v of an image lie in a worker's second-level cache; everything else is a tile of tokens. Part of kernels.inl.
+// q, k and v of an image lie in a worker's second-level cache; everything else is a tile of tokens. Part of
+// kernels.inl.
 
 // Tokens at a time: about half of T2T-ViT's 197, and a multiple of a product's rows.
 constexpr int64_t BLOCK_TILE = STEPS > 1 ? 112 : 102;
@@ -132,7 +133,8 @@ inline void block_mlp(const BlockWeights& w, const Tokens& x, int64_t image, int
                       const float* y, BlockScratch& s, const TokensOut& out, const BlockSaved& saved) {
   const Block& block = w.block;
   const int64_t wide = w.wide, first = image * block.length + token;
-  const float f1 = block.factors ? block.factors[image] : 1, f2 = block.factors ? block.factors[block.batch + image] : 1;
+  const float f1 = block.factors ? block.factors[image] : 1,
+              f2 = block.factors ? block.factors[block.batch + image] : 1;
   w.proj.product(s.tokens.along(y, wide, count, w.width), count, 0, w.width, s.f, wide);
   for (int64_t r = 0; r < count; ++r) {
     float* t = s.t + r * wide;

@@ -2,8 +2,8 @@
 //
 // Images are handled in groups. First every image of a group goes back to its input, tile by tile; what the weights'
 // gradients are products of is kept, as cells of sums over tokens. Then the workers divide the rows of the weights'
-// gradients and add the group's products. So no worker writes what another one writes, the sums exist once, and a result
-// depends on the number of workers only where a group holds but one image for each.
+// gradients and add the group's products. So no worker writes what another one writes, the sums exist once, and a
+// result depends on the number of workers only where a group holds but one image for each.
 
 constexpr int64_t GROUP_TOKENS = 1600;  // of a group, unless that is less than an image for each worker
 
@@ -62,9 +62,8 @@ struct BlockBackwardScratch {
   Floats g, d, n, rstd, h, d_h;  // (BLOCK_TILE, wide) three times, (BLOCK_TILE), (BLOCK_TILE, HIDDEN) twice
 
   explicit BlockBackwardScratch(const BlockWeights& w)
-      : tokens(BLOCK_TILE, 3 * w.width), hidden(BLOCK_TILE, HIDDEN), g(BLOCK_TILE * w.wide),
-        d(BLOCK_TILE * w.wide), n(BLOCK_TILE * w.wide), rstd(BLOCK_TILE), h(BLOCK_TILE * HIDDEN),
-        d_h(BLOCK_TILE * HIDDEN) {}
+      : tokens(BLOCK_TILE, 3 * w.width), hidden(BLOCK_TILE, HIDDEN), g(BLOCK_TILE * w.wide), d(BLOCK_TILE * w.wide),
+        n(BLOCK_TILE * w.wide), rstd(BLOCK_TILE), h(BLOCK_TILE * HIDDEN), d_h(BLOCK_TILE * HIDDEN) {}
 };
 
 inline void scale_rows(const float* from, float factor, int64_t floats, float* to) {
@@ -89,7 +88,8 @@ inline void mlp_backward(const BlockWeights& w, const BlockSaved& saved, Tokens 
                          float* d_y) {
   const Block& block = w.block;
   const int64_t wide = w.wide, width = w.width, hidden = block.hidden, first = image * block.length + token;
-  const float f1 = block.factors ? block.factors[image] : 1, f2 = block.factors ? block.factors[block.batch + image] : 1;
+  const float f1 = block.factors ? block.factors[image] : 1,
+              f2 = block.factors ? block.factors[block.batch + image] : 1;
   for (int64_t r = 0; r < count; ++r) pad_row(d_t + r * wide, grad.at(image, token + r), width);
   scale_rows(d_t, f2, count * wide, s.g);
   load_rows(saved.t, first, width, count, s.n, wide);
@@ -130,7 +130,7 @@ inline void mlp_backward(const BlockWeights& w, const BlockSaved& saved, Tokens 
 
 struct AttentionBackwardScratch {
   Operand queries, grads, weights, d_scores, over_queries, over_grads, over_weights, over_scores;
-  Cells keys, key_rows, values;          // packed: for the scores, for d_q, and for the weights' gradient
+  Cells keys, key_rows, values;  // packed: for the scores, for d_q, and for the weights' gradient
   Floats d_q, d_k, d_v, shift, scores, d_weights;
 
   explicit AttentionBackwardScratch(const BlockWeights& w)
@@ -263,8 +263,8 @@ inline void transformer_block_backward(const Workers& workers, const Block& bloc
       BlockBackwardScratch s(w);
       const int64_t slot = span.first_slot, image = begin + span.image;
       tiles(span, [&](int64_t token, int64_t count) {
-        mlp_backward(w, saved, grad, image, token, count, terms, tile_of(span.image, token), s, d_t[slot] + token * wide,
-                     d_y[slot] + token * wide);
+        mlp_backward(w, saved, grad, image, token, count, terms, tile_of(span.image, token), s,
+                     d_t[slot] + token * wide, d_y[slot] + token * wide);
         load_rows(saved.qkv, image * length + token, 3 * w.width, count, qkv[slot] + token * w.row, w.row);
         load_rows(saved.y, image * length + token, w.width, count, y[slot] + token * wide, wide);
       });

@@ -31,8 +31,8 @@ int64_t packed_linear_size(int64_t inputs, int64_t outputs, bool bf16, bool back
 
 // ---- arguments that forward and backward share, in the order of their schemas (../../operators.cpp)
 
-#define BLOCK_PARAMETERS                                                                                        \
-  const Tensor &x, const Tensor &qkv, const Tensor &proj, const Tensor &fc1, const Tensor &fc2, int64_t heads,  \
+#define BLOCK_PARAMETERS                                                                                       \
+  const Tensor &x, const Tensor &qkv, const Tensor &proj, const Tensor &fc1, const Tensor &fc2, int64_t heads, \
       int64_t hidden, double scale, double norm1_eps, double norm2_eps, const OptionalTensor &factors, bool bf16
 #define BLOCK_ARGUMENTS x, qkv, proj, fc1, fc2, heads, hidden, scale, norm1_eps, norm2_eps, factors, bf16
 
@@ -41,7 +41,8 @@ Block block_of(Call& call, BLOCK_PARAMETERS, bool back) {
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
   call.check(heads >= 1 && width >= heads && width % heads == 0, "the width must be a multiple of the heads");
   call.check(hidden >= 1, "there must be hidden units");
-  for (const Sizes& sizes : {Sizes{batch, length, 3, width}, {batch, length, hidden}, {3, width, width}, {width, hidden}})
+  for (const Sizes& sizes :
+       {Sizes{batch, length, 3, width}, {batch, length, hidden}, {3, width, width}, {width, hidden}})
     check_count(call.function, sizes);
   const auto packed = [&](const Tensor& tensor, int64_t inputs, int64_t outputs) {
     return call.parameter(tensor, {kernels(bf16).packed_linear_size(inputs, outputs, back)});
@@ -59,9 +60,7 @@ Block block_of(Call& call, BLOCK_PARAMETERS, bool back) {
   return block;
 }
 
-Workers workers_of(const Block& block) {
-  return workers_for(block.batch * block.length, BLOCK_TOKENS_PER_WORKER);
-}
+Workers workers_of(const Block& block) { return workers_for(block.batch * block.length, BLOCK_TOKENS_PER_WORKER); }
 
 constexpr auto FLOAT = torch::headeronly::ScalarType::Float, BFLOAT16 = torch::headeronly::ScalarType::BFloat16;
 
@@ -94,7 +93,8 @@ auto transformer_block_backward(const Tensor& grad, BLOCK_PARAMETERS, const Tens
   const auto rows = [&](const Tensor& tensor, int64_t columns, bool half) {
     call.check(tensor.dim() == 3 && tensor.size(0) == batch && tensor.size(1) == length && tensor.size(2) == columns,
                "a saved tensor has the wrong shape");
-    call.check(tensor.is_cpu() && tensor.scalar_type() == (half ? BFLOAT16 : FLOAT), "a saved tensor has the wrong dtype");
+    call.check(tensor.is_cpu() && tensor.scalar_type() == (half ? BFLOAT16 : FLOAT),
+               "a saved tensor has the wrong dtype");
     call.check(tensor.numel() == 0 || (tensor.stride(2) == 1 && tensor.stride(1) == columns &&
                                        (batch == 1 || tensor.stride(0) == length * columns)),
                "a saved tensor must be contiguous");

@@ -1,7 +1,7 @@
 // What a product's sum runs over: cells of 32 bits. Part of kernels.inl.
 //
-// In the float32 kernels a cell is a float. In the bf16 kernels (T2T_FAST_PAIRS) it is two consecutive terms of the sum,
-// rounded to bfloat16, the first one in the lower half; products add both of them to a float32. So both kinds of
+// In the float32 kernels a cell is a float. In the bf16 kernels (T2T_FAST_PAIRS) it is two consecutive terms of the
+// sum, rounded to bfloat16, the first one in the lower half; products add both of them to a float32. So both kinds of
 // kernels are the same source, and the same packed layout serves AVX512_BF16 and the tiles of AMX.
 
 #if defined(T2T_FAST_PAIRS)
@@ -29,14 +29,14 @@ inline Cell cell_of(float low, float high) {
 
 #if defined(T2T_FAST_BF16_UNIT)
 // 32 numbers as 32 bfloat16, those of `low` first.
-inline CellVec narrowed(Vec low, Vec high) {
-  return (CellVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-}
+inline CellVec narrowed(Vec low, Vec high) { return (CellVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
 // One cell of each lane: its number in `low` and its number in `high`.
 inline CellVec paired(Vec low, Vec high) {
-  const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x10001)));
+  const __m512i order =
+      _mm512_add_epi32(_mm512_set1_epi32(16 << 16),
+                       _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                          _mm512_set1_epi32(0x10001)));
   return (CellVec)_mm512_permutexvar_epi16(order, (__m512i)narrowed(low, high));
 }
 

@@ -8,8 +8,8 @@
 #define T2T_FAST_UNROLL _Pragma("GCC unroll 6")
 #endif
 
-constexpr int64_t BLOCK_ROWS = 6;                  // rows that it covers: PANEL / LANES * 6 accumulators
-constexpr int64_t BLOCK_STEPS = 192;               // cells of the sum per pass: a panel of the right operand fits L1
+constexpr int64_t BLOCK_ROWS = 6;     // rows that it covers: PANEL / LANES * 6 accumulators
+constexpr int64_t BLOCK_STEPS = 192;  // cells of the sum per pass: a panel of the right operand fits L1
 
 // One register block of ROWS x (VECS registers): the sum over `steps`, plus what `start` says, into `out`.
 // The sum starts at zero also where it is added to `out`: many short sums lose less than one long one.
@@ -61,7 +61,8 @@ void block_rows(int64_t rows, Left a, const Cell* b, int64_t b_row, float* out, 
   }
 }
 
-// out (rows x columns) = a b over `terms` terms, plus a bias per column, or added to what `out` holds. Writes padded(columns) columns.
+// out (rows x columns) = a b over `terms` terms, plus a bias per column, or added to what `out` holds. Writes
+// padded(columns) columns.
 inline void gemm(int64_t rows, int64_t columns, int64_t terms, Left a, Right b, float* out, int64_t out_row,
                  const float* bias = nullptr, bool add = false) {
   const int64_t width = padded(columns), steps = cells(terms);
@@ -74,7 +75,10 @@ inline void gemm(int64_t rows, int64_t columns, int64_t terms, Left a, Right b, 
       const float* start = bias ? bias + column : nullptr;
       float* to = out + column;
       // panels lie one after the other, each with all steps
-      const Cell* next = b.row != PANEL ? nullptr : column + PANEL < width ? right + b.panel : pass + 1 < passes ? b.data + (step + count) * PANEL : nullptr;
+      const Cell* next = b.row != PANEL           ? nullptr
+                         : column + PANEL < width ? right + b.panel
+                         : pass + 1 < passes      ? b.data + (step + count) * PANEL
+                                                  : nullptr;
       switch (std::min(width - column, PANEL) / LANES) {
 #if T2T_FAST_PANEL >= 4
         case 4: block_rows<4>(rows, left, right, b.row, to, out_row, count, start, add, next); break;

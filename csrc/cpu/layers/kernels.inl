@@ -62,10 +62,18 @@ namespace t2t_fast::cpu::T2T_FAST_ISA {
 extern const Kernels table;
 const Kernels table = {
     T2T_FAST_TEXT(T2T_FAST_ISA),
-    soft_split_linear, soft_split_linear_backward, performer_attention,
-    performer_attention_backward, token_mlp,         token_mlp_backward,         performer_layer,
+    soft_split_linear,
+    soft_split_linear_backward,
+    performer_attention,
+    performer_attention_backward,
+    token_mlp,
+    token_mlp_backward,
+    performer_layer,
     performer_layer_backward,
-    packed_linear_size, pack_linear,               transformer_block, transformer_block_backward,
+    packed_linear_size,
+    pack_linear,
+    transformer_block,
+    transformer_block_backward,
 };
 
 }  // namespace t2t_fast::cpu::T2T_FAST_ISA

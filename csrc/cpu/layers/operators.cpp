@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention_backward(const Te
   Tensor d_q = empty({batch, queries, width}, q), d_k = empty({batch, keys, width}, q);
   Tensor d_v = empty({batch, keys, width}, q), d_w = gradient(need_w, {arguments.performer.features, width}, q);
   kernels(bf16).performer_attention_backward(workers_for(batch * (queries + keys)), arguments, gradients,
-                                         {out_of(d_q), out_of(d_k), out_of(d_v), wanted(d_w)});
+                                             {out_of(d_q), out_of(d_k), out_of(d_v), wanted(d_w)});
   return {d_q, d_k, d_v, d_w};
 }
 
@@ -213,12 +213,12 @@ auto token_mlp_backward(const Tensor& grad, const Tensor& y, const Tensor& v, ML
   const std::array d_tokens = {empty({batch, length, width}, y), empty({batch, length, width}, y)};
   const auto d_mlp = mlp_gradients(arguments.mlp, y);
   kernels(bf16).token_mlp_backward(workers_for(batch * length), arguments, gradients,
-                               {out_of(d_tokens[0]), out_of(d_tokens[1]), pointers_of<MlpGradient>(d_mlp)});
+                                   {out_of(d_tokens[0]), out_of(d_tokens[1]), pointers_of<MlpGradient>(d_mlp)});
   return std::tuple_cat(d_tokens, d_mlp);
 }
 
-std::tuple<Tensor, Tensor, Tensor> performer_layer(SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps,
-                                                   MLP_PARAMETERS, bool bf16) {
+std::tuple<Tensor, Tensor, Tensor> performer_layer(SPLIT_LINEAR_PARAMETERS, const Tensor& w, double eps, MLP_PARAMETERS,
+                                                   bool bf16) {
   Call call("performer_layer");
   PerformerLayer layer = layer_of(call, SPLIT_LINEAR_ARGUMENTS, w, eps, MLP_ARGUMENTS);
   const int64_t batch = layer.kqv.split.batch, length = layer.kqv.split.tokens();

@@ -89,7 +89,7 @@ inline void add_keys(const Features& f, Rows k, Rows v, int64_t tokens, const Pr
 
 // The keys of a whole sequence as the queries see them.
 struct KeyView {
-  Floats lz;          // (wide_count), -infinity in the padding
+  Floats lz;         // (wide_count), -infinity in the padding
   Floats state;      // S (count, wide)
   Cells packed;      // S packed: the right operand of the result
   Cells transposed;  // S transposed, packed: the right operand of gradients
@@ -149,7 +149,8 @@ struct QueryScratch {
   Floats p, along, weight_sum, gate, y;  // (TILE, wide_count), the same, (TILE), (TILE), (TILE, wide)
 
   explicit QueryScratch(const Features& f)
-      : products(f.products()), p(TILE * f.wide_count), along(TILE * f.wide_count), weight_sum(TILE), gate(TILE), y(TILE * f.wide) {}
+      : products(f.products()), p(TILE * f.wide_count), along(TILE * f.wide_count), weight_sum(TILE), gate(TILE),
+        y(TILE * f.wide) {}
 };
 
 // The softmax over features of a tile's queries to s.p, and their gate to s.gate.
@@ -225,8 +226,7 @@ inline void attend_backward(const Features& f, const KeyView& keys, Rows q, int6
     float* row = d_y + t * f.wide;
     for (int64_t c = 0; c < f.wide; c += LANES) store(row + c, load(row + c) * s.gate[t]);
   }
-  s.products.times({d_y, f.wide}, tokens, f.width, panels_of(keys.transposed, f.width), f.count, s.along,
-                   f.wide_count);
+  s.products.times({d_y, f.wide}, tokens, f.width, panels_of(keys.transposed, f.width), f.count, s.along, f.wide_count);
   s.products.add_over({s.p, f.wide_count}, f.count, {d_y, f.wide}, f.width, tokens, sums.d_state, f.wide);
   for (int64_t t = 0; t < tokens; ++t) {
     const float* p = s.p + t * f.wide_count;

@@ -21,8 +21,7 @@ inline void performer_layer(const Workers& workers, const PerformerLayer& argume
     for_tiles(span.begin, span.end, [&](int64_t first, int64_t count) {
       folded.tokens(span.image, first, first + count, patches, own, row);
       const float* k = own + first * row;
-      add_keys(f, k_rows.read(k, row, count), v_rows.read(k + 2 * width, row, count), count, products, scores,
-               part);
+      add_keys(f, k_rows.read(k, row, count), v_rows.read(k + 2 * width, row, count), count, products, scores, part);
     });
   };
   const auto on_queries = [&](const Span& span) {

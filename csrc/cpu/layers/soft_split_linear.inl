@@ -13,7 +13,7 @@ struct FoldedLinear {
   Floats rows;   // (outputs, wide_inputs)
   Cells panels;  // packed transposed: the right operand of the forward product
   Cells back;    // packed: the right operand of the input's gradient; only for the backward pass
-  Floats bias;    // padded(outputs)
+  Floats bias;   // padded(outputs)
   IntVec last;
 
   FoldedLinear(const Workers& workers, const SplitLinear& arguments, bool backward)
@@ -128,8 +128,7 @@ inline void linear_backward(const FoldedLinear& folded, const Span& span, const 
       if (own) {
         add_row_sum(sums.total, g, count, folded.outputs);
         if (weights) {
-          scratch.products.add_over(g, folded.outputs, {scratch.tile, wide}, folded.inputs, count, sums.products,
-                                    wide);
+          scratch.products.add_over(g, folded.outputs, {scratch.tile, wide}, folded.inputs, count, sums.products, wide);
         }
       }
       if (row_begin >= row_end) return;

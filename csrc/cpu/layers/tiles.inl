@@ -28,7 +28,8 @@ inline void tile_multiply_add(int sum, int a, int b) {
   Tiles& tiles = Tiles::of_thread();
   for (int64_t r = 0; r < 16; ++r) {
     Vec total = (Vec)load(tiles.cells[sum][r]);
-    for (int64_t step = 0; step < 16; ++step) total = multiply_add(tiles.cells[a][r][step], load(tiles.cells[b][step]), total);
+    for (int64_t step = 0; step < 16; ++step)
+      total = multiply_add(tiles.cells[a][r][step], load(tiles.cells[b][step]), total);
     store(tiles.cells[sum][r], (CellVec)total);
   }
 }
@@ -43,13 +44,13 @@ struct TilesInUse {};
 #else
 
 // Instructions by name: the compiler needs no support for AMX, and "memory" keeps its stores in order.
-#define T2T_FAST_TILE_ZERO(n) __asm__ volatile("tilezero %%tmm" #n ::: "memory")
+#define T2T_FAST_TILE_ZERO(n) __asm__ volatile("tilezero %%tmm" #n::: "memory")
 #define T2T_FAST_TILE_LOAD(n, from, stride) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #n ::"r"(from), "r"(stride) : "memory")
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #n::"r"(from), "r"(stride) : "memory")
 #define T2T_FAST_TILE_STORE(n, to, stride) \
   __asm__ volatile("tilestored %%tmm" #n ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
 #define T2T_FAST_TILE_MULTIPLY_ADD(sum, a, b) \
-  __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::: "memory")
+  __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::: "memory")
 
 // Every tile with all its rows, as long as this object lives: other libraries use the tiles of a thread too.
 struct TilesInUse {

@@ -40,8 +40,8 @@ struct MlpScratch {
   Floats t, n, h, rstd, lanes;
 
   explicit MlpScratch(const MlpWeights& w)
-      : products(TILE, std::max(w.width, w.hidden)), t(TILE * w.wide), n(TILE * w.wide), h(TILE * w.wide_hidden), rstd(TILE),
-        lanes((Dropout::room(TILE * w.width) + 1) / 2) {}
+      : products(TILE, std::max(w.width, w.hidden)), t(TILE * w.wide), n(TILE * w.wide), h(TILE * w.wide_hidden),
+        rstd(TILE), lanes((Dropout::room(TILE * w.width) + 1) / 2) {}
 
   uint16_t* lane_buffer() const { return reinterpret_cast<uint16_t*>(static_cast<float*>(lanes)); }
 };
@@ -89,8 +89,7 @@ inline void mlp_forward(const MlpWeights& w, const MlpTile& tile, MlpScratch& s,
   const int64_t tokens = tile.tokens;
   const uint16_t* lanes = mlp_skip(w, tile, s);
   mlp_affine(w, s.n, s.n, tokens);
-  s.products.times({s.n, w.wide}, tokens, w.width, panels_of(w.fc1, w.width), w.hidden, s.h, w.wide_hidden,
-                   w.fc1_bias);
+  s.products.times({s.n, w.wide}, tokens, w.width, panels_of(w.fc1, w.width), w.hidden, s.h, w.wide_hidden, w.fc1_bias);
   for (int64_t i = 0; i < tokens * w.wide_hidden; i += LANES) {
     const Vec h = load(s.h + i);
     store(s.h + i, h * normal(h).phi);
