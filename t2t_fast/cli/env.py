@@ -107,9 +107,9 @@ def _native() -> dict[str, Any]:
 
 def _bfloat16(products: str | None) -> str:
     """How the CPU kernels multiply bfloat16."""
-    if products == "avx512_bf16":
+    if products in ("amx", "avx512_bf16"):
         return f"bfloat16 by {products}"
-    return f"bfloat16 by float32 products of {products}: no AVX512_BF16"
+    return f"bfloat16 by float32 products of {products}: neither AMX nor AVX512_BF16"
 
 
 def _matmul_precision() -> str:

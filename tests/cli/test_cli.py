@@ -144,10 +144,11 @@ def test_env_text(capsys):
 
 
 def test_env_says_how_bfloat16_is_multiplied(monkeypatch):
-    monkeypatch.setattr(native_library, "instruction_set", lambda bf16=False: "avx512_bf16" if bf16 else "avx512")
-    assert env._native()["CPU kernels"] == "float32 by avx512, bfloat16 by avx512_bf16"
+    for unit in ("amx", "avx512_bf16"):
+        monkeypatch.setattr(native_library, "instruction_set", lambda bf16=False, unit=unit: unit if bf16 else "avx512")
+        assert env._native()["CPU kernels"] == f"float32 by avx512, bfloat16 by {unit}"
     monkeypatch.setattr(native_library, "instruction_set", lambda bf16=False: "avx2")
-    words = "float32 by avx2, bfloat16 by float32 products of avx2: no AVX512_BF16"
+    words = "float32 by avx2, bfloat16 by float32 products of avx2: neither AMX nor AVX512_BF16"
     assert env._native()["CPU kernels"] == words
 
 
