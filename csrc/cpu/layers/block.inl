@@ -127,8 +127,7 @@ struct BlockScratch {
         f(BLOCK_TILE * w.wide), h(BLOCK_TILE * HIDDEN) {}
 };
 
-// From the attention's result y (count, wide) of a tile to the block's output. `first`: the tile's first token in the
-// batch.
+// From the attention's result y (count, wide) of a tile to the block's output.
 inline void block_mlp(const BlockWeights& w, const Tokens& x, int64_t image, int64_t token, int64_t count,
                       const float* y, BlockScratch& s, const TokensOut& out, const BlockSaved& saved) {
   const Block& block = w.block;
